@@ -1,0 +1,164 @@
+"""The blocks that the VAE and the U-Net are made of, under diffusers' parameter names."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+KeyValue = tuple[Tensor, Tensor]  # keys and values of a cross-attention, each (B, heads, L, channels of a head)
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions with group norm and a skip; `temb_channels` adds a shift per channel from the time
+    embedding. (B, in, H, W), (B, temb) -> (B, out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, groups: int, eps: float, temb_channels: int = 0):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if temb_channels:
+            self.time_emb_proj = nn.Linear(temb_channels, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if temb is not None:
+            h = h + rearrange(self.time_emb_proj(F.silu(temb)), "b c -> b c 1 1")
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B, N, channels) over itself, over `context` (B, L, context_channels), or over
+    keys and values that `project` made of a context before. `groups` adds the VAE's group norm, for `spatial`."""
+
+    def __init__(self, channels: int, heads: int, *, context_channels: int = 0, bias: bool = False, groups: int = 0):
+        super().__init__()
+        self.heads = heads
+        if groups:
+            self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(context_channels or channels, channels, bias=bias)
+        self.to_v = nn.Linear(context_channels or channels, channels, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, N, heads * d) -> (B, heads, N, d)."""
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
+
+    def project(self, context: Tensor) -> KeyValue:
+        """Keys and values of a context (B, L, context_channels), to be computed once a picture."""
+        return self.split(self.to_k(context)), self.split(self.to_v(context))
+
+    def forward(self, x: Tensor, context: Tensor | KeyValue | None = None) -> Tensor:
+        k, v = context if isinstance(context, tuple) else self.project(x if context is None else context)
+        h = F.scaled_dot_product_attention(self.split(self.to_q(x)), k, v)
+        return self.to_out[0](rearrange(h, "b h n d -> b n (h d)"))
+
+    def spatial(self, x: Tensor) -> Tensor:
+        """Self-attention over all positions of (B, C, H, W), after a group norm and with a skip."""
+        h = self(rearrange(self.group_norm(x), "b c h w -> b (h w) c"))
+        return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class GEGLU(nn.Module):
+    """Gated GELU (Shazeer 2020, "GLU Variants Improve Transformer", eq. 6). (B, N, in) -> (B, N, out)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.proj = nn.Linear(in_channels, 2 * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, gate = self.proj(x).chunk(2, dim=-1)
+        return h * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back. (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        # The middle entry has no weights; it keeps diffusers' numbering of `net`.
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the context, feed-forward; each after a layer norm, each with a skip."""
+
+    def __init__(self, channels: int, heads: int, context_channels: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads, context_channels=context_channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor | KeyValue) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map, conditioned on the context (Rombach et al. 2022,
+    section 3.3). (B, C, H, W) -> (B, C, H, W); takes the next `depth` entries of `contexts`."""
+
+    def __init__(self, channels: int, heads: int, context_channels: int, *, depth: int, groups: int, linear: bool):
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        projection = (lambda: nn.Linear(channels, channels)) if linear else lambda: nn.Conv2d(channels, channels, 1)
+        self.proj_in = projection()
+        blocks = [TransformerBlock(channels, heads, context_channels) for _ in range(depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.proj_out = projection()
+
+    def forward(self, x: Tensor, contexts: Iterator[Tensor | KeyValue]) -> Tensor:
+        height = x.shape[2]
+        h = self.norm(x)
+        h = h if self.linear else self.proj_in(h)
+        h = rearrange(h, "b c h w -> b (h w) c")
+        h = self.proj_in(h) if self.linear else h
+        for block in self.transformer_blocks:
+            h = block(h, next(contexts))
+        h = self.proj_out(h) if self.linear else h
+        h = rearrange(h, "b (h w) c -> b c h w", h=height)
+        return x + (h if self.linear else self.proj_out(h))
+
+
+class Downsample(nn.Module):
+    """Halves height and width by a strided convolution. The VAE pads on the right and below only."""
+
+    def __init__(self, channels: int, *, asymmetric: bool = False):
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def repeat_context(context: Tensor | tuple[KeyValue, ...]) -> Iterator[Tensor | KeyValue]:
+    """One context for each cross-attention in order: the same tensor again and again, or prepared pairs."""
+    while isinstance(context, torch.Tensor):
+        yield context
+    yield from context
