@@ -1,0 +1,58 @@
+"""The patch discriminator that sharpens the autoencoder's pictures."""
+
+from torch import Tensor, nn
+
+from ldm.config import UserError
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017, section 3.2.2): one logit for each overlapping patch of the picture.
+
+    `layers` halvings, each doubling the channels up to eight times `channels`, then two convolutions of
+    stride 1; with 3 layers a logit sees 70x70 pixels. Differs from the paper in GroupNorm for BatchNorm.
+    BatchNorm lets real and generated batches be told apart by their statistics, needs syncing over processes,
+    and is noisy at small batches; its running statistics, like the power-iteration vectors of spectral norm,
+    are also moved by the generator's step. GroupNorm works on each picture alone and keeps no state.
+
+    Raises UserError where `channels` is no positive multiple of 4 or `layers` is less than 1.
+    """
+
+    def __init__(self, channels: int = 64, layers: int = 3, in_channels: int = 3) -> None:
+        super().__init__()
+        if channels < 4 or channels % 4 or layers < 1:
+            raise UserError(
+                f"discriminator of {channels} channels and {layers} layers: channels must be a positive "
+                "multiple of 4 (its normalization has 8 groups on twice as many) and layers at least 1"
+            )
+        self.smallest = 3 * 2**layers
+        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
+        self.net = nn.Sequential(nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2))
+        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+            stride = 2 if i < layers else 1
+            # GroupNorm has its own shift, so the convolution needs no bias
+            self.net.append(nn.Conv2d(fan_in, fan_out, 4, stride, 1, bias=False))
+            self.net.append(nn.GroupNorm(8, fan_out))
+            self.net.append(nn.LeakyReLU(0.2))
+        self.net.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        self.apply(_initialize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_channels, H, W) in [-1, 1] -> logits (B, 1, H/2^layers - 2, W/2^layers - 2).
+
+        High logits mean real. Raises UserError where the picture is too small for a single logit.
+        """
+        if min(x.shape[-2:]) < self.smallest:
+            height, width = x.shape[-2:]
+            raise UserError(
+                f"{width}x{height} pixels are too few for this discriminator, which needs {self.smallest}; "
+                "train on larger pictures or give it fewer layers"
+            )
+        return self.net(x)
+
+
+def _initialize(module: nn.Module) -> None:
+    """N(0, 0.02) weights and zero biases, as in Isola et al. 2017, section 6.2."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

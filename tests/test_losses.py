@@ -1,0 +1,104 @@
+"""The losses against closed forms and their own definitions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm import losses
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_reconstruction_is_a_mean_over_elements():
+    x = torch.zeros(2, 3, 4, 4)
+    assert losses.reconstruction(x + 0.5, x).item() == pytest.approx(0.5)
+    assert losses.reconstruction(x + 0.5, x, l2_weight=2.0).item() == pytest.approx(0.5 + 2 * 0.25)
+    big = torch.zeros(7, 3, 16, 16)
+    assert losses.reconstruction(big + 0.5, big).item() == pytest.approx(0.5)
+
+
+def test_kl_matches_torch_and_the_vector():
+    mean, logvar = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    normal = torch.distributions.Normal
+    oracle = torch.distributions.kl_divergence(normal(mean, (0.5 * logvar).exp()), normal(0.0, 1.0)).mean()
+    assert losses.kl(mean, logvar).item() == pytest.approx(oracle.item(), rel=1e-5)
+    half = torch.full((5,), 0.5, dtype=torch.float64)
+    assert losses.kl(half, half.square().log()).item() == pytest.approx(0.44314718056, abs=1e-10)
+    assert losses.kl(torch.zeros(3), torch.zeros(3)).item() == 0
+
+
+def test_hinge_terms_and_their_gradients():
+    real, fake = torch.tensor([2.0, 0.5], requires_grad=True), torch.tensor([-3.0, 0.0], requires_grad=True)
+    loss = losses.hinge_discriminator(real, fake)
+    assert loss.item() == pytest.approx(0.5 * (0.25 + 0.5))
+    loss.backward()
+    assert real.grad.tolist() == [0.0, -0.25] and fake.grad.tolist() == [0.0, 0.25]
+    assert losses.hinge_generator(torch.tensor([1.0, -3.0])).item() == 1.0
+    assert losses.hinge_discriminator(torch.zeros(4), torch.zeros(4)).item() == 1.0
+
+
+def test_adaptive_weight_is_the_ratio_of_gradient_norms_and_is_clamped():
+    weight = torch.randn(4, 4, requires_grad=True)
+    out = torch.randn(3, 4) @ weight
+    reconstruction, gan = out.square().mean(), 3 * out.square().mean()
+    found = losses.adaptive_weight(reconstruction, gan, weight)
+    assert found.item() == pytest.approx(1 / 3, rel=1e-3) and not found.requires_grad
+    assert losses.adaptive_weight(reconstruction, 0 * gan, weight, maximum=50.0).item() == 50.0
+    (reconstruction + found * gan).backward()  # the graphs are still there
+    assert weight.grad is not None
+
+
+def test_ramp():
+    assert [losses.ramp(s, 10, 10) for s in (0, 10, 15, 20, 99)] == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert [losses.ramp(s, 10, 0) for s in (9, 10)] == [0.0, 1.0]
+
+
+def test_contrastive_matches_transformers_and_closed_forms():
+    from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+    images, texts = torch.randn(6, 8), torch.randn(6, 8)
+    logits = 10.0 * F.normalize(texts, dim=-1) @ F.normalize(images, dim=-1).T
+    oracle = image_text_contrastive_loss(logits)
+    assert losses.contrastive(images, texts, 10.0).item() == pytest.approx(oracle.item(), rel=1e-5)
+    assert losses.contrastive(images, texts, 0.0).item() == pytest.approx(math.log(6), rel=1e-5)
+    assert losses.contrastive(torch.eye(4), torch.eye(4), 100.0).item() < 1e-6
+
+
+def test_pairs_that_share_a_caption_are_not_negatives():
+    images, texts = torch.randn(4, 8), torch.randn(4, 8)
+    texts[1] = texts[0]
+    same = torch.zeros(4, 4, dtype=torch.bool)
+    same[:2, :2] = True
+    found = losses.contrastive(images, texts, 5.0, same)
+    logits = 5.0 * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+    terms = []
+    for i in range(4):
+        others = [j for j in range(4) if j == i or not same[i, j]]
+        terms.append(logits[i, others].logsumexp(0) + logits[others, i].logsumexp(0) - 2 * logits[i, i])
+    assert found.item() == pytest.approx(torch.stack(terms).mean().item() / 2, rel=1e-5)
+    assert found < losses.contrastive(images, texts, 5.0)
+
+
+def test_contrastive_with_shared_captions_has_finite_gradients_and_ignores_autocast():
+    images, scale = torch.randn(4, 8, requires_grad=True), torch.tensor(100.0, requires_grad=True)
+    same = torch.ones(4, 4, dtype=torch.bool)
+    losses.contrastive(images, torch.randn(4, 8), scale, same).backward()
+    assert images.grad.isfinite().all() and scale.grad.isfinite()
+    texts = torch.randn(4, 8)
+    plain = losses.contrastive(images, texts, 100.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert losses.contrastive(images, texts, 100.0).item() == plain.item()
+
+
+def test_diffusion_weights_samples():
+    prediction, target = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    errors = (prediction - target).square().mean((1, 2, 3))
+    assert losses.diffusion(prediction, target).item() == pytest.approx(F.mse_loss(prediction, target).item())
+    weight = torch.tensor([1.0, 0.0, 2.0])
+    expected = (errors[0] + 2 * errors[2]).item() / 3
+    assert losses.diffusion(prediction, target, weight).item() == pytest.approx(expected, rel=1e-6)

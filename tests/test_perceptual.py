@@ -1,0 +1,146 @@
+"""Perceptual distances: LPIPS against its package, gradients, ordering of distortions, refusals."""
+
+import pytest
+import torch
+import torchvision
+from torchvision.transforms.v2 import functional as TF
+
+from ldm import perceptual
+from ldm.config import UserError
+from ldm.perceptual import perceptual_network
+
+BACKBONES = {"lpips-vgg": ("vgg16", "vgg"), "lpips-alex": ("alexnet", "alex")}
+
+
+@pytest.fixture(scope="module")
+def effnet():
+    return perceptual_network("effnet-lite0")
+
+
+def discs(size: int, count: int = 4) -> torch.Tensor:
+    """Coloured discs on a grey gradient, (count, 3, size, size) in [-1, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    x = (rows / size - 0.5).expand(count, 3, size, size).clone()
+    for i in range(count):
+        colour = torch.rand(3, generator=generator) * 2 - 1
+        centre, radius = (0.3 + 0.4 * torch.rand(2, generator=generator)) * size, size * 0.2
+        inside = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < radius**2
+        x[i, :, inside] = colour[:, None]
+    return x
+
+
+def random_backbone(name: str, folder, monkeypatch) -> str:
+    """Random ImageNet weights in a file that passes for the real one."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        features = getattr(torchvision.models, BACKBONES[name][0])().features
+    state = {f"features.{k}": 0.05 * torch.randn(v.shape) for k, v in features.state_dict().items()}
+    torch.save(state, folder / "weights.pth")
+    load = perceptual._read_weights
+    monkeypatch.setattr(perceptual, "_read_weights", lambda path, sha256: load(path, ""))
+    return str(folder / "weights.pth")
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_lpips_equals_its_package(name, tmp_path, monkeypatch):
+    import lpips
+
+    path = random_backbone(name, tmp_path, monkeypatch)
+    ours = perceptual_network(name, path)
+    backbone, net = BACKBONES[name]
+    build = getattr(torchvision.models, backbone)
+
+    def stand_in(pretrained: bool) -> torch.nn.Module:  # torchvision's, less the making of its classifier
+        with torch.device("meta"):
+            model = build()
+        state = {k.removeprefix("features."): v for k, v in torch.load(path).items()}
+        model.features.load_state_dict(state, assign=True)
+        return model
+
+    monkeypatch.setattr(lpips.pretrained_networks.tv, backbone, stand_in)
+    theirs = lpips.LPIPS(net=net, verbose=False)
+    torch.manual_seed(1)
+    x, y = torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
+    expected = theirs(x, y).flatten()
+    assert (expected > 1e-3).all()
+    assert torch.allclose(ours(x, y), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_is_finite_where_features_are_all_zero(tmp_path, monkeypatch):
+    ours = perceptual_network("lpips-alex", random_backbone("lpips-alex", tmp_path, monkeypatch))
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()  # so every feature is exactly zero
+    x = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    ours(x, torch.zeros(1, 3, 64, 64)).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_gradient_reaches_the_picture_but_no_weight(effnet, size):
+    x = discs(size).add(0.1).requires_grad_()
+    effnet(x, discs(size)).sum().backward()
+    assert x.grad.isfinite().all() and (x.grad.flatten(1).abs().sum(1) > 0).all()
+    assert all(p.grad is None and not p.requires_grad for p in effnet.parameters())
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_orders_distortions(effnet, size):
+    x = discs(size)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    blurs = [effnet(x, TF.gaussian_blur(x, [9, 9], [s, s])) for s in (0.5, 1.0, 2.0, 4.0)]
+    noises = [effnet(x, x + s * noise) for s in (0.05, 0.1, 0.2, 0.4)]
+    for distances in (blurs, noises):
+        for weaker, stronger in zip(distances, distances[1:], strict=False):
+            assert (weaker < stronger).all()
+    assert (effnet(x, x + 0.05) < effnet(x, x.roll(1, 0))).all()  # a touch brighter, against another picture
+
+
+def test_is_a_symmetric_distance_per_picture_and_stays_in_eval(effnet):
+    x, y = discs(32), discs(32).flip(0)
+    effnet.train()
+    assert not any(m.training for m in effnet.modules())
+    assert torch.equal(effnet(x, x), torch.zeros(4))
+    assert torch.allclose(effnet(x, y), effnet(y, x))
+    alone = torch.cat([effnet(x[i : i + 1], y[i : i + 1]) for i in range(4)])
+    assert torch.allclose(effnet(x, y), alone, atol=1e-5)
+
+
+def test_depth_keeps_the_first_stages(effnet):
+    two = perceptual_network("effnet-lite0", depth=2)
+    x = discs(64)
+    assert len(two.features(x)) == 2
+    assert all(torch.equal(a, b) for a, b in zip(two.features(x), effnet.features(x), strict=False))
+    assert sum(p.numel() for p in two.parameters()) < 4000
+
+
+def test_stages_equal_the_package_network_run_whole():
+    from efficientnet_lite_pytorch import EfficientNet
+
+    net = EfficientNet.from_name("efficientnet-lite0", image_size=None).eval()
+    net.load_state_dict(torch.load(perceptual.effnet_lite0_file(), weights_only=True))
+    x = discs(64, 2)
+    stages = torch.nn.Sequential(*perceptual.effnet_lite0_stages())
+    with torch.no_grad():
+        assert torch.allclose(stages(x), net.extract_features(x), atol=1e-5)
+
+
+def test_refusals(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="effnet-lite0, lpips-vgg, lpips-alex"):
+        perceptual_network("vgg")
+    with pytest.raises(UserError, match="depth 9"):
+        perceptual_network("effnet-lite0", depth=9)
+    with pytest.raises(UserError, match="does not exist"):
+        perceptual_network("lpips-vgg", tmp_path / "none.pth")
+    torch.save({}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="expected 397923af"):
+        perceptual_network("lpips-vgg", tmp_path / "other.pth")
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(UserError, match="needs no download"):
+        perceptual_network("lpips-alex")
