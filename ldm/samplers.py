@@ -1,0 +1,252 @@
+"""Samplers: one short function each, from noise to z0 over `denoise(z_t, t) -> z0`. Imports no model.
+
+All work on variance-preserving z_t = alpha z0 + sigma eps. diffusers runs its Euler family on x = z_t / alpha
+with sigma / alpha for noise level; the same steps are written here for z_t, so that all see one `denoise`.
+
+    grid = make_grid(schedule, "dpmpp_2m", steps=30)
+    denoise = guided(Denoiser(unet, grid.schedule), context, negative, guidance=5.0)
+    noise = ImageNoise(seeds, (C, h, w))
+    z0 = SAMPLERS["dpmpp_2m"](denoise, grid.initial_scale * noise(), grid, noise)
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.config import UserError
+from ldm.diffusion import Denoise, Schedule
+
+Noise = Callable[[], Tensor]  # draws a standard normal of z's shape
+OnStep = Callable[[int, float, Tensor, Tensor], None]  # (step, t, z_t, z0)
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step: the model is asked at t, where z_t has (alpha, sigma); it ends at (to_alpha, to_sigma)."""
+
+    t: float
+    alpha: float
+    sigma: float
+    to_alpha: float
+    to_sigma: float
+
+    @property
+    def half_log_snr(self) -> float:
+        """lambda = log(alpha / sigma), the time of the DPM-Solver papers."""
+        return math.log(self.alpha / self.sigma)
+
+    @property
+    def half_log_snr_to(self) -> float:
+        """lambda where the step ends; infinite at sigma 0."""
+        return math.log(self.to_alpha / self.to_sigma) if self.to_sigma else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Where a sampler goes. The Denoiser it runs on must use this `schedule`. A sampler starts from
+    `initial_scale` times a standard normal."""
+
+    schedule: Schedule
+    steps: tuple[Step, ...]
+    initial_scale: float
+
+
+class ImageNoise:
+    """Noise that depends on each image's seed alone, never on the batch it is drawn in.
+
+    Each call gives the next (len(seeds), *shape) float32 standard normals, image i from
+    `torch.Generator("cpu").manual_seed(seeds[i])`.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"):
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self.shape, self.device = tuple(shape), device
+
+    def __call__(self) -> Tensor:
+        """(B, *shape), float32."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+
+def ddpm(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+    """Ancestral sampling with the smaller variance (Ho et al. 2020, eq. 6-7). z (B,C,h,w) -> z0 (B,C,h,w)."""
+    return ddim(denoise, z, grid, noise, on_step, eta=1.0)
+
+
+def ddim(
+    denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None, eta: float = 0.0
+) -> Tensor:
+    """Song et al. 2021 (DDIM), eq. 12 and 16; eta 0 is deterministic, eta 1 is DDPM on the same timesteps."""
+    for i, s in enumerate(grid.steps):
+        z0, eps = _ask(denoise, z, s, i, on_step)
+        fresh = eta * s.to_sigma / s.sigma * math.sqrt(1 - (s.alpha / s.to_alpha) ** 2)
+        z = s.to_alpha * z0 + math.sqrt(max(s.to_sigma**2 - fresh**2, 0)) * eps
+        if fresh:
+            z = z + fresh * noise()
+    return z
+
+
+def euler(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+    """Euler's method on Karras et al. 2022, eq. 1 (algorithm 2 with no churn and no second order)."""
+    for i, s in enumerate(grid.steps):
+        z0, eps = _ask(denoise, z, s, i, on_step)
+        z = s.to_alpha * z0 + s.to_sigma * eps
+    return z
+
+
+def euler_a(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+    """Euler with ancestral noise: a step down to less noise than asked for, the rest drawn afresh."""
+    for i, s in enumerate(grid.steps):
+        z0, eps = _ask(denoise, z, s, i, on_step)
+        here, there = s.sigma / s.alpha, s.to_sigma / s.to_alpha
+        up = there * math.sqrt(1 - (there / here) ** 2)
+        z = s.to_alpha * (z0 + there**2 / here * eps)  # there^2 = down^2 + up^2
+        if up:
+            z = z + s.to_alpha * up * noise()
+    return z
+
+
+def heun(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+    """Karras et al. 2022, algorithm 1: an Euler step, then the mean of the slopes at both of its ends; two
+    model calls a step, but one for the last. `on_step` sees the first."""
+    for i, s in enumerate(grid.steps):
+        z0, eps = _ask(denoise, z, s, i, on_step)
+        z = s.to_alpha * z0 + s.to_sigma * eps
+        if i + 1 < len(grid.steps):
+            _, eps_there = _ask(denoise, z, grid.steps[i + 1])
+            width = s.to_sigma - s.to_alpha * s.sigma / s.alpha
+            z = z + width / 2 * (eps_there - eps)
+    return z
+
+
+def dpmpp_2m(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2; first order at the first and at the last step."""
+    last_z0 = None
+    for i, s in enumerate(grid.steps):
+        z0, _ = _ask(denoise, z, s, i, on_step)
+        z = _exponential_step(z, z0, s, _slope(grid.steps, i, z0, last_z0) / 2)
+        last_z0 = z0
+    return z
+
+
+def unipc(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+    """UniPC of order 2 with B2(h) on z0 (Zhao et al. 2023, algorithms 5 and 6): the step of dpmpp_2m,
+    corrected with the model's answer at its end, which costs no further call."""
+    start = last_z0 = slope = None
+    for i, s in enumerate(grid.steps):
+        z0, _ = _ask(denoise, z, s, i, on_step)
+        if start is not None:
+            z = _exponential_step(start, last_z0, grid.steps[i - 1], _corrector(grid.steps, i, z0 - last_z0, slope))
+        slope = _slope(grid.steps, i, z0, last_z0)
+        start, last_z0 = z, z0
+        z = _exponential_step(z, z0, s, slope / 2)
+    return z
+
+
+def _ask(denoise: Denoise, z: Tensor, s: Step, i: int = 0, on_step: OnStep | None = None) -> tuple[Tensor, Tensor]:
+    """(z0, eps) at a step, reported to `on_step`."""
+    z0 = denoise(z, torch.tensor(s.t))
+    if on_step is not None:
+        on_step(i, s.t, z, z0)
+    return z0, (z - s.alpha * z0) / s.sigma
+
+
+def _exponential_step(z: Tensor, z0: Tensor, s: Step, correction: Tensor) -> Tensor:
+    """Exact step for a z0 that is constant in lambda (Lu et al. 2022, eq. 3.7), with `correction` added."""
+    shrink = s.to_sigma / s.sigma
+    return shrink * z + (s.to_alpha - shrink * s.alpha) * (z0 + correction)
+
+
+def _slope(steps: Sequence[Step], i: int, z0: Tensor, last_z0: Tensor | None) -> Tensor:
+    """Change of z0 over step i, from its change over the step before; 0 where order 1 is due: the first step,
+    which has none before it, and the last, which ends at infinite lambda."""
+    if last_z0 is None or i + 1 == len(steps):
+        return torch.zeros_like(z0)
+    s = steps[i]
+    here = s.half_log_snr
+    return (z0 - last_z0) * ((s.half_log_snr_to - here) / (here - steps[i - 1].half_log_snr))
+
+
+def _corrector(steps: Sequence[Step], i: int, change: Tensor, slope: Tensor) -> Tensor:
+    """UniC's addition to z0 over step i - 1, from the `change` of z0 found at its end and the `slope` that
+    was foreseen (Zhao et al. 2023, eq. 5: two equations for two weights, solved by hand)."""
+    if i == 1:
+        return change / 2
+    s = steps[i - 1]
+    h = s.half_log_snr_to - s.half_log_snr
+    r = (steps[i - 2].half_log_snr - s.half_log_snr) / h
+    b_h = math.expm1(-h)
+    phi_2 = b_h / -h - 1
+    phi_3 = phi_2 / -h - 1 / 2
+    b_1, b_2 = phi_2 / b_h, 2 * phi_3 / b_h
+    weight = (b_1 - b_2) / (1 - r)
+    return weight * slope + (b_1 - weight) * change
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    f.__name__: f for f in (ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc)
+}
+
+
+def get_sampler(name: str) -> Callable[..., Tensor]:
+    """The sampler of that name; UserError with the known names for another."""
+    if name not in SAMPLERS:
+        raise UserError(f"sampler {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+def make_grid(schedule: Schedule, sampler: str, steps: int, spacing: str | None = None) -> Grid:
+    """The grid that diffusers' scheduler of that name makes of `steps` and `spacing` (default: the config's).
+
+    Spacings: Lin et al. 2023, table 2. Where alpha ends at exactly 0, samplers that divide by it get the
+    finite schedule. UserError: an unknown sampler or spacing, or steps that the timesteps have no room for.
+    """
+    get_sampler(sampler)
+    spacing = schedule.config.timestep_spacing if spacing is None else spacing
+    if sampler not in ("ddpm", "ddim"):
+        schedule = Schedule(schedule.config, finite=True)
+    t = _timesteps(schedule, sampler, steps, spacing)
+    made = tuple(_steps(schedule, sampler, t))
+    # diffusers starts its Euler family at x = ratio * noise; for leading, at sqrt(ratio^2 + 1) * noise.
+    scaled = sampler in ("euler", "euler_a", "heun") and spacing != "leading"
+    return Grid(schedule=schedule, steps=made, initial_scale=made[0].sigma if scaled else 1.0)
+
+
+def _timesteps(schedule: Schedule, sampler: str, steps: int, spacing: str) -> Tensor:
+    """Descending timesteps (steps,), float32: whole numbers, but for the Euler family with linspace."""
+    total, offset = len(schedule), schedule.config.steps_offset
+    if spacing not in SPACINGS:
+        raise UserError(f"timestep spacing {spacing!r} is unknown; allowed: {', '.join(SPACINGS)}")
+    if not 1 <= steps <= total:
+        raise UserError(f"steps {steps} is out of range; allowed: 1 to {total}")
+    # The multistep samplers lay one timestep more and leave out the last, from which no step starts.
+    extra = sampler in ("dpmpp_2m", "unipc")
+    if spacing == "trailing":
+        t = (total - torch.arange(steps, dtype=torch.float64) * (total / steps)).round() - 1
+    elif spacing == "leading":
+        t = torch.arange(steps + extra).flip(0)[:steps] * (total // (steps + extra)) + offset
+    else:
+        t = torch.linspace(0, total - 1, steps + extra, dtype=torch.float64).flip(0)[:steps]
+        t = t if sampler in ("euler", "euler_a", "heun") else t.round()
+    if t[0] > total - 1 or (t.diff() >= 0).any():
+        raise UserError(f"{sampler} with {spacing} spacing cannot lay {steps} steps on {total} timesteps; use fewer")
+    return t.float()
+
+
+def _steps(schedule: Schedule, sampler: str, t: Tensor) -> list[Step]:
+    """Each step ends where the next starts, the last at alpha 1; diffusers' DDIM goes to t - T // steps."""
+    alpha, sigma = schedule.alpha(t).tolist(), schedule.sigma(t).tolist()
+    to = list(zip(alpha[1:] + [1.0], sigma[1:] + [0.0], strict=True))
+    if sampler == "ddim":
+        clean = (1.0, 0.0)
+        if not schedule.config.set_alpha_to_one:
+            clean = schedule.alpha(0).item(), schedule.sigma(0).item()
+        before = [int(x) - len(schedule) // len(t) for x in t]
+        to = [(schedule.alpha(b).item(), schedule.sigma(b).item()) if b >= 0 else clean for b in before]
+    return [
+        Step(t=x, alpha=a, sigma=s, to_alpha=to_a, to_sigma=to_s)
+        for x, a, s, (to_a, to_s) in zip(t.tolist(), alpha, sigma, to, strict=True)
+    ]

@@ -1,0 +1,202 @@
+"""Schedules against diffusers, predictions, weights, timestep densities and guidance."""
+
+import diffusers
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+from ldm.config import UserError
+from ldm.diffusion import (
+    Denoiser,
+    Schedule,
+    ScheduleConfig,
+    concat_contexts,
+    guided,
+    loss_weight,
+    sample_timesteps,
+    slice_context,
+)
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
+T = torch.tensor([0, 1, 250, 998, 999])
+
+
+def schedule(prediction="v_prediction", zero=False, **options):
+    return Schedule(ScheduleConfig(prediction_type=prediction, rescale_betas_zero_snr=zero, **options))
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_equals_diffusers(name, zero):
+    ours = schedule(zero=zero, beta_schedule=name)
+    for kind in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
+        theirs = kind(
+            beta_schedule=name, beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=zero
+        ).alphas_cumprod
+        assert (ours.alphas_cumprod - theirs).abs().max() < 2e-6
+    t = torch.arange(1000)
+    assert torch.allclose(ours.alpha(t) ** 2, ours.alphas_cumprod, atol=1e-14, rtol=1e-12)
+    assert torch.allclose(ours.alpha(t) ** 2 + ours.sigma(t) ** 2, torch.ones(1000).double(), atol=1e-14)
+    assert (ours.log_snr(t).diff() < 0).all()
+    assert (ours.alpha(999).item() == 0) == zero and (ours.log_snr(999).item() == -torch.inf) == zero
+
+
+def test_finite_schedule_has_diffusers_last_alpha():
+    config = ScheduleConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    theirs = diffusers.EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=True
+    )
+    assert Schedule(config, finite=True).alpha(999).item() == 2.0**-12
+    assert theirs.alphas_cumprod[-1].item() == 2.0**-24
+
+
+def test_between_integers_the_noise_ratio_is_linear():
+    s = schedule(zero=True)
+    ratio = s.sigma(torch.tensor([6.0, 6.25, 7.0])) / s.alpha(torch.tensor([6.0, 6.25, 7.0]))
+    assert ratio[1].item() == pytest.approx((0.75 * ratio[0] + 0.25 * ratio[2]).item(), rel=1e-12)
+    for value in (0.0, 998.0, 999.0):
+        assert s.alpha(value).item() == s.alpha(int(value)).item()
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_noise_and_velocity_equal_diffusers(zero):
+    s = schedule(zero=zero)
+    theirs = diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=zero
+    )
+    z0, eps = randn(5, 4, 3, 3), randn(5, 4, 3, 3, seed=1)
+    assert torch.allclose(s.add_noise(z0, eps, T), theirs.add_noise(z0, eps, T), atol=1e-5)
+    assert torch.allclose(Denoiser(None, s).target(z0, eps, T), theirs.get_velocity(z0, eps, T), atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perfect_prediction_gives_back_z0(prediction):
+    s = schedule(prediction, zero=prediction != "epsilon")
+    z0, eps = randn(5, 4, 3, 3).double(), randn(5, 4, 3, 3, seed=1).double()
+    denoiser = Denoiser(lambda z_t, t, context: denoiser.target(z0, eps, t), s)
+    assert torch.allclose(denoiser(s.add_noise(z0, eps, T), T, None), z0, atol=1e-10)
+
+
+def test_denoiser_answers_in_the_dtype_of_z():
+    denoiser = Denoiser(lambda z_t, t, context: z_t.bfloat16(), schedule())
+    assert denoiser(randn(2, 3, 4, 4), torch.tensor(5), None).dtype == torch.float32
+
+
+def test_epsilon_with_zero_terminal_snr_is_refused():
+    with pytest.raises(UserError, match="pure noise"):
+        ScheduleConfig(rescale_betas_zero_snr=True)
+    with pytest.raises(UserError, match="pure noise"):
+        Denoiser(None, schedule(zero=True), "epsilon")
+    with pytest.raises(UserError, match="pure noise"):
+        loss_weight(schedule(zero=True), T, "epsilon", 5.0)
+    with pytest.raises(UserError, match="epsilon, v_prediction, sample"):
+        Denoiser(None, schedule(), "score")
+
+
+@pytest.mark.parametrize("mistake", [{"beta_start": 0.02}, {"beta_end": 1.0}, {"num_train_timesteps": 1}])
+def test_impossible_schedules_are_refused(mistake):
+    with pytest.raises(UserError):
+        ScheduleConfig(**mistake)
+
+
+def test_min_snr_weights():
+    """Each prediction's weighted error is the same weighted error of z0, with weight min(SNR, gamma)."""
+    s, gamma = schedule(), 5.0
+    z0, eps, guess = randn(5, 4).double(), randn(5, 4, seed=1).double(), randn(5, 4, seed=2).double()
+    z_t = s.add_noise(z0, eps, T)
+    snr = s.log_snr(T).exp()
+    assert (snr > gamma).any() and (snr < gamma).any()
+    for prediction in PREDICTIONS:
+        denoiser = Denoiser(None, s, prediction)
+        error = (guess - denoiser.target(z0, eps, T)).square().mean(1)
+        z0_error = (denoiser.to_z0(z_t, T, guess) - z0).square().mean(1)
+        weighted = loss_weight(s, T, prediction, gamma) * error
+        assert torch.allclose(weighted, snr.clamp(max=gamma) * z0_error, rtol=1e-8)
+        assert torch.equal(loss_weight(s, T, prediction, None), torch.ones(5).double())
+    assert loss_weight(schedule(zero=True), T, "v_prediction", gamma)[-1] == 0
+
+
+@pytest.mark.parametrize("density", ["uniform", "stratified", "logit_normal"])
+def test_timestep_densities(density):
+    t = sample_timesteps(40_000, 1000, density, torch.Generator().manual_seed(0))
+    assert t.dtype == torch.int64 and t.min() >= 0 and t.max() <= 999
+    share = (t.float() + 0.5) / 1000
+    assert share.mean().item() == pytest.approx(0.5, abs=0.01)
+    if density == "logit_normal":
+        assert share.logit().std().item() == pytest.approx(1, abs=0.02)
+    else:
+        assert share.std().item() == pytest.approx(12**-0.5, abs=0.005)
+
+
+def test_stratified_timesteps_cover_every_stratum():
+    for seed in range(5):
+        t = sample_timesteps(10, 1000, "stratified", torch.Generator().manual_seed(seed))
+        assert ((t.sort().values // 100).unique() == torch.arange(10)).all()
+    with pytest.raises(UserError, match="uniform, stratified, logit_normal"):
+        sample_timesteps(4, 1000, "cubic")
+
+
+class Counter:
+    """A stand-in U-Net that counts calls and the pictures in each; takes a context of keys and values too."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, z_t, t, context):
+        self.batches.append(len(z_t))
+        tokens = context[0][0] if isinstance(context, tuple) else context
+        return torch.tanh(z_t * (1 + t / 1000) + tokens.mean((1, 2))[:, None, None, None])
+
+
+def contexts():
+    return randn(3, 5, 6, seed=1), randn(3, 5, 6, seed=2)
+
+
+@pytest.mark.parametrize(("guidance", "batches"), [(1.0, [3]), (5.0, [6])])
+def test_one_model_call_a_step(guidance, batches):
+    model, (context, negative) = Counter(), contexts()
+    guided(Denoiser(model, schedule()), context, negative, guidance)(randn(3, 2, 4, 4), torch.tensor(500.0))
+    assert model.batches == batches
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_guidance_equals_two_passes_and_diffusers_rescale(prediction, rescale):
+    z_t, t, (context, negative) = randn(3, 2, 4, 4), torch.tensor(400.0), contexts()
+    denoiser = Denoiser(Counter(), schedule(prediction))
+    on, off = denoiser.predict(z_t, t, context), denoiser.predict(z_t, t, negative)
+    want = rescale_noise_cfg(off + 4 * (on - off), on, rescale)
+    got = guided(denoiser, context, negative, 4.0, rescale)(z_t, t)
+    assert torch.allclose(got, denoiser.to_z0(z_t, t, want), atol=1e-5)
+
+
+def test_guidance_acts_in_its_interval_only():
+    model, (context, negative) = Counter(), contexts()
+    denoiser = Denoiser(model, schedule())
+    denoise = guided(denoiser, context, negative, 3.0, interval=(200, 800))
+    z_t = randn(3, 2, 4, 4)
+    for t in (199.0, 200.0, 800.0, 801.0):
+        denoise(z_t, torch.tensor(t))
+    assert model.batches == [3, 6, 6, 3]
+    assert torch.equal(denoise(z_t, torch.tensor(900.0)), denoiser(z_t, torch.tensor(900.0), context))
+
+
+def test_guidance_without_a_negative_context_is_refused():
+    with pytest.raises(UserError, match="negative"):
+        guided(Denoiser(Counter(), schedule()), contexts()[0], None, 3.0)
+
+
+def test_prepared_contexts_work_like_plain_ones():
+    z_t, t, (context, negative) = randn(3, 2, 4, 4), torch.tensor(300.0), contexts()
+    prepared = [((c, 2 * c), (3 * c, 4 * c)) for c in (context, negative)]
+    denoiser = Denoiser(Counter(), schedule())
+    got = guided(denoiser, *prepared, 4.0)(z_t, t)
+    assert torch.equal(got, guided(denoiser, context, negative, 4.0)(z_t, t))
+    both = concat_contexts(prepared)
+    assert both[1][0].shape == (6, 5, 6)
+    assert torch.equal(slice_context(both, slice(3, 6))[1][1], 4 * negative)

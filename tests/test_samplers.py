@@ -1,0 +1,247 @@
+"""Samplers against diffusers' schedulers, against a closed form, and their grids and noise."""
+
+import dataclasses
+import functools
+
+import diffusers
+import pytest
+import torch
+
+from ldm.config import UserError
+from ldm.diffusion import Denoiser, Schedule, ScheduleConfig
+from ldm.samplers import SAMPLERS, ImageNoise, get_sampler, make_grid
+
+SHAPE = (2, 3, 4, 4)
+REFERENCE = {
+    "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}),
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_a": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+}
+BOTH = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "timestep_spacing", "steps_offset")
+
+
+@functools.cache
+def weights():
+    g = torch.Generator().manual_seed(7)
+    return torch.randn(3, 3, generator=g), torch.randn(3, 1, 1, generator=g)
+
+
+def model(z_t, t, context=None):
+    """A fixed smooth nonlinear net: mixes channels and neighbours, depends on t."""
+    mix, bias = (w.to(z_t.dtype) for w in weights())
+    h = torch.einsum("dc,bchw->bdhw", mix, z_t) + torch.roll(z_t, 1, -1) + bias * (1 + t / 500).to(z_t.dtype)
+    return torch.tanh(h)
+
+
+def reference(sampler, config, steps, first, later, eta=0.0):
+    """diffusers' own loop, as its Stable Diffusion pipeline runs it: (z0, timesteps)."""
+    kind, extra = REFERENCE[sampler]
+    extra = extra | {name: getattr(config, name) for name in BOTH}
+    prediction = config.prediction_type
+    if sampler == "euler_a" and prediction == "sample":
+        extra["prediction_type"] = "epsilon"  # it knows no "sample"
+    if sampler != "heun":
+        extra["rescale_betas_zero_snr"] = config.rescale_betas_zero_snr
+    if sampler == "ddim":
+        extra["set_alpha_to_one"] = config.set_alpha_to_one
+    scheduler = kind(**extra)
+    scheduler.set_timesteps(steps)
+    if stiff(sampler, config):
+        ratio = Schedule(config, finite=True).ratio_at(scheduler.timesteps)
+        scheduler.sigmas = torch.cat([ratio, torch.zeros(1)])
+    z = first * scheduler.init_noise_sigma
+    options = {"generator": later} if sampler in ("ddpm", "ddim", "euler_a") else {}
+    options |= {"eta": eta} if sampler == "ddim" else {}
+    for t in scheduler.timesteps:
+        z_in = scheduler.scale_model_input(z, t)
+        out = model(z_in, t)
+        if extra["prediction_type"] != prediction:
+            ratio = scheduler.sigmas[scheduler.step_index]
+            alpha, sigma = (1 + ratio**2) ** -0.5, ratio * (1 + ratio**2) ** -0.5
+            out = (z_in - alpha * out) / sigma
+        z = scheduler.step(out, t, z, **options).prev_sample
+    return z, scheduler.timesteps
+
+
+def stiff(sampler, config):
+    """Heun multiplies differences of eps by the first sigma / alpha, thousands here: in float32, with
+    diffusers' float32 tables, only rounding errors would be compared (and its Heun knows no zero-SNR)."""
+    return sampler == "heun" and (
+        config.rescale_betas_zero_snr or config.beta_schedule == "squaredcos_cap_v2"
+    )
+
+
+def ours(sampler, config, steps, first, later, **options):
+    grid = make_grid(Schedule(config), sampler, steps)
+    denoiser = Denoiser(model, grid.schedule)
+
+    def noise():
+        return torch.randn(SHAPE, generator=later)
+
+    z = first * grid.initial_scale
+    return SAMPLERS[sampler](lambda z_t, t: denoiser(z_t, t, None), z, grid, noise, **options), grid
+
+
+def compare(sampler, config, steps, **options):
+    first = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    first = first.double() if stiff(sampler, config) else first
+    want, timesteps = reference(
+        sampler, config, steps, first, torch.Generator().manual_seed(1), options.get("eta", 0.0)
+    )
+    got, grid = ours(sampler, config, steps, first, torch.Generator().manual_seed(1), **options)
+    asked = timesteps.unique().flip(0)  # Heun names most of them twice
+    assert torch.equal(torch.tensor([s.t for s in grid.steps]), asked.float())
+    tolerance = 1e-4
+    if sampler in ("euler", "euler_a"):  # what float32 leaves of diffusers' x = z / alpha at the start
+        tolerance += torch.finfo(torch.float32).eps * grid.steps[0].sigma / grid.steps[0].alpha
+    assert (got - want).abs().max() <= tolerance * max(1, want.abs().max())
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_equals_diffusers(sampler, spacing, prediction):
+    for steps, offset, schedule in ((1, 0, "linear"), (2, 1, "scaled_linear"), (5, 0, "scaled_linear")):
+        config = ScheduleConfig(
+            beta_schedule=schedule, prediction_type=prediction, timestep_spacing=spacing, steps_offset=offset
+        )
+        compare(sampler, config, steps)
+    config = dataclasses.replace(config, steps_offset=1)
+    compare(sampler, config, 20)
+    compare(sampler, dataclasses.replace(config, beta_schedule="squaredcos_cap_v2"), 12)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("to_one", [False, True])
+def test_ddim_eta_and_last_alpha(eta, to_one):
+    for spacing, steps in (("leading", 10), ("trailing", 30), ("linspace", 20)):
+        config = ScheduleConfig(
+            timestep_spacing=spacing, set_alpha_to_one=to_one, prediction_type="v_prediction"
+        )
+        compare("ddim", config, steps, eta=eta)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_zero_terminal_snr_equals_diffusers(sampler, prediction):
+    config = ScheduleConfig(
+        rescale_betas_zero_snr=True, prediction_type=prediction, timestep_spacing="trailing"
+    )
+    for steps in (1, 2, 5, 20):
+        compare(sampler, config, steps)
+
+
+MU, S = 0.7, 0.5  # the data of the closed forms: every element N(MU, S^2)
+
+
+def gaussian(schedule):
+    """E[z0 | z_t] for that data."""
+
+    def denoise(z_t, t):
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        return MU + alpha * S**2 / (alpha**2 * S**2 + sigma**2) * (z_t - alpha * MU)
+
+    return denoise
+
+
+def run_gaussian(sampler, steps, size=20_000, on_step=None):
+    config = ScheduleConfig(
+        rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    grid = make_grid(Schedule(config), sampler, steps)
+    noise = ImageNoise([0], (size,))
+    z = grid.initial_scale * noise().double()
+    return z, SAMPLERS[sampler](gaussian(grid.schedule), z, grid, noise, on_step)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_reproduces_a_gaussian(sampler):
+    _, z0 = run_gaussian(sampler, 500)
+    assert z0.mean().item() == pytest.approx(MU, abs=0.015)
+    assert z0.std().item() == pytest.approx(S, rel=0.025)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "bound"),
+    [("ddim", 0.03), ("euler", 0.03), ("heun", 0.02), ("dpmpp_2m", 0.02), ("unipc", 0.02)],
+)
+def test_deterministic_samplers_follow_the_exact_path(sampler, bound):
+    """The probability flow of that data takes noise eps to MU + S eps; the last step costs 0.7% of S."""
+    z, z0 = run_gaussian(sampler, 250, size=100)
+    assert (z0 - (MU + S * z)).abs().max() < bound * z.abs().max()
+
+
+def test_second_order_beats_first():
+    """Up to the last step, which is of first order in all of them."""
+    error = {}
+    for sampler in ("euler", "heun", "dpmpp_2m", "unipc"):
+        states = []
+        z, _ = run_gaussian(sampler, 20, size=100, on_step=lambda i, t, z_t, z0, s=states: s.append((t, z_t)))
+        t, z_t = states[-1]
+        schedule = Schedule(ScheduleConfig(rescale_betas_zero_snr=True, prediction_type="sample"))
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        exact = alpha * MU + (alpha**2 * S**2 + sigma**2).sqrt() * z
+        error[sampler] = (z_t - exact).abs().max().item()
+    assert max(error["heun"], error["dpmpp_2m"], error["unipc"]) < error["euler"] / 2, error
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_calls_reports_and_leaves_its_input_alone(sampler):
+    grid = make_grid(Schedule(ScheduleConfig()), sampler, 6)
+    called, seen = [], []
+
+    def denoise(z_t, t):
+        called.append(float(t))
+        return 0.5 * z_t
+
+    z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    before = z.clone()
+    noise = ImageNoise([3, 4], SHAPE[1:])
+    SAMPLERS[sampler](denoise, z, grid, noise, lambda i, t, z_t, z0: seen.append((i, t, z_t, z0)))
+    assert torch.equal(z, before)
+    assert len(called) == (11 if sampler == "heun" else 6)
+    assert [i for i, *_ in seen] == list(range(6)) and [t for _, t, *_ in seen] == [s.t for s in grid.steps]
+    assert all(torch.equal(z0, 0.5 * z_t) for *_, z_t, z0 in seen)
+
+
+def test_noise_of_an_image_does_not_depend_on_its_batch():
+    shape = (3, 4, 5)
+    together = ImageNoise([0, 1, 2], shape)
+    alone = ImageNoise([1], shape)
+    contract = torch.Generator("cpu").manual_seed(1)
+    for _ in range(3):
+        batch = together()
+        assert batch.shape == (3, *shape) and batch.dtype == torch.float32
+        assert torch.equal(batch[1:2], alone())
+        assert torch.equal(batch[1], torch.randn(shape, generator=contract))
+    assert not torch.equal(batch[0], batch[1])
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "euler_a"])
+def test_stochastic_samples_do_not_depend_on_the_batch(sampler):
+    grid = make_grid(Schedule(ScheduleConfig()), sampler, 5)
+
+    def sample(seeds):
+        noise = ImageNoise(seeds, SHAPE[1:])
+        return SAMPLERS[sampler](lambda z_t, t: torch.tanh(z_t), noise(), grid, noise)
+
+    assert torch.equal(sample([5, 6, 7])[1:2], sample([6]))
+
+
+def test_mistakes_are_one_clear_line():
+    schedule = Schedule(ScheduleConfig(steps_offset=1))
+    with pytest.raises(UserError, match="ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc"):
+        get_sampler("plms")
+    with pytest.raises(UserError, match="leading, trailing, linspace"):
+        make_grid(schedule, "ddim", 10, "karras")
+    for steps in (0, 1001):
+        with pytest.raises(UserError, match="1 to 1000"):
+            make_grid(schedule, "ddim", steps)
+    with pytest.raises(UserError, match="use fewer"):  # the offset would ask for t = 1000
+        make_grid(schedule, "ddim", 1000)
+    with pytest.raises(UserError, match="use fewer"):  # 1000 // 1001 leaves no stride
+        make_grid(schedule, "dpmpp_2m", 1000)
