@@ -1,0 +1,254 @@
+"""The tokenizer against transformers' CLIPTokenizer: trained, saved and loaded, on texts of every kind."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from ldm import bpe
+from ldm.bpe import END, START
+from ldm.config import UserError
+from ldm.tokenizer import Tokenizer
+
+WORDS = ["a", "small", "large", "red", "green", "blue", "circle", "square", "triangle"]
+WORDS += ["above", "below", "left", "of", "the", "two", "three", "it's", "don't"]
+TEXTS = [
+    "",
+    " ",
+    "a small red circle above the blue square",
+    "Two LARGE triangles, it's 3D; don't, we've, 12345 I'LL",
+    "naïve café, na\u0131\u0307ve cafe\u0301 ﬁ ß ẞ ǅ ΑΣ ΣΑΣ İstanbul",
+    "日本語のテキスト 한국어 中文",
+    "مرحبا بالعالم שלום",
+    "😀 👨‍👩‍👧‍👦 🇩🇪 👍🏽",
+    "\0 a\0b \x1c \x7f \u200b",
+    "tabs\tand\r\nlines\u3000and\u00a0spaces\u0085end",
+    "!!! ?! a!b don''t 's's",
+    "<|endoftext|> x <|startoftext|>y <|ENDOFTEXT|>!! !<|startoftext|>!",
+    "</w> a</w>b ½ ² ٣ Ⅷ",
+    "unseenwordsarespelledout " * 3,
+]
+
+
+def captions() -> list[str]:
+    rng = random.Random(0)
+    seen = [" ".join(rng.choices(WORDS, k=8)) for _ in range(400)]
+    return [*seen, *TEXTS[:-1], *TEXTS[:-1]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(captions(), vocab_size=640, context_length=32)
+
+
+def assert_same(ours: Tokenizer, theirs, texts: list[str]) -> None:
+    """Equal ids for each text - whole, and cut or padded - and equal text from the ids."""
+    for text in texts:
+        ids = theirs(text).input_ids
+        assert ours.encode(text) == ids, repr(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), repr(text)
+    expected = theirs(texts, padding="max_length", truncation=True, max_length=ours.context_length)
+    assert ours(texts, warn=False).tolist() == expected.input_ids
+
+
+def test_equals_transformers(tokenizer, tmp_path):
+    from transformers import CLIPTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    theirs = CLIPTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == len(tokenizer) == 640
+    assert theirs.model_max_length == 32
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    assert ids == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, theirs.unk_token_id)
+    assert_same(tokenizer, theirs, TEXTS + captions()[:50])
+
+
+def test_equals_transformers_on_random_strings(tokenizer, tmp_path):
+    from transformers import CLIPTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    rng = random.Random(1)
+    blocks = [
+        range(0x250),
+        range(0x370, 0x500),
+        range(0x5D0, 0x5EB),
+        range(0x3041, 0x3097),
+        range(0x1F600, 0x1F640),
+    ]
+    pool = [chr(c) for block in blocks for c in block if chr(c).isprintable() or c < 0xA1]
+    pool += ["<|endoftext|>", "<|STARTOFTEXT|>", "'s", "'ll", " ", "circle"] * 20
+    texts = ["".join(rng.choices(pool, k=rng.randrange(20))) for _ in range(500)]
+    assert_same(tokenizer, CLIPTokenizer.from_pretrained(tmp_path), texts)
+
+
+def named(pad_token: str) -> dict:
+    """The named tokens as the Stable Diffusion folders have them."""
+    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    tokens = {"bos_token": flags | {"content": START}, "eos_token": flags | {"content": END}}
+    return tokens | {"unk_token": flags | {"content": END}, "pad_token": pad_token}
+
+
+@pytest.mark.parametrize("pad_token", [END, "!"])
+def test_stable_diffusion_folders(tokenizer, tmp_path, pad_token):
+    """SD 1.x pads with the end token, SD 2.x with "!", which only special_tokens_map.json says."""
+    from transformers import CLIPTokenizer
+
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config = {k: {"__type": "AddedToken"} | v for k, v in named(END).items() if isinstance(v, dict)}
+    config |= {"pad_token": END, "model_max_length": 32, "do_lower_case": True, "errors": "replace"}
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer/special_tokens_map.json").write_text(json.dumps(named(pad_token)))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.pad_token == pad_token and ours.context_length == 32
+    assert_same(ours, CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"), TEXTS)
+    ours.save_pretrained(tmp_path / "again")
+    assert_same(ours, CLIPTokenizer.from_pretrained(tmp_path / "again"), TEXTS)
+    assert_same(
+        Tokenizer.from_pretrained(tmp_path / "again"),
+        CLIPTokenizer.from_pretrained(tmp_path / "again"),
+        TEXTS,
+    )
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("pad_token", [END, "!"])
+def test_tokenizer_json(tokenizer, tmp_path, alone, pad_token):
+    from transformers import CLIPTokenizer
+
+    Tokenizer(tokenizer.vocab, tokenizer.merges, 32, pad_token).save_pretrained(tmp_path / "files")
+    CLIPTokenizer.from_pretrained(tmp_path / "files").save_pretrained(tmp_path / "json")
+    assert not (tmp_path / "json" / "vocab.json").exists()
+    if alone:
+        (tmp_path / "json" / "tokenizer_config.json").unlink()
+    ours, theirs = (
+        Tokenizer.from_pretrained(tmp_path / "json"),
+        CLIPTokenizer.from_pretrained(tmp_path / "json"),
+    )
+    assert (ours.context_length, ours.pad_token) == ((77, END) if alone else (32, pad_token))
+    assert_same(ours, theirs, TEXTS)
+
+
+def test_vocab_and_merges_alone(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "special_tokens_map.json").unlink()
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert (ours.context_length, ours.pad_token) == (77, END)
+    assert [ours.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_added_tokens(tokenizer, tmp_path):
+    """Tokens that textual inversion adds are found in the text and kept by decode."""
+    from transformers import CLIPTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<cat-toy>": 640}))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert 640 in ours.encode("a <Cat-Toy> circle") and len(ours) == 641
+    assert_same(ours, CLIPTokenizer.from_pretrained(tmp_path), ["a <cat-toy> circle", "<CAT-TOY>!"])
+
+
+def test_shape_and_padding(tokenizer):
+    tokens = tokenizer(["", "a red circle"])
+    assert tokens.shape == (2, 32) and tokens.dtype == torch.long
+    assert tokens[0].tolist() == [tokenizer.bos_token_id] + 31 * [tokenizer.eos_token_id]
+    assert tokenizer([]).shape == (0, 32)
+    with pytest.raises(TypeError, match="list of texts"):
+        tokenizer("a red circle")
+
+
+def test_what_is_cut_is_named(tokenizer):
+    text = "circle " * 30 + "green square"
+    with pytest.warns(UserWarning, match="more than 30 tokens; this was cut off: 'green square'"):
+        tokens = tokenizer([text])
+    assert tokens[0, 0] == tokenizer.bos_token_id and tokens[0, -1] == tokenizer.eos_token_id
+    assert tokenizer.decode(tokens[0]) == " ".join(["circle"] * 30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer([text], warn=False)
+        tokenizer(["circle " * 30])  # fits exactly
+
+
+def test_decode_gives_the_text_back(tokenizer):
+    for text in ("a small red circle", "日本語 😀", "it 's", "مرحبا"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def slow_merges(words: dict[str, int], count: int) -> list[tuple[str, str]]:
+    """BPE by its definition: count all pairs anew for every merge."""
+    spelled, merges = {word: bpe.spell(word) for word in words}, []
+    while len(merges) < count:
+        totals = {}
+        for word, symbols in spelled.items():
+            for pair in zip(symbols, symbols[1:], strict=False):
+                totals[pair] = totals.get(pair, 0) + words[word]
+        best = min(totals, key=lambda pair: (-totals[pair], pair))
+        if totals[best] < 2:
+            break
+        merges.append(best)
+        spelled = {word: bpe.merge(symbols, best) for word, symbols in spelled.items()}
+    return merges
+
+
+def test_training_is_byte_pair_encoding():
+    rng = random.Random(0)
+    words = {"".join(rng.choices("abc", k=rng.randrange(1, 9))): rng.randrange(1, 20) for _ in range(150)}
+    words |= {"aaaa": 7, "aaaaaaa": 3}
+    merges = bpe.learn_merges(words, 80)
+    assert merges == slow_merges(words, len(merges))
+    assert len({"".join(pair) for pair in merges}) == 80
+
+
+def test_training_depends_on_captions_alone(tokenizer, tmp_path):
+    """Neither the order of the captions nor Python's hash seed changes the vocabulary."""
+    again = Tokenizer.train(captions()[::-1], vocab_size=640, context_length=32)
+    assert (again.vocab, again.merges) == (tokenizer.vocab, tokenizer.merges)
+    code = "from ldm.bpe import learn_merges; print(learn_merges({'abc': 3, 'abd': 3, 'bcd': 3}, 9))"
+    outputs = set()
+    for seed in ("1", "2"):
+        command, environment = [sys.executable, "-c", code], os.environ | {"PYTHONHASHSEED": seed}
+        outputs.add(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+    assert len(outputs) == 1
+
+
+def test_small_vocabularies():
+    assert len(Tokenizer.train(["ab cd"], vocab_size=4000)) == 514  # nothing occurs twice
+    assert len(Tokenizer.train(["circle"] * 5, vocab_size=516)) == 516
+    with pytest.raises(UserError, match="vocab_size is 513; it must be at least 514"):
+        Tokenizer.train(["ab"], vocab_size=513)
+    with pytest.raises(UserError, match="context_length is 2"):
+        Tokenizer.train(["ab"], vocab_size=514, context_length=2)
+
+
+def test_broken_folders_are_explained(tokenizer, tmp_path):
+    def broken(name: str, content: str | None) -> str:
+        shutil.rmtree(tmp_path / "t", ignore_errors=True)
+        tokenizer.save_pretrained(tmp_path / "t")
+        (tmp_path / "t" / name).unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "t" / name).write_text(content)
+        with pytest.raises(UserError) as error:
+            Tokenizer.from_pretrained(tmp_path / "t")
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "neither vocab.json" in broken("vocab.json", None)
+    assert "merges.txt" in broken("merges.txt", None)
+    assert "not valid JSON" in broken("vocab.json", "{")
+    assert "not of two tokens of the vocabulary" in broken("vocab.json", "{}")
+    assert "'x y z'" in broken("merges.txt", "#version: 0.2\nx y z\n")
+    assert "no CLIP tokenizer" in broken("tokenizer.json", json.dumps({"model": {"vocab": {}, "merges": []}}))
+    assert "bos_token '<s>'" in broken(
+        "tokenizer_config.json", json.dumps({"bos_token": "<s>", "added_tokens_decoder": {}})
+    )
+    with pytest.raises(UserError, match="has no token"):
+        Tokenizer({}, [])
+    with pytest.raises(UserError, match="nowhere"):
+        Tokenizer.from_pretrained(tmp_path / "nowhere")
