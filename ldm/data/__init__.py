@@ -1,0 +1,95 @@
+"""Captioned images by name. A data set is a pure function of the index:
+
+dataset[i] -> {"image": uint8 (3, size, size), "captions": list[str], "key": str}
+dataset.captions(i) -> the same captions, without touching the image
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.config import UserError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which captioned images, at which size."""
+
+    name: str = "shapes"  # shapes | emoji | folder | shards
+    path: str = ""  # where a folder or shards are
+    size: int = 32  # pixels a side, after resize and centre crop
+    length: int | None = None  # scenes of the training split of shapes
+    seed: int = 0  # of the shapes, and of the split of a folder or shards that have none
+    flip: bool = False  # mirror half of the training images; wrong where captions say left or right
+
+
+def open_dataset(config: DataConfig, split: str) -> Any:
+    """The data set `config.name`, split train, val or test. UserError for an unknown name or split."""
+    if config.name not in DATASETS:
+        raise UserError(f"unknown data set {config.name!r}; known: {', '.join(DATASETS)}")
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    return DATASETS[config.name](config, split)
+
+
+def _shapes(config: DataConfig, split: str) -> Any:
+    from ldm.data.shapes import Shapes
+
+    return Shapes(config.size, split, config.length if split == "train" else None, config.seed)
+
+
+def _emoji(config: DataConfig, split: str) -> Any:
+    from ldm.data.emoji import Emoji
+
+    return Emoji(config.size, split, config.path or None)
+
+
+def _folder(config: DataConfig, split: str) -> Any:
+    from ldm.data.folder import Folder
+
+    return Folder(config.path, size=config.size, split=split, seed=config.seed)
+
+
+def _shards(config: DataConfig, split: str) -> Any:
+    from ldm.data.shards import Shards
+
+    return Shards(config.path, size=config.size, split=split, seed=config.seed)
+
+
+DATASETS: dict[str, Callable[[DataConfig, str], Any]] = {
+    "shapes": _shapes,
+    "emoji": _emoji,
+    "folder": _folder,
+    "shards": _shards,
+}
+
+
+def to_float(image: Tensor) -> Tensor:
+    """uint8 pixels -> float32 in [-1, 1]."""
+    return image.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """x in [-1, 1], clamped -> uint8 pixels, rounded: truncation would darken by half a level."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def stack_images(samples: list[dict]) -> dict:
+    """Samples -> {"image": uint8 (B, 3, H, W), "captions": B lists of strings}."""
+    return {"image": torch.stack([s["image"] for s in samples]), "captions": [s["captions"] for s in samples]}
+
+
+def choose_captions(captions: list[list[str]]) -> list[str]:
+    """One caption of each list, by torch's global generator (which the training loop seeds every step)."""
+    return [c[int(torch.randint(len(c), ()))] for c in captions]
+
+
+def flip_half(image: Tensor) -> Tensor:
+    """Mirrors each image (B, 3, H, W) with probability one half, by torch's global generator."""
+    mirrored = torch.rand(len(image), device=image.device) < 0.5
+    return torch.where(mirrored[:, None, None, None], image.flip(-1), image)

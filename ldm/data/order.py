@@ -1,0 +1,80 @@
+"""The order in which samples are read: a pure function of (seed, step), split over processes."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ldm.config import UserError
+
+WINDOW = 8  # blocks that are mixed with each other; more mixes better and reads less sequentially
+
+
+class EpochBatches:
+    """Batch sampler for a DataLoader: for step = start, start + 1, ... `steps` - 1 (endless when None), this
+    rank's list of `batch_size` indices.
+
+    Every epoch is a permutation of range(`length`); the epochs follow each other without a gap. The global
+    batch of a step is the next `batch_size * world` entries, and rank r has its r-th run of `batch_size`. So
+    the last batch of an epoch is filled up from the next epoch and nothing is dropped: per epoch every
+    sample comes exactly once, over all ranks together. Nothing is remembered between steps: starting at k
+    gives the batches that a run from 0 has from step k on, and 2 ranks with batch 8 see the global batches
+    of 1 rank with 16.
+
+    `blocks` (lengths of consecutive runs of indices, `Shards.lengths`) keeps reading local: blocks are
+    shuffled, then samples within each WINDOW of blocks. UserError for a data set without samples.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+        steps: int | None = None,
+        blocks: list[int] | None = None,
+    ) -> None:
+        if length < 1:
+            raise UserError("the data set has no samples; give a folder, shards or a split that has some")
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world} processes")
+        if blocks is not None and sum(blocks) != length:
+            raise ValueError(f"blocks hold {sum(blocks)} samples, the data set {length}")
+        self.length, self.batch_size, self.seed, self.blocks = length, batch_size, seed, blocks
+        self.rank, self.world, self.start, self.steps = rank, world, start, steps
+
+    def __len__(self) -> int:
+        if self.steps is None:
+            raise TypeError("EpochBatches without `steps` is endless")
+        return max(self.steps - self.start, 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step, epoch, order = self.start, -1, np.empty(0, np.int64)
+        while self.steps is None or step < self.steps:
+            first = (step * self.world + self.rank) * self.batch_size
+            batch: list[int] = []
+            while len(batch) < self.batch_size:
+                now, offset = divmod(first + len(batch), self.length)
+                if now != epoch:
+                    epoch, order = now, self.permutation(now)
+                batch += order[offset : offset + self.batch_size - len(batch)].tolist()
+            yield batch
+            step += 1
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """The order of all indices in one epoch, int64 (length,)."""
+        # Sorting raw bits, not Generator.permutation: NumPy keeps only the bits the same between versions.
+        bits = np.random.PCG64(np.random.SeedSequence([self.seed % 2**64, epoch]))
+        if self.blocks is None:
+            return np.argsort(bits.random_raw(self.length), kind="stable")
+        ends = np.cumsum(self.blocks)
+        order = np.argsort(bits.random_raw(len(ends)), kind="stable")
+        windows = []
+        for first in range(0, len(order), WINDOW):
+            chosen = order[first : first + WINDOW]
+            members = np.concatenate([np.arange(ends[i] - self.blocks[i], ends[i]) for i in chosen])
+            windows.append(members[np.argsort(bits.random_raw(len(members)), kind="stable")])
+        return np.concatenate(windows)

@@ -1,0 +1,154 @@
+"""Plain tar files of samples: where each member lies, and the index of counts and hashes beside them."""
+
+import hashlib
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from ldm.config import UserError
+from ldm.data.captions import decode, parse_object
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+KINDS = {**dict.fromkeys(IMAGES, "image"), "txt": "txt", "json": "json"}
+LARGEST = {"image": 2**28, "txt": 2**24, "json": 2**24}  # bytes of one member; checked before it is read
+BLOCK = tarfile.BLOCKSIZE
+INDEX = "index.json"
+
+
+class Span(NamedTuple):
+    """Where the bytes of a member lie in its shard; size -1 where the sample has no such member."""
+
+    offset: int = 0
+    size: int = -1
+
+
+def find_shards(path: str | Path) -> list[Path]:
+    """The `*.tar` of a folder in order of name, or one `.tar` itself; UserError when there is none."""
+    path = Path(path)
+    files = [path] if path.is_file() and path.suffix == ".tar" else sorted(path.glob("*.tar"))
+    if not path.exists():
+        raise UserError(f"shard folder {str(path)!r} does not exist")
+    if not files:
+        raise UserError(f"no *.tar shards in {str(path)!r}; scripts/prepare_data.py writes them")
+    return files
+
+
+def read_index(folder: Path) -> dict[str, dict[str, Any]]:
+    """`index.json` of a folder of shards: {name: {"samples", "bytes", "sha256"}}; {} where there is none.
+
+    Raises UserError when it is broken, or lists a shard that is not in the folder.
+    """
+    file = folder / INDEX
+    if not file.is_file():
+        return {}
+    table = parse_object(decode(file.read_bytes(), str(file)), str(file)).get("shards")
+    if not isinstance(table, dict) or not all(_is_entry(entry) for entry in table.values()):
+        raise UserError(f"{str(file)!r} is no index of shards; delete it, or write the shards again")
+    for name in table:
+        if PurePosixPath(name).name != name or not (folder / name).is_file():
+            raise UserError(f"shard {name!r}, listed in {str(file)!r}, is missing; write the shards again")
+    return table
+
+
+def verify(path: str | Path) -> int:
+    """Compares the SHA-256 of every shard with `index.json`; their number, or UserError at a difference."""
+    files = find_shards(path)
+    index = read_index(files[0].parent)
+    for file in files:
+        check_bytes(file, index)
+        if not index or sha256(file) != index[file.name]["sha256"]:
+            raise UserError(f"shard {file.name!r} does not have the SHA-256 of {INDEX}; write the shards again")
+    return len(files)
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def scan(file: Path) -> dict[str, dict[str, Span]]:
+    """Where the members of each sample of a shard lie, from its headers: {key: {"image"|"txt"|"json": Span}}.
+
+    UserError for what is no plain tar, a tar that is cut short, an unsafe name, a member given twice or
+    beyond the bounds of LARGEST, and for samples that have a picture and no caption or the other way round.
+    """
+    samples: dict[str, dict[str, Span]] = {}
+    end = 0
+    try:
+        with tarfile.open(file, "r:") as archive:
+            for member in archive:
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+                archive.members = []  # tarfile would keep every header
+                if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    _add(samples, member, file)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise UserError(f"shard {str(file)!r} is cut short or no plain tar: {error}") from None
+    if read_span(file, Span(end, BLOCK)) != bytes(BLOCK):  # tarfile stops at a broken header without a word
+        raise UserError(f"shard {str(file)!r} is cut short or damaged after {end} bytes; write it again")
+    _check_complete(samples, file)
+    return samples
+
+
+def read_span(file: Path, span: Span) -> bytes:
+    """The bytes of a member; UserError when the shard has become shorter or is gone."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(span.offset)
+            data = stream.read(span.size)
+    except OSError as error:
+        raise UserError(f"shard {str(file)!r} cannot be read: {error.strerror}") from None
+    if len(data) != span.size:
+        raise UserError(f"shard {str(file)!r} is cut short at {span.offset + len(data)} bytes; write it again")
+    return data
+
+
+def _add(samples: dict[str, dict[str, Span]], member: tarfile.TarInfo, file: Path) -> None:
+    name = PurePosixPath(member.name)
+    stem, _, suffix = name.name.partition(".")
+    kind = KINDS.get(suffix.lower())
+    if kind is None or not stem:
+        return
+    if name.is_absolute() or ".." in name.parts or len(member.name) > 255:
+        raise UserError(f"shard {file.name!r} has a member with the unsafe name {member.name[:80]!r}; rename it")
+    if member.size > LARGEST[kind]:
+        raise UserError(
+            f"member {member.name!r} of shard {file.name!r} has {member.size} bytes; at most {LARGEST[kind]}"
+        )
+    spans = samples.setdefault(str(name.with_name(stem)), {})
+    if kind in spans:
+        raise UserError(f"shard {file.name!r} has two members for the {kind} of {member.name!r}; keep one")
+    spans[kind] = Span(member.offset_data, member.size)
+
+
+def _check_complete(samples: dict[str, dict[str, Span]], file: Path) -> None:
+    for what, bad in (
+        ("no caption (.txt or .json)", [key for key, spans in samples.items() if spans.keys() == {"image"}]),
+        ("no picture", [key for key, spans in samples.items() if "image" not in spans]),
+    ):
+        if bad:
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            raise UserError(f"shard {file.name!r}: sample {bad[0]!r}{more} has {what}")
+
+
+def check_bytes(file: Path, index: dict[str, dict[str, Any]]) -> None:
+    """UserError when a shard's size is not the index's, or the index does not name it; {} accepts all."""
+    if not index:
+        return
+    if file.name not in index:
+        raise UserError(f"shard {file.name!r} is not in {INDEX} beside it; remove one of the two")
+    want, have = index[file.name]["bytes"], file.stat().st_size
+    if have != want:
+        raise UserError(f"shard {file.name!r} has {have} bytes but {INDEX} says {want}; write the shards again")
+
+
+def check_count(file: Path, have: int, index: dict[str, dict[str, Any]]) -> None:
+    """UserError when a shard does not have as many samples as the index says; {} accepts any number."""
+    want = index[file.name]["samples"] if index else have
+    if have != want:
+        raise UserError(f"shard {file.name!r} has {have} samples but {INDEX} says {want}; write the shards again")
+
+
+def _is_entry(entry: Any) -> bool:
+    kinds = {"samples": int, "bytes": int, "sha256": str}
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())

@@ -1,0 +1,221 @@
+"""The shapes data: pure, true captions, separable shapes, compositions that training never shows."""
+
+import itertools
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.config import UserError
+from ldm.data import shapes
+from ldm.data.shapes import COLOURS, SHAPES, SIZES, Scene, Shapes, Thing, coverage, is_held_out, render
+from ldm.data.shapes_captions import captions
+
+WORD = re.compile(rf"(a|one|two|three) (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:e?s)?$")
+RELATION = re.compile(r" (?:to the )?(left of|right of|above|below) (?:the )?")
+
+
+def read_caption(caption: str) -> tuple[list[tuple], str | None]:
+    """A reader of the grammar that shares nothing with the writer: [(size, colour, shape)], relation."""
+    caption = caption.removeprefix("a picture of ")
+    relation = RELATION.search(caption)
+    parts = RELATION.split(caption)[::2] if relation else re.split(r", | and ", caption)
+    things = []
+    for part in parts:
+        number, size, colour, shape = WORD.match(part).groups()
+        things += [(size, colour, shape)] * {"a": 1, "one": 1, "two": 2, "three": 3}[number]
+    return things, relation and relation.group(1)
+
+
+def lies(relation: str, a: Thing, b: Thing) -> bool:
+    dx, dy = b.x - a.x, b.y - a.y
+    way = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
+    return way[0] > abs(way[1])
+
+
+def is_true(caption: str, scene: Scene) -> bool:
+    said, relation = read_caption(caption)
+    if len(said) != len(scene.things):
+        return False
+    for order in itertools.permutations(scene.things):
+        same = all(
+            size in (None, t.size) and (colour, shape) == (t.colour, t.shape)
+            for (size, colour, shape), t in zip(said, order, strict=True)
+        )
+        if same and (relation is None or lies(relation, *order)):
+            return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [data.scene(i) for data in (Shapes(), Shapes(split="val"), Shapes(split="test")) for i in range(1500)]
+
+
+def test_item_follows_the_contract_at_any_size():
+    for size in (32, 48, 64):
+        item = Shapes(size=size, length=5)[4]
+        assert item["image"].dtype == torch.uint8 and item["image"].shape == (3, size, size)
+        assert item["image"].is_contiguous()
+        assert item["captions"] == Shapes(size=size).captions(4)
+        assert len(item["captions"]) >= 3 and all(isinstance(text, str) for text in item["captions"])
+        assert item["key"] == "shapes-0-train-0000004" and isinstance(item["scene"], Scene)
+
+
+def test_an_item_depends_on_seed_split_and_index_alone():
+    first, again = Shapes(length=50), Shapes(size=32, length=99)
+    [again[i] for i in (7, 3)]
+    assert torch.equal(first[5]["image"], again[5]["image"]) and first[5]["captions"] == again[5]["captions"]
+    others = [Shapes(seed=1)[5], Shapes(split="val")[5], Shapes()[6]]
+    assert all(first[5]["scene"] != other["scene"] for other in others)
+
+
+def test_the_data_do_not_drift():
+    # trained models rely on these scenes: a change here makes another data set
+    assert Shapes()[0]["captions"][0] == "a yellow square left of a black cross"
+    assert Shapes()[2]["captions"] == [
+        "three blue squares",
+        "three large blue squares",
+        "a picture of three blue squares",
+    ]
+    assert Shapes(split="test").scene(1) == Shapes(split="test", length=2).scene(1)
+
+
+def test_every_caption_is_true_complete_and_short(scenes):
+    for scene in scenes[::3]:
+        texts = captions(scene)
+        assert len(set(texts)) == len(texts)
+        assert all(is_true(text, scene) for text in texts), (scene, texts)
+        assert max(len(re.findall(r"\w+", text)) for text in texts) <= 20
+    words = {word for scene in scenes for text in captions(scene) for word in re.findall(r"\w+", text)}
+    assert len(words) <= 45
+
+
+def test_a_changed_caption_is_false():
+    scene = next(s for s in (Shapes().scene(i) for i in range(99)) if s.relation == "left of")
+    text = captions(scene)[0]
+    for old, new in (("left of", "right of"), ("left of", "above"), (scene.things[0].shape, "ring")):
+        if old != new:
+            assert not is_true(text.replace(old, new), scene)
+
+
+def test_things_lie_inside_and_apart(scenes):
+    for scene in scenes:
+        for thing in scene.things:
+            half = SIZES[thing.size] / 2
+            assert min(thing.x - half, thing.y - half) > 1 / 32 - 1e-9
+            assert max(thing.x + half, thing.y + half) < 31 / 32 + 1e-9
+        for a, b in itertools.combinations(scene.things, 2):
+            apart = max(abs(a.x - b.x), abs(a.y - b.y)) - (SIZES[a.size] + SIZES[b.size]) / 2
+            assert apart >= 2 / 32 - 1e-9
+
+
+def test_scenes_cover_all_kinds_relations_and_attributes():
+    train = [Shapes().scene(i) for i in range(3000)]
+    assert {len(scene.things) for scene in train} == {1, 2, 3}
+    relations = Counter(scene.relation for scene in train)
+    assert min(relations[name] for name in shapes.RELATIONS) > 200
+    for attribute, names in (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES)):
+        count = Counter(getattr(thing, attribute) for scene in train for thing in scene.things)
+        assert set(count) == set(names) and min(count.values()) > 0.6 * max(count.values())
+
+
+def test_training_never_shows_a_held_out_composition(scenes):
+    assert len(shapes.HELD_OUT_THINGS) / (len(SHAPES) * len(COLOURS)) == pytest.approx(0.083, abs=0.01)
+    for scene in scenes[:3000]:  # train and val
+        things = scene.things
+        assert not {(t.colour, t.shape) for t in things} & shapes.HELD_OUT_THINGS
+        equal = Counter((t.colour, t.shape) for t in things)
+        for (colour, shape), n in equal.items():
+            assert not {(n, colour), (n, shape)} & shapes.HELD_OUT_COUNTS
+        if len(equal) > 1:
+            for a, b in itertools.permutations(things, 2):
+                seen = [r for r in shapes.RELATIONS if lies(r, a, b)]
+                assert not {(a.shape, r, b.shape) for r in seen} & shapes.HELD_OUT_RELATIONS
+        assert not is_held_out(scene)
+    train = {text for scene in scenes[:1500] for text in captions(scene)}
+    for colour, shape in shapes.HELD_OUT_THINGS:
+        assert not any(f"{colour} {shape}" in text for text in train)
+
+
+def test_every_second_test_item_is_held_out_in_each_of_the_three_ways(scenes):
+    held_out = [is_held_out(scene) for scene in scenes[3000:]]
+    assert held_out == [i % 2 == 1 for i in range(1500)]
+    ways = Counter()
+    for scene in scenes[3001::2]:
+        if {(t.colour, t.shape) for t in scene.things} & shapes.HELD_OUT_THINGS:
+            ways["thing"] += 1
+        elif len({(t.colour, t.shape) for t in scene.things}) == 1:
+            ways["count"] += 1
+        else:
+            ways["relation"] += 1
+    assert min(ways.values()) > 50 and len(ways) == 3
+
+
+def test_a_relation_is_held_out_in_either_wording():
+    a, b = Thing(colour="blue", shape="circle"), Thing(colour="blue", shape="star")
+    assert is_held_out(Scene(things=(a, b), relation="left of"))
+    assert is_held_out(Scene(things=(b, a), relation="right of"))
+    assert not is_held_out(Scene(things=(a, b), relation="right of"))
+    assert not is_held_out(Scene(things=(a, b)))
+
+
+AREAS = {  # of a shape of diameter 2, in closed form
+    "circle": np.pi,
+    "square": 1.8**2,
+    "triangle": 1.98 * 1.8 / 2,
+    "cross": 2 * 2 * 0.64 - 0.64**2,
+    "ring": np.pi * (1 - 0.5**2),
+    "star": 5 * 0.45 * np.sin(np.pi / 5),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_coverage_has_the_exact_area(shape):
+    mask = coverage(shape, 40.0, 22.3, 21.6, 44)
+    assert mask.min() == 0 and mask.max() == 1 and 0 < ((mask > 0) & (mask < 1)).mean() < 0.2
+    assert mask.sum() == pytest.approx(AREAS[shape] * 20**2, rel=0.02)
+
+
+def test_a_picture_holds_its_colours_where_the_scene_says():
+    thing = Thing(colour="green", shape="square", size="large", x=0.3, y=0.6)
+    picture = render(Scene(things=(thing,)), 64)
+    assert tuple(picture[38, 19]) == COLOURS["green"] and tuple(picture[0, 0]) == shapes.BACKGROUND
+    rows, columns = np.nonzero((picture != 128).any(-1))
+    assert (columns.mean() + 0.5) / 64 == pytest.approx(0.3, abs=0.01)
+    assert (rows.mean() + 0.5) / 64 == pytest.approx(0.6, abs=0.01)
+
+
+def test_shapes_are_told_apart_even_when_small():
+    def best_overlap(a: str, b: str) -> float:
+        mask, best = coverage(a, 9.6, 8, 8, 16), 0.0
+        for scale, dx, dy in itertools.product((0.8, 0.9, 1, 1.1, 1.2), (-1, 0, 1), (-1, 0, 1)):
+            other = coverage(b, 9.6 * scale, 8 + dx, 8 + dy, 16)
+            best = max(best, np.minimum(mask, other).sum() / np.maximum(mask, other).sum())
+        return best
+
+    overlaps = {pair: best_overlap(*pair) for pair in itertools.combinations(SHAPES, 2)}
+    assert overlaps.pop(("circle", "square")) < 0.87
+    assert max(overlaps.values()) < 0.8
+
+
+def test_colours_are_far_apart_and_no_edge_looks_like_another_colour():
+    colours = np.array([*COLOURS.values(), shapes.BACKGROUND], float)
+    distances = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
+    assert distances[~np.eye(9, dtype=bool)].min() > 160
+    half = (colours[:8] + colours[8]) / 2  # an edge pixel, half covered
+    nearest = np.linalg.norm(half[:, None] - colours[None], axis=-1).argsort(1)[:, :2]
+    assert [set(row) for row in nearest.tolist()] == [{i, 8} for i in range(8)]
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match="train, val, test"):
+        Shapes(split="valid")
+    with pytest.raises(UserError, match="24 or more"):
+        Shapes(size=16)
+    with pytest.raises(UserError, match="length 0"):
+        Shapes(length=0)
+    with pytest.raises(IndexError):
+        Shapes(length=3)[3]
