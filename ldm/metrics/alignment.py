@@ -1,0 +1,68 @@
+"""Do pictures say what their captions say? From the embeddings of an image-text model, row i with row i."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cosine(image_embeddings: Tensor | np.ndarray, text_embeddings: Tensor | np.ndarray) -> Tensor:
+    """Cosine of each picture with its own caption, (N, D) and (N, D) -> (N,) float64 in [-1, 1]."""
+    images, texts = _unit(image_embeddings), _unit(text_embeddings)
+    if images.shape != texts.shape:
+        raise ValueError(f"embeddings {tuple(images.shape)} and {tuple(texts.shape)} are not pairs")
+    return (images * texts).sum(1)
+
+
+def clip_score(cosines: Tensor | np.ndarray, weight: float = 2.5) -> Tensor:
+    """weight * max(cos, 0) per sample, (N,) -> (N,); its mean is the score.
+
+    Weight 2.5 as in Hessel et al. 2021, eq. 1; 100 is the other scale in use: print which, and the model.
+    """
+    return weight * torch.as_tensor(cosines).double().clamp_min(0)
+
+
+def retrieval(
+    image_embeddings: Tensor | np.ndarray,
+    text_embeddings: Tensor | np.ndarray,
+    k: Sequence[int] = (1, 5),
+    same: Tensor | np.ndarray | None = None,
+) -> dict[str, float]:
+    """Share of queries whose partner is among the k most similar of all N, both ways.
+
+    Embeddings (N, D). `same` (N, N) bool marks further pairs that count as right, as where two pictures share
+    a caption. A tie is ranked in the middle, so that constant embeddings score chance (k / N). Returns
+    "image_to_text@k", "text_to_image@k" and "chance@k", the last for one right partner among N, in [0, 1].
+    """
+    images, texts = _unit(image_embeddings), _unit(text_embeddings)
+    if images.shape != texts.shape or not len(images):
+        raise ValueError(f"embeddings {tuple(images.shape)} and {tuple(texts.shape)} are not pairs")
+    similarity = images @ texts.T  # (N, N)
+    right = torch.eye(len(images), dtype=torch.bool, device=similarity.device)
+    if same is not None:
+        right = right | torch.as_tensor(same, device=similarity.device)
+    result = {}
+    for name, scores, answers in (
+        ("image_to_text", similarity, right),
+        ("text_to_image", similarity.T, right.T),
+    ):
+        ahead, tied = _rivals(scores, answers)
+        for top in k:
+            # of the 1 + tied equal places, those among the first k
+            hits = ((top - ahead) / (1 + tied)).clamp(0, 1)
+            result[f"{name}@{top}"] = float(hits.mean())
+    return result | {f"chance@{top}": min(top / len(images), 1.0) for top in k}
+
+
+def _rivals(scores: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row, how many wrong columns beat the best right one and how many equal it; (N,) float64."""
+    best = scores.masked_fill(~answers, float("-inf")).amax(1, keepdim=True)
+    close = (scores - best).abs() < 1e-12  # equal but for round-off
+    ahead = ((scores > best) & ~close & ~answers).sum(1)
+    return ahead.double(), (close & ~answers).sum(1).double()
+
+
+def _unit(embeddings: Tensor | np.ndarray) -> Tensor:
+    return F.normalize(torch.as_tensor(embeddings).detach().double(), dim=-1)

@@ -1,0 +1,52 @@
+"""How near reconstructions are to the originals, per picture."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+def psnr(x: Tensor, y: Tensor, data_range: float = 2.0, maximum: float = 100.0) -> Tensor:
+    """Peak signal-to-noise ratio of each picture in dB; (B, ...) and (B, ...) -> (B,) float64.
+
+    10 log10(range^2 / mean squared error), at most `maximum`, which identical pictures get. `data_range` is 2
+    for [-1, 1]. A set's PSNR is the mean of these, not the PSNR of the pooled error.
+    """
+    _same_shape(x, y)
+    error = rearrange((x.double() - y.double()).square(), "b ... -> b (...)").mean(1)
+    return (10 * torch.log10(data_range**2 / error)).clamp(max=maximum)
+
+
+def ssim(x: Tensor, y: Tensor, data_range: float = 2.0) -> Tensor:
+    """Structural similarity of each picture; (B, C, H, W) twice -> (B,) float64, 1 for identical pictures.
+
+    Wang et al. 2004, eq. 13, as published: 11-tap Gaussian of sigma 1.5, K = (0.01, 0.03), population
+    moments, each channel alone, mean over the windows that lie whole within the picture. ValueError where a
+    side has under 11 pixels.
+    """
+    _same_shape(x, y)
+    if x.ndim != 4 or min(x.shape[-2:]) < 11:
+        raise ValueError(f"SSIM needs (B, C, H, W) pictures of at least 11x11 pixels, not {tuple(x.shape)}")
+    x, y = x.double(), y.double()
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    mean_x, mean_y = _blur(x), _blur(y)
+    var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
+    covariance = _blur(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return (luminance * structure).mean((1, 2, 3))
+
+
+def _blur(x: Tensor) -> Tensor:
+    """The 11-tap Gaussian of sigma 1.5 over (B, C, H, W) -> (B, C, H-10, W-10)."""
+    taps = torch.arange(-5, 6, dtype=x.dtype, device=x.device)
+    taps = torch.exp(-taps.square() / (2 * 1.5**2))
+    taps = rearrange(taps / taps.sum(), "k -> 1 1 k 1")
+    planes = rearrange(x, "b c h w -> (b c) 1 h w")
+    planes = F.conv2d(F.conv2d(planes, taps), rearrange(taps, "1 1 k 1 -> 1 1 1 k"))
+    return rearrange(planes, "(b c) 1 h w -> b c h w", b=len(x))
+
+
+def _same_shape(x: Tensor, y: Tensor) -> None:
+    if x.shape != y.shape:
+        raise ValueError(f"pictures of shapes {tuple(x.shape)} and {tuple(y.shape)} cannot be compared")
