@@ -1,0 +1,158 @@
+"""Training the VAE: reconstruction + perceptual + KL + patch-GAN (Rombach et al. 2022, section 3.1)."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from ldm import losses
+from ldm.data import DataConfig, flip_half, open_dataset, stack_images, to_float
+from ldm.discriminator import PatchDiscriminator
+from ldm.images import tile
+from ldm.metrics import psnr, ssim
+from ldm.perceptual import perceptual_network
+from ldm.train import TrainConfig
+from ldm.vae import VAE, VAEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the terms; every term is a mean over elements."""
+
+    l2: float = 0.0  # squared error beside the absolute error
+    perceptual: float = 1.0
+    perceptual_net: str = "effnet-lite0"  # or lpips-vgg, lpips-alex
+    perceptual_path: str | None = None  # its weights, where they are not in their usual home
+    perceptual_depth: int | None = None  # stages of it that are compared; fewer is cheaper and sees colour more
+    kl: float = 1e-4  # per latent element
+    gan: float = 0.5  # times the adaptive weight and the ramp
+    gan_start: int = 5000  # steps before the discriminator's verdict counts; it learns from half of that on
+    gan_ramp: int = 1000  # steps from no weight to the whole
+    gan_maximum: float = 1e4  # clamp of the adaptive weight
+    discriminator_channels: int = 64
+    discriminator_layers: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Everything `train_autoencoder` can be told."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: VAEConfig = field(default_factory=VAEConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    held_out: int = 512  # validation images that are measured
+    statistics: int = 50_000  # at most so many training images give the latent shift and scale
+
+
+class AutoencoderTask:
+    """The generator and the discriminator step of one batch of images."""
+
+    def __init__(self, config: AutoencoderConfig):
+        self.config = config
+        self.dataset = open_dataset(config.data, "train")
+        loss = config.loss
+        torch.manual_seed(config.train.seed)
+        self.modules: dict[str, nn.Module] = {"vae": VAE(config.model)}
+        if loss.gan:
+            discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
+            self.modules["discriminator"] = discriminator
+        for module in self.modules.values():
+            module.to(memory_format=torch.channels_last)
+        self.perceptual = perceptual_network(loss.perceptual_net, loss.perceptual_path, loss.perceptual_depth)
+        self.collate = stack_images
+
+    def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
+        """The VAE's loss with the discriminator frozen, then the discriminator's on detached pictures."""
+        c = self.config.loss
+        x = to_float(batch["image"]).contiguous(memory_format=torch.channels_last)
+        x = flip_half(x) if self.config.data.flip else x
+        reconstruction, posterior = modules["vae"](x)
+        l1 = losses.reconstruction(reconstruction, x, c.l2)
+        perceptual = self.perceptual.to(x.device)(reconstruction, x).mean()
+        kl = losses.kl(posterior.mean, posterior.logvar)
+        fidelity = l1 + c.perceptual * perceptual
+        values = {"l1": l1, "perceptual": perceptual, "kl": kl}
+        learns, counts = step >= c.gan_start // 2, step >= c.gan_start
+        gan = fidelity.new_zeros(())
+        if c.gan and counts:
+            discriminator = self.modules["discriminator"].requires_grad_(False)
+            verdict = losses.hinge_generator(discriminator(reconstruction))
+            discriminator.requires_grad_(True)
+            last = self.modules["vae"].decoder.conv_out.weight
+            weight = losses.adaptive_weight(fidelity, verdict, last, c.gan_maximum)
+            gan = c.gan * losses.ramp(step, c.gan_start, c.gan_ramp) * weight * verdict
+            values["gan_weight"] = weight
+        yield "vae", fidelity + c.kl * kl + gan, values
+        if c.gan and learns:
+            logits = modules["discriminator"](torch.cat([x, reconstruction.detach()]))
+            real, fake = logits.chunk(2)
+            values = {"logits_real": real.mean(), "logits_fake": fake.mean()}
+            yield "discriminator", losses.hinge_discriminator(real, fake), values
+
+    def after_step(self) -> None:
+        """Nothing to hold."""
+
+    def validate(self, device: torch.device) -> dict[str, float]:
+        """PSNR (dB), SSIM and perceptual distance of reconstructions (from the mean) of held-out images."""
+        sums = {"psnr": 0.0, "ssim": 0.0, "perceptual": 0.0}
+        dataset = open_dataset(self.config.data, "val")
+        count = min(self.config.held_out, len(dataset))
+        for x in _images(dataset, count, device):
+            y = self.reconstruct(x)
+            sums["psnr"] += float(psnr(y, x).sum())
+            sums["ssim"] += float(ssim(y, x).sum())
+            sums["perceptual"] += float(self.perceptual(y, x).sum())
+        return {name: value / count for name, value in sums.items()}
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Images through the posterior mean and back, clamped to [-1, 1]."""
+        vae = self.modules["vae"]
+        return vae.decode_raw(vae.encode(x).mean).clamp(-1, 1)
+
+    def preview(self, device: torch.device) -> Image.Image:
+        """Sixteen held-out images, each above its reconstruction."""
+        x = next(_images(open_dataset(self.config.data, "val"), 16, device))
+        pairs = torch.stack([x, self.reconstruct(x)], 1)  # (16, 2, 3, H, W)
+        rows = rearrange(pairs, "(r c) p k h w -> (r p c) k h w", r=2)
+        return tile(rows, columns=8, scale=max(1, 128 // x.shape[-1]))
+
+    def export(self, folder: Path, device: torch.device, final: bool) -> None:
+        """Measures shift and scale of the training set's latents (of a sample of it, unless this is the end), folds
+        them in, writes `folder/vae`."""
+        vae = copy.deepcopy(self.modules["vae"])
+        count = min(self.config.statistics if final else 1024, len(self.dataset))
+        mean, std = latent_statistics(vae, self.dataset, count, device)
+        vae.with_statistics(mean, std).save_pretrained(folder / "vae")
+
+
+def _images(dataset: object, count: int, device: torch.device, batch_size: int = 64) -> Iterator[Tensor]:
+    # Evenly spread indices: the data may be sorted
+    indices = torch.linspace(0, len(dataset) - 1, count).round().long().tolist()
+    loader = DataLoader(Subset(dataset, indices), batch_size, collate_fn=stack_images)
+    for batch in loader:
+        yield to_float(batch["image"].to(device)).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def latent_statistics(vae: VAE, dataset: object, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of raw latent samples over `count` images spread over the data set.
+
+    The variance of a sampled latent is E[std^2] + Var[mean]; accumulated in float64.
+    """
+    first = second = samples = 0.0
+    for x in tqdm(_images(dataset, count, device), total=-(-count // 64), desc="latent statistics", leave=False):
+        posterior = vae.encode(x)
+        mean, variance = posterior.mean.double(), posterior.std.double() ** 2
+        first = first + mean.sum((0, 2, 3))
+        second = second + (mean**2 + variance).sum((0, 2, 3))
+        samples += mean[:, 0].numel()
+    mean = first / samples
+    return mean.float(), (second / samples - mean**2).sqrt().float()

@@ -1,0 +1,97 @@
+"""Training the text encoder: symmetric contrastive loss over image-caption pairs (Radford et al. 2021)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+
+from ldm import losses
+from ldm.clip import CLIP, TextConfig, VisionConfig
+from ldm.data import DataConfig, choose_captions, flip_half, open_dataset, stack_images, to_float
+from ldm.metrics import retrieval
+from ldm.tokenizer import Tokenizer
+from ldm.train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig:
+    """Everything `train_clip` can be told. Vocabulary and token ids in `text` are set from the tokenizer."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    vocab_size: int = 2048  # at most; of the tokenizer trained on the captions
+    tokenizer: str = ""  # a folder with a tokenizer to use in place of training one
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    held_out: int = 512  # validation pairs that retrieval is measured on
+
+
+class CLIPTask:
+    """One contrastive step on a batch of pairs; with many processes, over the global batch."""
+
+    def __init__(self, config: CLIPConfig):
+        self.config = config
+        self.dataset = open_dataset(config.data, "train")
+        if config.tokenizer:
+            self.tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+        else:
+            captions = (c for i in range(len(self.dataset)) for c in self.dataset.captions(i))
+            self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.text.max_position_embeddings)
+        torch.manual_seed(config.train.seed)
+        text = replace(
+            config.text,
+            vocab_size=len(self.tokenizer),
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        self.modules: dict[str, nn.Module] = {"clip": CLIP(text, replace(config.vision, image_size=config.data.size))}
+        self.collate = stack_images
+
+    def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
+        """The contrastive loss; pairs that share a caption are not each other's negatives."""
+        x = to_float(batch["image"])
+        x = flip_half(x) if self.config.data.flip else x
+        tokens = self.tokenizer(choose_captions(batch["captions"]), warn=False).to(x.device)
+        images, texts, scale = modules["clip"](x, tokens)
+        if torch.distributed.is_initialized():  # gathered with gradients
+            images, texts = torch.cat(all_gather(images)), torch.cat(all_gather(texts))
+            tokens = torch.cat(all_gather(tokens))
+        same = (rearrange(tokens, "b l -> b 1 l") == tokens).all(-1)
+        yield "clip", losses.contrastive(images, texts, scale, same), {"scale": scale}
+
+    def after_step(self) -> None:
+        """Clamps the temperature."""
+        self.modules["clip"].clamp_scale()
+
+    def validate(self, device: torch.device) -> dict[str, float]:
+        """R@1 and R@5 both ways among held-out pairs (the first caption of each), beside chance."""
+        clip, dataset = self.modules["clip"], open_dataset(self.config.data, "val")
+        images, texts, captions = [], [], []
+        for start in range(0, min(self.config.held_out, len(dataset)), 64):
+            samples = [dataset[i] for i in range(start, min(start + 64, self.config.held_out, len(dataset)))]
+            batch = stack_images(samples)
+            captions += [c[0] for c in batch["captions"]]
+            tokens = self.tokenizer([c[0] for c in batch["captions"]], warn=False)
+            images.append(clip.encode_image(to_float(batch["image"].to(device))))
+            texts.append(clip.encode_text(tokens.to(device)))
+        same = torch.tensor([[a == b for a in captions] for b in captions])
+        return retrieval(torch.cat(images).cpu(), torch.cat(texts).cpu(), same=same)
+
+    def preview(self, device: torch.device) -> Image.Image | None:
+        """Retrieval has no picture."""
+        return None
+
+    def export(self, folder: Path, device: torch.device, final: bool) -> None:
+        """Writes `folder/clip` (the whole model), `folder/text_encoder` and `folder/tokenizer`."""
+        clip: Any = self.modules["clip"]
+        clip.save_pretrained(folder / "clip")
+        self.tokenizer.save_pretrained(folder / "clip")
+        clip.text_encoder().save_pretrained(folder / "text_encoder")
+        self.tokenizer.save_pretrained(folder / "tokenizer")

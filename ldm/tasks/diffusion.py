@@ -1,0 +1,184 @@
+"""Training the U-Net on latents and captions (Rombach et al. 2022, section 3.3)."""
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm import losses, weights
+from ldm.checkpoint import Parts, save_parts
+from ldm.clip import TextEncoder
+from ldm.config import UserError
+from ldm.data import DataConfig, choose_captions, flip_half, open_dataset, stack_images, to_float
+from ldm.data.latents import CachedLatents, cache_latents, data_hash, vae_hash
+from ldm.diffusion import Denoiser, Schedule, ScheduleConfig, loss_weight, sample_timesteps
+from ldm.images import captioned_grid
+from ldm.pipeline import Pipeline
+from ldm.tokenizer import Tokenizer
+from ldm.train import TrainConfig
+from ldm.unet import UNet, UNetConfig
+from ldm.vae import VAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """The pictures made through the run, from fixed prompts and seeds."""
+
+    prompts: tuple[str, ...] = ()  # empty: the first captions of the validation split
+    count: int = 16
+    steps: int = 20
+    guidance: float = 3.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """Everything `train_diffusion` can be told. Latent channels, latent size and context width of `model` are
+    set from the VAE and the text encoder."""
+
+    vae: str = ""  # run folder, shipped model or Stable Diffusion folder
+    text_encoder: str = ""  # the same, or any folder with a CLIP text model and its tokenizer
+    unet: str = ""  # weights to start from, for fine-tuning
+    data: DataConfig = field(default_factory=DataConfig)
+    model: UNetConfig = field(default_factory=UNetConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    cache: str = ""  # file for the latents, written once; empty: encode every batch anew
+    caption_dropout: float = 0.1  # share of captions replaced by "", which sampling uses as the null
+    timesteps: str = "uniform"  # or stratified, logit_normal
+    min_snr_gamma: float | None = None
+    frozen: tuple[str, ...] = ()  # name patterns of U-Net parameters to leave as they are, e.g. "down_blocks.*"
+    held_out: int = 256  # validation pairs that the loss is measured on
+
+
+class DiffusionTask:
+    """One denoising step on a batch of latents and captions; VAE and text encoder are frozen."""
+
+    def __init__(self, config: DiffusionConfig):
+        self.config = config
+        for name in ("vae", "text_encoder"):
+            if not getattr(config, name):
+                raise UserError(f"config key {name!r} is empty: name the run folder (or model) to take it from")
+        self.vae = VAE.from_pretrained(config.vae).requires_grad_(False).to(memory_format=torch.channels_last)
+        self.text_encoder = TextEncoder.from_pretrained(config.text_encoder).requires_grad_(False)
+        self.tokenizer = Tokenizer.from_pretrained(weights.find_root(config.text_encoder))
+        self.schedule = Schedule(config.schedule)
+        torch.manual_seed(config.train.seed)
+        unet = UNet.from_pretrained(config.unet) if config.unet else UNet(self.sized(config.model))
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(not any(fnmatch.fnmatch(name, pattern) for pattern in config.frozen))
+        self.modules: dict[str, nn.Module] = {"unet": unet.to(memory_format=torch.channels_last)}
+        images = open_dataset(config.data, "train")
+        self.dataset = self.cached(images) if config.cache else images
+        self.collate = stack_latents if config.cache else stack_images
+
+    def sized(self, model: UNetConfig) -> UNetConfig:
+        """The U-Net's config with the sizes that the VAE and the text encoder fix."""
+        channels = self.vae.config.latent_channels
+        return replace(
+            model,
+            in_channels=channels,
+            out_channels=channels,
+            sample_size=self.config.data.size // self.vae.factor,
+            cross_attention_dim=self.text_encoder.config.hidden_size,
+        )
+
+    def cached(self, images: object) -> CachedLatents:
+        """The latents of all training images, encoded now if the cache file is not there yet."""
+        path = Path(self.config.cache)
+        if not path.exists():
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            cache_latents(self.vae.to(device), images, path, 64, device, progress=True)
+        return CachedLatents(path, vae_hash(self.vae), data_hash(images))
+
+    def latents(self, batch: dict) -> Tensor:
+        """Normalized latents (B, C, h, w), sampled anew from the batch's moments; UserError when they are far from
+        zero mean and unit variance."""
+        if "mean" in batch:
+            mean, std = batch["mean"], batch["std"]
+            z = self.vae.normalize(mean + std * torch.randn_like(mean))
+        else:
+            x = to_float(batch["image"]).contiguous(memory_format=torch.channels_last)
+            x = flip_half(x) if self.config.data.flip else x
+            with torch.no_grad():
+                z = self.vae.to(x.device).normalize(self.vae.encode(x).sample())
+        return z.contiguous(memory_format=torch.channels_last)
+
+    def context(self, captions: list[str], device: torch.device) -> Tensor:
+        """Captions -> context (B, L, D)."""
+        with torch.no_grad():
+            return self.text_encoder.to(device)(self.tokenizer(captions, warn=False).to(device))
+
+    def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
+        """The weighted squared error at random timesteps, captions dropped at random."""
+        z0 = self.latents(batch)
+        if step == 0:
+            check_normalized(z0)
+        captions = choose_captions(batch["captions"])
+        dropped = (torch.rand(len(captions)) < self.config.caption_dropout).tolist()
+        captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+        t = sample_timesteps(len(z0), len(self.schedule), self.config.timesteps).to(z0.device)
+        yield "unet", self.loss(modules["unet"], z0, captions, t, torch.randn_like(z0)), {"z_std": z0.std()}
+
+    def loss(self, unet: nn.Module, z0: Tensor, captions: list[str], t: Tensor, eps: Tensor) -> Tensor:
+        """The weighted squared error of one batch at given timesteps (B,) and noise (B, C, h, w)."""
+        denoiser = Denoiser(unet, self.schedule)
+        z_t = self.schedule.add_noise(z0, eps, t)
+        prediction = denoiser.predict(z_t, t, self.context(captions, z0.device))
+        weight = loss_weight(self.schedule, t, denoiser.prediction, self.config.min_snr_gamma)
+        return losses.diffusion(prediction, denoiser.target(z0, eps, t), weight.to(z0.device, z0.dtype))
+
+    def after_step(self) -> None:
+        """Nothing to hold."""
+
+    def validate(self, device: torch.device) -> dict[str, float]:
+        """The loss on held-out pairs at fixed, evenly spread timesteps and fixed noise."""
+        dataset, total, count = open_dataset(self.config.data, "val"), 0.0, 0
+        indices = range(min(self.config.held_out, len(dataset)))
+        for start in indices[::64]:
+            batch = stack_images([dataset[i] for i in indices[start : start + 64]])
+            z0 = self.latents({"image": batch["image"].to(device)})
+            t = torch.linspace(0, len(self.schedule) - 1, len(z0)).long().to(device)
+            captions = [c[0] for c in batch["captions"]]
+            total += float(self.loss(self.modules["unet"], z0, captions, t, torch.randn_like(z0))) * len(z0)
+            count += len(z0)
+        return {"loss": total / count}
+
+    def preview(self, device: torch.device) -> Image.Image:
+        """A captioned grid of samples from fixed prompts and seeds."""
+        c = self.config.preview
+        dataset = open_dataset(self.config.data, "val")
+        prompts = list(c.prompts) or [dataset.captions(i)[0] for i in range(min(c.count, len(dataset)))]
+        pipe = Pipeline(self.parts(), device)
+        images = pipe(prompts, steps=c.steps, guidance=c.guidance, seed=c.seed)
+        return captioned_grid(images, prompts, columns=min(8, len(prompts)))
+
+    def parts(self) -> Parts:
+        """The pipeline's parts, the U-Net as it is now."""
+        return Parts(self.vae, self.text_encoder, self.tokenizer, self.modules["unet"], self.schedule)
+
+    def export(self, folder: Path, device: torch.device, final: bool) -> None:
+        """Writes the whole pipeline into `folder`."""
+        save_parts(folder, self.parts())
+
+
+def check_normalized(z: Tensor) -> None:
+    """UserError when latents (B, C, h, w) are far from zero mean and unit variance: the VAE's stored scale is then
+    not that of these images, and no noise schedule fits."""
+    mean, std = float(z.mean()), float(z.std())
+    if not (abs(mean) < 0.5 and 0.5 < std < 2.0):
+        raise UserError(
+            f"the normalized latents have mean {mean:.2f} and standard deviation {std:.2f}, not about 0 and 1: "
+            "the VAE's scaling_factor does not fit these images; train the VAE on them, or correct its config.json"
+        )
+
+
+def stack_latents(samples: list[dict]) -> dict:
+    """Cached samples -> {"mean", "std": (B, C, h, w), "captions": B lists of strings}."""
+    batch = {name: torch.stack([s[name] for s in samples]) for name in ("mean", "std")}
+    return batch | {"captions": [s["captions"] for s in samples]}
