@@ -1,0 +1,85 @@
+"""About 7,000 captioned emoji in two styles: Microsoft's Fluent ("3D") and Google's Noto ("flat").
+
+The 64 px copy in `ldm/assets/data/emoji64` ships with the package; `scripts/prepare_data.py emoji` builds
+others (`emoji_build`), captions come from `emoji_names`, the split from `emoji_split`:
+
+               pictures   held-out concepts   held-out combinations
+    train      6442
+    val         144              72                    72
+    test        575             287                   288
+
+A held-out concept is seen in the other style only; a held-out (role, skin tone, gender) in neither. No
+picture of val or test is near-identical to one of train, and no caption is shared (`split.txt`: whole table).
+"""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ldm.config import UserError
+from ldm.data.images import read_image
+from ldm.data.splits import SPLITS
+
+SHIPPED = Path(__file__).parents[1] / "assets" / "data" / "emoji64"
+
+
+class Emoji:
+    """One split of an emoji set, held in memory as compressed pictures (10 MB at 64 px), map-style.
+
+    `emoji[i]` -> {"image": uint8 (3, size, size), "captions": list[str], "key": str}. `emoji.records[i]` has
+    key, captions, concept, style ("3D" | "flat"), group, held_out ("" | "concept" | "combination"), and role,
+    skin_tone and gender (empty where there is none). `folder` is a set that `prepare_data.py emoji` built;
+    without it the shipped copy is read, up to 64 px. Raises UserError for an unknown split, a folder that is
+    no such set, and a size above the stored pictures'.
+    """
+
+    def __init__(self, size: int = 64, split: str = "train", folder: str | Path | None = None) -> None:
+        if split not in SPLITS:
+            raise UserError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
+        folder = Path(folder or SHIPPED)
+        self.size = size
+        self.records, self._pictures = _read(folder, split)
+        stored = Image.open(io.BytesIO(self._pictures[0])).width
+        if not 1 <= size <= stored:
+            raise UserError(
+                f"emoji size {size} is not in 1..{stored}, the size of {folder.name}; for larger pictures run"
+                " scripts/prepare_data.py emoji --size 128 --out DIR and name DIR as the data's path"
+            )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records[index]
+        image = read_image(self._pictures[index], self.size, name=record["key"])
+        return {"image": image, "captions": record["captions"], "key": record["key"]}
+
+    def captions(self, index: int) -> list[str]:
+        """The captions of picture `index`, without decoding it."""
+        return self.records[index]["captions"]
+
+
+def _read(folder: Path, split: str) -> tuple[list[dict[str, Any]], list[bytes]]:
+    records, pictures = {}, {}
+    # The shipped shards are gzipped: at 64 px, tar's own headers and padding outweigh the pictures.
+    for file in sorted([*folder.glob(f"{split}-*.tar"), *folder.glob(f"{split}-*.tar.gz")]):
+        try:
+            with tarfile.open(file) as tar:
+                for member in tar:
+                    key, _, suffix = member.name.partition(".")
+                    data = tar.extractfile(member).read()
+                    if suffix == "json":
+                        records[key] = {**json.loads(data), "key": key}
+                    else:
+                        pictures[key] = data
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            raise UserError(f"emoji shard {str(file)!r} is broken ({error}); build the set again") from None
+    if not records or records.keys() != pictures.keys():
+        raise UserError(
+            f"{str(folder)!r} holds no emoji set with a split {split!r}; prepare_data.py emoji builds it"
+        )
+    return list(records.values()), [pictures[key] for key in records]
