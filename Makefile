@@ -1,0 +1,35 @@
+# Everything runs in .venv, which is set up once; needs Python 3.11 or newer, make and a package registry.
+PYTHON ?= python3
+RUN := .venv/bin/python
+SHAPES := runs/shapes
+
+.PHONY: demo test lint train-shapes clean
+
+demo: .venv/.ready
+	$(RUN) scripts/sample.py --model emoji --prompts configs/emoji/demo.txt --guidance 3 --out outputs/demo --grid outputs/demo.png
+
+test: .venv/.ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(RUN) -m pytest
+
+lint: .venv/.ready
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# The three parts from nothing on 2 CPU cores, then samples and scores. Each command resumes when given again.
+train-shapes: .venv/.ready
+	$(RUN) scripts/train_autoencoder.py --config configs/shapes/autoencoder.toml --out $(SHAPES)/autoencoder
+	$(RUN) scripts/train_clip.py --config configs/shapes/clip.toml --out $(SHAPES)/clip
+	$(RUN) scripts/train_diffusion.py --config configs/shapes/diffusion.toml --out $(SHAPES)/diffusion
+	$(RUN) scripts/evaluate.py --model $(SHAPES)/diffusion --data shapes --num 50 --guidance 3 --out $(SHAPES)/evaluation
+
+.venv/.ready: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf outputs
