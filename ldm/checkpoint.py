@@ -1,54 +1,53 @@
 """A whole pipeline as a folder in diffusers' Stable Diffusion layout, both ways."""
 
+import math
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ldm import weights
 from ldm.clip import TextEncoder
 from ldm.config import UserError, build
 from ldm.diffusion import Schedule, ScheduleConfig
-from ldm.samplers import SAMPLERS
+from ldm.samplers import get_sampler
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
 from ldm.vae import VAE
 
-# diffusers' scheduler classes, for each the sampler here that takes the same steps.
+# For each sampler, the diffusers class that takes the same steps.
 SCHEDULERS = {
-    "DDPMScheduler": "ddpm",
-    "DDIMScheduler": "ddim",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_a",
-    "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "UniPCMultistepScheduler": "unipc",
-    "PNDMScheduler": "dpmpp_2m",  # no PLMS here; the same picture to the eye in fewer steps
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
 }
-# Keys of scheduler configs that change nothing here at these values; others are refused by name.
-NEUTRAL: dict[str, tuple] = {
+# Stable Diffusion 1 folders name PNDM, which is not here: they open, with a warning, on this sampler.
+PNDM, PNDM_STAND_IN = "PNDMScheduler", "dpmpp_2m"
+# Keys of scheduler configs beside ScheduleConfig's, and the values that this code supports.
+SUPPORTED: dict[str, tuple] = {
     "trained_betas": (None,),
     "clip_sample": (False,),
     "thresholding": (False,),
-    "skip_prk_steps": (True,),
     "algorithm_type": ("dpmsolver++",),
     "solver_order": (2,),
     "solver_type": ("midpoint", "bh2"),
+    "solver_p": (None,),
     "lower_order_final": (True,),
     "final_sigmas_type": ("zero",),
     "predict_x0": (True,),
     "interpolation_type": ("linear",),
     "variance_type": ("fixed_small", None),
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "euler_at_final": (False,),
     "timestep_type": ("discrete",),
-    "disable_corrector": (None,),
+    "disable_corrector": (None,),  # or an empty list
+    "lambda_min_clipped": (-math.inf,),
 }
-UNUSED = {"clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "lambda_min_clipped", "solver_p"}
-UNUSED |= {"sigma_min", "sigma_max", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"}
+# Keys that say nothing while those above are switched off.
+UNUSED = {"clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "skip_prk_steps", "sigma_min"}
+UNUSED |= {"sigma_max", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"}
 CLASSES = {
     "vae": ["diffusers", "AutoencoderKL"],
     "text_encoder": ["transformers", "CLIPTextModel"],
@@ -78,13 +77,14 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
     parts.tokenizer.save_pretrained(folder / "tokenizer")
     parts.unet.save_pretrained(folder / "unet")
     save_schedule(folder / "scheduler", parts.schedule.config)
-    scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
-    index = {"_class_name": "StableDiffusionPipeline", **CLASSES, "scheduler": ["diffusers", scheduler]}
+    scheduler = ["diffusers", SCHEDULERS[parts.schedule.config.sampler]]
+    index = {"_class_name": "StableDiffusionPipeline", **CLASSES, "scheduler": scheduler}
     weights.write_json(folder / "model_index.json", index | {"requires_safety_checker": False})
 
 
 def load_parts(folder: str | Path) -> Parts:
-    """The five parts of a run folder, a shipped model's name or a Stable Diffusion folder (UserError)."""
+    """The five parts of a run folder, a shipped model's name or a Stable Diffusion folder. UserError when one is
+    missing, is not supported, or does not fit the others."""
     root = weights.find_root(folder)
     missing = [p for p in ("vae", "text_encoder", "tokenizer", "unet", "scheduler") if not (root / p).is_dir()]
     if missing:
@@ -92,40 +92,88 @@ def load_parts(folder: str | Path) -> Parts:
             f"{str(root)!r} is not a whole pipeline: {', '.join(missing)} missing; "
             "train_diffusion writes one, from a VAE and a text encoder"
         )
-    return Parts(
+    schedule = Schedule(read_schedule(root / "scheduler"))  # first: what it refuses, it refuses at once
+    parts = Parts(
         VAE.from_pretrained(root / "vae"),
         TextEncoder.from_pretrained(root / "text_encoder"),
         Tokenizer.from_pretrained(root / "tokenizer"),
         UNet.from_pretrained(root / "unet"),
-        Schedule(read_schedule(root / "scheduler")),
+        schedule,
     )
+    _check_fit(parts, str(root))
+    return parts
+
+
+def _check_fit(parts: Parts, where: str) -> None:
+    """UserError unless the parts have the same sizes where they meet."""
+    channels, unet, text = parts.vae.config.latent_channels, parts.unet.config, parts.text_encoder.config
+    tokenizer = parts.tokenizer
+    if (unet.in_channels, unet.out_channels) != (channels, channels):
+        problem = f"U-Net of {unet.in_channels} channels in, {unet.out_channels} out; latents have {channels}"
+    elif unet.cross_attention_dim != text.hidden_size:
+        problem = f"U-Net for a context of width {unet.cross_attention_dim}; the text encoder's is {text.hidden_size}"
+    elif len(tokenizer) > text.vocab_size:
+        problem = f"tokenizer of {len(tokenizer)} tokens; the text encoder knows {text.vocab_size}"
+    elif tokenizer.context_length > text.max_position_embeddings:
+        problem = (
+            f"tokenizer of context length {tokenizer.context_length}; "
+            f"the text encoder reads {text.max_position_embeddings}"
+        )
+    else:
+        return
+    raise UserError(f"the parts in {where!r} do not fit each other: {problem}")
 
 
 def save_schedule(folder: Path, config: ScheduleConfig) -> None:
-    """Writes `scheduler_config.json` with the diffusers class that takes the steps of `config.sampler`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = {sampler: cls for cls, sampler in reversed(SCHEDULERS.items())}[config.sampler]
+    """Writes `scheduler_config.json` for the diffusers class that takes the steps of `config.sampler`.
+
+    Every field is written, also those which only other classes read: diffusers keeps them, in silence, for when
+    the scheduler is exchanged. UserError for an unknown sampler.
+    """
+    get_sampler(config.sampler)
+    if config.sampler == "heun" and config.rescale_betas_zero_snr:
+        warnings.warn("diffusers' Heun scheduler has no zero terminal SNR: other pictures there", stacklevel=2)
+    if config.timestep_spacing == "leading" and config.steps_offset != 1:
+        message = (
+            f"diffusers' Stable Diffusion pipeline sets steps_offset {config.steps_offset} to 1: other pictures there"
+        )
+        warnings.warn(message, stacklevel=2)
     values = {key: value for key, value in asdict(config).items() if key != "sampler"}
-    if name != "DDIMScheduler":
-        del values["set_alpha_to_one"]
-    if name in ("DDPMScheduler", "DDIMScheduler"):
-        values["clip_sample"] = False
-    if name == "HeunDiscreteScheduler":
-        del values["rescale_betas_zero_snr"]
-    weights.write_json(folder / "scheduler_config.json", {"_class_name": name} | values)
+    name = {"_class_name": SCHEDULERS[config.sampler]}
+    folder.mkdir(parents=True, exist_ok=True)
+    weights.write_json(folder / "scheduler_config.json", name | values | {"clip_sample": False})
 
 
 def read_schedule(folder: Path) -> ScheduleConfig:
-    """`scheduler_config.json` of any class in SCHEDULERS; UserError names a value that is not supported."""
-    table = weights.read_json(folder / "scheduler_config.json")
-    cls, names = table.get("_class_name"), {f.name for f in fields(ScheduleConfig)} - {"sampler"}
-    if cls not in SCHEDULERS:
-        raise UserError(f"scheduler {cls!r} in {str(folder)!r} is not supported; known: {', '.join(SCHEDULERS)}")
+    """`scheduler_config.json` of any class in SCHEDULERS; a missing key has that class's default.
+
+    PNDM gives the schedule with another sampler, and a warning. UserError names what is not supported.
+    """
+    path = folder / "scheduler_config.json"
+    table = weights.read_json(path)
+    name, names = table.get("_class_name"), {f.name for f in fields(ScheduleConfig)} - {"sampler"}
+    samplers = {cls: sampler for sampler, cls in SCHEDULERS.items()} | {PNDM: PNDM_STAND_IN}
+    if name not in samplers:
+        raise UserError(f"scheduler {name!r} in {str(folder)!r} is not supported; known: {', '.join(samplers)}")
+    table = _class_defaults(name) | table
     for key, value in table.items():
-        known = key in names or key in UNUSED or key.startswith("_")
-        if not known and value not in NEUTRAL.get(key, (None, False)):
-            raise UserError(f"{folder}/scheduler_config.json: {key} = {value!r} is not supported")
+        if key not in names and key not in UNUSED and not key.startswith("_"):
+            weights.check_supported(key, value, SUPPORTED, path)
+    if name == PNDM:
+        warnings.warn(f"{path} names {PNDM}, which is not here; {PNDM_STAND_IN} samples instead", stacklevel=2)
     values = {key: value for key, value in table.items() if key in names}
-    sampler = SCHEDULERS[cls]
-    assert sampler in SAMPLERS
-    return build(ScheduleConfig, values | {"sampler": sampler}, f"{folder}/scheduler_config.json: ")
+    return build(ScheduleConfig, values | {"sampler": samplers[name]}, f"{path}: ")
+
+
+def _class_defaults(name: str) -> dict[str, Any]:
+    """What diffusers' scheduler `name` takes for keys that its config does not have, where that is not ours."""
+    start, end = (0.00085, 0.012) if name == "HeunDiscreteScheduler" else (0.0001, 0.02)
+    leading = name in ("DDPMScheduler", "DDIMScheduler", PNDM)
+    return {
+        "beta_schedule": "linear",
+        "beta_start": start,
+        "beta_end": end,
+        "timestep_spacing": "leading" if leading else "linspace",
+        "set_alpha_to_one": name != PNDM,
+        "clip_sample": name in ("DDPMScheduler", "DDIMScheduler"),
+    }

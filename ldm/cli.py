@@ -11,7 +11,7 @@ from ldm.config import UserError, load, to_dict
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs `main`; a UserError becomes one line on stderr and exit code 2."""
+    """Runs `main`; a UserError becomes one line on stderr and exit code 2, ctrl-C exit code 130, a warning a line."""
     warnings.showwarning = lambda message, *rest, **kwargs: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
@@ -19,7 +19,7 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -35,6 +35,10 @@ def run_training(config_class: type, make_task: Callable[[Any], Any], descriptio
         from ldm.train import train  # here, so that --help is quick
 
         config = load(config_class, args.config, args.overrides)
-        train(make_task(config), config.train, args.out, to_dict(config))
+        try:
+            train(make_task(config), config.train, args.out, to_dict(config))
+        except KeyboardInterrupt:
+            print("the same command goes on from the last checkpoint", file=sys.stderr)
+            raise
 
     run_script(main)

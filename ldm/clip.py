@@ -57,7 +57,7 @@ class TextEncoder(nn.Module):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHER_PARTS)}
         if not any(name.startswith(TEXT_PART) for name in tensors):
             tensors = {TEXT_PART + name: tensor for name, tensor in tensors.items()}
-        return _load(encoder, tensors, folder).eval()
+        return weights.load_weights(encoder, folder, tensors).eval()
 
 
 class CLIP(nn.Module):
@@ -159,7 +159,7 @@ class CLIP(nn.Module):
             raise UserError(f"{folder}/preprocessor_config.json says no image_mean and image_std")
         configs = (replace(config, projection_dim=width) for config in (text, vision))
         model = cls(*configs, pixels["image_mean"], pixels["image_std"])
-        return _load(model, _without_positions(weights.read_tensors(folder)), folder).eval()
+        return weights.load_weights(model, folder, _without_positions(weights.read_tensors(folder))).eval()
 
 
 def _read_config(folder: Path, *kinds: str) -> dict:
@@ -177,12 +177,3 @@ def _part_config(table: dict, part: str) -> dict:
 def _without_positions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Older files also hold the constants 0, 1, 2, ... as `position_ids`."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
-
-
-def _load(model: weights.Model, tensors: dict[str, Tensor], folder: Path) -> weights.Model:
-    try:
-        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"the weights in {str(folder)!r} do not fit its config.json: {first}") from None
-    return model

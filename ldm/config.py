@@ -33,20 +33,20 @@ def read_toml(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise UserError(f"config file {str(path)!r} does not exist; the shipped ones are in configs/")
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config file {str(path)!r} is not valid TOML: {error}") from None
 
 
 def _override(table: dict, item: str) -> None:
     key, equals, text = item.partition("=")
-    if not equals or not key:
+    if not equals or not all(part.strip() for part in key.split(".")):
         raise UserError(f"override {item!r} is not of the form key.path=value, e.g. train.steps=1000")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *parents, last = key.split(".")
+    *parents, last = (part.strip() for part in key.split("."))
     for name in parents:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
@@ -55,7 +55,11 @@ def _override(table: dict, item: str) -> None:
 
 
 def build(cls: type[T], table: dict, where: str = "") -> T:
-    """A dataclass from a nested table, every key known and every value of the annotated type (UserError)."""
+    """A dataclass from a nested table, every key known and every value of the annotated type (UserError).
+
+    A whole number is taken for a float, a list for a tuple, never a bool for a number. `where` goes before the
+    key in messages.
+    """
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     for key in table:
@@ -67,8 +71,10 @@ def build(cls: type[T], table: dict, where: str = "") -> T:
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return build(kind, value, where + ".")
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, dict):
+            return build(kind, value, where + ".")
+        raise UserError(f"config key {where!r} is {value!r}; it must be a table, set it as {where}.NAME=value")
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         for option in args:
@@ -90,7 +96,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return None
     elif isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    name = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
+    name = kind.__name__ if isinstance(kind, type) and origin is None else str(kind)
     raise UserError(f"config key {where!r} is {value!r} ({type(value).__name__}); it must be {name}")
 
 

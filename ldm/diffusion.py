@@ -46,7 +46,7 @@ class ScheduleConfig:
     rescale_betas_zero_snr: bool = False
     prediction_type: Prediction = "epsilon"
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
-    steps_offset: int = 0
+    steps_offset: int = 1  # as in Stable Diffusion; diffusers insists on it
     set_alpha_to_one: bool = True
     sampler: str = "dpmpp_2m"
 

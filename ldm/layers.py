@@ -115,11 +115,10 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        projection = (lambda: nn.Linear(channels, channels)) if linear else lambda: nn.Conv2d(channels, channels, 1)
-        self.proj_in = projection()
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         blocks = [TransformerBlock(channels, heads, context_channels) for _ in range(depth)]
         self.transformer_blocks = nn.ModuleList(blocks)
-        self.proj_out = projection()
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, contexts: Iterator[Tensor | KeyValue]) -> Tensor:
         height = x.shape[2]

@@ -1,7 +1,9 @@
 """Prompt -> tokens -> context -> denoised latent -> picture."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,13 +14,18 @@ from ldm.checkpoint import Parts, load_parts, save_parts
 from ldm.config import UserError
 from ldm.diffusion import Denoiser, guided
 from ldm.images import to_pil
-from ldm.samplers import ImageNoise, get_sampler, make_grid
+from ldm.layers import KeyValue
+from ldm.samplers import SAMPLERS, ImageNoise, OnStep, get_sampler, make_grid
+
+# What every sampler takes, the pipeline gives; what else is in one's signature are its options.
+COMMON = frozenset(inspect.signature(SAMPLERS["euler"]).parameters)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a callback sees at each step."""
+    """What a callback sees at each step of each batch."""
 
+    first: int  # index, in the call's prompts, of the batch's first picture
     step: int  # from 0
     steps: int
     t: float
@@ -59,7 +66,7 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> Tensor:
-        """B prompts -> context (B, L, D). A prompt longer than the context is cut, with a warning."""
+        """B prompts -> context (B, L, D). What is longer than the context is cut off, with a warning."""
         return self.text_encoder(self.tokenizer(prompts).to(self.device))
 
     @torch.no_grad()
@@ -83,8 +90,10 @@ class Pipeline:
     ) -> list[Image.Image]:
         """One picture a prompt; image i has the seed `seed + i` and does not depend on the batch it is made in.
 
-        `sampler`, `spacing` default to the model's own. `height` and `width` are in pixels. `sampler_options`
-        go to the sampler, e.g. `eta` of ddim. UserError for what the model or the sampler cannot do.
+        `sampler`, `spacing`, `height` and `width` (pixels) default to the model's own. `guidance` 1 is none and asks
+        the model once a step; `guidance_rescale` in [0, 1]; `guidance_interval` are the t, ends included, where
+        guidance acts. `sampler_options` go to the sampler, e.g. `eta` of ddim. At most `batch_size` pictures are
+        made at once. UserError for what the model or the sampler cannot do.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         shape = self.latent_shape(height, width)
@@ -96,13 +105,11 @@ class Pipeline:
         for start in range(0, len(prompts), batch_size):
             chunk = prompts[start : start + batch_size]
             noise = ImageNoise(range(seed + start, seed + start + len(chunk)), shape, self.device)
-            positive = self.unet.prepare(self.encode_prompt(chunk))
-            negative = None
-            if guidance != 1:
-                negative = self.unet.prepare(self.encode_prompt([negative_prompt or ""] * len(chunk)))
+            positive = self._context(chunk)
+            negative = self._context([negative_prompt or ""] * len(chunk)) if guidance != 1 else None
             denoise = guided(denoiser, positive, negative, guidance, guidance_rescale, guidance_interval)
             z = (grid.initial_scale * noise()).contiguous(memory_format=torch.channels_last)
-            z = sample(denoise, z, grid, noise, self._on_step(callback, steps), **sampler_options)
+            z = sample(denoise, z, grid, noise, self._on_step(callback, start, steps), **sampler_options)
             images += self.decode(z)
         return images
 
@@ -121,13 +128,17 @@ class Pipeline:
                 raise UserError(f"size {side} px cannot be made: height and width must be multiples of {multiple} px")
         return config.in_channels, sides[0] // factor, sides[1] // factor
 
-    def _on_step(self, callback: Callable[[Progress], None] | None, steps: int) -> Callable | None:
+    def _context(self, prompts: list[str]) -> tuple[KeyValue, ...]:
+        """What cross-attention needs of the prompts, made once for all steps."""
+        return self.unet.prepare(self.encode_prompt(prompts))
+
+    def _on_step(self, callback: Callable[[Progress], None] | None, first: int, steps: int) -> OnStep | None:
         if callback is None:
             return None
 
         def on_step(i: int, t: float, z_t: Tensor, z0: Tensor) -> None:
-            decode = lambda: self.decode(z0)  # noqa: E731
-            callback(Progress(step=i, steps=steps, t=t, z_t=z_t, z0=z0, decode=decode))
+            decode = partial(self.decode, z0)
+            callback(Progress(first=first, step=i, steps=steps, t=t, z_t=z_t, z0=z0, decode=decode))
 
         return on_step
 
@@ -137,7 +148,10 @@ def _check(guidance: float, batch_size: int, sample: Callable, options: dict) ->
         raise UserError(f"guidance {guidance} is not allowed: 0 or more, where 1 is none")
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is not allowed: 1 or more")
-    known = sample.__code__.co_varnames[: sample.__code__.co_argcount]
+    known = [name for name in inspect.signature(sample).parameters if name not in COMMON]
     for option in options:
         if option not in known:
-            raise UserError(f"sampler {sample.__name__} has no option {option!r}")
+            raise UserError(
+                f"{option!r} is neither an argument of the pipeline nor an option of the sampler {sample.__name__} "
+                f"(its options: {', '.join(known) or 'none'})"
+            )

@@ -34,7 +34,13 @@ SUPPORTED: dict[str, tuple] = {
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "attention_type": ("default",),
+    "resnet_out_scale_factor": (1.0,),
+    "addition_embed_type_num_heads": (64,),  # of an embedding that must be switched off
     "upcast_attention": (True, False, None),  # attention runs in the weights' precision, float32 by default
+}
+BLOCK_TYPES = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }
 
 
@@ -215,22 +221,22 @@ class UNet(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "UNet":
         """The U-Net in a folder: its own, a `unet` folder inside a run or a Stable Diffusion folder (UserError)."""
         folder = weights.find_part(folder, "unet")
-        unet = cls(weights.read_config(folder, UNetConfig, SUPPORTED))
+        unet = cls(weights.read_config(folder, UNetConfig, "UNet2DConditionModel", SUPPORTED))
         return weights.load_weights(unet, folder).eval()
 
 
 def _check(config: UNetConfig) -> None:
     levels = len(config.block_out_channels)
-    allowed = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
-    for name, kinds in allowed.items():
-        if len(getattr(config, name)) != levels:
-            raise UserError(f"U-Net {name} has {len(getattr(config, name))} entries for {levels} levels")
+    for name in (*BLOCK_TYPES, "attention_head_dim", "transformer_layers_per_block"):
+        entries = len(config.per_level(getattr(config, name)))
+        if entries != levels:
+            raise UserError(f"U-Net {name} has {entries} entries for the {levels} levels of block_out_channels")
+    for name, kinds in BLOCK_TYPES.items():
         for kind in getattr(config, name):
             if kind not in kinds:
                 raise UserError(f"U-Net {name}: {kind!r} is not supported; known: {', '.join(kinds)}")
+    if config.block_out_channels[0] % 2:
+        raise UserError(f"U-Net width {config.block_out_channels[0]} must be even: the timestep's sines and cosines")
     for width, heads in zip(config.block_out_channels, config.per_level(config.attention_head_dim), strict=True):
         if width % heads or width % config.norm_num_groups:
             raise UserError(

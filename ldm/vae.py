@@ -32,12 +32,7 @@ class VAEConfig:
 
     in_channels: int = 3
     out_channels: int = 3
-    block_out_channels: tuple[int, ...] = (
-        128,
-        256,
-        512,
-        512,
-    )  # a level each; each but the last halves the size
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # a level each; each but the last halves the size
     layers_per_block: int = 2
     latent_channels: int = 4
     norm_num_groups: int = 32
@@ -60,8 +55,9 @@ class DiagonalGaussian:
         return torch.exp(0.5 * self.logvar)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * eps (B, C, h, w)."""
-        eps = torch.randn(self.mean.shape, generator=generator, device=generator.device if generator else None)
+        """mean + std * eps (B, C, h, w), eps drawn where the generator is, without one where the mean is."""
+        device = generator.device if generator is not None else self.mean.device
+        eps = torch.randn(self.mean.shape, generator=generator, device=device)
         return self.mean + self.std * eps.to(self.mean)
 
 
@@ -172,7 +168,10 @@ class VAE(nn.Module):
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """x (B, 3, H, W) in [-1, 1] -> the Gaussian of raw latents (B, C, H/f, W/f)."""
+        """x (B, 3, H, W) in [-1, 1] -> the Gaussian of raw latents (B, C, H/f, W/f). UserError for a size that is
+        no multiple of f, of which pixels would be lost."""
+        if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
+            raise UserError(f"image size {tuple(x.shape[-2:])} must be a multiple of {self.factor} px both ways")
         return DiagonalGaussian(self.quant_conv(self.encoder(x)))
 
     def normalize(self, z: Tensor) -> Tensor:
@@ -197,7 +196,8 @@ class VAE(nn.Module):
         """A copy whose raw latents are already normalized: z' = (z - mean) / std per channel (C,).
 
         diffusers' config has room for one scale only, so shift and scale are folded exactly into the 1x1
-        convolutions at both sides of the latent; the copy's scaling factor is 1 and its shift 0.
+        convolutions at both sides of the latent; the copy's scaling factor is 1 and it has no shift. (Exactly:
+        but for the clamp of the log variance at -30 and 20, far from any value in use.)
         """
         vae = copy.deepcopy(self)
         vae.config = replace(self.config, scaling_factor=1.0, shift_factor=None)
@@ -223,5 +223,5 @@ class VAE(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "VAE":
         """The VAE in a folder: its own, a `vae` folder inside a run or a Stable Diffusion folder (UserError)."""
         folder = weights.find_part(folder, "vae")
-        vae = cls(weights.read_config(folder, VAEConfig, SUPPORTED))
+        vae = cls(weights.read_config(folder, VAEConfig, "AutoencoderKL", SUPPORTED))
         return weights.load_weights(vae, folder).eval()

@@ -23,18 +23,21 @@ Config = TypeVar("Config")
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON beside `path` and renames it into place, so that the file is never half there."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; UserError when it is missing or broken."""
     try:
-        return json.loads(path.read_text())
+        table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{str(path)!r} does not exist; is {str(path.parent)!r} a model folder?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{str(path)!r} is not valid JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{str(path)!r} holds a JSON {type(table).__name__}; it must be an object")
+    return table
 
 
 def find_part(folder: str | Path, part: str) -> Path:
@@ -42,9 +45,15 @@ def find_part(folder: str | Path, part: str) -> Path:
     shipped model's name, or that of the newest checkpoint of a run. UserError when there is none."""
     root = find_root(folder)
     for candidate in (root / part, root):
-        if (candidate / "config.json").is_file():
+        if _holds_model(candidate):
             return candidate
-    raise UserError(f"no {part} in {str(folder)!r}: neither {part}/config.json nor config.json is there")
+    raise UserError(f"no {part} in {str(folder)!r}: neither {part}/config.json nor a model's config.json is there")
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether `config.json` is there and is a model's: a run folder has that of its training."""
+    path = folder / "config.json"
+    return path.is_file() and any(key in read_json(path) for key in ("_class_name", "model_type", "architectures"))
 
 
 def find_root(folder: str | Path) -> Path:
@@ -56,7 +65,7 @@ def find_root(folder: str | Path) -> Path:
             f"unknown model {str(folder)!r}: neither a folder nor a shipped one ({', '.join(shipped) or 'none'})"
         )
     finished = (root / "model_index.json").exists() or any(root.glob("*/config.json"))
-    checkpoints = sorted((root / "checkpoints").glob("step-*"))
+    checkpoints = sorted((root / "checkpoints").glob("step-????????"))  # not one that is being written: .tmp
     return checkpoints[-1] if checkpoints and not finished else root
 
 
@@ -65,22 +74,30 @@ def to_json(config: Any, class_name: str) -> dict:
     return {"_class_name": class_name} | dataclasses.asdict(config)
 
 
-def read_config(folder: Path, cls: type[Config], supported: dict[str, tuple]) -> Config:
-    """`config.json` as the dataclass `cls`; keys beside its fields must have a value listed in `supported`
-    (each entry of a list must) or be switched off. UserError names what is not supported."""
+def read_config(folder: Path, cls: type[Config], class_name: str, supported: dict[str, tuple]) -> Config:
+    """`config.json` of diffusers' `class_name` as the dataclass `cls`; keys beside its fields must have a value
+    listed in `supported`, or be switched off. UserError names what is not supported."""
     table, names = read_json(folder / "config.json"), {f.name for f in dataclasses.fields(cls)}
+    if table.get("_class_name", class_name) != class_name:
+        raise UserError(f"{str(folder)!r} holds a {table['_class_name']}; supported here: {class_name}")
     for key, value in table.items():
-        if key in names or key.startswith("_"):
-            continue
-        entries = value if isinstance(value, list) else [value]
-        if not all(entry in supported.get(key, (None, False)) for entry in entries):
-            allowed = ", ".join(map(repr, supported.get(key, (None, False))))
-            raise UserError(f"{folder}/config.json: {key} = {value!r} is not supported (supported: {allowed})")
+        if key not in names and not key.startswith("_"):
+            check_supported(key, value, supported, folder / "config.json")
     return build(cls, {k: v for k, v in table.items() if k in names}, f"{folder}/config.json: ")
 
 
+def check_supported(key: str, value: Any, supported: dict[str, tuple], path: Path) -> None:
+    """UserError unless `value` (of a list, each entry) is one of `supported[key]`; None or False without that."""
+    allowed = supported.get(key, (None, False))
+    for entry in value if isinstance(value, list) else [value]:
+        # To Python, 0 is False; to a config it is not.
+        if not any(entry == a and isinstance(entry, bool) == isinstance(a, bool) for a in allowed):
+            names = ", ".join(map(repr, allowed))
+            raise UserError(f"{path}: {key} = {value!r} is not supported (supported: {names})")
+
+
 def save_model(folder: str | Path, model: nn.Module, config: dict, file: str) -> None:
-    """Writes `config.json` and the weights (float32, contiguous) of one model."""
+    """Writes the weights of one model and then its `config.json`, without which the folder is no model."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / file, model.state_dict())
@@ -88,7 +105,7 @@ def save_model(folder: str | Path, model: nn.Module, config: dict, file: str) ->
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes safetensors beside `path` and renames them into place."""
+    """Writes safetensors (contiguous, from any device) beside `path` and renames them into place."""
     temporary = path.with_name(path.name + ".tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
@@ -111,12 +128,17 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     raise UserError(f"no weights in {str(folder)!r}: neither {DIFFUSERS_FILE} nor {TRANSFORMERS_FILE} is there")
 
 
-def load_weights(model: Model, folder: Path) -> Model:
-    """Loads a folder's weights, every name and shape exactly as the model has them (UserError otherwise)."""
-    tensors = {name: tensor.to(torch.float32) for name, tensor in read_tensors(folder).items()}
-    try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"the weights in {str(folder)!r} do not fit its config.json: {first}") from None
+def load_weights(model: Model, folder: Path, tensors: dict[str, Tensor] | None = None) -> Model:
+    """Loads a folder's weights (or `tensors`, already read from it) as float32, every name and shape exactly as
+    the model has them; otherwise UserError, and the model stays as it was."""
+    tensors = read_tensors(folder) if tensors is None else tensors
+    expected = model.state_dict()
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    shapes = {name: (tuple(tensors[name].shape), tuple(e.shape)) for name, e in expected.items() if name in tensors}
+    wrong = [f"{name} is {found}, not {wanted}" for name, (found, wanted) in shapes.items() if found != wanted]
+    for problem, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"the weights in {str(folder)!r} do not fit its config.json: {problem}: {names[0]}{more}")
+    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()}, strict=True)
     return model

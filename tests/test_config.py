@@ -1,0 +1,102 @@
+"""TOML and overrides -> frozen dataclasses, and every mistake in one line."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from ldm.config import UserError, build, load, to_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 0.1
+    kind: Literal["a", "b"] = "a"
+    pair: tuple[float, float] = (0.9, 0.99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    steps: int = 10
+    name: str = "x"
+    flip: bool = False
+    length: int | None = None
+    widths: tuple[int, ...] = (1, 2)
+    heads: int | tuple[int, ...] = 8
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_file_then_overrides_then_defaults(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('steps = 5\nname = "größer"\nwidths = [4, 5, 6]\n[inner]\nrate = 2\n', encoding="utf-8")
+    config = load(Config, path, ["inner.kind=b", "steps = 7", "heads=[1, 2]", "length=3"])
+    inner = Inner(rate=2.0, kind="b")
+    assert config == Config(steps=7, name="größer", widths=(4, 5, 6), heads=(1, 2), length=3, inner=inner)
+    assert type(config.inner.rate) is float
+    assert load(Config, None) == Config()
+
+
+def test_override_values_are_toml_or_plain_strings():
+    assert load(Config, None, ["name=a red circle"]).name == "a red circle"
+    assert load(Config, None, ['name="7"']).name == "7"
+    assert load(Config, None, ["name=a=b"]).name == "a=b"
+    assert load(Config, None, ["inner.rate=1e-4"]).inner.rate == 1e-4
+    assert load(Config, None, ["flip=true"]).flip is True
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stepz=1", "unknown config key 'stepz'; did you mean 'steps'"),
+        ("inner.rata=1", "unknown config key 'inner.rata'; did you mean 'rate'"),
+        ("qqq=1", "unknown config key 'qqq'; known: steps, name"),
+        ("steps=1.5", "'steps' is 1.5 .float.; it must be int"),
+        ("steps=true", "'steps' is True .bool.; it must be int"),
+        ("inner.rate=false", "'inner.rate' is False .bool.; it must be float"),
+        ("inner.rate=fast", "'inner.rate' is 'fast' .str.; it must be float"),
+        ("flip=1", "'flip' is 1 .int.; it must be bool"),
+        ("name=3", "'name' is 3 .int.; it must be str"),
+        ("length=none", "'length' is 'none' .str.; it must be int . None"),
+        ("length=true", "'length' is True"),
+        ("inner.kind=c", "'inner.kind' is 'c'; allowed: 'a', 'b'"),
+        ("inner.pair=[1]", "'inner.pair' is .1. .list."),
+        ('widths=[1, "2"]', "'widths.1.' is '2' .str.; it must be int"),
+        ("widths=3", "'widths' is 3 .int."),
+        ("heads=[1, true]", "'heads' is"),
+        ("inner=3", "'inner' is 3; it must be a table"),
+        ("steps", "override 'steps' is not of the form"),
+        ("=1", "is not of the form"),
+        ("inner..rate=1", "is not of the form"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(Config, None, [override])
+    assert "\n" not in str(error.value)
+
+
+def test_override_through_a_value(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("steps = 5\n")
+    with pytest.raises(UserError, match="'steps' is a value, not a table"):
+        load(Config, path, ["steps.more=1"])
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load(Config, tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("steps = = 3")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load(Config, tmp_path / "broken.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load(Config, tmp_path / "binary.toml")
+
+
+def test_none_and_lists_of_json_are_read():
+    assert build(Config, {"length": None, "widths": [3], "heads": [2, 4]}) == Config(widths=(3,), heads=(2, 4))
+
+
+def test_dict_builds_the_same_config():
+    config = load(Config, None, ["inner.pair=[1, 2]", "heads=[1, 2]"])
+    assert build(Config, to_dict(config)) == config

@@ -1,0 +1,164 @@
+"""Prompts to pictures: seeds, batches, guidance, callbacks, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_parts
+
+from ldm.config import UserError
+from ldm.diffusion import Denoiser, guided
+from ldm.layers import Attention
+from ldm.pipeline import Pipeline
+from ldm.samplers import SAMPLERS, ImageNoise, make_grid
+
+PROMPTS = ["a red circle", "a blue square", "a red square above a blue circle", "circle"] * 2
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline(tiny_parts())
+
+
+def arrays(images) -> np.ndarray:
+    return np.stack([np.asarray(image, np.int16) for image in images])
+
+
+@pytest.mark.parametrize("sampler", ["euler_a", "dpmpp_2m"])
+def test_a_picture_does_not_depend_on_its_batch(pipe, sampler):
+    def make(prompts, **options):
+        return arrays(pipe(prompts, steps=4, guidance=3.0, sampler=sampler, **options))
+
+    whole = make(PROMPTS, seed=10)
+    assert whole.shape == (8, 16, 16, 3)
+    assert abs(whole[0] - whole[4]).max() > 10  # same prompt, another seed
+    for start, count in ((0, 1), (3, 1), (2, 3), (5, 3)):
+        part = make(PROMPTS[start : start + count], seed=10 + start)
+        assert abs(part - whole[start : start + count]).max() <= 1
+    assert abs(make(PROMPTS, seed=10, batch_size=3) - whole).max() <= 1
+
+
+def test_seeds_and_prompts_count(pipe):
+    zero, same, one = (arrays(pipe("a red circle", steps=3, seed=seed)) for seed in (0, 0, 1))
+    assert np.array_equal(zero, same)
+    assert abs(zero - one).max() > 10
+    assert np.array_equal(zero, arrays(pipe(["a red circle"], steps=3)))
+    assert abs(zero - arrays(pipe("a blue square", steps=3, seed=0))).max() > 10
+    assert pipe([]) == []
+
+
+@torch.no_grad()
+def test_first_noise_and_guidance_are_the_contracts(pipe):
+    """The same picture from the parts, by hand."""
+    grid = make_grid(pipe.schedule, "euler", 3)
+    noise = torch.stack([torch.randn((4, 8, 8), generator=torch.Generator("cpu").manual_seed(s)) for s in (7, 8)])
+    context, negative = pipe.encode_prompt(PROMPTS[:2]), pipe.encode_prompt(["blue"] * 2)
+    denoise = guided(Denoiser(pipe.unet, grid.schedule), context, negative, 4.0)
+    z0 = SAMPLERS["euler"](denoise, grid.initial_scale * noise, grid, ImageNoise((7, 8), (4, 8, 8)))
+    expected = ((pipe.vae.decode(z0).clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    ours = arrays(pipe(PROMPTS[:2], steps=3, sampler="euler", guidance=4.0, negative_prompt="blue", seed=7))
+    assert abs(ours - expected).max() <= 1
+
+
+def test_default_sampler_is_the_models_own():
+    pipe = Pipeline(tiny_parts(sampler="euler"))
+    default = arrays(pipe("circle", steps=3))
+    assert np.array_equal(default, arrays(pipe("circle", steps=3, sampler="euler")))
+    assert abs(default - arrays(pipe("circle", steps=3, sampler="dpmpp_2m"))).max() > 1
+
+
+@pytest.mark.parametrize(("guidance", "batch"), [(1.0, 3), (5.0, 6), (0.0, 6)])
+def test_one_model_call_a_step_and_text_once_a_picture(pipe, guidance, batch):
+    batches, texts, projections = [], [], []
+    crosses = [m for name, m in pipe.unet.named_modules() if name.endswith("attn2") and isinstance(m, Attention)]
+    hooks = [
+        pipe.unet.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0]))),
+        pipe.text_encoder.register_forward_pre_hook(lambda module, inputs: texts.append(len(inputs[0]))),
+        *(m.to_k.register_forward_pre_hook(lambda _, inputs: projections.append(len(inputs[0]))) for m in crosses),
+    ]
+    try:
+        pipe(PROMPTS[:3], steps=4, guidance=guidance, sampler="ddim")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    passes = batch // 3
+    assert batches == [batch] * 4
+    assert texts == [3] * passes
+    assert projections == [3] * passes * len(crosses)
+
+
+def test_callback_sees_every_step_and_decodes_on_demand(pipe):
+    seen, decoded = [], []
+    original = pipe.decode
+    pipe.decode = lambda z: decoded.append(len(z)) or original(z)
+    try:
+        final = pipe(PROMPTS[:3], steps=3, batch_size=2, callback=seen.append)
+        assert decoded == [2, 1], "a preview was decoded that nobody asked for"
+        assert [(p.first, p.step, p.steps, len(p.z0)) for p in seen] == [
+            (first, step, 3, count) for first, count in ((0, 2), (2, 1)) for step in range(3)
+        ]
+        assert [p.t for p in seen[:3]] == sorted({p.t for p in seen[:3]}, reverse=True)
+        previews = seen[2].decode()
+        assert [image.size for image in previews] == [(16, 16)] * 2
+        # The last estimate of a sampler that ends at no noise is the picture.
+        assert abs(arrays(previews) - arrays(final[:2])).max() <= 1
+    finally:
+        del pipe.decode
+
+
+def test_guidance_interval_and_rescale_reach_the_sampler(pipe):
+    plain, guided_all = (arrays(pipe("circle", steps=3, guidance=g)) for g in (1.0, 6.0))
+    never = arrays(pipe("circle", steps=3, guidance=6.0, guidance_interval=(0, -1)))
+    assert abs(never - plain).max() <= 1 < abs(guided_all - plain).max()
+    assert abs(arrays(pipe("circle", steps=3, guidance=6.0, guidance_rescale=0.7)) - guided_all).max() > 1
+
+
+def test_sampler_options(pipe):
+    ddpm = arrays(pipe("circle", steps=3, sampler="ddim", eta=1.0))
+    assert abs(ddpm - arrays(pipe("circle", steps=3, sampler="ddim"))).max() > 1
+
+
+def test_sizes(pipe):
+    (image,) = pipe("circle", steps=1, height=24, width=32)
+    assert image.size == (32, 24)
+    assert pipe.latent_shape() == (4, 8, 8) and pipe.latent_shape(24, 32) == (4, 12, 16)
+    for height in (0, -4, 18):
+        with pytest.raises(UserError, match=f"size {height} px cannot be made: .* multiples of 4 px"):
+            pipe("circle", height=height)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "eulr"}, "sampler 'eulr' is unknown; allowed: ddpm"),
+        ({"spacing": "log"}, "spacing 'log' is unknown"),
+        ({"steps": 0}, "steps 0"),
+        ({"guidance": -1.0}, "guidance -1.0"),
+        ({"guidance": float("nan")}, "guidance nan"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"eta": 0.5}, "'eta' is neither .* sampler dpmpp_2m .its options: none"),
+        ({"grid": 1, "sampler": "ddim"}, "'grid' is neither .* options: eta"),
+    ],
+)
+def test_mistakes_are_named(pipe, options, message):
+    with pytest.raises(UserError, match=message):
+        pipe("circle", **options)
+
+
+def test_unknown_models():
+    with pytest.raises(UserError, match="unknown model 'no-such-model'"):
+        Pipeline.from_pretrained("no-such-model")
+
+
+def test_long_prompts_are_cut_with_a_warning(pipe):
+    with pytest.warns(UserWarning, match="cut off"):
+        context = pipe.encode_prompt(["a red circle above a blue square " * 5])
+    assert context.shape == (1, 12, 24)
+
+
+def test_folder_gives_the_same_picture(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = Pipeline.from_pretrained(tmp_path)
+    assert np.array_equal(arrays(pipe("circle", steps=2)), arrays(again("circle", steps=2)))
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"

@@ -1,0 +1,171 @@
+"""The U-Net against diffusers' UNet2DConditionModel on copied random weights, and its folders opened by both."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import (
+    assert_same_gradients,
+    diffusers_unet,
+    normal,
+    open_cleanly,
+    randomize,
+    shapes,
+    unet_config,
+)
+
+from ldm.config import UserError, load
+from ldm.tasks.diffusion import DiffusionConfig
+from ldm.unet import UNet, UNetConfig, timestep_embedding
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+CASES = {
+    "one level": unet_config((16,)),
+    "two levels": unet_config(),
+    "three levels, linear, heads a level": unet_config(
+        (16, 24, 32), use_linear_projection=True, attention_head_dim=(1, 3, 4)
+    ),
+    "four levels, the last without attention": unet_config((8, 16, 16, 24), "cccp", layers_per_block=2),
+    "no attention above the middle": unet_config((8, 16), "pp"),
+    "two transformer layers": unet_config(transformer_layers_per_block=2),
+    "transformer layers a level": unet_config((8, 16, 24), "pcc", transformer_layers_per_block=(1, 2, 3)),
+    "other timesteps and norms": unet_config(flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-3),
+}
+# What the published folders of Stable Diffusion 1.5 and 2.1 say, beside diffusers' defaults.
+SD15 = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+SD21 = SD15 | {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "dual_cross_attention": False,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+
+
+def inputs(config: UNetConfig, size: tuple[int, int] = (8, 16)) -> tuple[torch.Tensor, ...]:
+    z_t = normal(2, config.in_channels, *size)
+    return z_t, torch.tensor([17, 980]), normal(2, 5, config.cross_attention_dim, seed=2)
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_equals_diffusers(config):
+    ours, theirs = randomize(UNet(config)), diffusers_unet(config)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    z_t, t, context = inputs(config)
+    prediction, expected = ours(z_t, t, context), theirs(z_t, t, context).sample
+    torch.testing.assert_close(prediction, expected, atol=1e-4, rtol=0)
+    assert prediction.std() > 0.1
+    (prediction * z_t).sum().backward()
+    (expected * z_t).sum().backward()
+    assert_same_gradients(ours, theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_prepared_context_changes_nothing(config):
+    unet = randomize(UNet(config))
+    z_t, t, context = inputs(config)
+    torch.testing.assert_close(unet(z_t, t, unet.prepare(context)), unet(z_t, t, context))
+    assert not torch.allclose(unet(z_t, t, unet.prepare(2 * context)), unet(z_t, t, context))
+
+
+@torch.no_grad()
+def test_scalar_timestep_is_that_of_every_picture():
+    unet = randomize(UNet(unet_config()))
+    z_t, _, context = inputs(unet.config)
+    torch.testing.assert_close(unet(z_t, torch.tensor(40), context), unet(z_t, torch.tensor([40, 40]), context))
+
+
+def test_timestep_embedding_is_the_papers():
+    t = torch.tensor([0.0, 3.5, 999.0])
+    embedding = timestep_embedding(t, 8)
+    angle = 3.5 / 10000 ** (2 / 4)
+    assert embedding.shape == (3, 8)
+    assert math.isclose(embedding[1, 2], math.cos(angle), rel_tol=1e-5)
+    assert math.isclose(embedding[1, 6], math.sin(angle), rel_tol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["two levels", "three levels, linear, heads a level", "two transformer layers"])
+def test_folders_go_both_ways(tmp_path, case):
+    from diffusers import UNet2DConditionModel
+
+    config = CASES[case]
+    unet = randomize(UNet(config))
+    unet.save_pretrained(tmp_path / "ours" / "unet")
+    theirs = open_cleanly(UNet2DConditionModel, tmp_path / "ours" / "unet")
+    z_t, t, context = inputs(config)
+    torch.testing.assert_close(theirs(z_t, t, context).sample, unet(z_t, t, context), atol=1e-4, rtol=0)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path / "ours", tmp_path / "theirs"):
+        again = UNet.from_pretrained(folder)
+        assert again.config == config and not again.training
+        assert all(torch.equal(tensor, unet.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize("table", [SD15, SD21], ids=["1.5", "2.1"])
+def test_stable_diffusion_sizes(tmp_path, table):
+    from diffusers import UNet2DConditionModel
+
+    from ldm import weights
+    from ldm.unet import SUPPORTED
+
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    config = weights.read_config(tmp_path, UNetConfig, "UNet2DConditionModel", SUPPORTED)
+    with torch.device("meta"):
+        assert shapes(UNet(config)) == shapes(UNet2DConditionModel.from_config(table))
+    if table is SD15:
+        assert config == UNetConfig() == load(DiffusionConfig, CONFIGS / "sd15" / "diffusion.toml").model
+
+
+def test_mistakes(tmp_path):
+    for config, message in (
+        (unet_config(attention_head_dim=3), "width 16 must be a multiple of its 3 heads"),
+        (unet_config((18, 20), norm_num_groups=4), "norm_num_groups 4"),
+        (unet_config(attention_head_dim=(2, 2, 2)), "attention_head_dim has 3 entries for the 2 levels"),
+        (unet_config(transformer_layers_per_block=(1,)), "transformer_layers_per_block has 1 entries"),
+        (unet_config((16,), "cc"), "down_block_types has 2 entries"),
+        (unet_config(up_block_types=("UpBlock2D", "AttnUpBlock2D")), "'AttnUpBlock2D' is not supported"),
+        (unet_config((15,), norm_num_groups=5, attention_head_dim=3), "width 15 must be even"),
+    ):
+        with pytest.raises(UserError, match=message):
+            UNet(config)
+    unet = UNet(unet_config())
+    with pytest.raises(UserError, match="multiple of 2"):
+        unet(*inputs(unet.config, (8, 7)))
+    unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep' is not supported"),
+        ({"addition_embed_type": "text_time"}, "addition_embed_type"),
+        ({"mid_block_type": None}, "mid_block_type = None"),
+        ({"cross_attention_dim": "wide"}, "cross_attention_dim"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            UNet.from_pretrained(tmp_path)

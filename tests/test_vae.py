@@ -1,0 +1,144 @@
+"""The VAE against diffusers' AutoencoderKL on copied random weights, and its folders opened by both sides."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import (
+    assert_same_gradients,
+    diffusers_vae,
+    normal,
+    open_cleanly,
+    randomize,
+    shapes,
+    vae_config,
+)
+
+from ldm.config import UserError, load
+from ldm.tasks.autoencoder import AutoencoderConfig
+from ldm.vae import VAE, DiagonalGaussian, VAEConfig
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+CASES = {
+    "one level": vae_config((8,)),
+    "two levels": vae_config(),
+    "three levels, two blocks": vae_config((8, 16, 12), layers_per_block=2, latent_channels=3),
+    "four levels, no attention": vae_config((4, 8, 8, 16), mid_block_add_attention=False),
+}
+
+
+def close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-4) -> None:
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_equals_diffusers(config):
+    ours, theirs = randomize(VAE(config)), diffusers_vae(config)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x, eps = normal(2, 3, 16, 24), normal(2, config.latent_channels, 16 // ours.factor, 24 // ours.factor, seed=2)
+    posterior, expected = ours.encode(x), theirs.encode(x).latent_dist
+    close(posterior.mean, expected.mean)
+    close(posterior.std, expected.std)
+    y = ours.decode_raw(posterior.mean + posterior.std * eps)
+    y_expected = theirs.decode(expected.mean + expected.std * eps).sample
+    assert y.shape == x.shape
+    close(y, y_expected)
+    (y * x).sum().backward()
+    (y_expected * x).sum().backward()
+    assert_same_gradients(ours, theirs)
+
+
+@torch.no_grad()
+def test_normalize_and_decode_are_inverse():
+    vae = randomize(VAE(vae_config(shift_factor=0.3)))
+    z = vae.encode(normal(2, 3, 16, 16)).mean
+    close(vae.normalize(z), (z - 0.3) * 0.7, 1e-6)
+    close(vae.decode(vae.normalize(z)), vae.decode_raw(z), 1e-5)
+
+
+def test_gaussian_samples():
+    posterior = DiagonalGaussian(torch.cat([torch.full((1, 2, 200, 200), 3.0), torch.full((1, 2, 200, 200), -2.0)], 1))
+    draw = posterior.sample(torch.Generator().manual_seed(0))
+    assert abs(float(draw.mean()) - 3) < 0.01 and abs(float(draw.std()) - torch.e**-1) < 0.01
+    assert torch.equal(draw, posterior.sample(torch.Generator().manual_seed(0)))
+    torch.manual_seed(5)
+    first = posterior.sample()
+    torch.manual_seed(5)
+    assert torch.equal(first, posterior.sample())
+    extreme = DiagonalGaussian(torch.tensor([0.0, 1e4]).reshape(1, 2, 1, 1))
+    assert torch.isfinite(extreme.sample()).all()
+
+
+@torch.no_grad()
+def test_statistics_fold_exactly():
+    vae, x = randomize(VAE(vae_config(scaling_factor=0.4, shift_factor=-0.2))), normal(4, 3, 16, 16)
+    mean, std = torch.tensor([1.0, -2.0, 0.3, 0.0]), torch.tensor([0.5, 2.0, 1.0, 3.0])
+    before, folded = {k: v.clone() for k, v in vae.state_dict().items()}, vae.with_statistics(mean, std)
+    raw, normalized = vae.encode(x), folded.encode(x)
+    wide = [v[:, None, None] for v in (mean, std)]
+    close(normalized.mean, (raw.mean - wide[0]) / wide[1], 1e-5)
+    close(normalized.std, raw.std / wide[1], 1e-5)
+    close(folded.normalize(normalized.mean), normalized.mean, 0)
+    close(folded.decode(normalized.mean), vae.decode_raw(raw.mean), 1e-5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in vae.state_dict().items())
+
+
+@torch.no_grad()
+def test_folded_folder_is_normalized_in_diffusers(tmp_path):
+    from diffusers import AutoencoderKL
+
+    vae, x = randomize(VAE(vae_config())), normal(8, 3, 16, 16)
+    z = vae.encode(x).mean
+    vae.with_statistics(z.mean((0, 2, 3)), z.std((0, 2, 3))).save_pretrained(tmp_path)
+    theirs = open_cleanly(AutoencoderKL, tmp_path)
+    z = theirs.encode(x).latent_dist.mean * theirs.config.scaling_factor
+    close(z.mean((0, 2, 3)), torch.zeros(4), 1e-4)
+    close(z.std((0, 2, 3)), torch.ones(4), 1e-4)
+    close(theirs.decode(z / theirs.config.scaling_factor).sample, vae.decode_raw(vae.encode(x).mean))
+
+
+@torch.no_grad()
+def test_folders_go_both_ways(tmp_path):
+    from diffusers import AutoencoderKL
+
+    config, x = CASES["three levels, two blocks"], normal(1, 3, 16, 16)
+    vae = randomize(VAE(config))
+    vae.save_pretrained(tmp_path / "ours" / "vae")
+    theirs = open_cleanly(AutoencoderKL, tmp_path / "ours" / "vae")
+    close(theirs.encode(x).latent_dist.mean, vae.encode(x).mean)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path / "ours", tmp_path / "ours" / "vae", tmp_path / "theirs"):
+        again = VAE.from_pretrained(folder)
+        assert again.config == config and not again.training
+        assert all(torch.equal(tensor, vae.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize("config", [VAEConfig(), load(AutoencoderConfig, CONFIGS / "sd15" / "autoencoder.toml").model])
+def test_stable_diffusion_sizes(config):
+    published = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+    with torch.device("meta"):
+        ours, theirs = shapes(VAE(config)), shapes(diffusers_vae(VAEConfig(**published)))
+    assert ours == theirs
+    assert config == VAEConfig(**published)
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(UserError, match="width 10 is no multiple of norm_num_groups 4"):
+        VAE(vae_config((10,)))
+    vae = VAE(vae_config())
+    with pytest.raises(UserError, match="multiple of 2 px"):
+        vae.encode(torch.zeros(1, 3, 15, 16))
+    vae.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"act_fn": "mish"}, "act_fn = 'mish' is not supported"),
+        ({"use_quant_conv": False}, "use_quant_conv = False"),
+        ({"latents_mean": [0.0]}, "latents_mean"),
+        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "down_block_types"),
+        ({"latent_channels": 5}, "do not fit its config.json"),
+        ({"_class_name": "UNet2DConditionModel"}, "holds a UNet2DConditionModel"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            VAE.from_pretrained(tmp_path)

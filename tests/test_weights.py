@@ -1,0 +1,134 @@
+"""Model folders: found, read strictly, written whole."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from ldm import weights
+from ldm.config import UserError
+
+
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(2, 3), nn.Conv2d(3, 4, 3))
+
+
+def save(folder, seed: int = 0, file: str = weights.DIFFUSERS_FILE) -> nn.Module:
+    saved = model(seed)
+    weights.save_model(folder, saved, {"_class_name": "Thing"}, file)
+    return saved
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
+
+
+@pytest.mark.parametrize("file", [weights.DIFFUSERS_FILE, weights.TRANSFORMERS_FILE])
+def test_weights_round_trip_whatever_their_layout(tmp_path, file):
+    saved = model().to(memory_format=torch.channels_last)
+    weights.save_model(tmp_path / "new" / "folder", saved, {"_class_name": "Thing"}, file)
+    assert equal(saved, weights.load_weights(model(1), tmp_path / "new" / "folder"))
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == sorted(["config.json", file])
+
+
+def test_half_precision_loads_as_float32(tmp_path):
+    saved = model().half()
+    weights.save_model(tmp_path, saved, {}, weights.DIFFUSERS_FILE)
+    loaded = weights.load_weights(model(1), tmp_path)
+    assert loaded[0].weight.dtype == torch.float32 and equal(saved.float(), loaded)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"0.bias": None}, "missing: 0.bias$"),
+        ({"0.bias": None, "0.weight": None}, "missing: 0.bias and 1 more"),
+        ({"extra": torch.zeros(1)}, "unexpected: extra"),
+        ({"0.weight": torch.zeros(3, 5)}, r"of another shape: 0.weight is \(3, 5\), not \(3, 2\)"),
+    ],
+)
+def test_weights_that_do_not_fit(tmp_path, change, message):
+    tensors = {name: t for name, t in (model().state_dict() | change).items() if t is not None}
+    weights.save_tensors(tmp_path / weights.DIFFUSERS_FILE, tensors)
+    untouched = model(1)
+    with pytest.raises(UserError, match=message):
+        weights.load_weights(untouched, tmp_path)
+    assert equal(untouched, model(1))
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(UserError, match="no weights in"):
+        weights.load_weights(model(), tmp_path)
+    save(tmp_path)
+    path = tmp_path / weights.DIFFUSERS_FILE
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match="missing or damaged"):
+        weights.load_weights(model(), tmp_path)
+    for text, message in (("{", "not valid JSON"), ("[1]", "holds a JSON list")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            weights.read_json(tmp_path / "config.json")
+    with pytest.raises(UserError, match="is .* a model folder"):
+        weights.read_json(tmp_path / "none" / "config.json")
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "config.json"
+    weights.write_json(path, {"a": "größer"})
+    with pytest.raises(TypeError):
+        weights.write_json(path, {"a": object()})
+    assert weights.read_json(path) == {"a": "größer"}
+
+
+def test_parts_are_found_in_models_runs_and_checkpoints(tmp_path):
+    save(tmp_path / "whole" / "vae")
+    assert weights.find_part(tmp_path / "whole", "vae") == tmp_path / "whole" / "vae"
+    assert weights.find_part(tmp_path / "whole" / "vae", "vae") == tmp_path / "whole" / "vae"
+
+    run = tmp_path / "run"
+    for name in ("step-00000100", "step-00000200", "step-00000300.tmp"):
+        save(run / "checkpoints" / name / "vae")
+    weights.write_json(run / "config.json", {"train": {}})
+    assert weights.find_part(run, "vae") == run / "checkpoints" / "step-00000200" / "vae"
+    save(run / "vae")
+    assert weights.find_part(run, "vae") == run / "vae"
+
+
+def test_nothing_is_taken_for_a_part(tmp_path):
+    (tmp_path / "vae").mkdir()
+    for folder in (tmp_path, tmp_path / "vae"):
+        weights.write_json(folder / "config.json", {"train": {"steps": 3}})  # what a training run has
+    with pytest.raises(UserError, match="no vae in"):
+        weights.find_part(tmp_path, "vae")
+    with pytest.raises(UserError, match="unknown model 'nowhere': neither a folder nor a shipped one"):
+        weights.find_part("nowhere", "vae")
+
+
+def test_shipped_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "ASSETS", tmp_path / "assets")
+    save(tmp_path / "assets" / "shapes" / "vae")
+    assert weights.find_part("shapes", "vae") == tmp_path / "assets" / "shapes" / "vae"
+    with pytest.raises(UserError, match=r"unknown model 'shape': .*\(shapes\)"):
+        weights.find_root("shape")
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "shapes" / "vae")
+    assert weights.find_root("shapes").resolve() == tmp_path / "shapes"
+
+
+def test_supported_values():
+    supported, path = {"act": ("silu", None), "size": (1,)}, weights.Path("x/config.json")
+    for key, value in (("act", "silu"), ("act", ["silu", "silu"]), ("size", 1.0), ("other", None), ("other", [])):
+        weights.check_supported(key, value, supported, path)
+    for key, value in (("act", "mish"), ("act", ["silu", "mish"]), ("size", True), ("other", 0), ("other", "")):
+        with pytest.raises(UserError, match=f"x/config.json: {key} = .* is not supported"):
+            weights.check_supported(key, value, supported, path)
+
+
+def test_files_are_plain_safetensors_and_json(tmp_path):
+    saved = save(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"_class_name": "Thing"}
+    tensors = safetensors.torch.load_file(tmp_path / weights.DIFFUSERS_FILE)
+    assert tensors.keys() == saved.state_dict().keys()
