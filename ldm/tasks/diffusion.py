@@ -52,6 +52,7 @@ class DiffusionConfig:
     caption_dropout: float = 0.1  # share of captions replaced by "", which sampling uses as the null
     timesteps: str = "uniform"  # or stratified, logit_normal
     min_snr_gamma: float | None = None
+    train_text_encoder: bool = False  # let the diffusion loss move it as well, from the weights it comes with
     frozen: tuple[str, ...] = ()  # name patterns of U-Net parameters to leave as they are, e.g. "down_blocks.*"
     held_out: int = 256  # validation pairs that the loss is measured on
 
@@ -65,7 +66,8 @@ class DiffusionTask:
             if not getattr(config, name):
                 raise UserError(f"config key {name!r} is empty: name the run folder (or model) to take it from")
         self.vae = VAE.from_pretrained(config.vae).requires_grad_(False).to(memory_format=torch.channels_last)
-        self.text_encoder = TextEncoder.from_pretrained(config.text_encoder).requires_grad_(False)
+        self.text_encoder = TextEncoder.from_pretrained(config.text_encoder)
+        self.text_encoder.requires_grad_(config.train_text_encoder)
         self.tokenizer = Tokenizer.from_pretrained(weights.find_root(config.text_encoder))
         self.schedule = Schedule(config.schedule)
         torch.manual_seed(config.train.seed)
@@ -73,6 +75,8 @@ class DiffusionTask:
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(not any(fnmatch.fnmatch(name, pattern) for pattern in config.frozen))
         self.modules: dict[str, nn.Module] = {"unet": unet.to(memory_format=torch.channels_last)}
+        if config.train_text_encoder:
+            self.modules["text_encoder"] = self.text_encoder
         images = open_dataset(config.data, "train")
         self.dataset = self.cached(images) if config.cache else images
         self.collate = stack_latents if config.cache else stack_images
@@ -109,10 +113,13 @@ class DiffusionTask:
                 z = self.vae.to(x.device).normalize(self.vae.encode(x).sample())
         return z.contiguous(memory_format=torch.channels_last)
 
-    def context(self, captions: list[str], device: torch.device) -> Tensor:
-        """Captions -> context (B, L, D)."""
+    def context(self, modules: dict[str, nn.Module], captions: list[str], device: torch.device) -> Tensor:
+        """Captions -> context (B, L, D), with a graph only where the text encoder is trained."""
+        tokens = self.tokenizer(captions, warn=False).to(device)
+        if "text_encoder" in modules:
+            return modules["text_encoder"](tokens)
         with torch.no_grad():
-            return self.text_encoder.to(device)(self.tokenizer(captions, warn=False).to(device))
+            return self.text_encoder.to(device)(tokens)
 
     def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
         """The weighted squared error at random timesteps, captions dropped at random."""
@@ -123,13 +130,13 @@ class DiffusionTask:
         dropped = (torch.rand(len(captions)) < self.config.caption_dropout).tolist()
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
         t = sample_timesteps(len(z0), len(self.schedule), self.config.timesteps).to(z0.device)
-        yield "unet", self.loss(modules["unet"], z0, captions, t, torch.randn_like(z0)), {"z_std": z0.std()}
+        yield "unet", self.loss(modules, z0, captions, t, torch.randn_like(z0)), {"z_std": z0.std()}
 
-    def loss(self, unet: nn.Module, z0: Tensor, captions: list[str], t: Tensor, eps: Tensor) -> Tensor:
+    def loss(self, modules: dict[str, nn.Module], z0: Tensor, captions: list[str], t: Tensor, eps: Tensor) -> Tensor:
         """The weighted squared error of one batch at given timesteps (B,) and noise (B, C, h, w)."""
-        denoiser = Denoiser(unet, self.schedule)
+        denoiser = Denoiser(modules["unet"], self.schedule)
         z_t = self.schedule.add_noise(z0, eps, t)
-        prediction = denoiser.predict(z_t, t, self.context(captions, z0.device))
+        prediction = denoiser.predict(z_t, t, self.context(modules, captions, z0.device))
         weight = loss_weight(self.schedule, t, denoiser.prediction, self.config.min_snr_gamma)
         return losses.diffusion(prediction, denoiser.target(z0, eps, t), weight.to(z0.device, z0.dtype))
 
@@ -145,7 +152,7 @@ class DiffusionTask:
             z0 = self.latents({"image": batch["image"].to(device)})
             t = torch.linspace(0, len(self.schedule) - 1, len(z0)).long().to(device)
             captions = [c[0] for c in batch["captions"]]
-            total += float(self.loss(self.modules["unet"], z0, captions, t, torch.randn_like(z0))) * len(z0)
+            total += float(self.loss(self.modules, z0, captions, t, torch.randn_like(z0))) * len(z0)
             count += len(z0)
         return {"loss": total / count}
 

@@ -1,0 +1,135 @@
+"""What a report is made of: tables, plots and pictures as self-contained HTML."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from PIL import Image
+
+LARGEST = 256  # pixels a side of a picture in the report; larger ones are reduced
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 360, 220, 48, 34, 12, 16  # of a plot and its margins
+CSS = """
+:root { --ink: #1f2328; --soft: #656d76; --line: #d8dee4; --paper: #ffffff; --wash: #f6f8fa; --accent: #0b5cad }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 1120px; padding: 40px 24px 80px; color: var(--ink); background: var(--paper);
+  font: 16px/1.55 system-ui, sans-serif }
+h1 { font-size: 28px; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere }
+h2 { font-size: 20px; margin: 56px 0 8px; padding-top: 20px; border-top: 1px solid var(--line) }
+p { margin: 0 0 16px; max-width: 72ch } .soft, .note, figcaption { color: var(--soft) }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0 }
+.card { background: var(--wash); border-radius: 8px; padding: 14px 16px } .card b { display: block; font-size: 26px }
+.card span { color: var(--soft); font-size: 14px }
+.wide { overflow-x: auto; margin: 0 0 20px } table { border-collapse: collapse; font-size: 15px; width: 100% }
+th, td { text-align: right; padding: 6px 12px; border-bottom: 1px solid var(--line);
+  font-variant-numeric: tabular-nums; white-space: nowrap }
+th { color: var(--soft); font-weight: 500 } th:first-child, td:first-child { text-align: left; padding-left: 0 }
+tr.best td { background: var(--wash); font-weight: 600 }
+table.settings td { text-align: left; white-space: normal; overflow-wrap: anywhere }
+table.settings td:first-child { color: var(--soft); white-space: nowrap }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 24px; margin: 20px 0 }
+.plots figure { margin: 0; max-width: 520px } svg { width: 100%; height: auto; display: block }
+svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
+.rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--row)), 1fr)); gap: 24px 28px }
+.row p { margin: 0 0 6px; font-size: 15px; line-height: 1.35 } .row .note { font-size: 13px; margin: 6px 0 0 }
+.pictures { display: grid; gap: 6px } figure { margin: 0 } figcaption { font-size: 13px; text-align: center }
+img { width: 100%; display: block; border-radius: 4px; outline: 1px solid var(--line) }
+img.small { image-rendering: pixelated }
+@media (max-width: 600px) { body { padding: 24px 16px 60px } h1 { font-size: 23px }
+  table { font-size: 13px } th, td { padding: 6px 5px } .wide th:first-child, .wide td:first-child { position: sticky;
+  left: 0; background: var(--paper) } .wide .settings td:first-child { position: static }
+  .wide .best td:first-child { background: var(--wash) } .card b { font-size: 21px } }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Pictures of one caption side by side, each with a label."""
+
+    caption: str
+    pictures: list[tuple[str, Image.Image]]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """A section of pictures."""
+
+    title: str
+    about: str
+    rows: list[Row]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None, kind: str = "") -> str:
+    """An HTML table of texts; row `best` stands out."""
+    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    lines = [
+        f"<tr{' class=best' if i == best else ''}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for i, row in enumerate(rows)
+    ]
+    top = f"<thead><tr>{cells}</tr></thead>" if head else ""
+    return f'<div class="wide"><table class="{kind}">{top}<tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def plot(title: str, points: Sequence[tuple[float, float]], best: float, top: float, floor: float | None = None) -> str:
+    """A line through (guidance, value) as inline SVG, values from 0 to `top`; the point at `best` is ringed and
+    `floor` is a dashed line."""
+    low, high = min(x for x, _ in points), max(x for x, _ in points)
+    to_x = lambda x: LEFT + (WIDTH - LEFT - RIGHT) * ((x - low) / (high - low) if high > low else 0.5)  # noqa: E731
+    to_y = lambda y: HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * y / top  # noqa: E731
+    parts = []
+    for value in (top * i / 4 for i in range(5)):
+        y = to_y(value)
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="var(--line)"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
+    parts += [f'<text x="{to_x(x):.1f}" y="{HEIGHT - 17}" text-anchor="middle">{x:g}</text>' for x, _ in points]
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">guidance</text>')
+    if floor is not None:
+        y = to_y(floor)
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="var(--soft)" stroke-dasharray="4 4"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT}" y="{y - 5:.1f}" text-anchor="end">real pictures</text>')
+    line = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in points)
+    parts.append(f'<polyline points="{line}" fill="none" stroke="var(--accent)" stroke-width="2"/>')
+    for x, y in points:
+        ring = (
+            'r="6" fill="var(--paper)" stroke="var(--accent)" stroke-width="2.5"'
+            if x == best
+            else 'r="3.5" fill="var(--accent)"'
+        )
+        parts.append(f'<circle cx="{to_x(x):.1f}" cy="{to_y(y):.1f}" {ring}/>')
+    label = escape(title)
+    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f"<figure><p>{label}</p>{drawing}</figure>"
+
+
+def show(gallery: Gallery) -> str:
+    """A gallery as HTML, as many rows beside each other as the screen has room for."""
+    rows = []
+    # as wide as the row with the most pictures needs; narrower screens shrink them
+    count = max((len(row.pictures) for row in gallery.rows), default=1)
+    for row in gallery.rows:
+        figures = "".join(f"<figure>{_img(p, row.caption)}{_label(label)}</figure>" for label, p in row.pictures)
+        caption = f"<p>{escape(row.caption)}</p>" if row.caption else ""
+        note = f'<p class="note">{escape(row.note)}</p>' if row.note else ""
+        columns = f"grid-template-columns: repeat({len(row.pictures)}, minmax(0, 1fr))"
+        rows.append(f'<div class="row">{caption}<div class="pictures" style="{columns}">{figures}</div>{note}</div>')
+    width = {1: 140, 2: 150}.get(count, 96 * count)
+    inside = f'<div class="rows" style="--row: {width}px">{"".join(rows)}</div>'
+    return f"<h2>{escape(gallery.title)}</h2><p>{escape(gallery.about)}</p>{inside}"
+
+
+def _label(text: str) -> str:
+    return f"<figcaption>{escape(text)}</figcaption>" if text else ""
+
+
+def _img(picture: Image.Image, caption: str) -> str:
+    """A picture as a data URL."""
+    if max(picture.size) > LARGEST:
+        picture = picture.copy()
+        picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    picture.convert("RGB").save(data, "PNG")
+    kind = ' class="small"' if picture.width < 64 else ""
+    source = base64.b64encode(data.getvalue()).decode()
+    return f'<img{kind} alt="{escape(caption)}" src="data:image/png;base64,{source}">'

@@ -1,0 +1,121 @@
+"""The pictures that an evaluation makes and keeps: DIR/<set>/g<guidance>/00000.png, beside a captions.jsonl."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from ldm import weights
+from ldm.config import UserError
+from ldm.pipeline import Pipeline
+
+SETTINGS = "settings.json"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} pictures [{elapsed}<{remaining}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSet:
+    """Captions and where their pictures are kept, for each guidance."""
+
+    folder: Path
+    captions: list[str]
+
+    def path(self, guidance: float, index: int) -> Path:
+        """The file of one picture."""
+        return self.folder / f"g{guidance:g}" / f"{index:05d}.png"
+
+    def missing(self, guidance: float) -> list[int]:
+        """Indices of the pictures still to be made."""
+        return [i for i in range(len(self.captions)) if not self.path(guidance, i).is_file()]
+
+    def array(self, guidance: float, index: int) -> np.ndarray:
+        """One picture, uint8 (H, W, 3); UserError when the file is damaged."""
+        path = self.path(guidance, index)
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB"))
+        except OSError:
+            raise UserError(
+                f"picture {str(path)!r} cannot be read; delete it, and the same command remakes it"
+            ) from None
+
+    def write_captions(self, guidance: float) -> None:
+        """`captions.jsonl`, a line a picture; a longer one, of a run with more captions, is kept."""
+        path = self.path(guidance, 0).with_name("captions.jsonl")
+        lines = [json.dumps({"file_name": f"{i:05d}.png", "text": t}) for i, t in enumerate(self.captions)]
+        if not path.is_file() or len(path.read_text().splitlines()) < len(lines):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(lines) + "\n")
+
+
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Notes the settings in a new `out`; UserError, naming the differences, where one has pictures of others."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{str(out)!r} is a file; --out must be a folder")
+    if not (out / SETTINGS).is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        weights.write_json(out / SETTINGS, settings)
+        return
+    old = weights.read_json(out / SETTINGS)
+    # the same weights under another path are the same model
+    keys = [key for key in settings if key not in ("model", "parameters") and old.get(key) != settings[key]]
+    if keys:
+        changes = "; ".join(f"{key} {_short(old.get(key))}, not {_short(settings[key])}" for key in keys)
+        raise UserError(f"{str(out)!r} has pictures made with {changes}; use another --out, or delete that folder")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def generate(
+    pipe: Pipeline, sets: Iterable[PictureSet], guidance: Sequence[float], settings: dict[str, Any], batch_size: int
+) -> None:
+    """Makes the pictures that are not there yet; picture i of a set has the seed `settings["seed"] + i`."""
+    todo = [(made, g, run) for made in sets for g in guidance for run in _runs(made.missing(g), batch_size)]
+    with tqdm(total=sum(len(run) for *_, run in todo), desc="generating", bar_format=BAR) as bar:
+        for made, g, run in todo:
+            made.write_captions(g)
+            images = pipe(
+                [made.captions[i] for i in run],
+                guidance=g,
+                steps=settings["steps"],
+                sampler=settings["sampler"],
+                seed=settings["seed"] + run[0],
+                batch_size=batch_size,
+                callback=lambda progress: bar.update(len(progress.z_t) / progress.steps),
+            )
+            for i, image in zip(run, images, strict=True):
+                about = {key: settings[key] for key in ("model", "sampler", "steps")}
+                about |= {"prompt": made.captions[i], "guidance": g, "seed": settings["seed"] + i}
+                _save(image, made.path(g, i), about)
+
+
+def _runs(indices: Sequence[int], longest: int) -> Iterator[list[int]]:
+    """Cuts rising indices into runs without gaps, as a pipeline's seeds are consecutive."""
+    run: list[int] = []
+    for i in indices:
+        if run and (i != run[-1] + 1 or len(run) == longest):
+            yield run
+            run = []
+        run.append(i)
+    if run:
+        yield run
+
+
+def _save(image: Image.Image, path: Path, about: dict[str, Any]) -> None:
+    """Renames the finished file into place: a picture that is there is whole."""
+    info = PngInfo()
+    for key, value in about.items():
+        info.add_itxt(key, str(value))
+    part = path.with_suffix(".part")
+    image.save(part, "PNG", pnginfo=info)
+    os.replace(part, path)

@@ -1,0 +1,400 @@
+import importlib.util
+import json
+import shutil
+import sys
+import warnings
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ldm.checkpoint import Parts
+from ldm.cli import run_script
+from ldm.clip import TextEncoder
+from ldm.clip_towers import TextConfig
+from ldm.config import UserError
+from ldm.data.shapes import Scene, Shapes, render
+from ldm.diffusion import Schedule, ScheduleConfig
+from ldm.metrics import features, frechet_distance, psnr, ssim
+from ldm.metrics.compositional import TASKS, breakdown, check, score
+from ldm.metrics.features import FeatureExtractor
+from ldm.metrics.report import best_guidance, find, write_report
+from ldm.metrics.report_html import Gallery, Row
+from ldm.pipeline import Pipeline
+from ldm.tasks.evaluate import EvaluateConfig, evaluate, pose, sample_indices
+from ldm.tasks.evaluate_measure import reconstruct
+from ldm.tasks.evaluate_pictures import _runs
+from ldm.tokenizer import Tokenizer
+from ldm.unet import UNet, UNetConfig
+from ldm.vae import VAE, VAEConfig
+
+N, GUIDANCE = 16, (1.0, 2.0)
+
+
+def tiny_pipeline(seed: int = 0) -> Pipeline:
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer.train(["a red circle"], 514, context_length=77)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = TextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        pad_token_id=tokenizer.pad_token_id,
+        **ends,
+    )
+    vae = VAEConfig(block_out_channels=(4, 4, 4), layers_per_block=1, norm_num_groups=2, scaling_factor=1.0)
+    unet = UNetConfig(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=1,
+        cross_attention_dim=8,
+        norm_num_groups=2,
+    )
+    schedule = Schedule(ScheduleConfig(sampler="ddim", steps_offset=1))
+    return Pipeline(Parts(VAE(vae), TextEncoder(text), tokenizer, UNet(unet), schedule))
+
+
+def stub_extractor() -> FeatureExtractor:
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())  # 12 features
+    return FeatureExtractor("stub", "5" * 64, 32, network, torch.zeros(3), torch.ones(3))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def stub(monkeypatch):
+    monkeypatch.setitem(features.EXTRACTORS, "stub", stub_extractor)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # run_script sets it for good
+
+
+def config_for(model: Path, **changes) -> EvaluateConfig:
+    base = EvaluateConfig(model=str(model), data="shapes", num=N, guidance=GUIDANCE, steps=2, features="stub")
+    return replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def done(model, tmp_path_factory) -> Path:
+    """One whole evaluation, not to be changed."""
+    out = tmp_path_factory.mktemp("done") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(features.EXTRACTORS, "stub", stub_extractor)
+        evaluate(config_for(model), out, "cpu")
+    return out
+
+
+def run_main(monkeypatch, *arguments: str) -> None:
+    path = Path(__file__).parents[1] / "scripts" / "evaluate.py"
+    spec = importlib.util.spec_from_file_location("evaluate_script", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    run_script(script.main)
+
+
+def results_of(out: Path) -> list[dict]:
+    return json.loads((out / "metrics.json").read_text())["results"]
+
+
+def one(out: Path, metric: str, of: str, **where) -> dict:
+    (record,) = find(results_of(out), metric, of, **where)
+    return record
+
+
+def arrays(out: Path, name: str, guidance: str) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path)) for path in sorted((out / name / guidance).glob("*.png"))]
+
+
+def tensor(images: list[np.ndarray]) -> torch.Tensor:
+    return torch.tensor(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def real_pictures() -> torch.Tensor:
+    dataset = Shapes(32, "test")
+    return torch.stack([dataset[i]["image"] for i in sample_indices(len(dataset), N, 0)]) / 127.5 - 1
+
+
+def test_pictures_are_kept_with_their_captions(done):
+    for name, count in (("pictures", N), ("cases", 2 * len(TASKS))):
+        for guidance in ("g1", "g2"):
+            folder = done / name / guidance
+            lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+            assert [line["file_name"] for line in lines] == sorted(p.name for p in folder.glob("*.png"))
+            assert len(lines) == count
+            with Image.open(folder / lines[3]["file_name"]) as image:
+                assert image.size == (32, 32) and image.text["prompt"] == lines[3]["text"]
+                assert (image.text["seed"], image.text["guidance"]) == ("3", f"{float(guidance[1:])}")
+    dataset = Shapes(32, "test")
+    texts = [json.loads(line)["text"] for line in (done / "pictures/g1/captions.jsonl").read_text().splitlines()]
+    indices = sample_indices(len(dataset), N, 0)
+    assert all(text in dataset.captions(i) for text, i in zip(texts, indices, strict=True))
+
+
+def test_a_kept_picture_is_the_pipelines(done, model):
+    lines = (done / "pictures/g2/captions.jsonl").read_text().splitlines()
+    caption = json.loads(lines[5])["text"]
+    (want,) = Pipeline.from_pretrained(model)(caption, guidance=2.0, steps=2, sampler="ddim", seed=5)
+    have = np.asarray(Image.open(done / "pictures/g2/00005.png")).astype(int)
+    assert np.abs(have - np.asarray(want).astype(int)).max() <= 1
+
+
+def test_every_number_is_what_the_kept_pictures_give(done, model):
+    net, real, pipe = stub_extractor(), real_pictures(), Pipeline.from_pretrained(model)
+    decoded = reconstruct(pipe, real)
+    assert one(done, "psnr_db", "reconstructions")["value"] == pytest.approx(float(psnr(real, decoded).mean()))
+    assert one(done, "ssim", "reconstructions")["value"] == pytest.approx(float(ssim(real, decoded).mean()), abs=1e-6)
+    rfd = one(done, "frechet_distance", "reconstructions")["value"]
+    assert rfd == pytest.approx(frechet_distance(net(decoded), net(real)), rel=1e-3)
+    posed = pose(N, 0)
+    for name, guidance in (("g1", 1.0), ("g2", 2.0)):
+        record = one(done, "frechet_distance", "samples", guidance=guidance)
+        want = frechet_distance(net(tensor(arrays(done, "pictures", name))), net(real))
+        assert record["value"] == pytest.approx(want, rel=1e-4)
+        images = arrays(done, "cases", name)
+        assert one(done, "compositional_score", "samples", guidance=guidance)["value"] == score(images, posed)
+        have = one(done, "scene_accuracy", "samples", guidance=guidance)["value"]
+        assert have == breakdown(images, [case.required for case in posed])
+    assert one(done, "scene_accuracy", "real held-out")["value"]["all"] == 1.0
+    train = Shapes(32, "train")
+    rows = torch.stack([train[i]["image"] for i in sample_indices(len(train), N, 0)]) / 127.5 - 1
+    floor = one(done, "frechet_distance", "real train")
+    assert floor["value"] == pytest.approx(frechet_distance(net(rows), net(real)), rel=1e-4)
+
+
+def test_every_record_says_what_it_depends_on(done):
+    table = json.loads((done / "metrics.json").read_text())
+    assert table["format"] == "ldm-evaluation-1"
+    wanted = {"model", "model_sha256", "data", "data_sha256", "split", "size", "steps", "sampler", "seed", "num"}
+    assert wanted | {"guidance", "parameters"} == set(table["settings"])
+    for record in table["results"]:
+        assert {"metric", "of", "value", "n"} <= set(record)
+        if record["of"] == "samples":
+            assert (record["steps"], record["sampler"], record["seed"]) == (2, "ddim", 0)
+            assert record["guidance"] in GUIDANCE
+        if record["metric"] == "frechet_distance":
+            assert (record["extractor"], record["extractor_sha256"]) == ("stub", "5" * 64)
+            assert record["resize"].startswith("32 px") and record["against"] == "real held-out"
+            assert (record["n"], record["dimensions"], record["biased"]) == (N, 12, False)
+    assert "fid" not in json.dumps(table).lower()
+
+
+class Tags(HTMLParser):
+    VOID = {"meta", "img", "br", "path", "circle", "polyline"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.seen = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_report_is_whole_and_loads_nothing(done):
+    text = (done / "report.html").read_text()
+    tags = Tags(text)
+    assert not tags.open  # every element is closed
+    pictures = [about["src"] for tag, about in tags.seen if tag == "img"]
+    # 12 prompts beside the real one, 12 reconstructed pairs, and every wrong case
+    wrong = sum(not check(i, c.required) for i, c in zip(arrays(done, "cases", "g1"), pose(N, 0), strict=True))
+    assert len(pictures) == 12 * (1 + len(GUIDANCE)) + 12 * 2 + wrong
+    assert all(source.startswith("data:image/png;base64,") for source in pictures)
+    for word in ("http:", "https:", "<script", "<link", "@import", "url("):
+        assert word not in text
+    for title in ("Guidance", "What the captions ask for", "Link by link", "Autoencoder", "Prompts", "What went wrong"):
+        assert f"<h2>{title}</h2>" in text
+    assert sum(tag == "svg" for tag, _ in tags.seen) == 2
+    first = json.loads((done / "pictures/g1/captions.jsonl").read_text().splitlines()[0])["text"]
+    assert first in text
+
+
+def test_report_escapes_what_it_is_told(tmp_path):
+    picture = Image.new("RGB", (300, 600))
+    rows = [Row(caption="<script>&", pictures=[("<b>", picture)], note="<i>")]
+    settings = {"model": "<m>", "data": "d", "split": "test", "num": 16, "size": 32, "guidance": [1.0]}
+    settings |= {"sampler": "ddim", "steps": 1, "seed": 0}
+    results = [{"metric": "blank_pictures", "of": "samples", "value": 0, "n": 16, "guidance": 1.0}]
+    write_report(tmp_path / "r.html", settings, results, [Gallery(title="<t>", about="<a>", rows=rows)])
+    tags = Tags((tmp_path / "r.html").read_text())
+    assert not tags.open and not {"script", "i", "m", "t", "a"} & {tag for tag, _ in tags.seen}
+    assert "&lt;b&gt;" in (tmp_path / "r.html").read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+
+
+@pytest.fixture
+def prompts_made(monkeypatch) -> list[str]:
+    """The prompts that the pipeline is asked for."""
+    made, call = [], Pipeline.__call__
+    monkeypatch.setattr(Pipeline, "__call__", lambda self, p, **options: made.extend(p) or call(self, p, **options))
+    return made
+
+
+def copy_of(done: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(done, tmp_path / "copy"))
+
+
+def test_resuming_makes_only_what_is_missing(done, model, tmp_path, prompts_made):
+    out = copy_of(done, tmp_path)
+    lost = out / "pictures/g2/00007.png"
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.png") if p != lost}
+    want = np.asarray(Image.open(lost)).astype(int)
+    caption = Image.open(lost).text["prompt"]
+    lost.unlink()
+    evaluate(config_for(model), out, "cpu")
+    assert prompts_made == [caption]
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.png") if p != lost} == before
+    assert np.abs(np.asarray(Image.open(lost)).astype(int) - want).max() <= 1
+    assert not list(out.rglob("*.part")) and not list(out.rglob("*.tmp"))
+
+
+def test_more_captions_and_another_guidance_add_to_what_is_there(done, model, tmp_path, prompts_made):
+    out = copy_of(done, tmp_path)
+    evaluate(config_for(model, num=N + 2, batch_size=5), out, "cpu")
+    assert len(prompts_made) == 2 * 2  # the cases are the same 12
+    captions = (out / "pictures/g1/captions.jsonl").read_text()
+    assert captions.startswith((done / "pictures/g1/captions.jsonl").read_text())
+    prompts_made.clear()
+    evaluate(config_for(model, guidance=(1.0, 3.0), features="none"), out, "cpu")
+    assert len(prompts_made) == N + 2 * len(TASKS)
+    assert (out / "pictures/g1/captions.jsonl").read_text() == captions
+    assert not find(results_of(out), "frechet_distance", "samples")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"steps": 3}, "steps 2, not 3"),
+        ({"seed": 1}, "seed 0, not 1"),
+        ({"sampler": "euler"}, "sampler ddim, not euler"),
+        ({"split": "val"}, "split test, not val"),
+    ],
+)
+def test_other_settings_are_refused_by_name(done, model, tmp_path, prompts_made, change, words):
+    out = copy_of(done, tmp_path)
+    with pytest.raises(UserError, match=words):
+        evaluate(config_for(model, **change), out, "cpu")
+    assert not prompts_made
+    for path in done.rglob("*.*"):
+        assert (out / path.relative_to(done)).read_bytes() == path.read_bytes()
+
+
+def test_another_models_pictures_are_refused_and_a_copy_of_the_model_is_not(done, tmp_path, model, prompts_made):
+    out = copy_of(done, tmp_path)
+    tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="model_sha256"):
+        evaluate(config_for(tmp_path / "other"), out, "cpu")
+    tiny_pipeline().save_pretrained(tmp_path / "same")
+    evaluate(config_for(tmp_path / "same"), out, "cpu")
+    assert not prompts_made
+
+
+def test_a_right_picture_counts_and_a_blank_one_is_reported(done, model, tmp_path):
+    out = copy_of(done, tmp_path)
+    case = pose(N, 0)[0]
+    (thing,) = case.required.things
+    thing = replace(thing, x=0.5, y=0.5, size=thing.size or "large")
+    Image.fromarray(render(Scene(things=(thing,), relation=None), 32)).save(out / "cases/g2/00000.png")
+    Image.new("RGB", (32, 32), "white").save(out / "pictures/g2/00003.png")
+    evaluate(config_for(model), out, "cpu")
+    single = one(out, "compositional_score", "samples", guidance=2.0)["value"]["single object"]
+    assert (single["seen"], single["held_out"], single["n"]) == (1.0, 0.0, 2)
+    assert best_guidance(results_of(out)) == 2.0
+    assert one(out, "blank_pictures", "samples", guidance=2.0)["value"] == 1
+    text = (out / "report.html").read_text()
+    assert f"11 of {2 * len(TASKS)} pictures at guidance 2 do not show" in text
+
+
+def test_a_damaged_picture_is_one_clear_line(done, model, tmp_path):
+    out = copy_of(done, tmp_path)
+    (out / "pictures/g1/00002.png").write_bytes(b"no png")
+    with pytest.raises(UserError, match="00002.png.*delete it"):
+        evaluate(config_for(model), out, "cpu")
+
+
+def test_a_folder_without_training_pictures_has_no_floor(model, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "data" / "test").mkdir(parents=True)
+    for i in range(N):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"data/test/{i}.png")
+        (tmp_path / f"data/test/{i}.txt").write_text(f"noise {i}")
+    config = config_for(model, data="folder", data_path=str(tmp_path / "data"), guidance=(2.0,))
+    evaluate(config, tmp_path / "out", "cpu")
+    (floor,) = [r for r in results_of(tmp_path / "out") if r["of"] == "real train"]
+    assert floor["value"] is None and "train" in floor["note"]
+    assert not (tmp_path / "out" / "cases").exists()
+    assert not find(results_of(tmp_path / "out"), "compositional_score", "samples")
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "Link by link" not in text and "floor at this N: unknown" in text and "noise 3" in text
+
+
+def test_the_script_says_the_headline(done, model, tmp_path, monkeypatch, capsys):
+    out = copy_of(done, tmp_path)
+    rest = ["--num", "16", "--guidance", "1,2", "--steps", "2", "--features", "stub", "--device", "cpu"]
+    run_main(monkeypatch, "--model", str(model), "--data", "shapes", "--out", str(out), *rest)
+    printed = capsys.readouterr().out
+    assert "Frechet distance (stub, N=16)" in printed and "compositional score (N=12)" in printed
+    assert str(out / "report.html") in printed
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["--num", "15"], "16 or more"),
+        (["--num", "3000"], "has 2000"),
+        (["--split", "train"], "'test' or 'val'"),
+        (["--guidance", "1,x"], "list of numbers"),
+        (["--guidance", "1,-1"], "0 or more"),
+        (["--guidance", "nan"], "0 or more"),
+        (["--guidance", "2,2.0"], "different"),
+        (["--batch-size", "0"], "1 or more"),
+        (["--steps", "0"], "steps"),
+        (["--sampler", "magic"], "dpmpp_2m"),
+        (["--data", "nothing"], "known: shapes"),
+        (["--data", "folder", "--data-path", "nowhere"], "nowhere"),
+        (["--features", "magic"], "effnet-lite0"),
+        (["--device", "magic"], "--device"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(model, tmp_path, monkeypatch, capsys, changes, words):
+    base = {"--model": str(model), "--data": "shapes", "--num": "16", "--device": "cpu", "--features": "stub"}
+    base |= dict(zip(changes[::2], changes[1::2], strict=True))
+    with pytest.raises(SystemExit) as stop:
+        run_main(monkeypatch, "--out", str(tmp_path / "out"), *[word for pair in base.items() for word in pair])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and words in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_fewer_are_the_beginning_of_more():
+    assert sample_indices(2000, 16, 3) == sample_indices(2000, 40, 3)[:16]
+    assert sorted(sample_indices(40, 40, 0)) == list(range(40)) != sample_indices(40, 40, 0)
+    few, many = pose(24, 0), pose(72, 0)
+    assert len(few) == 24 and few == many[:24]
+    kinds = [(case.task, case.held_out) for case in many]
+    assert all(kinds.count((task, half)) == 6 for task in TASKS for half in (False, True)) and len(many) == 72
+
+
+def test_runs_have_no_gaps_and_are_not_too_long():
+    assert list(_runs([0, 1, 2, 3, 7, 9, 10], 3)) == [[0, 1, 2], [3], [7], [9, 10]]
+    assert list(_runs([], 3)) == []
