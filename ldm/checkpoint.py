@@ -69,14 +69,17 @@ class Parts(NamedTuple):
     schedule: Schedule
 
 
-def save_parts(folder: str | Path, parts: Parts) -> None:
-    """Writes the five parts and `model_index.json` last, for `StableDiffusionPipeline.from_pretrained`."""
+def save_parts(folder: str | Path, parts: Parts, half: bool = False) -> None:
+    """Writes the five parts and `model_index.json` last, for `StableDiffusionPipeline.from_pretrained`. `half`
+    stores the weights as float16; both libraries load them as float32."""
     folder = Path(folder)
     parts.vae.save_pretrained(folder / "vae")
     parts.text_encoder.save_pretrained(folder / "text_encoder")
     parts.tokenizer.save_pretrained(folder / "tokenizer")
     parts.unet.save_pretrained(folder / "unet")
     save_schedule(folder / "scheduler", parts.schedule.config)
+    for file in folder.glob("*/*.safetensors") if half else ():
+        weights.save_tensors(file, {name: tensor.half() for name, tensor in weights.load_tensors(file).items()})
     scheduler = ["diffusers", SCHEDULERS[parts.schedule.config.sampler]]
     index = {"_class_name": "StableDiffusionPipeline", **CLASSES, "scheduler": scheduler}
     weights.write_json(folder / "model_index.json", index | {"requires_safety_checker": False})

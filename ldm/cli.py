@@ -5,40 +5,69 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ldm.config import UserError, load, to_dict
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs `main`; a UserError becomes one line on stderr and exit code 2, ctrl-C exit code 130, a warning a line."""
-    warnings.showwarning = lambda message, *rest, **kwargs: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = _show_warning
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
-def run_training(config_class: type, make_task: Callable[[Any], Any], description: str) -> None:
-    """A training script: parses its arguments, builds the config and the task, trains."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", type=Path, required=True, help="TOML file; see configs/")
-    parser.add_argument("--out", type=Path, required=True, help="run folder; the same command again resumes")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. train.steps=1000")
-    args = parser.parse_intermixed_args()
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose complaints are UserErrors, one line each; to be used within `run_script`."""
+    return _Parser(description=description.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run_training(parts: Callable[[], tuple[type, Callable[[Any], Any]]], description: str) -> None:
+    """A training script: parses its arguments, builds the config and the task, trains.
+
+    `parts` gives the config's class and what makes the task of it; only called after --help was seen to, as it
+    imports torch.
+    """
 
     def main() -> None:
-        from ldm.train import train  # here, so that --help is quick
-
+        parser = argument_parser(description)
+        parser.add_argument("--config", type=Path, required=True, help="TOML file; see configs/")
+        parser.add_argument("--out", type=Path, required=True, help="run folder; the same command again resumes")
+        parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. train.steps=1000")
+        args = parser.parse_intermixed_args()
+        config_class, make_task = parts()
         config = load(config_class, args.config, args.overrides)
+        from ldm.train import processes, train
+
         try:
             train(make_task(config), config.train, args.out, to_dict(config))
         except KeyboardInterrupt:
             print("the same command goes on from the last checkpoint", file=sys.stderr)
             raise
+        processes().destroy_process_group()
 
     run_script(main)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its subcommands' parsers are of the same class, hence complain alike."""
+
+    def error(self, message: str) -> NoReturn:
+        """In place of printing the usage and exiting."""
+        raise UserError(f"{message}; see --help")
+
+
+def _show_warning(message: Warning | str, *rest: object, **named: object) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f"warning: {_one_line(message)}", file=sys.stderr)  # on a line of its own, above a progress bar
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())

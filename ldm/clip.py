@@ -33,6 +33,7 @@ class TextEncoder(nn.Module):
         self.text_model = TextTower(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, L) -> context (B, L, D). UserError for more tokens than positions."""
         return self.text_model(tokens)
 
     def pooled(self, context: Tensor, tokens: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, h: Tensor, causal: bool) -> Tensor:
+        """(B, N, D) -> (B, N, D); `causal` hides what comes after each place."""
         projected = (self.q_proj(h), self.k_proj(h), self.v_proj(h))
         q, k, v = (rearrange(p, "b n (heads d) -> b heads n d", heads=self.heads) for p in projected)
         h = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -129,6 +130,7 @@ class MLP(nn.Module):
         self.quick = config.hidden_act == "quick_gelu"
 
     def forward(self, h: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
         h = self.fc1(h)
         return self.fc2(h * torch.sigmoid(1.702 * h) if self.quick else F.gelu(h))
 
@@ -144,6 +146,7 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, h: Tensor, causal: bool) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
         h = h + self.self_attn(self.layer_norm1(h), causal)
         return h + self.mlp(self.layer_norm2(h))
 
@@ -165,6 +168,7 @@ class Transformer(nn.Module):
             init_linear(mlp.fc2, write)
 
     def forward(self, h: Tensor, causal: bool) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
         for layer in self.layers:
             h = layer(h, causal)
         return h
@@ -188,6 +192,7 @@ class TextEmbeddings(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=0.01)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, L) -> (B, L, D)."""
         return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
 
 
@@ -202,6 +207,7 @@ class TextTower(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, L) -> (B, L, D). UserError for more tokens than `max_position_embeddings`."""
         length = self.config.max_position_embeddings
         if tokens.shape[1] > length:
             raise UserError(f"{tokens.shape[1]} tokens are too many for this text encoder, which reads {length}")
@@ -227,6 +233,7 @@ class VisionEmbeddings(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=width**-0.5)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Normalized pixels (B, C, H, W) -> (B, 1 + patches, D)."""
         patches = rearrange(self.patch_embedding(pixels), "b d h w -> b (h w) d")
         first = repeat(self.class_embedding, "d -> b 1 d", b=len(patches)).to(patches.dtype)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
@@ -245,6 +252,7 @@ class ImageEncoder(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Normalized pixels (B, C, H, W) -> (B, D). UserError for another size than `image_size`."""
         size = self.config.image_size
         if tuple(pixels.shape[2:]) != (size, size):
             height, width = pixels.shape[2:]

@@ -25,7 +25,7 @@ def tile(x: Tensor, columns: int, scale: int = 1) -> Image.Image:
 
 
 def captioned_grid(images: list[Image.Image], captions: list[str], columns: int, cell: int = 160) -> Image.Image:
-    """Each image enlarged to `cell` pixels with its caption below it, wrapped; for people to look at."""
+    """Each image with its caption below it, wrapped, its longer side made `cell` pixels; for people to look at."""
     font = ImageFont.load_default(size=max(11, cell // 13))
     wrapped = [textwrap.wrap(c, max(8, int(cell / (font.size * 0.52)))) for c in captions]
     line, gap = int(font.size * 1.25), 10
@@ -36,7 +36,8 @@ def captioned_grid(images: list[Image.Image], captions: list[str], columns: int,
     for i, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
         x, y = gap + (i % columns) * (cell + gap), gap + (i // columns) * (height + gap)
         enlarge = Image.Resampling.NEAREST if image.width < 64 else Image.Resampling.LANCZOS
-        sheet.paste(image.resize((cell, cell), enlarge), (x, y))
+        w, h = (max(1, round(side * cell / max(image.size))) for side in image.size)
+        sheet.paste(image.resize((w, h), enlarge), (x + (cell - w) // 2, y + (cell - h) // 2))
         for j, text in enumerate(lines):
             draw.text((x, y + cell + 3 + j * line), text, fill="black", font=font)
     return sheet

@@ -25,6 +25,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        """x (B, in, H, W), temb (B, temb_channels) -> (B, out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         if temb is not None:
             h = h + rearrange(self.time_emb_proj(F.silu(temb)), "b c -> b c 1 1")
@@ -55,6 +56,7 @@ class Attention(nn.Module):
         return self.split(self.to_k(context)), self.split(self.to_v(context))
 
     def forward(self, x: Tensor, context: Tensor | KeyValue | None = None) -> Tensor:
+        """x (B, N, channels) -> (B, N, channels); without `context`, over x itself."""
         k, v = context if isinstance(context, tuple) else self.project(x if context is None else context)
         h = F.scaled_dot_product_attention(self.split(self.to_q(x)), k, v)
         return self.to_out[0](rearrange(h, "b h n d -> b n (h d)"))
@@ -73,6 +75,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(in_channels, 2 * out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, in) -> (B, N, out)."""
         h, gate = self.proj(x).chunk(2, dim=-1)
         return h * F.gelu(gate)
 
@@ -86,6 +89,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
         return self.net[2](self.net[0](x))
 
 
@@ -102,6 +106,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Tensor | KeyValue) -> Tensor:
+        """x (B, N, C), context (B, L, context_channels) or its keys and values -> (B, N, C)."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -121,6 +126,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, contexts: Iterator[Tensor | KeyValue]) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W); takes one of `contexts` for each of its blocks."""
         height = x.shape[2]
         h = self.norm(x)
         h = h if self.linear else self.proj_in(h)
@@ -142,6 +148,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H/2, W/2)."""
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
 
@@ -153,6 +160,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

@@ -46,9 +46,9 @@ class Pipeline:
         """A shipped model's name, a run folder, or a Stable Diffusion folder in diffusers' layout (UserError)."""
         return cls(load_parts(folder), device)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a folder that diffusers' StableDiffusionPipeline opens."""
-        save_parts(folder, self.parts)
+    def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
+        """Writes a folder that diffusers' StableDiffusionPipeline opens; `half` stores float16, for half the size."""
+        save_parts(folder, self.parts, half)
 
     @property
     def parts(self) -> Parts:

@@ -5,70 +5,29 @@ A task says what one step is (`ldm/tasks/`). Everything random in a step is draw
 """
 
 import json
-import math
-import shutil
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ldm import weights
+from ldm import run_state, weights
 from ldm.config import UserError
 from ldm.data.order import EpochBatches
 from ldm.ema import EMA
+from ldm.train_config import OptimizerConfig, TrainConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up, then constant or cosine decay to `final_lr`."""
-
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    warmup: int = 100  # steps
-    decay: Literal["constant", "cosine"] = "cosine"
-    final_lr: float = 0.0  # as a share of lr, at the last step of a cosine
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate at a step counted from 0, as a share of `lr`."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        if self.decay == "constant":
-            return 1.0
-        progress = (step - self.warmup) / max(steps - self.warmup, 1)
-        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long and how a training runs; intervals are in optimizer steps, 0 switches one off."""
-
-    steps: int = 10_000
-    batch_size: int = 64  # of one process and micro-batch
-    accumulate: int = 1  # micro-batches an optimizer step
-    seed: int = 0
-    precision: Literal["no", "bf16"] = "no"  # autocast; the trained weights stay float32
-    clip: float = 1.0  # gradient norm of each module
-    workers: int = 0  # processes that load data
-    ema_decay: float = 0.999
-    ema_power: float = 0.75
-    log_every: int = 50
-    validate_every: int = 1000
-    preview_every: int = 1000
-    save_every: int = 1000
-    keep: int = 2  # checkpoints
-    max_skipped: int = 20  # steps in a row without a finite loss before giving up
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+__all__ = ["OptimizerConfig", "Run", "Task", "TrainConfig", "processes", "train"]
 
 
 class Task(Protocol):
@@ -96,32 +55,46 @@ class Task(Protocol):
         """Writes the loadable folder, with the averaged weights in place; `final` at the end of the training."""
 
 
+def processes() -> PartialState:
+    """This process among those of the run: its device, and `main_process_first()` for work that one does for all.
+
+    The others wait for up to a day where the usual ten minutes would end the run.
+    """
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return PartialState(cpu=cpu, timeout=timedelta(days=1))
+
+
 def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict) -> None:
     """Trains `task` to `config.steps`, resuming from the newest checkpoint in `out`; ends with `task.export(out)`.
 
     `resolved` is the whole config as a dict, stored as `out/config.json`. Raises UserError when losses stay
     non-finite; nothing of such a step reaches the weights.
     """
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UserError(f"{str(out)!r} is a file; --out names the run folder, which may be new")
     run = Run(task, config, Path(out))
     start = run.resume()
-    if run.main:
-        weights.write_json(run.out / "config.json", resolved)
+    if start >= config.steps and any(run.out.glob("*/config.json")):
+        run.say(f"{run.out} is finished at step {start}; raise train.steps (now {config.steps}) to go on")
+        return
+    run.begin(start, resolved)
     batches = run.batches(start)
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not run.main, unit="step")
-    for step in bar:
-        run.step(batches, step)
-        done = step + 1
-        last = done == config.steps
-        if done % config.log_every == 0 or last:
-            bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in run.log(done).items() if k in run.shown))
-        if last or _due(done, config.validate_every):
-            run.validate(done)
-        if last or _due(done, config.preview_every):
-            run.preview(done)
-        if last or _due(done, config.save_every):
-            run.save(done)
-    if start < config.steps or not any(run.out.glob("*/config.json")):
-        run.export(run.out, final=True)
+    with tqdm(initial=start, total=config.steps, disable=not run.main, unit="step") as bar:
+        for done in range(start + 1, config.steps + 1):
+            run.step(batches, done - 1)
+            bar.update()
+            last = done == config.steps
+            if last or _due(done, config.log_every):
+                bar.set_postfix_str(run.log(done))
+            if last or _due(done, config.validate_every):
+                run.validate(done)
+            if last or _due(done, config.preview_every):
+                run.preview(done)
+            if last:  # before the last checkpoint, which so says that all is done
+                run.export()
+            if last or _due(done, config.save_every):
+                run.save(done)
+    run.end()
 
 
 def _due(done: int, every: int) -> bool:
@@ -133,24 +106,50 @@ class Run:
 
     def __init__(self, task: Task, config: TrainConfig, out: Path):
         self.task, self.config, self.out = task, config, out
-        trackers = ["tensorboard"] if _installed("tensorboard") else []
+        self.device, self.main = processes().device, processes().is_main_process
+        trackers = ["tensorboard"] if find_spec("tensorboard") else []
         self.accelerator = Accelerator(mixed_precision=config.precision, log_with=trackers, project_dir=out)
-        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
-        out.mkdir(parents=True, exist_ok=True)
-        self.accelerator.init_trackers("tensorboard")
-        o = config.optimizer
-        self.optimizers = {}
+        optimizers = {}
         for name, module in task.modules.items():
             module.train().to(self.device)
-            trained = [p for p in module.parameters() if p.requires_grad]
-            self.optimizers[name] = torch.optim.AdamW(
-                trained, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
-            )
+            optimizers[name] = _adamw(module, config.optimizer)
         self.wrapped = {name: self.accelerator.prepare(module) for name, module in task.modules.items()}
-        self.averages = {name: EMA(m, config.ema_decay, config.ema_power) for name, m in task.modules.items()}
-        self.skipped = 0
+        averages = {name: EMA(m, config.ema_decay, config.ema_power) for name, m in task.modules.items()}
+        self.trained = run_state.Trained(task.modules, averages, optimizers)
+        self.skipped = 0  # in a row
+        self.skipped_since_log = 0
         self.sums: dict[str, list[Tensor]] = {}
-        self.shown: set[str] = set()
+
+    def resume(self) -> int:
+        """Loads the newest checkpoint, if there is one; returns the step to go on from."""
+        found = run_state.checkpoints(self.out)
+        if not found:
+            return 0
+        state = run_state.read_state(found[-1] / "state", self.trained)
+        self.skipped = state["skipped"]
+        return state["step"]
+
+    def begin(self, start: int, resolved: dict) -> None:
+        """Makes the run folder, with the config in it, and starts to log."""
+        if self.main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if start:
+                self.say(f"resuming {self.out} at step {start} of {self.config.steps}")
+                run_state.warn_of_changes(self.out / "config.json", resolved)
+                run_state.drop_later_lines(self.out / "metrics.jsonl", start)
+            weights.write_json(self.out / "config.json", resolved)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.init_trackers("tensorboard")
+
+    def end(self) -> None:
+        """Closes the logs."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar, once for all processes."""
+        if self.main:
+            tqdm.write(text)
 
     def batches(self, start: int) -> Iterator[dict]:
         """Collated batches from optimizer step `start` on."""
@@ -163,37 +162,35 @@ class Run:
             world=a.num_processes,
             start=start * c.accumulate,
             steps=c.steps * c.accumulate,
+            blocks=getattr(self.task.dataset, "lengths", None),
         )
         loader = DataLoader(
             self.task.dataset,
             batch_sampler=order,
             num_workers=c.workers,
             collate_fn=self.task.collate,
-            persistent_workers=c.workers > 0,
+            pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(c.seed),  # leaves the global generator alone
         )
-        return iter(loader)
+        return _plain_errors(loader)
 
     def step(self, batches: Iterator[dict], step: int) -> None:
         """One optimizer step: every micro-batch backward, then each module moves unless something is non-finite."""
-        c = self.config
+        c, values = self.config, []
         for micro in range(c.accumulate):
             batch = _to(next(batches), self.device)
             torch.manual_seed(_mix(c.seed, step * c.accumulate + micro, self.accelerator.process_index))
-            with ExitStack() as stack:
-                if micro < c.accumulate - 1:
-                    for module in self.wrapped.values():
-                        stack.enter_context(self.accelerator.no_sync(module))
-                for name, loss, values in self.task.losses(self.wrapped, batch, step):
-                    self.accelerator.backward(loss / c.accumulate)
-                    self.note({f"{name}_loss": loss.detach(), **values})
-        norms = {n: nn.utils.clip_grad_norm_(m.parameters(), c.clip) for n, m in self.task.modules.items()}
-        finite = all(torch.isfinite(norm) for norm in norms.values())
-        if finite:
-            self.note({f"{name}_grad_norm": norm for name, norm in norms.items()})
+            values += self.backward(batch, step, last=micro == c.accumulate - 1)
+        modules = self.trained.modules.items()
+        norms = {f"{n}_grad_norm": nn.utils.clip_grad_norm_(m.parameters(), c.clip) for n, m in modules}
+        values.append(norms)
+        if self.all_finite(values):
+            self.skipped = 0
+            self.note(values)
             self.update(step)
-        self.skipped = 0 if finite else self.skipped + 1
-        for optimizer in self.optimizers.values():
+        else:
+            self.skipped, self.skipped_since_log = self.skipped + 1, self.skipped_since_log + 1
+        for optimizer in self.trained.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         if self.skipped >= c.max_skipped:
             raise UserError(
@@ -201,31 +198,50 @@ class Run:
                 " are those from before. Lower train.optimizer.lr, or set train.precision='no'"
             )
 
+    def backward(self, batch: dict, step: int, last: bool) -> list[dict[str, Tensor]]:
+        """Gradients of one micro-batch, synced between processes at the `last`; returns what to log, on the device."""
+        noted = []
+        with ExitStack() as stack:
+            for module in self.wrapped.values() if not last else ():
+                stack.enter_context(self.accelerator.no_sync(module))
+            for name, loss, values in self.task.losses(self.wrapped, batch, step):
+                self.accelerator.backward(loss / self.config.accumulate)
+                noted.append({f"{name}_loss": loss} | values)
+        return [{k: torch.as_tensor(v, device=self.device).detach().float() for k, v in d.items()} for d in noted]
+
+    def all_finite(self, values: list[dict[str, Tensor]]) -> bool:
+        """Whether all values are finite, in all processes: either all of them move or none."""
+        flags = [torch.isfinite(v) for table in values for k, v in table.items() if k.endswith(("_loss", "_norm"))]
+        flag = torch.stack([f.to(self.device) for f in flags]).all().float()
+        return float(self.accelerator.reduce(flag, "mean")) == 1.0
+
     def update(self, step: int) -> None:
         """Moves the weights and their averages."""
-        rate = self.config.optimizer.rate(step, self.config.steps)
-        for optimizer in self.optimizers.values():
+        rate = self.config.optimizer.rate(step, self.config.steps) * self.config.optimizer.lr
+        for optimizer in self.trained.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = rate * self.config.optimizer.lr
+                group["lr"] = rate
             optimizer.step()
         self.task.after_step()
-        for name, average in self.averages.items():
+        for name, average in self.trained.averages.items():
             average.update(self.task.modules[name], step)
+        self.note([{"lr": torch.tensor(rate, device=self.device)}])
 
-    def note(self, values: dict[str, Tensor | float]) -> None:
-        """Keeps values for the next log line, which shows their mean."""
-        for name, value in values.items():
-            self.sums.setdefault(name, []).append(torch.as_tensor(value).detach().float().cpu())
+    def note(self, values: list[dict[str, Tensor]]) -> None:
+        """Keeps values for the next log line, which shows their mean; they stay on the device until then."""
+        for table in values:
+            for name, value in table.items():
+                self.sums.setdefault(name, []).append(value)
 
-    def log(self, done: int) -> dict[str, float]:
-        """Writes the means since the last call to metrics.jsonl and the trackers."""
-        means = {name: torch.stack(values).mean() for name, values in self.sums.items()}
-        means = {n: float(self.accelerator.reduce(v.to(self.device), "mean")) for n, v in means.items()}
-        self.shown |= {f"{name}_loss" for name in self.task.modules}
-        means["skipped"] = self.skipped
-        self.sums.clear()
-        self.write(done, means)
-        return means
+    def log(self, done: int) -> str:
+        """Writes the means since the last call to metrics.jsonl and the trackers; returns the losses in words."""
+        means: dict[str, float] = {}
+        if self.sums:
+            stacked = torch.stack([torch.stack(values).mean() for values in self.sums.values()])
+            means = dict(zip(self.sums, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+        self.write(done, means | {"skipped": self.skipped_since_log})
+        self.sums, self.skipped_since_log = {}, 0
+        return " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("_loss"))
 
     def write(self, done: int, values: dict[str, float]) -> None:
         """Appends one line to metrics.jsonl and tells the trackers."""
@@ -235,13 +251,12 @@ class Run:
         self.accelerator.log(values, step=done)
 
     def averaged(self) -> ExitStack:
-        """A context in which every module carries its averaged weights and is in evaluation mode, with the
-        random state of the training put back after it."""
+        """A context in which every module carries its averaged weights and is in evaluation mode, with a fixed
+        random state (that of the training needs no keeping: every step seeds its own)."""
         stack = ExitStack()
-        stack.enter_context(torch.random.fork_rng())
         stack.enter_context(torch.no_grad())
         for name, module in self.task.modules.items():
-            stack.enter_context(self.averages[name].swapped(module))
+            stack.enter_context(self.trained.averages[name].swapped(module))
             stack.callback(module.train)
             module.eval()
         torch.manual_seed(self.config.seed)
@@ -253,7 +268,7 @@ class Run:
             with self.averaged():
                 values = {f"val/{name}": value for name, value in self.task.validate(self.device).items()}
             self.write(done, values)
-            tqdm.write(f"step {done}: " + ", ".join(f"{n[4:]} {v:.4g}" for n, v in values.items()))
+            self.say(f"step {done}: " + ", ".join(f"{n[4:]} {v:.4g}" for n, v in values.items()))
         self.accelerator.wait_for_everyone()
 
     def preview(self, done: int) -> None:
@@ -266,60 +281,34 @@ class Run:
                 image.save(self.out / "previews" / f"step-{done:08d}.png")
         self.accelerator.wait_for_everyone()
 
-    def export(self, folder: Path, final: bool) -> None:
-        """The task's loadable folder, from the averaged weights."""
+    def export(self) -> None:
+        """The task's loadable folder in the run folder, from the averaged weights at the end of the training."""
         if self.main:
             with self.averaged():
-                self.task.export(folder, self.device, final)
+                self.task.export(self.out, self.device, final=True)
         self.accelerator.wait_for_everyone()
 
     def save(self, done: int) -> None:
-        """A checkpoint: the loadable folder, and `state/` with all that resuming needs; renamed into place whole."""
-        folder = self.out / "checkpoints" / f"step-{done:08d}"
-        temporary = folder.with_name(folder.name + ".tmp")
+        """A checkpoint: the loadable folder, and `state/` with all that resuming needs."""
         if self.main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "state").mkdir(parents=True)
-        self.export(temporary, final=False)
-        if self.main:
-            for name, module in self.task.modules.items():
-                weights.save_tensors(temporary / "state" / f"{name}.safetensors", module.state_dict())
-                weights.save_tensors(temporary / "state" / f"{name}-ema.safetensors", self.averages[name].state_dict())
-                torch.save(self.optimizers[name].state_dict(), temporary / "state" / f"{name}-optimizer.pt")
-            weights.write_json(temporary / "state" / "state.json", {"step": done, "skipped": self.skipped})
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-            for old in sorted(folder.parent.glob("step-????????"))[: -self.config.keep]:
-                shutil.rmtree(old)
+            with run_state.new_checkpoint(self.out, done, self.config.keep) as folder:
+                with self.averaged():
+                    self.task.export(folder, self.device, final=False)
+                run_state.write_state(folder / "state", self.trained, {"step": done, "skipped": self.skipped})
         self.accelerator.wait_for_everyone()
 
-    def resume(self) -> int:
-        """Loads the newest checkpoint, if there is one; returns the step to go on from."""
-        found = sorted((self.out / "checkpoints").glob("step-????????"))
-        if not found:
-            return 0
-        state = found[-1] / "state"
-        try:
-            for name, module in self.task.modules.items():
-                module.load_state_dict(weights.load_tensors(state / f"{name}.safetensors"))
-                self.averages[name].load_state_dict(weights.load_tensors(state / f"{name}-ema.safetensors"))
-                optimizer = torch.load(state / f"{name}-optimizer.pt", map_location=self.device, weights_only=True)
-                self.optimizers[name].load_state_dict(optimizer)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{str(found[-1])!r} is of another model than the config describes ({str(error).splitlines()[0]}); "
-                "use another --out, or the config that the run was started with"
-            ) from None
-        step = weights.read_json(state / "state.json")["step"]
-        if self.main:
-            tqdm.write(f"resuming {self.out} at step {step} of {self.config.steps}")
-        return step
+
+def _adamw(module: nn.Module, o: OptimizerConfig) -> torch.optim.AdamW:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
 
 
-def _installed(module: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(module) is not None
+def _plain_errors(loader: DataLoader) -> Iterator[dict]:
+    """The loader's batches; a UserError of a loading process comes without that process's traceback in its text."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
 
 
 def _mix(*numbers: int) -> int:

@@ -87,6 +87,7 @@ class TimestepMLP(nn.Module):
         self.linear_2 = nn.Linear(out_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, in) -> (B, out)."""
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -122,6 +123,7 @@ class DownLevel(nn.Module):
         self.downsamplers = None if last else nn.ModuleList([Downsample(width)])
 
     def forward(self, h: Tensor, temb: Tensor, contexts: Iterator, skips: list[Tensor]) -> Tensor:
+        """h (B, below, H, W), temb (B, T) -> (B, width, H/2, W/2), at the last level (B, width, H, W)."""
         for i, resnet in enumerate(self.resnets):
             h = resnet(h, temb)
             if hasattr(self, "attentions"):
@@ -143,6 +145,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([_transformer(config, len(config.block_out_channels) - 1)])
 
     def forward(self, h: Tensor, temb: Tensor, contexts: Iterator) -> Tensor:
+        """h (B, width, H, W), temb (B, T) -> (B, width, H, W)."""
         h = self.attentions[0](self.resnets[0](h, temb), contexts)
         return self.resnets[1](h, temb)
 
@@ -163,6 +166,7 @@ class UpLevel(nn.Module):
         self.upsamplers = None if level == 0 else nn.ModuleList([Upsample(width)])
 
     def forward(self, h: Tensor, temb: Tensor, contexts: Iterator, skips: list[Tensor]) -> Tensor:
+        """h (B, above, H, W), temb (B, T) -> (B, width, 2H, 2W), at the first level (B, width, H, W)."""
         for i, resnet in enumerate(self.resnets):
             h = resnet(torch.cat([h, skips.pop()], dim=1), temb)
             if hasattr(self, "attentions"):
@@ -193,6 +197,10 @@ class UNet(nn.Module):
         return tuple(attention.project(context) for attention in crosses)
 
     def forward(self, z_t: Tensor, t: Tensor, context: Tensor | tuple[KeyValue, ...]) -> Tensor:
+        """z_t (B, C, h, w), t (B,) or a scalar, a context (B, L, D) or what `prepare` made of it -> (B, C, h, w).
+
+        UserError where h or w is no multiple of 2^(levels - 1).
+        """
         smallest = 2 ** (len(self.config.block_out_channels) - 1)
         if z_t.shape[-2] % smallest or z_t.shape[-1] % smallest:
             raise UserError(f"latent size {tuple(z_t.shape[-2:])} must be a multiple of {smallest} both ways")

@@ -72,6 +72,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         x = self.resnets[0](x)
         for attention in self.attentions:
             x = attention.spatial(x)
@@ -94,6 +95,7 @@ class Level(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample(out_channels)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H', W'), a side H' half of H, twice H, or H by `step`."""
         for resnet in self.resnets:
             x = resnet(x)
         if self.step:
@@ -118,6 +120,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) -> (B, 2C, H/f, W/f)."""
         h = self.conv_in(x)
         for level in self.down_blocks:
             h = level(h)
@@ -141,6 +144,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """z (B, C, h, w) -> (B, 3, h*f, w*f)."""
         h = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             h = level(h)

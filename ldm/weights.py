@@ -65,7 +65,7 @@ def find_root(folder: str | Path) -> Path:
             f"unknown model {str(folder)!r}: neither a folder nor a shipped one ({', '.join(shipped) or 'none'})"
         )
     finished = (root / "model_index.json").exists() or any(root.glob("*/config.json"))
-    checkpoints = sorted((root / "checkpoints").glob("step-????????"))  # not one that is being written: .tmp
+    checkpoints = sorted((root / "checkpoints").glob("step-????????"))  # one being written is hidden
     return checkpoints[-1] if checkpoints and not finished else root
 
 

@@ -9,13 +9,13 @@ guidances only add what is missing.
 import argparse
 from pathlib import Path
 
-from ldm.cli import run_script
+from ldm.cli import argument_parser, run_script
 from ldm.config import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; --help needs no heavy import."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--model", required=True, help="a shipped model's name, a run folder or a Stable Diffusion folder"
     )

@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from ldm.cli import run_script
+from ldm.cli import argument_parser, run_script
 
 
 def main() -> None:
     """Reads the command line and runs its subcommand; `--help` lists them."""
-    parser = argparse.ArgumentParser(description="Prepare a data set for training.")
+    parser = argument_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_emoji(commands)
     options = parser.parse_args()

@@ -6,15 +6,23 @@ python scripts/sample.py --model emoji --prompt "a 3D emoji of a red apple" --ou
 import argparse
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ldm.cli import run_script
+from ldm.cli import argument_parser, run_script
 from ldm.config import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# Arguments that the pipeline takes under the same name
+OPTIONS = ("negative_prompt", "steps", "guidance", "guidance_rescale", "sampler", "seed")
+OPTIONS += ("height", "width", "batch_size")
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; --help needs no heavy import."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a shipped model's name, a run folder or a Stable Diffusion folder")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--model", required=True, help="shipped model's name, run folder or Stable Diffusion folder")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="may be given several times")
     source.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
@@ -22,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance; 1 is none")
     parser.add_argument("--guidance-rescale", type=float, default=0.0)
-    parser.add_argument("--sampler", help="ddpm, ddim, euler, euler_a, heun, dpmpp_2m or unipc; default: the model's own")
+    parser.add_argument("--sampler", help="ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc; default: the model's")
     parser.add_argument("--seed", type=int, default=0, help="picture i has seed + i")
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--height", type=int, help="pixels; default: the model's own")
@@ -44,50 +52,59 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def find_device(name: str) -> "torch.device":
+    """The device of that name, or the best one there is for an empty name (UserError)."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used ({reason}); without --device the best one is") from None
+    return device
+
+
+def write_pictures(folder: Path, images: list, about: list[dict[str, str]]) -> None:
+    """PNGs named by number and prompt, what they were made from in their text chunks."""
+    from PIL.PngImagePlugin import PngInfo
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (image, texts) in enumerate(zip(images, about, strict=True)):
+        info = PngInfo()
+        for key, value in texts.items():
+            info.add_itxt(key, value)
+        slug = re.sub(r"[^a-z0-9]+", "-", texts["prompt"].lower())[:48].strip("-")
+        image.save(folder / f"{i:04d}-{slug or 'prompt'}.png", pnginfo=info)
+
+
 def main() -> None:
     """Samples all prompts with a progress bar, then writes the PNGs and the grid."""
     args = parse_arguments()
     prompts = read_prompts(args.prompts) if args.prompts else args.prompt
-    import torch
-    from PIL.PngImagePlugin import PngInfo
+    for path, kind in ((args.out, "folder"), (args.grid, "file")):
+        if path and path.exists() and path.is_dir() != (kind == "folder"):
+            raise UserError(f"{str(path)!r} is there and is no {kind}; give another name")
     from tqdm import tqdm
 
     from ldm.images import captioned_grid
     from ldm.pipeline import Pipeline
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = Pipeline.from_pretrained(args.model, device)
-    batches = -(-len(prompts) // max(args.batch_size, 1))
-    with tqdm(total=batches * args.steps, unit="step") as bar:
-        images = pipe(
-            prompts,
-            negative_prompt=args.negative_prompt,
-            steps=args.steps,
-            guidance=args.guidance,
-            guidance_rescale=args.guidance_rescale,
-            sampler=args.sampler,
-            seed=args.seed,
-            height=args.height,
-            width=args.width,
-            batch_size=args.batch_size,
-            callback=lambda progress: bar.update(),
-        )
-    args.out.mkdir(parents=True, exist_ok=True)
-    for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        about = {
-            "prompt": prompt,
-            "negative_prompt": args.negative_prompt,
-            "seed": args.seed + i,
-            "sampler": args.sampler or pipe.schedule.config.sampler,
-            "steps": args.steps,
-            "guidance": args.guidance,
-            "model": args.model,
-        }
-        info = PngInfo()
-        for key, value in about.items():
-            info.add_itxt(key, str(value))
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48]
-        image.save(args.out / f"{i:04d}-{slug or 'prompt'}.png", pnginfo=info)
+    pipe = Pipeline.from_pretrained(args.model, find_device(args.device))
+    options = {name: getattr(args, name) for name in OPTIONS}
+    total = -(-len(prompts) // max(args.batch_size, 1)) * args.steps
+    with tqdm(total=total, unit="step", delay=1e-3) as bar:  # the delay: no bar before an error
+        images = pipe(prompts, callback=lambda progress: bar.update(), **options)
+    settings = {
+        "negative_prompt": args.negative_prompt,
+        "sampler": args.sampler or pipe.schedule.config.sampler,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "guidance_rescale": args.guidance_rescale,
+        "model": args.model,
+    }
+    about = [{"prompt": prompt, "seed": args.seed + i} | settings for i, prompt in enumerate(prompts)]
+    write_pictures(args.out, images, [{k: str(v) for k, v in texts.items()} for texts in about])
     grid = args.grid or args.out / "grid.png"
     grid.parent.mkdir(parents=True, exist_ok=True)
     captioned_grid(images, prompts, columns=min(6, len(images))).save(grid)

@@ -4,7 +4,14 @@ python scripts/train_autoencoder.py --config configs/shapes/autoencoder.toml --o
 """
 
 from ldm.cli import run_training
-from ldm.tasks.autoencoder import AutoencoderConfig, AutoencoderTask
+
+
+def parts() -> tuple[type, type]:
+    """The config's class and the task; imported here, so that --help is quick."""
+    from ldm.tasks.autoencoder import AutoencoderConfig, AutoencoderTask
+
+    return AutoencoderConfig, AutoencoderTask
+
 
 if __name__ == "__main__":
-    run_training(AutoencoderConfig, AutoencoderTask, __doc__)
+    run_training(parts, __doc__)

@@ -4,7 +4,14 @@ python scripts/train_clip.py --config configs/shapes/clip.toml --out runs/shapes
 """
 
 from ldm.cli import run_training
-from ldm.tasks.clip import CLIPConfig, CLIPTask
+
+
+def parts() -> tuple[type, type]:
+    """The config's class and the task; imported here, so that --help is quick."""
+    from ldm.tasks.clip import CLIPConfig, CLIPTask
+
+    return CLIPConfig, CLIPTask
+
 
 if __name__ == "__main__":
-    run_training(CLIPConfig, CLIPTask, __doc__)
+    run_training(parts, __doc__)

@@ -4,7 +4,14 @@ python scripts/train_diffusion.py --config configs/shapes/diffusion.toml --out r
 """
 
 from ldm.cli import run_training
-from ldm.tasks.diffusion import DiffusionConfig, DiffusionTask
+
+
+def parts() -> tuple[type, type]:
+    """The config's class and the task; imported here, so that --help is quick."""
+    from ldm.tasks.diffusion import DiffusionConfig, DiffusionTask
+
+    return DiffusionConfig, DiffusionTask
+
 
 if __name__ == "__main__":
-    run_training(DiffusionConfig, DiffusionTask, __doc__)
+    run_training(parts, __doc__)

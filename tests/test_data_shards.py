@@ -53,7 +53,7 @@ def test_round_trip(tmp_path):
     assert [sample["key"] for sample in train] == [f"k{i:03d}" for i in range(40)]
     sample = train[17]
     assert sample["image"].shape == (3, 8, 8) and sample["image"][:, 4, 4].tolist() == [17, 0, 238]
-    assert sample["captions"] == ["caption 17", "ein Bild"]
+    assert sample["captions"] == train.captions(17) == ["caption 17", "ein Bild"]
     assert train.record(17) == {"key": "k017", "captions": ["caption 17", "ein Bild"], "n": [17, {"ü": None}]}
     assert train[-1]["key"] == "k039" and verify(tmp_path) == len(train.lengths) + 1
     with pytest.raises(IndexError):

@@ -8,9 +8,7 @@ from ldm.discriminator import PatchDiscriminator
 from ldm.losses import hinge_discriminator, hinge_generator
 
 
-@pytest.mark.parametrize(
-    ("size", "layers", "side"), [(32, 3, 2), (64, 3, 6), (24, 3, 1), (32, 2, 6), (256, 3, 30)]
-)
+@pytest.mark.parametrize(("size", "layers", "side"), [(32, 3, 2), (64, 3, 6), (24, 3, 1), (32, 2, 6), (256, 3, 30)])
 def test_one_logit_for_each_patch(size, layers, side):
     net = PatchDiscriminator(channels=8, layers=layers)
     assert net(torch.zeros(1, 3, size, size)).shape == (1, 1, side, side)

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = (
     ("ldm", "ldm.config", "ldm.bpe"),
     ("ldm.layers", "ldm.weights", "ldm.data", "ldm.diffusion", "ldm.losses", "ldm.ema", "ldm.perceptual"),
+    ("ldm.train_config", "ldm.run_state"),
     ("ldm.samplers", "ldm.images", "ldm.tokenizer", "ldm.clip_towers", "ldm.train"),
     ("ldm.vae", "ldm.unet", "ldm.clip", "ldm.discriminator", "ldm.metrics", "ldm.cli"),
     ("ldm.checkpoint",),

@@ -34,9 +34,7 @@ def pictures(count: int = 3, size: int = 32) -> torch.Tensor:
 def test_frechet_vectors():
     eye = torch.eye(8).tolist()
     four = (4 * torch.eye(8)).tolist()
-    assert frechet_distance(rows_with([0.0] * 8, eye), rows_with([1.0] * 8, four)) == pytest.approx(
-        16, abs=1e-9
-    )
+    assert frechet_distance(rows_with([0.0] * 8, eye), rows_with([1.0] * 8, four)) == pytest.approx(16, abs=1e-9)
     a, b = rows_with([0.0, 0.0], [[2, 1], [1, 2]]), rows_with([0.0, 0.0], [[1, 0], [0, 3]])
     assert frechet_distance(a, b) == pytest.approx(0.5166852264521, abs=1e-9)
     x, y = two_sets()
@@ -100,9 +98,7 @@ def test_psnr_vector_and_scikit_image():
     assert psnr(x, x).tolist() == [100.0, 100.0]
     a = pictures()
     b = a + 0.1 * torch.randn_like(a)
-    expected = [
-        peak_signal_noise_ratio(p.numpy(), q.numpy(), data_range=2) for p, q in zip(a, b, strict=True)
-    ]
+    expected = [peak_signal_noise_ratio(p.numpy(), q.numpy(), data_range=2) for p, q in zip(a, b, strict=True)]
     assert psnr(a, b).tolist() == pytest.approx(expected, rel=1e-9)
 
 
@@ -116,10 +112,7 @@ def test_ssim_vector_and_libraries():
     b = a + 0.1 * torch.randn_like(a)
     assert ssim(a, a).tolist() == pytest.approx([1, 1, 1])
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 0}
-    expected = [
-        structural_similarity(p.numpy(), q.numpy(), data_range=2, **options)
-        for p, q in zip(a, b, strict=True)
-    ]
+    expected = [structural_similarity(p.numpy(), q.numpy(), data_range=2, **options) for p, q in zip(a, b, strict=True)]
     assert ssim(a, b).tolist() == pytest.approx(expected, abs=5e-5)
     _, full = structural_similarity_index_measure(a, b, data_range=2.0, return_full_image=True)
     inner = full[..., 5:-5, 5:-5].mean((1, 2, 3))  # torchmetrics also counts windows over reflected borders

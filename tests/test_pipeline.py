@@ -162,3 +162,13 @@ def test_folder_gives_the_same_picture(pipe, tmp_path):
     again = Pipeline.from_pretrained(tmp_path)
     assert np.array_equal(arrays(pipe("circle", steps=2)), arrays(again("circle", steps=2)))
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_half_folder_is_half_as_large_and_gives_nearly_the_same_picture(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "whole")
+    pipe.save_pretrained(tmp_path / "half", half=True)
+    whole, half = (tmp_path / kind / "unet" / "diffusion_pytorch_model.safetensors" for kind in ("whole", "half"))
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    again = Pipeline.from_pretrained(tmp_path / "half")
+    assert next(again.unet.parameters()).dtype == torch.float32
+    assert np.abs(arrays(pipe("circle", steps=2)) - arrays(again("circle", steps=2))).max() <= 2

@@ -70,9 +70,7 @@ def reference(sampler, config, steps, first, later, eta=0.0):
 def stiff(sampler, config):
     """Heun multiplies differences of eps by the first sigma / alpha, thousands here: in float32, with
     diffusers' float32 tables, only rounding errors would be compared (and its Heun knows no zero-SNR)."""
-    return sampler == "heun" and (
-        config.rescale_betas_zero_snr or config.beta_schedule == "squaredcos_cap_v2"
-    )
+    return sampler == "heun" and (config.rescale_betas_zero_snr or config.beta_schedule == "squaredcos_cap_v2")
 
 
 def ours(sampler, config, steps, first, later, **options):
@@ -119,18 +117,14 @@ def test_equals_diffusers(sampler, spacing, prediction):
 @pytest.mark.parametrize("to_one", [False, True])
 def test_ddim_eta_and_last_alpha(eta, to_one):
     for spacing, steps in (("leading", 10), ("trailing", 30), ("linspace", 20)):
-        config = ScheduleConfig(
-            timestep_spacing=spacing, set_alpha_to_one=to_one, prediction_type="v_prediction"
-        )
+        config = ScheduleConfig(timestep_spacing=spacing, set_alpha_to_one=to_one, prediction_type="v_prediction")
         compare("ddim", config, steps, eta=eta)
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_zero_terminal_snr_equals_diffusers(sampler, prediction):
-    config = ScheduleConfig(
-        rescale_betas_zero_snr=True, prediction_type=prediction, timestep_spacing="trailing"
-    )
+    config = ScheduleConfig(rescale_betas_zero_snr=True, prediction_type=prediction, timestep_spacing="trailing")
     for steps in (1, 2, 5, 20):
         compare(sampler, config, steps)
 
@@ -149,9 +143,7 @@ def gaussian(schedule):
 
 
 def run_gaussian(sampler, steps, size=20_000, on_step=None):
-    config = ScheduleConfig(
-        rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
-    )
+    config = ScheduleConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
     grid = make_grid(Schedule(config), sampler, steps)
     noise = ImageNoise([0], (size,))
     z = grid.initial_scale * noise().double()

@@ -79,7 +79,5 @@ def _read(folder: Path, split: str) -> tuple[list[dict[str, Any]], list[bytes]]:
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             raise UserError(f"emoji shard {str(file)!r} is broken ({error}); build the set again") from None
     if not records or records.keys() != pictures.keys():
-        raise UserError(
-            f"{str(folder)!r} holds no emoji set with a split {split!r}; prepare_data.py emoji builds it"
-        )
+        raise UserError(f"{str(folder)!r} holds no emoji set with a split {split!r}; prepare_data.py emoji builds it")
     return list(records.values()), [pictures[key] for key in records]

@@ -112,16 +112,12 @@ def _describe(entry: dict[str, Any], cldr: str, aliases: list[str]) -> dict[str,
     if entry["subcategory"] in ("country-flag", "subdivision-flag"):
         plain = f"flag of {'the ' if _WITH_THE.match(plain) else ''}{plain}"
     if plain.startswith("family of "):
-        plain = "family of " + _join([f"a {word}" for word in plain.split()[2:]]).replace(
-            "a adult", "an adult"
-        )
+        plain = "family of " + _join([f"a {word}" for word in plain.split()[2:]]).replace("a adult", "an adult")
     role, gender = _role(cldr, codes(entry["unified"])) if people else ("", "")
     if "skin_variations" in entry and not people:
         role = cldr  # hands and other parts of the body
     natural = plain
-    if (people and _singular(plain)) or not (
-        entry["category"] in _NO_ARTICLE or _BARE.search(_TAIL.sub("", plain))
-    ):
+    if (people and _singular(plain)) or not (entry["category"] in _NO_ARTICLE or _BARE.search(_TAIL.sub("", plain))):
         natural = f"{_article(plain)} {plain}"
     keywords = _keywords(entry, plain, cldr, aliases)
     return {

@@ -130,11 +130,7 @@ def _combinations(records: list[Record]) -> dict[str, list[int]]:
     for i, record in enumerate(records):
         if record["role"] and record["skin_tone"]:
             groups["|".join(record[name] for name in ("role", "skin_tone", "gender"))].append(i)
-    return {
-        n: members
-        for n, members in groups.items()
-        if {records[i]["style"] for i in members} == {"3D", "flat"}
-    }
+    return {n: members for n, members in groups.items() if {records[i]["style"] for i in members} == {"3D", "flat"}}
 
 
 def _order(seed: int, kind: str, name: str) -> str:

@@ -67,6 +67,10 @@ class Folder:
             raise UserError(f"{error}; repair or remove it") from None
         return {"image": image, "captions": list(captions), "key": key}
 
+    def captions(self, index: int) -> list[str]:
+        """The captions of picture `index`, without reading it."""
+        return list(self.samples[index][1])
+
 
 def captioned(root: Path) -> dict[str, list[str]]:
     """{name relative to `root`: captions} of every picture under a folder, in order of name.

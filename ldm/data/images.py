@@ -59,11 +59,6 @@ def read_image(source: str | Path | bytes, size: int, limit: int = LIMIT, name: 
     return torch.from_numpy(rearrange(np.array(picture), "h w c -> c h w").copy())
 
 
-def flip(x: Tensor) -> Tensor:
-    """Mirror image, left to right, of (..., H, W). Only where asked for: captions say left and right."""
-    return x.flip(-1)
-
-
 def _check_size(image: Image.Image, limit: int) -> None:
     width, height = image.size
     if width * height > limit:

@@ -95,6 +95,10 @@ class Shards:
             raise UserError(f"{error}; remove the sample or write the shard again") from None
         return {"image": image, "captions": self._captions(number, key, spans), "key": key}
 
+    def captions(self, index: int) -> list[str]:
+        """The captions of sample `index`; its picture is not read."""
+        return self._captions(*self._row(index))
+
     def record(self, index: int) -> dict[str, Any]:
         """All fields of the sample's JSON, its "key" and its cleaned "captions"; the picture is not read."""
         number, key, spans = self._row(index)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ldm import losses
+from ldm.config import UserError
 from ldm.data import DataConfig, flip_half, open_dataset, stack_images, to_float
 from ldm.discriminator import PatchDiscriminator
 from ldm.images import tile
@@ -39,10 +40,15 @@ class LossConfig:
     discriminator_channels: int = 64
     discriminator_layers: int = 3
 
+    def __post_init__(self) -> None:
+        for name in ("l2", "perceptual", "kl", "gan", "gan_start", "gan_ramp", "gan_maximum"):
+            if getattr(self, name) < 0:
+                raise UserError(f"config key 'loss.{name}' is {getattr(self, name)}; it must be 0 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """Everything `train_autoencoder` can be told."""
+    """Everything `train_autoencoder` can be told. `model.sample_size` is set from `data.size`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: VAEConfig = field(default_factory=VAEConfig)
@@ -60,10 +66,18 @@ class AutoencoderTask:
         self.dataset = open_dataset(config.data, "train")
         loss = config.loss
         torch.manual_seed(config.train.seed)
-        self.modules: dict[str, nn.Module] = {"vae": VAE(config.model)}
+        vae = VAE(replace(config.model, sample_size=config.data.size))
+        self.modules: dict[str, nn.Module] = {"vae": vae}
+        if config.data.size % vae.factor:
+            raise UserError(f"data.size {config.data.size} must be a multiple of {vae.factor}, the VAE's reduction")
         if loss.gan:
             discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
             self.modules["discriminator"] = discriminator
+            if config.data.size < discriminator.smallest:
+                raise UserError(
+                    f"data.size {config.data.size} is too small for loss.discriminator_layers "
+                    f"{loss.discriminator_layers}, which needs {discriminator.smallest}; take fewer layers"
+                )
         for module in self.modules.values():
             module.to(memory_format=torch.channels_last)
         self.perceptual = perceptual_network(loss.perceptual_net, loss.perceptual_path, loss.perceptual_depth)
@@ -77,25 +91,30 @@ class AutoencoderTask:
         reconstruction, posterior = modules["vae"](x)
         l1 = losses.reconstruction(reconstruction, x, c.l2)
         perceptual = self.perceptual.to(x.device)(reconstruction, x).mean()
-        kl = losses.kl(posterior.mean, posterior.logvar)
+        kl = losses.kl(posterior.mean.float(), posterior.logvar.float())  # bfloat16 under autocast
         fidelity = l1 + c.perceptual * perceptual
-        values = {"l1": l1, "perceptual": perceptual, "kl": kl}
-        learns, counts = step >= c.gan_start // 2, step >= c.gan_start
-        gan = fidelity.new_zeros(())
-        if c.gan and counts:
-            discriminator = self.modules["discriminator"].requires_grad_(False)
-            verdict = losses.hinge_generator(discriminator(reconstruction))
-            discriminator.requires_grad_(True)
-            last = self.modules["vae"].decoder.conv_out.weight
-            weight = losses.adaptive_weight(fidelity, verdict, last, c.gan_maximum)
-            gan = c.gan * losses.ramp(step, c.gan_start, c.gan_ramp) * weight * verdict
+        total, values = fidelity + c.kl * kl, {"l1": l1, "perceptual": perceptual, "kl": kl}
+        if c.gan and step >= c.gan_start:
+            verdict, weight = self.verdict(reconstruction, fidelity)
+            total = total + c.gan * losses.ramp(step, c.gan_start, c.gan_ramp) * weight * verdict
             values["gan_weight"] = weight
-        yield "vae", fidelity + c.kl * kl + gan, values
-        if c.gan and learns:
+        yield "vae", total, values
+        if c.gan and step >= c.gan_start // 2:
             logits = modules["discriminator"](torch.cat([x, reconstruction.detach()]))
             real, fake = logits.chunk(2)
             values = {"logits_real": real.mean(), "logits_fake": fake.mean()}
             yield "discriminator", losses.hinge_discriminator(real, fake), values
+
+    def verdict(self, reconstruction: Tensor, fidelity: Tensor) -> tuple[Tensor, Tensor]:
+        """The generator's GAN loss, through a discriminator that stays as it is, and its adaptive weight.
+
+        The bare discriminator: it has nothing to sync in this step.
+        """
+        discriminator = self.modules["discriminator"].requires_grad_(False)
+        verdict = losses.hinge_generator(discriminator(reconstruction))
+        discriminator.requires_grad_(True)
+        last = self.modules["vae"].decoder.conv_out.weight
+        return verdict, losses.adaptive_weight(fidelity, verdict, last, self.config.loss.gan_maximum)
 
     def after_step(self) -> None:
         """Nothing to hold."""

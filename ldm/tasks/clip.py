@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from ldm import losses
 from ldm.clip import CLIP, TextConfig, VisionConfig
+from ldm.config import UserError
 from ldm.data import DataConfig, choose_captions, flip_half, open_dataset, stack_images, to_float
 from ldm.metrics import retrieval
 from ldm.tokenizer import Tokenizer
@@ -41,8 +42,11 @@ class CLIPTask:
         if config.tokenizer:
             self.tokenizer = Tokenizer.from_pretrained(config.tokenizer)
         else:
-            captions = (c for i in range(len(self.dataset)) for c in self.dataset.captions(i))
+            # Without its picture, where the data set can
+            look = getattr(self.dataset, "captions", lambda i: self.dataset[i]["captions"])
+            captions = (c for i in range(len(self.dataset)) for c in look(i))
             self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.text.max_position_embeddings)
+        self.check_sizes()
         torch.manual_seed(config.train.seed)
         text = replace(
             config.text,
@@ -54,16 +58,26 @@ class CLIPTask:
         self.modules: dict[str, nn.Module] = {"clip": CLIP(text, replace(config.vision, image_size=config.data.size))}
         self.collate = stack_images
 
+    def check_sizes(self) -> None:
+        """UserError where the patches do not tile the pictures or the tokens do not fit the text tower."""
+        size, patch = self.config.data.size, self.config.vision.patch_size
+        if size % patch:
+            raise UserError(f"data.size {size} must be a multiple of vision.patch_size {patch}")
+        have, want = self.config.text.max_position_embeddings, self.tokenizer.context_length
+        if have < want:
+            raise UserError(f"text.max_position_embeddings {have} is less than the tokenizer's context, {want}")
+
     def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
-        """The contrastive loss; pairs that share a caption are not each other's negatives."""
+        """The contrastive loss; pictures that share a caption are not each other's negatives."""
         x = to_float(batch["image"])
         x = flip_half(x) if self.config.data.flip else x
         tokens = self.tokenizer(choose_captions(batch["captions"]), warn=False).to(x.device)
         images, texts, scale = modules["clip"](x, tokens)
-        if torch.distributed.is_initialized():  # gathered with gradients
+        captions = batch["captions"]
+        if torch.distributed.is_initialized():  # embeddings are gathered with gradients
             images, texts = torch.cat(all_gather(images)), torch.cat(all_gather(texts))
-            tokens = torch.cat(all_gather(tokens))
-        same = (rearrange(tokens, "b l -> b 1 l") == tokens).all(-1)
+            captions = gather_object(captions)
+        same = sharing(captions).to(x.device)
         yield "clip", losses.contrastive(images, texts, scale, same), {"scale": scale}
 
     def after_step(self) -> None:
@@ -77,12 +91,11 @@ class CLIPTask:
         for start in range(0, min(self.config.held_out, len(dataset)), 64):
             samples = [dataset[i] for i in range(start, min(start + 64, self.config.held_out, len(dataset)))]
             batch = stack_images(samples)
-            captions += [c[0] for c in batch["captions"]]
+            captions += batch["captions"]
             tokens = self.tokenizer([c[0] for c in batch["captions"]], warn=False)
             images.append(clip.encode_image(to_float(batch["image"].to(device))))
             texts.append(clip.encode_text(tokens.to(device)))
-        same = torch.tensor([[a == b for a in captions] for b in captions])
-        return retrieval(torch.cat(images).cpu(), torch.cat(texts).cpu(), same=same)
+        return retrieval(torch.cat(images).cpu(), torch.cat(texts).cpu(), same=sharing(captions))
 
     def preview(self, device: torch.device) -> Image.Image | None:
         """Retrieval has no picture."""
@@ -95,3 +108,15 @@ class CLIPTask:
         self.tokenizer.save_pretrained(folder / "clip")
         clip.text_encoder().save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def sharing(captions: list[list[str]]) -> Tensor:
+    """(B, B) bool: whether two of B pictures have a caption in common, each with itself too.
+
+    Over all captions, not those chosen for this step: another wording of the same picture is no negative.
+    """
+    column = {caption: i for i, caption in enumerate(sorted({c for cs in captions for c in cs}))}
+    has = torch.zeros(len(captions), len(column))
+    for row, own in zip(has, captions, strict=True):
+        row[[column[c] for c in own]] = 1.0
+    return has @ has.T > 0

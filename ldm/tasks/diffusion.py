@@ -15,11 +15,12 @@ from ldm.clip import TextEncoder
 from ldm.config import UserError
 from ldm.data import DataConfig, choose_captions, flip_half, open_dataset, stack_images, to_float
 from ldm.data.latents import CachedLatents, cache_latents, data_hash, vae_hash
-from ldm.diffusion import Denoiser, Schedule, ScheduleConfig, loss_weight, sample_timesteps
+from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weight, sample_timesteps
 from ldm.images import captioned_grid
 from ldm.pipeline import Pipeline
+from ldm.samplers import get_sampler, make_grid
 from ldm.tokenizer import Tokenizer
-from ldm.train import TrainConfig
+from ldm.train import TrainConfig, processes
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE
 
@@ -50,15 +51,21 @@ class DiffusionConfig:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     cache: str = ""  # file for the latents, written once; empty: encode every batch anew
     caption_dropout: float = 0.1  # share of captions replaced by "", which sampling uses as the null
-    timesteps: str = "uniform"  # or stratified, logit_normal
+    timesteps: Density = "uniform"
     min_snr_gamma: float | None = None
     train_text_encoder: bool = False  # let the diffusion loss move it as well, from the weights it comes with
     frozen: tuple[str, ...] = ()  # name patterns of U-Net parameters to leave as they are, e.g. "down_blocks.*"
     held_out: int = 256  # validation pairs that the loss is measured on
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout <= 1:
+            raise UserError(f"config key 'caption_dropout' is {self.caption_dropout}; it must be in [0, 1]")
+        if self.cache and self.data.flip:
+            raise UserError("a latent cache holds no mirrored pictures: leave out cache, or set data.flip=false")
+
 
 class DiffusionTask:
-    """One denoising step on a batch of latents and captions; VAE and text encoder are frozen."""
+    """One denoising step on a batch of latents and captions. The VAE is frozen, so is the text encoder by default."""
 
     def __init__(self, config: DiffusionConfig):
         self.config = config
@@ -70,16 +77,33 @@ class DiffusionTask:
         self.text_encoder.requires_grad_(config.train_text_encoder)
         self.tokenizer = Tokenizer.from_pretrained(weights.find_root(config.text_encoder))
         self.schedule = Schedule(config.schedule)
-        torch.manual_seed(config.train.seed)
-        unet = UNet.from_pretrained(config.unet) if config.unet else UNet(self.sized(config.model))
-        for name, parameter in unet.named_parameters():
-            parameter.requires_grad_(not any(fnmatch.fnmatch(name, pattern) for pattern in config.frozen))
-        self.modules: dict[str, nn.Module] = {"unet": unet.to(memory_format=torch.channels_last)}
+        get_sampler(config.schedule.sampler)
+        make_grid(self.schedule, config.schedule.sampler, config.preview.steps)
+        self.modules: dict[str, nn.Module] = {"unet": self.make_unet().to(memory_format=torch.channels_last)}
         if config.train_text_encoder:
             self.modules["text_encoder"] = self.text_encoder
         images = open_dataset(config.data, "train")
         self.dataset = self.cached(images) if config.cache else images
         self.collate = stack_latents if config.cache else stack_images
+        self.check_latents()
+
+    def make_unet(self) -> UNet:
+        """The U-Net to start from, new or loaded, with its frozen parameters marked."""
+        config = self.config
+        torch.manual_seed(config.train.seed)
+        unet = UNet.from_pretrained(config.unet) if config.unet else UNet(self.sized(config.model))
+        fits = self.sized(unet.config)
+        for key in ("in_channels", "out_channels", "cross_attention_dim"):
+            have, want = getattr(unet.config, key), getattr(fits, key)
+            if have != want:
+                raise UserError(f"the U-Net in {config.unet!r} has {key} {have}, VAE and text encoder need {want}")
+        multiple = self.vae.factor * 2 ** (len(unet.config.block_out_channels) - 1)
+        if config.data.size % multiple:
+            raise UserError(
+                f"data.size {config.data.size} must be a multiple of {multiple}, what VAE and U-Net reduce by together"
+            )
+        freeze(unet, config.frozen)
+        return unet
 
     def sized(self, model: UNetConfig) -> UNetConfig:
         """The U-Net's config with the sizes that the VAE and the text encoder fix."""
@@ -94,21 +118,29 @@ class DiffusionTask:
 
     def cached(self, images: object) -> CachedLatents:
         """The latents of all training images, encoded now if the cache file is not there yet."""
-        path = Path(self.config.cache)
-        if not path.exists():
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            cache_latents(self.vae.to(device), images, path, 64, device, progress=True)
+        path, device = Path(self.config.cache), processes().device
+        with processes().main_process_first():
+            if not path.exists():
+                cache_latents(self.vae.to(device), images, path, 64, device, progress=True)
         return CachedLatents(path, vae_hash(self.vae), data_hash(images))
 
-    def latents(self, batch: dict) -> Tensor:
-        """Normalized latents (B, C, h, w), sampled anew from the batch's moments; UserError when they are far from
-        zero mean and unit variance."""
+    def check_latents(self, count: int = 32) -> None:
+        """UserError when the normalized latents of `count` training images, evenly spread, are not near zero mean
+        and unit variance."""
+        indices = torch.linspace(0, len(self.dataset) - 1, count).round().long().unique().tolist()
+        batch = self.collate([self.dataset[i] for i in indices])
+        check_normalized(self.latents({k: v for k, v in batch.items() if k != "captions"}, processes().device))
+
+    def latents(self, batch: dict, device: torch.device | None = None, flip: bool = False) -> Tensor:
+        """Normalized latents (B, C, h, w), sampled anew from the batch's moments or images, half of these mirrored
+        if told to."""
+        batch = {k: v.to(device) if device and isinstance(v, Tensor) else v for k, v in batch.items()}
         if "mean" in batch:
             mean, std = batch["mean"], batch["std"]
             z = self.vae.normalize(mean + std * torch.randn_like(mean))
         else:
             x = to_float(batch["image"]).contiguous(memory_format=torch.channels_last)
-            x = flip_half(x) if self.config.data.flip else x
+            x = flip_half(x) if flip else x
             with torch.no_grad():
                 z = self.vae.to(x.device).normalize(self.vae.encode(x).sample())
         return z.contiguous(memory_format=torch.channels_last)
@@ -123,12 +155,8 @@ class DiffusionTask:
 
     def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
         """The weighted squared error at random timesteps, captions dropped at random."""
-        z0 = self.latents(batch)
-        if step == 0:
-            check_normalized(z0)
-        captions = choose_captions(batch["captions"])
-        dropped = (torch.rand(len(captions)) < self.config.caption_dropout).tolist()
-        captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+        z0 = self.latents(batch, flip=self.config.data.flip)
+        captions = drop_captions(choose_captions(batch["captions"]), self.config.caption_dropout)
         t = sample_timesteps(len(z0), len(self.schedule), self.config.timesteps).to(z0.device)
         yield "unet", self.loss(modules, z0, captions, t, torch.randn_like(z0)), {"z_std": z0.std()}
 
@@ -149,7 +177,7 @@ class DiffusionTask:
         indices = range(min(self.config.held_out, len(dataset)))
         for start in indices[::64]:
             batch = stack_images([dataset[i] for i in indices[start : start + 64]])
-            z0 = self.latents({"image": batch["image"].to(device)})
+            z0 = self.latents({"image": batch["image"]}, device)
             t = torch.linspace(0, len(self.schedule) - 1, len(z0)).long().to(device)
             captions = [c[0] for c in batch["captions"]]
             total += float(self.loss(self.modules, z0, captions, t, torch.randn_like(z0))) * len(z0)
@@ -160,7 +188,7 @@ class DiffusionTask:
         """A captioned grid of samples from fixed prompts and seeds."""
         c = self.config.preview
         dataset = open_dataset(self.config.data, "val")
-        prompts = list(c.prompts) or [dataset.captions(i)[0] for i in range(min(c.count, len(dataset)))]
+        prompts = list(c.prompts) or [dataset[i]["captions"][0] for i in range(min(c.count, len(dataset)))]
         pipe = Pipeline(self.parts(), device)
         images = pipe(prompts, steps=c.steps, guidance=c.guidance, seed=c.seed)
         return captioned_grid(images, prompts, columns=min(8, len(prompts)))
@@ -172,6 +200,25 @@ class DiffusionTask:
     def export(self, folder: Path, device: torch.device, final: bool) -> None:
         """Writes the whole pipeline into `folder`."""
         save_parts(folder, self.parts())
+
+
+def freeze(module: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Takes the gradient from the parameters whose names match a shell pattern; UserError for one that matches none,
+    or when nothing is left to train."""
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"frozen pattern {pattern!r} matches no parameter, e.g. {names[0]!r}")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+    if not any(p.requires_grad for p in module.parameters()):
+        raise UserError(f"frozen {list(patterns)} leaves no parameter to train; name fewer")
+
+
+def drop_captions(captions: list[str], share: float) -> list[str]:
+    """Each caption replaced by "", the null of sampling, with probability `share`, by torch's global generator."""
+    dropped = (torch.rand(len(captions)) < share).tolist()
+    return ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
 
 
 def check_normalized(z: Tensor) -> None:

@@ -1,0 +1,134 @@
+"""The smallest trainings that still have every part; shared by the tests of the loop, the tasks and the scripts."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.clip import TextConfig, VisionConfig
+from ldm.data import DataConfig, open_dataset
+from ldm.diffusion import ScheduleConfig
+from ldm.tasks.autoencoder import AutoencoderConfig, LossConfig
+from ldm.tasks.clip import CLIPConfig
+from ldm.tasks.diffusion import DiffusionConfig, PreviewConfig
+from ldm.train import OptimizerConfig, Run, Task, TrainConfig
+from ldm.unet import UNetConfig
+from ldm.vae import VAEConfig
+from ldm.weights import save_tensors, write_json
+
+DATA = DataConfig(length=24)
+TRAIN = TrainConfig(
+    steps=4,
+    batch_size=4,
+    log_every=2,
+    validate_every=0,
+    preview_every=0,
+    save_every=0,
+    optimizer=OptimizerConfig(lr=2e-3, warmup=0, decay="constant", weight_decay=0.0),
+)
+# A large eps keeps the noise in gradients that are zero on paper from being blown up
+PLAIN = replace(TRAIN, optimizer=replace(TRAIN.optimizer, eps=1e-2))
+LOSS = LossConfig(perceptual_depth=1, gan_start=0, gan_ramp=0, discriminator_channels=4, discriminator_layers=2)
+TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def autoencoder(train: TrainConfig = TRAIN, loss: LossConfig = LOSS) -> AutoencoderConfig:
+    """32 px -> 8 x 8 latents, with a GAN from the first step on."""
+    model = VAEConfig(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)
+    return AutoencoderConfig(data=DATA, model=model, loss=loss, train=train, held_out=4, statistics=24)
+
+
+def clip(train: TrainConfig = TRAIN) -> CLIPConfig:
+    """A context of 32 x 32."""
+    text = TextConfig(**TOWER, projection_dim=16, max_position_embeddings=32)
+    vision = VisionConfig(**TOWER, projection_dim=16, patch_size=8)
+    return CLIPConfig(data=DATA, vocab_size=560, text=text, vision=vision, train=train, held_out=16)
+
+
+def diffusion(vae: Path | str, text_encoder: Path | str, train: TrainConfig = TRAIN, **changes) -> DiffusionConfig:
+    """Two levels, one of them with cross-attention."""
+    model = UNetConfig(
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    schedule = ScheduleConfig(timestep_spacing="trailing", sampler="ddim")
+    fixed = {
+        "schedule": schedule,
+        "data": DATA,
+        "model": model,
+        "train": train,
+        "held_out": 4,
+        "preview": PreviewConfig(count=2, steps=2),
+    }
+    return DiffusionConfig(**{"vae": str(vae), "text_encoder": str(text_encoder)} | fixed | changes)
+
+
+def samples(count: int, captions: int | None = None) -> list[dict]:
+    """The first shapes scenes, with at most so many of their captions."""
+    dataset = open_dataset(DATA, "train")
+    return [s | {"captions": s["captions"][:captions]} for s in (dataset[i] for i in range(count))]
+
+
+def steps(task: Task, config: TrainConfig, out: Path, count: int | None = None) -> Run:
+    """Takes `count` steps, or `config.steps`, without writing more than the log."""
+    run = Run(task, config, out)
+    run.begin(0, {})
+    batches = run.batches(0)
+    for step in range(count or config.steps):
+        run.step(batches, step)
+    return run
+
+
+def copied(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state as it is now."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two states are the same to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Toy:
+    """Two linear maps on noisy points: a task for the loop alone. `wrong` is added to the loss at a step."""
+
+    def __init__(self, noise: float = 0.1, wrong: dict[int, float] | None = None, stop_at: int = -1):
+        torch.manual_seed(0)
+        self.modules: dict[str, nn.Module] = {"first": nn.Linear(3, 2), "second": nn.Linear(2, 1)}
+        points = torch.randn(11, 3)
+        self.dataset = [{"x": x, "y": x.sum()} for x in points]
+        self.noise, self.wrong, self.stop_at = noise, wrong or {}, stop_at
+        self.exports = 0
+
+    def collate(self, samples: list[dict]) -> dict:
+        return {name: torch.stack([s[name] for s in samples]) for name in ("x", "y")}
+
+    def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
+        if step == self.stop_at:
+            raise KeyboardInterrupt
+        hidden = modules["first"](batch["x"] + self.noise * torch.randn_like(batch["x"]))
+        yield "first", (hidden.sum(1) - batch["y"]).square().mean(), {}
+        loss = (modules["second"](hidden.detach())[:, 0] - batch["y"]).square().mean()
+        yield "second", loss * 1.0 + self.wrong.get(step, 0.0), {"noted": step}
+
+    def after_step(self) -> None:
+        pass
+
+    def validate(self, device: torch.device) -> dict[str, float]:
+        return {"noise": float(torch.rand(()))}
+
+    def preview(self, device: torch.device) -> Image.Image:
+        return Image.new("RGB", (2, 2))
+
+    def export(self, folder: Path, device: torch.device, final: bool) -> None:
+        self.exports += 1
+        (folder / "first").mkdir(parents=True, exist_ok=True)
+        save_tensors(folder / "first" / "model.safetensors", self.modules["first"].state_dict())
+        write_json(folder / "first" / "config.json", {"final": final})
