@@ -242,7 +242,7 @@ def guided(
     negative: Context | None,
     guidance: float,
     rescale: float = 0.0,
-    interval: tuple[float, float] = (0, 1000),
+    interval: tuple[float, float] = (0, math.inf),
 ) -> Denoise:
     """`denoise(z_t (B,C,h,w), t) -> z0` with classifier-free guidance (Ho & Salimans 2022, eq. 6).
 

@@ -1,6 +1,7 @@
 """Prompt -> tokens -> context -> denoised latent -> picture."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -83,7 +84,7 @@ class Pipeline:
         width: int | None = None,
         callback: Callable[[Progress], None] | None = None,
         guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] = (0, 1000),
+        guidance_interval: tuple[float, float] = (0, math.inf),
         spacing: str | None = None,
         batch_size: int = 16,
         **sampler_options: float,

@@ -182,7 +182,7 @@ class Run:
             torch.manual_seed(_mix(c.seed, step * c.accumulate + micro, self.accelerator.process_index))
             values += self.backward(batch, step, last=micro == c.accumulate - 1)
         modules = self.trained.modules.items()
-        norms = {f"{n}_grad_norm": nn.utils.clip_grad_norm_(m.parameters(), c.clip) for n, m in modules}
+        norms = {f"{n}_grad_norm": self.clip(m) for n, m in modules}
         values.append(norms)
         if self.all_finite(values):
             self.skipped = 0
@@ -209,10 +209,15 @@ class Run:
                 noted.append({f"{name}_loss": loss} | values)
         return [{k: torch.as_tensor(v, device=self.device).detach().float() for k, v in d.items()} for d in noted]
 
+    def clip(self, module: nn.Module) -> Tensor:
+        """Scales the module's gradients to the largest norm allowed; returns their norm before, on the device (where
+        a module has no gradients yet, torch gives it on the CPU)."""
+        return nn.utils.clip_grad_norm_(module.parameters(), self.config.clip).to(self.device)
+
     def all_finite(self, values: list[dict[str, Tensor]]) -> bool:
         """Whether all values are finite, in all processes: either all of them move or none."""
         flags = [torch.isfinite(v) for table in values for k, v in table.items() if k.endswith(("_loss", "_norm"))]
-        flag = torch.stack([f.to(self.device) for f in flags]).all().float()
+        flag = torch.stack(flags).all().float()
         return float(self.accelerator.reduce(flag, "mean")) == 1.0
 
     def update(self, step: int) -> None:
