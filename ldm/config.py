@@ -16,6 +16,12 @@ class UserError(Exception):
     Scripts print it without a traceback and exit with code 2."""
 
 
+def require(holds: bool, key: str, value: Any, allowed: str) -> None:
+    """UserError that names a config key, its value and what is allowed, unless `holds`."""
+    if not holds:
+        raise UserError(f"config key {key!r} is {value!r}; it must be {allowed}")
+
+
 def load(cls: type[T], path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> T:
     """Reads `path` (TOML, overrides of the defaults in `cls`), applies `key.path=value` items, builds `cls`.
 

@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from ldm.config import UserError
+from ldm.config import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +20,11 @@ class OptimizerConfig:
     final_lr: float = 0.0  # as a share of lr, at the last step of a cosine
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "train.optimizer.lr", self.lr, "above 0")
-        _require(all(0 <= b < 1 for b in self.betas), "train.optimizer.betas", self.betas, "each in [0, 1)")
-        _require(self.eps > 0, "train.optimizer.eps", self.eps, "above 0")
-        _require(self.weight_decay >= 0, "train.optimizer.weight_decay", self.weight_decay, "0 or more")
-        _require(self.warmup >= 0, "train.optimizer.warmup", self.warmup, "0 or more")
+        require(self.lr > 0, "train.optimizer.lr", self.lr, "above 0")
+        require(all(0 <= b < 1 for b in self.betas), "train.optimizer.betas", self.betas, "each in [0, 1)")
+        require(self.eps > 0, "train.optimizer.eps", self.eps, "above 0")
+        require(self.weight_decay >= 0, "train.optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(self.warmup >= 0, "train.optimizer.warmup", self.warmup, "0 or more")
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate at a step counted from 0, as a share of `lr`."""
@@ -60,14 +60,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "keep", "max_skipped"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
         for name in ("seed", "workers", "validate_every", "preview_every", "save_every"):
-            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         for name in ("clip", "ema_power"):
-            _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
-        _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "in [0, 1)")
-
-
-def _require(holds: bool, key: str, value: Any, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"config key {key!r} is {value!r}; it must be {allowed}")
+            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
+        require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "in [0, 1)")

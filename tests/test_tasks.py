@@ -227,7 +227,9 @@ def test_dropped_captions_are_empty_at_the_right_rate(unet_task, monkeypatch):
     monkeypatch.setattr(unet_task, "config", replace(unet_task.config, caption_dropout=1.0))
     context = unet_task.context
     monkeypatch.setattr(
-        unet_task, "context", lambda captions, device: seen.extend(captions) or context(captions, device)
+        unet_task,
+        "context",
+        lambda modules, captions, device: seen.extend(captions) or context(modules, captions, device),
     )
     next(unet_task.losses(unet_task.modules, stack_images(tiny.samples(3)), step=0))
     assert seen == ["", "", ""]

@@ -4,7 +4,7 @@ dataset[i] -> {"image": uint8 (3, size, size), "captions": list[str], "key": str
 dataset.captions(i) -> the same captions, without touching the image
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,40 +28,43 @@ class DataConfig:
     flip: bool = False  # mirror half of the training images; wrong where captions say left or right
 
 
-def open_dataset(config: DataConfig, split: str) -> Any:
-    """The data set `config.name`, split train, val or test. UserError for an unknown name or split."""
+def open_dataset(config: DataConfig, split: str, need_captions: bool = True) -> Any:
+    """The data set `config.name`, split train, val or test. UserError for an unknown name or split.
+
+    Without `need_captions` the pictures of a folder may have none, which is enough for an autoencoder.
+    """
     if config.name not in DATASETS:
         raise UserError(f"unknown data set {config.name!r}; known: {', '.join(DATASETS)}")
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    return DATASETS[config.name](config, split)
+    return DATASETS[config.name](config, split, need_captions)
 
 
-def _shapes(config: DataConfig, split: str) -> Any:
+def _shapes(config: DataConfig, split: str, need_captions: bool) -> Any:
     from ldm.data.shapes import Shapes
 
     return Shapes(config.size, split, config.length if split == "train" else None, config.seed)
 
 
-def _emoji(config: DataConfig, split: str) -> Any:
+def _emoji(config: DataConfig, split: str, need_captions: bool) -> Any:
     from ldm.data.emoji import Emoji
 
     return Emoji(config.size, split, config.path or None)
 
 
-def _folder(config: DataConfig, split: str) -> Any:
+def _folder(config: DataConfig, split: str, need_captions: bool) -> Any:
     from ldm.data.folder import Folder
 
-    return Folder(config.path, size=config.size, split=split, seed=config.seed)
+    return Folder(config.path, config.size, split, config.seed, need_captions=need_captions)
 
 
-def _shards(config: DataConfig, split: str) -> Any:
+def _shards(config: DataConfig, split: str, need_captions: bool) -> Any:
     from ldm.data.shards import Shards
 
     return Shards(config.path, size=config.size, split=split, seed=config.seed)
 
 
-DATASETS: dict[str, Callable[[DataConfig, str], Any]] = {
+DATASETS: dict[str, Callable[[DataConfig, str, bool], Any]] = {
     "shapes": _shapes,
     "emoji": _emoji,
     "folder": _folder,
@@ -82,6 +85,18 @@ def to_uint8(x: Tensor) -> Tensor:
 def stack_images(samples: list[dict]) -> dict:
     """Samples -> {"image": uint8 (B, 3, H, W), "captions": B lists of strings}."""
     return {"image": torch.stack([s["image"] for s in samples]), "captions": [s["captions"] for s in samples]}
+
+
+def spread(dataset: Any, count: int) -> list[int]:
+    """At most `count` indices, evenly spread over the data set: it may be sorted."""
+    count = min(count, len(dataset))
+    return [i * (len(dataset) - 1) // max(count - 1, 1) for i in range(count)]
+
+
+def batches(dataset: Any, indices: Sequence[int], batch_size: int) -> Iterator[dict]:
+    """The samples of `indices` in order, stacked."""
+    for start in range(0, len(indices), batch_size):
+        yield stack_images([dataset[i] for i in indices[start : start + batch_size]])
 
 
 def choose_captions(captions: list[list[str]]) -> list[str]:

@@ -21,9 +21,9 @@ class Folder:
     `.txt` of the same name beside the picture, a caption a line. Sub-folders `train`, `val` and `test`,
     where there are any, are the splits, each with a `metadata.jsonl` or `.txt` files of its own; else
     pictures are split by a hash of their captions (`splits.assign`). Hidden files and folders are passed
-    over. Raises UserError for a missing or empty folder or split, a picture without caption, metadata that
-    is broken, names a missing file or one outside the folder, and (on reading) for a picture that cannot be
-    read.
+    over. Raises UserError for a missing or empty folder or split, a picture without caption (unless
+    `need_captions` is false: its list is then empty, and its name decides its split), metadata that is broken,
+    names a missing file or one outside the folder, and (on reading) for a picture that cannot be read.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Folder:
         val: float = 0.02,
         test: float = 0.08,
         limit: int = LIMIT,
+        need_captions: bool = True,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
@@ -45,9 +46,9 @@ class Folder:
         if named and split not in named:
             raise UserError(f"{str(path)!r} has sub-folders {', '.join(named)} but no {split!r}; add it")
         root = self.path / split if named else self.path
-        found = captioned(root)
+        found = captioned(root, need_captions)
         if not named:
-            splits = assign([caption_group(captions) for captions in found.values()], seed, val, test)
+            splits = assign([caption_group(captions) or key for key, captions in found.items()], seed, val, test)
             found = {key: found[key] for key, name in zip(found, splits, strict=True) if name == split}
         if not found:
             raise UserError(
@@ -72,10 +73,10 @@ class Folder:
         return list(self.samples[index][1])
 
 
-def captioned(root: Path) -> dict[str, list[str]]:
+def captioned(root: Path, need_captions: bool = True) -> dict[str, list[str]]:
     """{name relative to `root`: captions} of every picture under a folder, in order of name.
 
-    UserError for no pictures, a picture without caption, or broken metadata.
+    UserError for no pictures, broken metadata, or, where captions are needed, a picture without one.
     """
     captions = read_metadata(root / METADATA) if (root / METADATA).is_file() else {}
     names = sorted(captions.keys() | set(_pictures(root)))
@@ -87,11 +88,11 @@ def captioned(root: Path) -> dict[str, list[str]]:
             missing.append(name)
         elif name not in captions:
             captions[name] = found
-    if missing:
+    if missing and need_captions:
         count = f"{len(missing)} of {len(names)} pictures in {str(root)!r} have no caption"
         text = PurePosixPath(missing[0]).with_suffix(".txt")
         raise UserError(f"{count}, the first is {missing[0]!r}; write {str(text)!r} or add it to {METADATA}")
-    return {name: captions[name] for name in names}
+    return {name: captions.get(name, []) for name in names}
 
 
 def read_metadata(file: Path) -> dict[str, list[str]]:

@@ -1,20 +1,19 @@
 """Training the VAE: reconstruction + perceptual + KL + patch-GAN (Rombach et al. 2022, section 3.1)."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ldm import losses
-from ldm.config import UserError
-from ldm.data import DataConfig, flip_half, open_dataset, stack_images, to_float
+from ldm.config import UserError, require
+from ldm.data import DataConfig, batches, flip_half, open_dataset, spread, stack_images, to_float
 from ldm.discriminator import PatchDiscriminator
 from ldm.images import tile
 from ldm.metrics import psnr, ssim
@@ -57,13 +56,18 @@ class AutoencoderConfig:
     held_out: int = 512  # validation images that are measured
     statistics: int = 50_000  # at most so many training images give the latent shift and scale
 
+    def __post_init__(self) -> None:
+        require(self.held_out >= 1, "held_out", self.held_out, "1 or more")
+        require(self.statistics >= 1, "statistics", self.statistics, "1 or more")
+
 
 class AutoencoderTask:
     """The generator and the discriminator step of one batch of images."""
 
     def __init__(self, config: AutoencoderConfig):
         self.config = config
-        self.dataset = open_dataset(config.data, "train")
+        self.dataset = open_dataset(config.data, "train", need_captions=False)
+        self.held_out = open_dataset(config.data, "val", need_captions=False)
         loss = config.loss
         torch.manual_seed(config.train.seed)
         vae = VAE(replace(config.model, sample_size=config.data.size))
@@ -82,6 +86,7 @@ class AutoencoderTask:
             module.to(memory_format=torch.channels_last)
         self.perceptual = perceptual_network(loss.perceptual_net, loss.perceptual_path, loss.perceptual_depth)
         self.collate = stack_images
+        self.at_once = min(64, config.train.batch_size)  # images, outside the training steps
 
     def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
         """The VAE's loss with the discriminator frozen, then the discriminator's on detached pictures."""
@@ -122,9 +127,8 @@ class AutoencoderTask:
     def validate(self, device: torch.device) -> dict[str, float]:
         """PSNR (dB), SSIM and perceptual distance of reconstructions (from the mean) of held-out images."""
         sums = {"psnr": 0.0, "ssim": 0.0, "perceptual": 0.0}
-        dataset = open_dataset(self.config.data, "val")
-        count = min(self.config.held_out, len(dataset))
-        for x in _images(dataset, count, device):
+        count = min(self.config.held_out, len(self.held_out))
+        for x in images(self.held_out, count, self.at_once, device):
             y = self.reconstruct(x)
             sums["psnr"] += float(psnr(y, x).sum())
             sums["ssim"] += float(ssim(y, x).sum())
@@ -138,7 +142,7 @@ class AutoencoderTask:
 
     def preview(self, device: torch.device) -> Image.Image:
         """Sixteen held-out images, each above its reconstruction."""
-        x = next(_images(open_dataset(self.config.data, "val"), 16, device))
+        x = next(images(self.held_out, 16, 16, device))
         pairs = torch.stack([x, self.reconstruct(x)], 1)  # (16, 2, 3, H, W)
         rows = rearrange(pairs, "(r c) p k h w -> (r p c) k h w", r=2)
         return tile(rows, columns=8, scale=max(1, 128 // x.shape[-1]))
@@ -146,28 +150,28 @@ class AutoencoderTask:
     def export(self, folder: Path, device: torch.device, final: bool) -> None:
         """Measures shift and scale of the training set's latents (of a sample of it, unless this is the end), folds
         them in, writes `folder/vae`."""
-        vae = copy.deepcopy(self.modules["vae"])
         count = min(self.config.statistics if final else 1024, len(self.dataset))
-        mean, std = latent_statistics(vae, self.dataset, count, device)
-        vae.with_statistics(mean, std).save_pretrained(folder / "vae")
+        mean, std = latent_statistics(self.modules["vae"], self.dataset, count, self.at_once, device)
+        self.modules["vae"].with_statistics(mean, std).save_pretrained(folder / "vae")
 
 
-def _images(dataset: object, count: int, device: torch.device, batch_size: int = 64) -> Iterator[Tensor]:
-    # Evenly spread indices: the data may be sorted
-    indices = torch.linspace(0, len(dataset) - 1, count).round().long().tolist()
-    loader = DataLoader(Subset(dataset, indices), batch_size, collate_fn=stack_images)
-    for batch in loader:
+def images(dataset: Any, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """At most `count` images, spread over the data set, in batches x (B, 3, H, W) in [-1, 1]."""
+    for batch in batches(dataset, spread(dataset, count), batch_size):
         yield to_float(batch["image"].to(device)).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def latent_statistics(vae: VAE, dataset: object, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def latent_statistics(
+    vae: VAE, dataset: Any, count: int, batch_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) of raw latent samples over `count` images spread over the data set.
 
     The variance of a sampled latent is E[std^2] + Var[mean]; accumulated in float64.
     """
     first = second = samples = 0.0
-    for x in tqdm(_images(dataset, count, device), total=-(-count // 64), desc="latent statistics", leave=False):
+    total = -(-count // batch_size)
+    for x in tqdm(images(dataset, count, batch_size, device), total=total, desc="latent statistics", leave=False):
         posterior = vae.encode(x)
         mean, variance = posterior.mean.double(), posterior.std.double() ** 2
         first = first + mean.sum((0, 2, 3))

@@ -13,8 +13,8 @@ from torch.distributed.nn.functional import all_gather
 
 from ldm import losses
 from ldm.clip import CLIP, TextConfig, VisionConfig
-from ldm.config import UserError
-from ldm.data import DataConfig, choose_captions, flip_half, open_dataset, stack_images, to_float
+from ldm.config import UserError, require
+from ldm.data import DataConfig, batches, choose_captions, flip_half, open_dataset, spread, stack_images, to_float
 from ldm.metrics import retrieval
 from ldm.tokenizer import Tokenizer
 from ldm.train import TrainConfig
@@ -32,6 +32,9 @@ class CLIPConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     held_out: int = 512  # validation pairs that retrieval is measured on
 
+    def __post_init__(self) -> None:
+        require(self.held_out >= 1, "held_out", self.held_out, "1 or more")
+
 
 class CLIPTask:
     """One contrastive step on a batch of pairs; with many processes, over the global batch."""
@@ -39,12 +42,11 @@ class CLIPTask:
     def __init__(self, config: CLIPConfig):
         self.config = config
         self.dataset = open_dataset(config.data, "train")
+        self.held_out = open_dataset(config.data, "val")
         if config.tokenizer:
             self.tokenizer = Tokenizer.from_pretrained(config.tokenizer)
         else:
-            # Without its picture, where the data set can
-            look = getattr(self.dataset, "captions", lambda i: self.dataset[i]["captions"])
-            captions = (c for i in range(len(self.dataset)) for c in look(i))
+            captions = (c for i in range(len(self.dataset)) for c in self.dataset.captions(i))
             self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.text.max_position_embeddings)
         self.check_sizes()
         torch.manual_seed(config.train.seed)
@@ -86,11 +88,8 @@ class CLIPTask:
 
     def validate(self, device: torch.device) -> dict[str, float]:
         """R@1 and R@5 both ways among held-out pairs (the first caption of each), beside chance."""
-        clip, dataset = self.modules["clip"], open_dataset(self.config.data, "val")
-        images, texts, captions = [], [], []
-        for start in range(0, min(self.config.held_out, len(dataset)), 64):
-            samples = [dataset[i] for i in range(start, min(start + 64, self.config.held_out, len(dataset)))]
-            batch = stack_images(samples)
+        clip, images, texts, captions = self.modules["clip"], [], [], []
+        for batch in batches(self.held_out, spread(self.held_out, self.config.held_out), self.config.train.batch_size):
             captions += batch["captions"]
             tokens = self.tokenizer([c[0] for c in batch["captions"]], warn=False)
             images.append(clip.encode_image(to_float(batch["image"].to(device))))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ldm import losses, weights
 from ldm.checkpoint import Parts, save_parts
 from ldm.clip import TextEncoder
-from ldm.config import UserError
-from ldm.data import DataConfig, choose_captions, flip_half, open_dataset, stack_images, to_float
+from ldm.config import UserError, require
+from ldm.data import DataConfig, batches, choose_captions, flip_half, open_dataset, spread, stack_images, to_float
 from ldm.data.latents import CachedLatents, cache_latents, data_hash, vae_hash
 from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weight, sample_timesteps
 from ldm.images import captioned_grid
@@ -34,6 +34,10 @@ class PreviewConfig:
     steps: int = 20
     guidance: float = 3.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.count >= 1, "preview.count", self.count, "1 or more")
+        require(self.guidance >= 0, "preview.guidance", self.guidance, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +62,8 @@ class DiffusionConfig:
     held_out: int = 256  # validation pairs that the loss is measured on
 
     def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout <= 1:
-            raise UserError(f"config key 'caption_dropout' is {self.caption_dropout}; it must be in [0, 1]")
+        require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "in [0, 1]")
+        require(self.held_out >= 1, "held_out", self.held_out, "1 or more")
         if self.cache and self.data.flip:
             raise UserError("a latent cache holds no mirrored pictures: leave out cache, or set data.flip=false")
 
@@ -77,12 +81,13 @@ class DiffusionTask:
         self.text_encoder.requires_grad_(config.train_text_encoder)
         self.tokenizer = Tokenizer.from_pretrained(weights.find_root(config.text_encoder))
         self.schedule = Schedule(config.schedule)
+        self.at_once = min(64, config.train.batch_size)  # images, outside the training steps
         get_sampler(config.schedule.sampler)
         make_grid(self.schedule, config.schedule.sampler, config.preview.steps)
         self.modules: dict[str, nn.Module] = {"unet": self.make_unet().to(memory_format=torch.channels_last)}
         if config.train_text_encoder:
             self.modules["text_encoder"] = self.text_encoder
-        images = open_dataset(config.data, "train")
+        images, self.held_out = (open_dataset(config.data, split) for split in ("train", "val"))
         self.dataset = self.cached(images) if config.cache else images
         self.collate = stack_latents if config.cache else stack_images
         self.check_latents()
@@ -121,14 +126,13 @@ class DiffusionTask:
         path, device = Path(self.config.cache), processes().device
         with processes().main_process_first():
             if not path.exists():
-                cache_latents(self.vae.to(device), images, path, 64, device, progress=True)
+                cache_latents(self.vae.to(device), images, path, self.at_once, device, progress=True)
         return CachedLatents(path, vae_hash(self.vae), data_hash(images))
 
-    def check_latents(self, count: int = 32) -> None:
-        """UserError when the normalized latents of `count` training images, evenly spread, are not near zero mean
-        and unit variance."""
-        indices = torch.linspace(0, len(self.dataset) - 1, count).round().long().unique().tolist()
-        batch = self.collate([self.dataset[i] for i in indices])
+    def check_latents(self) -> None:
+        """UserError when the normalized latents of some training images, evenly spread, are not near zero mean and
+        unit variance."""
+        batch = self.collate([self.dataset[i] for i in spread(self.dataset, self.at_once)])
         check_normalized(self.latents({k: v for k, v in batch.items() if k != "captions"}, processes().device))
 
     def latents(self, batch: dict, device: torch.device | None = None, flip: bool = False) -> Tensor:
@@ -173,10 +177,8 @@ class DiffusionTask:
 
     def validate(self, device: torch.device) -> dict[str, float]:
         """The loss on held-out pairs at fixed, evenly spread timesteps and fixed noise."""
-        dataset, total, count = open_dataset(self.config.data, "val"), 0.0, 0
-        indices = range(min(self.config.held_out, len(dataset)))
-        for start in indices[::64]:
-            batch = stack_images([dataset[i] for i in indices[start : start + 64]])
+        total, count = 0.0, 0
+        for batch in batches(self.held_out, spread(self.held_out, self.config.held_out), self.at_once):
             z0 = self.latents({"image": batch["image"]}, device)
             t = torch.linspace(0, len(self.schedule) - 1, len(z0)).long().to(device)
             captions = [c[0] for c in batch["captions"]]
@@ -187,8 +189,7 @@ class DiffusionTask:
     def preview(self, device: torch.device) -> Image.Image:
         """A captioned grid of samples from fixed prompts and seeds."""
         c = self.config.preview
-        dataset = open_dataset(self.config.data, "val")
-        prompts = list(c.prompts) or [dataset[i]["captions"][0] for i in range(min(c.count, len(dataset)))]
+        prompts = list(c.prompts) or [self.held_out.captions(i)[0] for i in spread(self.held_out, c.count)]
         pipe = Pipeline(self.parts(), device)
         images = pipe(prompts, steps=c.steps, guidance=c.guidance, seed=c.seed)
         return captioned_grid(images, prompts, columns=min(8, len(prompts)))
