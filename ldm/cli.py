@@ -15,7 +15,7 @@ def run_script(main: Callable[[], None]) -> None:
     warnings.showwarning = _show_warning
     try:
         main()
-    except UserError as error:
+    except (UserError, PermissionError, FileExistsError, NotADirectoryError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -61,6 +61,7 @@ def processes() -> PartialState:
     The others wait for up to a day where the usual ten minutes would end the run.
     """
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    cpu = cpu or not torch.cuda.is_available()  # accelerate would take MPS, which has no float64 for the metrics
     return PartialState(cpu=cpu, timeout=timedelta(days=1))
 
 
@@ -74,7 +75,9 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict) -> N
         raise UserError(f"{str(out)!r} is a file; --out names the run folder, which may be new")
     run = Run(task, config, Path(out))
     start = run.resume()
-    if start >= config.steps and any(run.out.glob("*/config.json")):
+    if start >= config.steps:
+        if not run.exported():  # stopped just before, or told to end earlier than it has come
+            run.export()
         run.say(f"{run.out} is finished at step {start}; raise train.steps (now {config.steps}) to go on")
         return
     run.begin(start, resolved)
@@ -285,6 +288,10 @@ class Run:
                 (self.out / "previews").mkdir(exist_ok=True)
                 image.save(self.out / "previews" / f"step-{done:08d}.png")
         self.accelerator.wait_for_everyone()
+
+    def exported(self) -> bool:
+        """Whether the run folder holds the model that its newest checkpoint holds."""
+        return weights.is_finished(self.out, run_state.checkpoints(self.out)[-1])
 
     def export(self) -> None:
         """The task's loadable folder in the run folder, from the averaged weights at the end of the training."""

@@ -64,9 +64,14 @@ def find_root(folder: str | Path) -> Path:
         raise UserError(
             f"unknown model {str(folder)!r}: neither a folder nor a shipped one ({', '.join(shipped) or 'none'})"
         )
-    finished = (root / "model_index.json").exists() or any(root.glob("*/config.json"))
     checkpoints = sorted((root / "checkpoints").glob("step-????????"))  # one being written is hidden
-    return checkpoints[-1] if checkpoints and not finished else root
+    return checkpoints[-1] if checkpoints and not is_finished(root, checkpoints[-1]) else root
+
+
+def is_finished(run: Path, checkpoint: Path) -> bool:
+    """Whether a run folder holds all files of a model that its newest checkpoint holds, as after the last export."""
+    parts = [path.relative_to(checkpoint) for path in checkpoint.glob("**/*.json") if path.parent.name != "state"]
+    return bool(parts) and all((run / part).is_file() for part in parts)
 
 
 def to_json(config: Any, class_name: str) -> dict:

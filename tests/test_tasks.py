@@ -102,7 +102,7 @@ def losses_on_one_batch(task, name: str, lr: float, count: int, step: int = 0) -
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        seen.append(loss.item())
+        seen.append(loss.detach().item())
     return seen[0], seen[-1]
 
 

@@ -41,8 +41,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name in ("l2", "perceptual", "kl", "gan", "gan_start", "gan_ramp", "gan_maximum"):
-            if getattr(self, name) < 0:
-                raise UserError(f"config key 'loss.{name}' is {getattr(self, name)}; it must be 0 or more")
+            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

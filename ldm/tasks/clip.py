@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
-from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
+from torch import Tensor, distributed, nn
 
 from ldm import losses
 from ldm.clip import CLIP, TextConfig, VisionConfig
@@ -76,8 +75,8 @@ class CLIPTask:
         tokens = self.tokenizer(choose_captions(batch["captions"]), warn=False).to(x.device)
         images, texts, scale = modules["clip"](x, tokens)
         captions = batch["captions"]
-        if torch.distributed.is_initialized():  # embeddings are gathered with gradients
-            images, texts = torch.cat(all_gather(images)), torch.cat(all_gather(texts))
+        if distributed.is_initialized():
+            images, texts = Gather.apply(images), Gather.apply(texts)
             captions = gather_object(captions)
         same = sharing(captions).to(x.device)
         yield "clip", losses.contrastive(images, texts, scale, same), {"scale": scale}
@@ -107,6 +106,24 @@ class CLIPTask:
         self.tokenizer.save_pretrained(folder / "clip")
         clip.text_encoder().save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+class Gather(torch.autograd.Function):
+    """The rows of all processes in order of rank, (B, D) -> (B * world, D); each gets the gradient that all found."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Collects; `x` has the same shape everywhere."""
+        parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """The sum over processes, of which this one's rows are its own."""
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(grad)
+        return grad.chunk(distributed.get_world_size())[distributed.get_rank()]
 
 
 def sharing(captions: list[list[str]]) -> Tensor:
