@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ldm.config import UserError
-from ldm.data import flip_half
+from ldm.data import DataConfig, flip_half, open_dataset
 from ldm.data.folder import Folder
 from ldm.data.images import ImageError, read_image
 from ldm.data.splits import assign, caption_group, position, split_of
@@ -317,3 +317,17 @@ def test_unreadable_picture_is_named(tmp_path):
         folder[0]
     with pytest.raises(UserError, match="split 'test' of .* is empty"):
         Folder(tmp_path, 8, "test", val=0, test=0)
+
+
+def test_an_autoencoder_needs_no_captions(tmp_path):
+    for i in range(40):
+        Image.new("RGB", (8, 8), (6 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.txt").write_text("a dark red square")
+    config = DataConfig(name="folder", path=str(tmp_path), size=8)
+    splits = {split: open_dataset(config, split, need_captions=False) for split in ("train", "val", "test")}
+    keys = [sample["key"] for data in splits.values() for sample in (data[i] for i in range(len(data)))]
+    assert sorted(keys) == sorted(f"{i}.png" for i in range(40)) and all(len(data) for data in splits.values())
+    captions = {data[i]["key"]: data[i]["captions"] for data in splits.values() for i in range(len(data))}
+    assert captions.pop("3.png") == ["a dark red square"] and not any(captions.values())
+    with pytest.raises(UserError, match="39 of 40 pictures .* have no caption"):
+        open_dataset(config, "train")
