@@ -66,7 +66,8 @@ def test_generator_and_discriminator_steps_leave_each_other_alone():
     name, loss, values = next(steps)
     loss.backward()
     assert name == "discriminator" and {"logits_real", "logits_fake"} == values.keys()
-    assert all(gradients(discriminator)) and not any(gradients(vae))
+    # The last bias moves real and fake logits alike: within the margin its two gradients of 1/2 cancel to rounding.
+    assert all(gradients(discriminator)[:-1]) and not any(gradients(vae))
     assert next(steps, None) is None
 
 
