@@ -1,5 +1,7 @@
 """The patch discriminator that sharpens the autoencoder's pictures."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from ldm.config import UserError
@@ -27,7 +29,7 @@ class PatchDiscriminator(nn.Module):
         self.smallest = 3 * 2**layers
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]
         self.net = nn.Sequential(nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2))
-        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        for i, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
             stride = 2 if i < layers else 1
             # GroupNorm has its own shift, so the convolution needs no bias
             self.net.append(nn.Conv2d(fan_in, fan_out, 4, stride, 1, bias=False))

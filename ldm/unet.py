@@ -4,6 +4,7 @@ parameter names (Rombach et al. 2022; Ho et al. 2020)."""
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -117,7 +118,7 @@ class DownLevel(nn.Module):
         super().__init__()
         width, last = config.block_out_channels[level], level == len(config.block_out_channels) - 1
         widths = [config.block_out_channels[max(level - 1, 0)]] + [width] * config.layers_per_block
-        self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in pairwise(widths))
         if config.down_block_types[level] == "CrossAttnDownBlock2D":
             self.attentions = nn.ModuleList(_transformer(config, level) for _ in self.resnets)
         self.downsamplers = None if last else nn.ModuleList([Downsample(width)])

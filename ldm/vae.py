@@ -5,6 +5,7 @@ It alone knows the latent shift and scale: `encode` gives raw moments, `normaliz
 
 import copy
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -85,9 +86,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, step: str = ""):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        self.resnets = nn.ModuleList(
-            ResnetBlock(a, b, groups=groups, eps=1e-6) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, groups=groups, eps=1e-6) for a, b in pairwise(widths))
         self.step = step
         if step == "down":
             self.downsamplers = nn.ModuleList([Downsample(out_channels, asymmetric=True)])

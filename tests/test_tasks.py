@@ -68,6 +68,7 @@ def test_generator_and_discriminator_steps_leave_each_other_alone():
     assert name == "discriminator" and {"logits_real", "logits_fake"} == values.keys()
     # The last bias moves real and fake logits alike: within the margin its two gradients of 1/2 cancel to rounding.
     assert all(gradients(discriminator)[:-1]) and not any(gradients(vae))
+    assert discriminator.net[-1].bias.grad is not None
     assert next(steps, None) is None
 
 
