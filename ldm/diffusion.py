@@ -199,18 +199,17 @@ def sample_timesteps(
 
     "uniform": independent; "stratified": one shared offset and equal strides, each still uniform (Kingma et
     al. 2021, appendix I.1); "logit_normal": sigmoid of a standard normal, more in the middle (Esser et al.
-    2024, eq. 19). UserError for another.
+    2024, eq. 19), the normal's quantiles being stratified. UserError for another.
     """
     device = generator.device if generator is not None else torch.device("cpu")
     if density == "uniform":
         return torch.randint(total, (count,), generator=generator, device=device)
-    if density == "stratified":
-        offset = torch.rand(1, generator=generator, device=device)
-        share = (offset + torch.arange(count, device=device) / count) % 1
-    elif density == "logit_normal":
-        share = torch.randn(count, generator=generator, device=device).sigmoid()
-    else:
+    if density not in get_args(Density):
         raise UserError(f"timestep density {density!r} is unknown; allowed: {', '.join(get_args(Density))}")
+    offset = torch.rand(1, generator=generator, device=device)
+    share = (offset + torch.arange(count, device=device) / count) % 1
+    if density == "logit_normal":
+        share = torch.special.ndtri(share).sigmoid()
     return (share * total).long().clamp(max=total - 1)
 
 

@@ -17,7 +17,7 @@ from ldm.ema import EMA
 
 
 class Trained(NamedTuple):
-    """What training changes, each under the names of the trained modules."""
+    """What training changes, each under the names of the trained modules; a module may have a second optimizer."""
 
     modules: dict[str, nn.Module]
     averages: dict[str, EMA]
@@ -50,7 +50,8 @@ def write_state(folder: Path, trained: Trained, about: dict[str, Any]) -> None:
     for name, module in trained.modules.items():
         weights.save_tensors(folder / f"{name}.safetensors", module.state_dict())
         weights.save_tensors(folder / f"{name}-ema.safetensors", trained.averages[name].state_dict())
-        torch.save(trained.optimizers[name].state_dict(), folder / f"{name}-optimizer.pt")
+    for name, optimizer in trained.optimizers.items():
+        torch.save(optimizer.state_dict(), folder / f"{name}-optimizer.pt")
     weights.write_json(folder / "state.json", about)
 
 
@@ -65,9 +66,12 @@ def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
                 raise ValueError(f"it has no {name}")
             module.load_state_dict(weights.load_tensors(folder / f"{name}.safetensors"))
             trained.averages[name].load_state_dict(weights.load_tensors(folder / f"{name}-ema.safetensors"))
+        for name, optimizer in trained.optimizers.items():
+            if not (folder / f"{name}-optimizer.pt").is_file():
+                raise ValueError(f"it has no optimizer {name}")
             # load_state_dict moves what belongs on the device; the step counts stay on the CPU, where AdamW has them
             state = torch.load(folder / f"{name}-optimizer.pt", map_location="cpu", weights_only=True)
-            trained.optimizers[name].load_state_dict(state)
+            optimizer.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -25,6 +25,7 @@ from ldm import run_state, weights
 from ldm.config import UserError
 from ldm.data.order import EpochBatches
 from ldm.ema import EMA
+from ldm.muon import Muon, suits
 from ldm.train_config import OptimizerConfig, TrainConfig
 
 __all__ = ["OptimizerConfig", "Run", "Task", "TrainConfig", "processes", "train"]
@@ -115,7 +116,7 @@ class Run:
         optimizers = {}
         for name, module in task.modules.items():
             module.train().to(self.device)
-            optimizers[name] = _adamw(module, config.optimizer)
+            optimizers |= _optimizers(name, module, config.optimizer)
         self.wrapped = {name: self.accelerator.prepare(module) for name, module in task.modules.items()}
         averages = {name: EMA(m, config.ema_decay, config.ema_power) for name, m in task.modules.items()}
         self.trained = run_state.Trained(task.modules, averages, optimizers)
@@ -225,15 +226,15 @@ class Run:
 
     def update(self, step: int) -> None:
         """Moves the weights and their averages."""
-        rate = self.config.optimizer.rate(step, self.config.steps) * self.config.optimizer.lr
+        rate = self.config.optimizer.rate(step, self.config.steps)
         for optimizer in self.trained.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * optimizer.defaults["lr"]
             optimizer.step()
         self.task.after_step()
         for name, average in self.trained.averages.items():
             average.update(self.task.modules[name], step)
-        self.note([{"lr": torch.tensor(rate, device=self.device)}])
+        self.note([{"lr": torch.tensor(rate * self.config.optimizer.lr, device=self.device)}])
 
     def note(self, values: list[dict[str, Tensor]]) -> None:
         """Keeps values for the next log line, which shows their mean; they stay on the device until then."""
@@ -310,9 +311,17 @@ class Run:
         self.accelerator.wait_for_everyone()
 
 
-def _adamw(module: nn.Module, o: OptimizerConfig) -> torch.optim.AdamW:
+def _optimizers(name: str, module: nn.Module, o: OptimizerConfig) -> dict[str, torch.optim.Optimizer]:
+    """One under the module's name, and with `muon_lr` another for its hidden layers."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    hidden = [p for p in trained if o.muon_lr and suits(p)]
+    rest = [p for p in trained if not (o.muon_lr and suits(p))]
+    found: dict[str, torch.optim.Optimizer] = {}
+    if rest:
+        found[name] = torch.optim.AdamW(rest, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    if hidden:
+        found[f"{name}-muon"] = Muon(hidden, lr=o.muon_lr, weight_decay=o.weight_decay)
+    return found
 
 
 def _plain_errors(loader: DataLoader) -> Iterator[dict]:

@@ -9,9 +9,11 @@ from ldm.config import require
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up, then constant or cosine decay to `final_lr`."""
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up, then constant or cosine decay to `final_lr`; weights of
+    hidden layers by Muon where `muon_lr` is given."""
 
     lr: float = 1e-4
+    muon_lr: float | None = None  # for the matrices and kernels of hidden layers; None: AdamW moves these too
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
@@ -21,6 +23,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "train.optimizer.lr", self.lr, "above 0")
+        require(self.muon_lr is None or self.muon_lr > 0, "train.optimizer.muon_lr", self.muon_lr, "above 0")
         require(all(0 <= b < 1 for b in self.betas), "train.optimizer.betas", self.betas, "each in [0, 1)")
         require(self.eps > 0, "train.optimizer.eps", self.eps, "above 0")
         require(self.weight_decay >= 0, "train.optimizer.weight_decay", self.weight_decay, "0 or more")

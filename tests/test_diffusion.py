@@ -2,6 +2,8 @@
 
 import diffusers
 import pytest
+import scipy.special
+import scipy.stats
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
@@ -137,6 +139,9 @@ def test_stratified_timesteps_cover_every_stratum():
     for seed in range(5):
         t = sample_timesteps(10, 1000, "stratified", torch.Generator().manual_seed(seed))
         assert ((t.sort().values // 100).unique() == torch.arange(10)).all()
+        t = sample_timesteps(10, 100_000, "logit_normal", torch.Generator().manual_seed(seed))
+        tenths = torch.from_numpy(scipy.stats.norm.cdf(scipy.special.logit((t.sort().values + 0.5) / 100_000))) * 10
+        assert (tenths.floor() == torch.arange(10)).all()
     with pytest.raises(UserError, match="uniform, stratified, logit_normal"):
         sample_timesteps(4, 1000, "cubic")
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports from lower rows only; modules of one package (`ldm.data`, `ldm.metrics`) may import each other.
 ROWS = (
     ("ldm", "ldm.config", "ldm.bpe"),
-    ("ldm.layers", "ldm.weights", "ldm.data", "ldm.diffusion", "ldm.losses", "ldm.ema", "ldm.perceptual"),
+    ("ldm.layers", "ldm.weights", "ldm.data", "ldm.diffusion", "ldm.losses", "ldm.ema", "ldm.muon", "ldm.perceptual"),
     ("ldm.train_config", "ldm.run_state"),
     ("ldm.samplers", "ldm.images", "ldm.tokenizer", "ldm.clip_towers", "ldm.train"),
     ("ldm.vae", "ldm.unet", "ldm.clip", "ldm.discriminator", "ldm.metrics", "ldm.cli"),
@@ -78,7 +78,9 @@ def test_imports_point_down(module):
         assert same_package or row(name) < row(module), f"{module} must not import {name}"
 
 
-@pytest.mark.parametrize("module", ["diffusion", "samplers", "losses", "ema", "train", "data", "config", "weights"])
+@pytest.mark.parametrize(
+    "module", ["diffusion", "samplers", "losses", "ema", "muon", "train", "data", "config", "weights"]
+)
 def test_no_model_is_known(module):
     found = {name for name in reached(f"ldm.{module}") if unit(name) in MODELS}
     assert not found

@@ -70,6 +70,28 @@ def test_resume_is_exact(tmp_path, workers, accumulate):
     assert steps == [line["step"] for line in lines_of(tmp_path / "straight")]
 
 
+def test_resume_is_exact_with_muon(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.muon.NARROW", 1)  # the toy's matrices are small
+    config = replace(CONFIG, optimizer=replace(CONFIG.optimizer, muon_lr=1e-2))
+    train(tiny.Toy(), config, tmp_path / "straight", {})
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny.Toy(stop_at=5), config, tmp_path / "resumed", {})
+    train(tiny.Toy(), config, tmp_path / "resumed", {})
+    straight, resumed = state_of(tmp_path / "straight", 6), state_of(tmp_path / "resumed", 6)
+    assert "first-muon-optimizer.pt/0/momentum" in straight
+    assert tiny.same(straight, resumed)
+    train(tiny.Toy(), CONFIG, tmp_path / "adamw", {})
+    assert not tiny.same(state_of(tmp_path / "adamw", 6), straight)
+
+
+def test_resume_without_the_optimizer_of_the_checkpoint_is_refused(tmp_path, monkeypatch):
+    train(tiny.Toy(), replace(CONFIG, steps=3), tmp_path, {})
+    monkeypatch.setattr("ldm.muon.NARROW", 1)
+    config = replace(CONFIG, optimizer=replace(CONFIG.optimizer, muon_lr=1e-2))
+    with pytest.raises(UserError, match="of another model than the config"):
+        train(tiny.Toy(), config, tmp_path, {})
+
+
 def test_validation_and_previews_leave_the_training_alone(tmp_path):
     train(tiny.Toy(), CONFIG, tmp_path / "a", {})
     train(tiny.Toy(), replace(CONFIG, validate_every=1, preview_every=2), tmp_path / "b", {})
