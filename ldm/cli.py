@@ -5,9 +5,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ldm.config import UserError, load, to_dict
+
+if TYPE_CHECKING:
+    import torch
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -26,6 +29,19 @@ def run_script(main: Callable[[], None]) -> None:
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose complaints are UserErrors, one line each; to be used within `run_script`."""
     return _Parser(description=description.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def find_device(name: str) -> "torch.device":
+    """The device of that name, or the best one there is for an empty name (UserError)."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used ({reason}); without --device the best one is") from None
+    return device
 
 
 def run_training(parts: Callable[[], tuple[type, Callable[[Any], Any]]], description: str) -> None:

@@ -6,13 +6,9 @@ python scripts/sample.py --model emoji --prompt "a 3D emoji of a red apple" --ou
 import argparse
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ldm.cli import argument_parser, run_script
+from ldm.cli import argument_parser, find_device, run_script
 from ldm.config import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 # Arguments that the pipeline takes under the same name
 OPTIONS = ("negative_prompt", "steps", "guidance", "guidance_rescale", "sampler", "seed")
@@ -50,19 +46,6 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise UserError(f"prompt file {str(path)!r} holds no prompt; write one a line")
     return prompts
-
-
-def find_device(name: str) -> "torch.device":
-    """The device of that name, or the best one there is for an empty name (UserError)."""
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used ({reason}); without --device the best one is") from None
-    return device
 
 
 def write_pictures(folder: Path, images: list, about: list[dict[str, str]]) -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ldm import weights
+from ldm.cli import find_device
 from ldm.config import UserError
 from ldm.data import DataConfig, open_dataset
 from ldm.data.latents import data_hash, vae_hash
@@ -66,7 +67,7 @@ def evaluate(config: EvaluateConfig, out: Path, device: str = "") -> list[str]:
 def open_bench(config: EvaluateConfig, out: Path, device: str = "") -> tuple[Bench, dict[str, Any]]:
     """Everything opened and checked, and the settings that the pictures depend on; writes nothing (UserError)."""
     check(config)
-    pipe = Pipeline.from_pretrained(config.model, usable_device(device))
+    pipe = Pipeline.from_pretrained(config.model, find_device(device))
     # refuses a sampler or steps before any work
     make_grid(pipe.schedule, config.sampler or pipe.schedule.config.sampler, config.steps)
     size = pipe.unet.config.sample_size * pipe.vae.factor
@@ -133,16 +134,6 @@ def check(config: EvaluateConfig) -> None:
     names = [f"{g:g}" for g in config.guidance]
     if not names or len(set(names)) < len(names) or not all(0 <= g < float("inf") for g in config.guidance):
         raise UserError(f"--guidance {','.join(names)} is not allowed; give different numbers of 0 or more")
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of that name, by default cuda where there is one (UserError)."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device {name!r} cannot be used here; leave --device out, or use cpu") from None
-    return device
 
 
 def sample_indices(length: int, n: int, seed: int) -> list[int]:
