@@ -119,6 +119,21 @@ def test_clip_overfits_a_batch():
     assert last < 0.2 * first
 
 
+def test_hard_negatives_are_captions_wrong_by_a_word(monkeypatch):
+    task = CLIPTask(replace(tiny.clip(), hard_negatives=True))
+    batch = stack_images(tiny.samples(2))
+    batch["captions"] = [["a ring left of a star"], ["a ring right of a star"]]
+    found = []
+    monkeypatch.setattr(
+        "ldm.tasks.clip.losses.contrastive",
+        lambda images, texts, scale, same, wrong: found.append((texts, wrong)) or images.sum(),
+    )
+    next(task.losses(task.modules, batch, step=0))
+    texts, wrong = found[0]
+    assert torch.allclose(wrong, texts.flip(0), atol=1e-5)  # each is the other's caption
+    assert not torch.allclose(wrong, texts, atol=1e-3)
+
+
 def test_unet_overfits_a_batch(vae_run, clip_run):
     task = DiffusionTask(
         tiny.diffusion(
@@ -339,6 +354,7 @@ def test_clip_scale_is_clamped_after_a_step(tmp_path):
 
 def test_retrieval_is_logged_beside_chance(clip_run):
     lines = (clip_run / "metrics.jsonl").read_text()
-    for name in ("image_to_text@1", "image_to_text@5", "text_to_image@1", "text_to_image@5", "chance@1", "chance@5"):
+    names = ("image_to_text@1", "image_to_text@5", "text_to_image@1", "text_to_image@5", "chance@1", "chance@5")
+    for name in (*names, "one_word_wrong"):
         assert f'"val/{name}"' in lines
     assert '"val/chance@1": 0.0625' in lines  # of 16

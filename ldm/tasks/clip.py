@@ -14,6 +14,7 @@ from ldm import losses
 from ldm.clip import CLIP, TextConfig, VisionConfig
 from ldm.config import UserError, require
 from ldm.data import DataConfig, batches, choose_captions, flip_half, open_dataset, spread, stack_images, to_float
+from ldm.data.minimal_pairs import alter
 from ldm.metrics import retrieval
 from ldm.tokenizer import Tokenizer
 from ldm.train import TrainConfig
@@ -29,6 +30,7 @@ class CLIPConfig:
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    hard_negatives: bool = False  # beside each caption one that is wrong by a word, so that every word counts
     held_out: int = 512  # validation pairs that retrieval is measured on
 
     def __post_init__(self) -> None:
@@ -72,28 +74,34 @@ class CLIPTask:
         """The contrastive loss; pictures that share a caption are not each other's negatives."""
         x = to_float(batch["image"])
         x = flip_half(x) if self.config.data.flip else x
-        tokens = self.tokenizer(choose_captions(batch["captions"]), warn=False).to(x.device)
-        images, texts, scale = modules["clip"](x, tokens)
         captions = batch["captions"]
+        said = choose_captions(captions)
+        said = said + alter(said, captions) if self.config.hard_negatives else said
+        images, texts, scale = modules["clip"](x, self.tokenizer(said, warn=False).to(x.device))
+        texts = list(texts.split(len(x)))  # right, and wrong if there are hard negatives
         if distributed.is_initialized():
-            images, texts = Gather.apply(images), Gather.apply(texts)
+            images, texts = Gather.apply(images), [Gather.apply(part) for part in texts]
             captions = gather_object(captions)
         same = sharing(captions).to(x.device)
-        yield "clip", losses.contrastive(images, texts, scale, same), {"scale": scale}
+        yield "clip", losses.contrastive(images, texts[0], scale, same, *texts[1:]), {"scale": scale}
 
     def after_step(self) -> None:
         """Clamps the temperature."""
         self.modules["clip"].clamp_scale()
 
     def validate(self, device: torch.device) -> dict[str, float]:
-        """R@1 and R@5 both ways among held-out pairs (the first caption of each), beside chance."""
-        clip, images, texts, captions = self.modules["clip"], [], [], []
+        """R@1 and R@5 both ways among held-out pairs (the first caption of each), beside chance; and how often a
+        caption is preferred to itself with one word wrong (chance 0.5)."""
+        clip, images, texts, wrong, captions = self.modules["clip"], [], [], [], []
         for batch in batches(self.held_out, spread(self.held_out, self.config.held_out), self.config.train.batch_size):
             captions += batch["captions"]
-            tokens = self.tokenizer([c[0] for c in batch["captions"]], warn=False)
+            said = [c[0] for c in batch["captions"]]
             images.append(clip.encode_image(to_float(batch["image"].to(device))))
-            texts.append(clip.encode_text(tokens.to(device)))
-        return retrieval(torch.cat(images).cpu(), torch.cat(texts).cpu(), same=sharing(captions))
+            for found, texts_said in ((texts, said), (wrong, alter(said, batch["captions"]))):
+                found.append(clip.encode_text(self.tokenizer(texts_said, warn=False).to(device)))
+        image, text, altered = (torch.cat(found).cpu() for found in (images, texts, wrong))
+        preferred = ((image * text).sum(-1) > (image * altered).sum(-1)).float().mean()
+        return retrieval(image, text, same=sharing(captions)) | {"one_word_wrong": float(preferred)}
 
     def preview(self, device: torch.device) -> Image.Image | None:
         """Retrieval has no picture."""
