@@ -21,6 +21,8 @@ __all__ = ["CLIP", "ImageEncoder", "TextConfig", "TextEncoder", "VisionConfig"]
 
 INITIAL_SCALE, MAX_SCALE = 1 / 0.07, 100.0  # 1 / temperature, section 2.5 of the paper
 TEXT_PART = "text_model."
+# transformers takes the precision of the file where the config names none, and diffusers would then mix two.
+RUNS_IN = {"dtype": "float32"}
 OTHER_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 
 
@@ -42,7 +44,7 @@ class TextEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and safetensors that transformers' CLIPTextModel and diffusers open."""
-        config = {"architectures": ["CLIPTextModel"]} | self.config.to_dict()
+        config = {"architectures": ["CLIPTextModel"], **RUNS_IN} | self.config.to_dict()
         weights.save_model(folder, self, config, weights.TRANSFORMERS_FILE)
 
     @classmethod
@@ -120,7 +122,10 @@ class CLIP(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes what transformers' CLIPModel and CLIPImageProcessor open."""
-        config = {"architectures": ["CLIPModel"], "model_type": "clip"} | {
+        config = {
+            "architectures": ["CLIPModel"],
+            "model_type": "clip",
+            **RUNS_IN,
             "projection_dim": self.text_config.projection_dim,
             "text_config": self.text_config.to_dict(),
             "vision_config": self.vision_config.to_dict(),
