@@ -11,9 +11,11 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # takes singular values from (0, 1] to abou
 NARROW = 16  # a layer with fewer inputs or outputs has too few directions to even out
 
 
-def suits(parameter: Tensor) -> bool:
-    """Whether a parameter is the matrix or kernel of a hidden layer, (out, in, ...), both at least NARROW."""
-    return parameter.ndim >= 2 and min(parameter.shape[:2]) >= NARROW
+def hidden_weights(module: nn.Module) -> list[nn.Parameter]:
+    """The matrices and kernels (out, in, ...) of linear and convolutional layers with at least NARROW inputs and
+    outputs, those that are trained: no embeddings, norms or biases."""
+    layers = (m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    return [m.weight for m in layers if m.weight.requires_grad and min(m.weight.shape[:2]) >= NARROW]
 
 
 def orthogonalize(updates: Tensor, rounds: int = 5) -> Tensor:
@@ -30,7 +32,7 @@ def orthogonalize(updates: Tensor, rounds: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay, for parameters that suit it (`suits`).
+    """Muon with Nesterov momentum and decoupled weight decay, for `hidden_weights`.
 
     A kernel (out, in, h, w) is taken as the matrix (out, in * h * w). An update has the root mean square of a usual
     AdamW step, 0.2 times the learning rate (Liu et al. 2025, arXiv:2502.16982, eq. 4), so both can have one rate.

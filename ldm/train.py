@@ -25,7 +25,7 @@ from ldm import run_state, weights
 from ldm.config import UserError
 from ldm.data.order import EpochBatches
 from ldm.ema import EMA
-from ldm.muon import Muon, suits
+from ldm.muon import Muon, hidden_weights
 from ldm.train_config import OptimizerConfig, TrainConfig
 
 __all__ = ["OptimizerConfig", "Run", "Task", "TrainConfig", "processes", "train"]
@@ -313,9 +313,9 @@ class Run:
 
 def _optimizers(name: str, module: nn.Module, o: OptimizerConfig) -> dict[str, torch.optim.Optimizer]:
     """One under the module's name, and with `muon_lr` another for its hidden layers."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    hidden = [p for p in trained if o.muon_lr and suits(p)]
-    rest = [p for p in trained if not (o.muon_lr and suits(p))]
+    hidden = hidden_weights(module) if o.muon_lr else []
+    apart = set(hidden)
+    rest = [p for p in module.parameters() if p.requires_grad and p not in apart]
     found: dict[str, torch.optim.Optimizer] = {}
     if rest:
         found[name] = torch.optim.AdamW(rest, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)

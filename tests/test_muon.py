@@ -1,10 +1,9 @@
 """Muon against torch's own, the polar factor, and what it must leave alone."""
 
-import pytest
 import torch
 from torch import nn
 
-from ldm.muon import Muon, orthogonalize, suits
+from ldm.muon import Muon, hidden_weights, orthogonalize
 from ldm.unet import UNet, UNetConfig
 
 
@@ -53,11 +52,14 @@ def test_a_zero_gradient_and_a_missing_one_move_nothing():
     assert torch.equal(still, torch.ones(16, 16)) and torch.equal(untouched, torch.ones(16, 16))
 
 
-@pytest.mark.parametrize("name", ["conv_in.weight", "conv_out.weight", "conv_norm_out.weight", "conv_in.bias"])
-def test_edges_norms_and_biases_of_a_unet_are_left_to_adamw(name):
+def test_edges_norms_biases_and_embeddings_are_left_to_adamw():
     with torch.device("meta"):
         unet = UNet(UNetConfig(block_out_channels=(32, 32, 32, 32), cross_attention_dim=32))
-    parameters = dict(unet.named_parameters())
-    assert not suits(parameters[name])
-    assert suits(parameters["down_blocks.0.resnets.0.conv1.weight"])
-    assert suits(parameters["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"])
+    unet.mid_block.requires_grad_(False)
+    names = {parameter: name for name, parameter in unet.named_parameters()}
+    chosen = {names[weight] for weight in hidden_weights(unet)}
+    assert {"down_blocks.0.resnets.0.conv1.weight", "time_embedding.linear_1.weight"} <= chosen
+    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight" in chosen
+    assert not {name for name in chosen if name.startswith(("conv_", "mid_block"))}
+    assert not {name for name in chosen if "norm" in name or "bias" in name}
+    assert hidden_weights(nn.Embedding(64, 64)) == []
