@@ -97,17 +97,22 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids (B, L) -> unit vectors (B, projection_dim)."""
-        pooled = self.text_model.pooled(self.text_model(tokens), tokens)
-        return F.normalize(self.text_projection(pooled), dim=-1)
+        return self.embed(self.text_model(tokens), tokens)
+
+    def embed(self, context: Tensor, tokens: Tensor) -> Tensor:
+        """The text tower's context (B, L, D) of token ids (B, L) -> unit vectors (B, projection_dim)."""
+        return F.normalize(self.text_projection(self.text_model.pooled(context, tokens)), dim=-1)
 
     def encode_image(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], `image_size` pixels a side -> unit vectors (B, projection_dim)."""
         pixels = x * self.pixel_scale + self.pixel_shift
         return F.normalize(self.visual_projection(self.vision_model(pixels)), dim=-1)
 
-    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Image embeddings (B, P), text embeddings (B, P), and the scale exp(logit_scale) of the logits."""
-        return self.encode_image(x), self.encode_text(tokens), self.logit_scale.exp()
+    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Image embeddings (B, P), text embeddings (B, P), the scale exp(logit_scale) of the logits, and the context
+        (B, L, D) that the text embeddings are made from."""
+        context = self.text_model(tokens)
+        return self.encode_image(x), self.embed(context, tokens), self.logit_scale.exp(), context
 
     @torch.no_grad()
     def clamp_scale(self) -> None:

@@ -14,7 +14,7 @@ ROWS = (
     ("ldm.layers", "ldm.weights", "ldm.data", "ldm.diffusion", "ldm.losses", "ldm.ema", "ldm.muon", "ldm.perceptual"),
     ("ldm.train_config", "ldm.run_state"),
     ("ldm.samplers", "ldm.images", "ldm.tokenizer", "ldm.clip_towers", "ldm.train"),
-    ("ldm.vae", "ldm.unet", "ldm.clip", "ldm.discriminator", "ldm.metrics", "ldm.cli"),
+    ("ldm.vae", "ldm.unet", "ldm.clip", "ldm.grounding", "ldm.discriminator", "ldm.metrics", "ldm.cli"),
     ("ldm.checkpoint",),
     ("ldm.pipeline",),
     ("ldm.tasks",),
@@ -22,7 +22,7 @@ ROWS = (
 )
 PACKAGES = ("ldm.data", "ldm.metrics", "ldm.tasks")
 MODELS = {"ldm.layers", "ldm.vae", "ldm.unet", "ldm.clip", "ldm.clip_towers", "ldm.discriminator", "ldm.perceptual"}
-MODELS |= {"ldm.checkpoint", "ldm.pipeline", "ldm.tasks"}
+MODELS |= {"ldm.grounding", "ldm.checkpoint", "ldm.pipeline", "ldm.tasks"}
 HEAVY = {"transformers", "diffusers", "lpips", "tensorboard", "sklearn", "scipy", "skimage", "torchmetrics"}
 
 

@@ -15,6 +15,7 @@ from ldm.clip import CLIP, TextConfig, VisionConfig
 from ldm.config import UserError, require
 from ldm.data import DataConfig, batches, choose_captions, flip_half, open_dataset, spread, stack_images, to_float
 from ldm.data.minimal_pairs import alter
+from ldm.grounding import Grounding, GroundingConfig
 from ldm.metrics import retrieval
 from ldm.tokenizer import Tokenizer
 from ldm.train import TrainConfig
@@ -30,6 +31,7 @@ class CLIPConfig:
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    grounding: GroundingConfig = field(default_factory=GroundingConfig)
     hard_negatives: bool = False  # beside each caption one that is wrong by a word, so that every word counts
     held_out: int = 512  # validation pairs that retrieval is measured on
 
@@ -58,7 +60,10 @@ class CLIPTask:
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        self.modules: dict[str, nn.Module] = {"clip": CLIP(text, replace(config.vision, image_size=config.data.size))}
+        vision = replace(config.vision, image_size=config.data.size)
+        self.modules: dict[str, nn.Module] = {"clip": CLIP(text, vision)}
+        if config.grounding.words or config.grounding.picture:
+            self.modules["grounding"] = Grounding(config.grounding, text, vision)
         self.collate = stack_images
 
     def check_sizes(self) -> None:
@@ -71,19 +76,24 @@ class CLIPTask:
             raise UserError(f"text.max_position_embeddings {have} is less than the tokenizer's context, {want}")
 
     def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
-        """The contrastive loss; pictures that share a caption are not each other's negatives."""
+        """The contrastive loss, where pictures that share a caption are not each other's negatives, and those of the
+        readers of the context."""
         x = to_float(batch["image"])
         x = flip_half(x) if self.config.data.flip else x
         captions = batch["captions"]
         said = choose_captions(captions)
         said = said + alter(said, captions) if self.config.hard_negatives else said
-        images, texts, scale = modules["clip"](x, self.tokenizer(said, warn=False).to(x.device))
+        tokens = self.tokenizer(said, warn=False).to(x.device)
+        images, texts, scale, context = modules["clip"](x, tokens)
+        read = modules["grounding"](context[: len(x)], tokens[: len(x)], x) if "grounding" in modules else {}
         texts = list(texts.split(len(x)))  # right, and wrong if there are hard negatives
         if distributed.is_initialized():
             images, texts = Gather.apply(images), [Gather.apply(part) for part in texts]
             captions = gather_object(captions)
         same = sharing(captions).to(x.device)
-        yield "clip", losses.contrastive(images, texts[0], scale, same, *texts[1:]), {"scale": scale}
+        contrastive = losses.contrastive(images, texts[0], scale, same, *texts[1:])
+        loss = contrastive + sum(getattr(self.config.grounding, name) * value for name, value in read.items())
+        yield "clip", loss, {"scale": scale, "contrastive": contrastive} | read
 
     def after_step(self) -> None:
         """Clamps the temperature."""
