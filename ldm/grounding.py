@@ -1,7 +1,7 @@
-"""Two readers of the text context, trained beside CLIP and then dropped: they make each token say what it belongs to.
+"""Two readers of the text context, trained beside CLIP and then dropped: they keep in it what a U-Net asks for.
 
 The contrastive loss reads the end token alone and is content with little more than a bag of words (Yuksekgonul et al.
-2023). A U-Net reads every token, and of "square" it must know the colour, and on which side of the other thing it lies.
+2023). A U-Net reads every token, and wants to know of "square" its colour and on which side of the other thing it lies.
 """
 
 from dataclasses import dataclass
@@ -15,17 +15,18 @@ from ldm.clip_towers import TextConfig, VisionConfig
 from ldm.config import require
 from ldm.layers import TransformerBlock
 
-BLIND, SHOWN = 0.5, 0.6  # half of the pictures are hidden whole; of the others up to this share is shown
+BLIND = 0.5  # share of pictures that are hidden whole
+SHOWN = 0.6  # in each other picture, a patch is shown with a probability drawn from [0, SHOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroundingConfig:
     """Weights and sizes of both readers; with a weight of 0 a reader is left out."""
 
-    words: float = 0.0  # weight of telling the words before a token: a cross-entropy in nats
-    picture: float = 0.0  # weight of painting the picture: a mean squared error on [-1, 1]
-    window: int = 6  # words told of each token, itself included
-    layers: int = 2  # transformer blocks that paint
+    words: float = 0.0  # weight of telling the tokens before a token, a cross-entropy in nats
+    picture: float = 0.0  # weight of painting the picture, a mean squared error on [-1, 1]
+    window: int = 6  # tokens told from each one, itself included; all their logits over the vocabulary are held at once
+    layers: int = 2  # transformer blocks that paint, with the image tower's width and heads
 
     def __post_init__(self) -> None:
         require(self.words >= 0, "grounding.words", self.words, "0 or more")
@@ -35,33 +36,31 @@ class GroundingConfig:
 
 
 class WordReader(nn.Module):
-    """Tells from each token's context, linearly, that token and those just before it: word2vec's task (Mikolov et al.
-    2013) with a map for every distance. So an adjective stays in the noun that it belongs to."""
+    """Tells from each token's context, linearly, that token and those just before it, with one map for each distance
+    (the structured skip-gram of Ling et al. 2015, backwards). So an adjective stays in the noun that follows it."""
 
     def __init__(self, text: TextConfig, window: int):
         super().__init__()
         self.window, self.end = window, text.eos_token_id
         self.distances = nn.Linear(text.hidden_size, window * text.hidden_size, bias=False)
-        self.words = nn.Embedding(text.vocab_size, text.hidden_size)
-        nn.init.normal_(self.words.weight, std=text.hidden_size**-0.5)
+        self.vocabulary = nn.Parameter(text.hidden_size**-0.5 * torch.randn(text.vocab_size, text.hidden_size))
 
     def forward(self, context: Tensor, tokens: Tensor) -> Tensor:
-        """context (B, L, D), tokens (B, L) -> mean cross-entropy over all words told by tokens up to the first end."""
-        window = min(self.window, tokens.shape[1])
+        """context (B, L, D), tokens (B, L) -> mean cross-entropy of all told by tokens up to the first end."""
         told = rearrange(self.distances(context), "b l (k d) -> k b l d", k=self.window)
         ends = tokens == self.end
         inside = ends.cumsum(1) - ends.long() == 0  # (B, L): no end before it
-        found, right = [], []
-        for k in range(window):
+        found, targets = [], []
+        for k in range(min(self.window, tokens.shape[1])):
             found.append(told[k][:, k:][inside[:, k:]])  # (tokens, D)
-            right.append(tokens[:, : tokens.shape[1] - k][inside[:, k:]])
-        logits = torch.cat(found) @ self.words.weight.T  # (words told, vocabulary)
-        return F.cross_entropy(logits.float(), torch.cat(right))
+            targets.append(tokens[:, : tokens.shape[1] - k][inside[:, k:]])
+        logits = torch.cat(found) @ self.vocabulary.T  # (told, vocabulary)
+        return F.cross_entropy(logits.float(), torch.cat(targets))
 
 
 class PictureReader(nn.Module):
-    """Paints the hidden patches of a picture from the context and the patches shown: a masked autoencoder (He et al.
-    2022) told the caption. Where all is hidden, only the words can say where things are."""
+    """Paints the hidden patches of a picture from the context and the patches shown: masked image modelling (Xie et al.
+    2022, "SimMIM") told the caption. Where all is hidden, only the context can say what is where."""
 
     def __init__(self, text: TextConfig, vision: VisionConfig, layers: int):
         super().__init__()
@@ -79,12 +78,12 @@ class PictureReader(nn.Module):
         """context (B, L, D), x (B, 3, H, W) in [-1, 1] -> mean squared error of the hidden patches."""
         patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         share = SHOWN * torch.rand(len(x), 1) * (torch.rand(len(x), 1) >= BLIND)
-        shown = (torch.rand(patches.shape[:2]) < share).to(x.device)  # (B, patches)
-        h = self.positions + torch.where(shown[..., None], self.read(patches), self.hidden)
+        hidden = (torch.rand(patches.shape[:2]) >= share).to(x.device)  # (B, patches)
+        h = self.positions + torch.where(hidden[..., None], self.hidden, self.read(patches))
         for block in self.blocks:
             h = block(h, context)
         error = (self.paint(self.norm(h)).float() - patches).square().mean(-1)  # (B, patches)
-        return error[~shown].mean()
+        return (error * hidden).sum() / hidden.sum().clamp(min=1)
 
 
 class Grounding(nn.Module):
@@ -92,14 +91,18 @@ class Grounding(nn.Module):
 
     def __init__(self, config: GroundingConfig, text: TextConfig, vision: VisionConfig):
         super().__init__()
+        self.config = config
         self.words = WordReader(text, config.window) if config.words else None
         self.picture = PictureReader(text, vision, config.layers) if config.picture else None
 
-    def forward(self, context: Tensor, tokens: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """context (B, L, D), tokens (B, L), images x (B, 3, H, W) -> losses "words" (nats) and "picture"."""
-        found = {}
+    def forward(self, context: Tensor, tokens: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """context (B, L, D), tokens (B, L), images x (B, 3, H, W) -> the weighted sum of the losses, and each alone:
+        "words" (nats), "picture" (squared error)."""
+        total, losses = context.new_zeros(()), {}
         if self.words is not None:
-            found["words"] = self.words(context, tokens)
+            losses["words"] = self.words(context, tokens)
+            total = total + self.config.words * losses["words"]
         if self.picture is not None:
-            found["picture"] = self.picture(context, x)
-        return found
+            losses["picture"] = self.picture(context, x)
+            total = total + self.config.picture * losses["picture"]
+        return total, losses

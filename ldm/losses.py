@@ -62,7 +62,6 @@ def contrastive(
     text_embeddings: Tensor,
     scale: Tensor | float,
     same: Tensor | None = None,
-    wrong_embeddings: Tensor | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE: cross-entropy of the right caption per image and of the right image per caption.
 
@@ -80,11 +79,7 @@ def contrastive(
         if same is not None:
             others = same & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
             logits = logits.masked_fill(others, float("-inf"))
-        per_image = logits  # (B, B) or (B, B + 1)
-        if wrong_embeddings is not None:
-            wrong = scale * (images * F.normalize(wrong_embeddings.float(), dim=-1)).sum(-1, keepdim=True)
-            per_image = torch.cat([logits, wrong], dim=1)
-        return 0.5 * (F.cross_entropy(per_image, target) + F.cross_entropy(logits.T, target))
+        return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
 
 def diffusion(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

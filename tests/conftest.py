@@ -1,6 +1,10 @@
-"""For all tests: trainings run on the CPU, where sums come out the same every time."""
+"""For all tests: trainings run on the CPU, where sums come out the same every time, and each test has its seeds."""
 
+import random
+
+import numpy as np
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -8,3 +12,10 @@ def _train_on_cpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         yield
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)

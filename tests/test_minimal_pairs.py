@@ -16,7 +16,7 @@ def differing(a: str, b: str) -> list[tuple[str, str]]:
 
 
 def test_one_word_is_exchanged_for_one_seen_in_the_same_place_and_never_for_a_true_one():
-    data = Shapes(32, "train", 200)
+    data = Shapes(32, "train", 1000)
     true = [data.captions(i) for i in range(len(data))]
     said = [captions[i % len(captions)] for i, captions in enumerate(true)]
     seen = {window for caption in said for window in windows(caption)}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldm.clip import TextConfig, VisionConfig
 from ldm.data import DataConfig, open_dataset
 from ldm.diffusion import ScheduleConfig
+from ldm.grounding import GroundingConfig
 from ldm.tasks.autoencoder import AutoencoderConfig, LossConfig
 from ldm.tasks.clip import CLIPConfig
 from ldm.tasks.diffusion import DiffusionConfig, PreviewConfig
@@ -32,6 +33,7 @@ TRAIN = TrainConfig(
 # A large eps keeps the noise in gradients that are zero on paper from being blown up
 PLAIN = replace(TRAIN, optimizer=replace(TRAIN.optimizer, eps=1e-2))
 LOSS = LossConfig(perceptual_depth=1, gan_start=0, gan_ramp=0, discriminator_channels=4, discriminator_layers=2)
+NO_READERS, READERS = GroundingConfig(), GroundingConfig(words=1.0, picture=10.0, window=3, layers=1)
 TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -41,11 +43,13 @@ def autoencoder(train: TrainConfig = TRAIN, loss: LossConfig = LOSS) -> Autoenco
     return AutoencoderConfig(data=DATA, model=model, loss=loss, train=train, held_out=4, statistics=24)
 
 
-def clip(train: TrainConfig = TRAIN) -> CLIPConfig:
+def clip(train: TrainConfig = TRAIN, grounding: GroundingConfig = NO_READERS) -> CLIPConfig:
     """A context of 32 x 32."""
     text = TextConfig(**TOWER, projection_dim=16, max_position_embeddings=32)
     vision = VisionConfig(**TOWER, projection_dim=16, patch_size=8)
-    return CLIPConfig(data=DATA, vocab_size=560, text=text, vision=vision, train=train, held_out=16)
+    return CLIPConfig(
+        data=DATA, vocab_size=560, text=text, vision=vision, train=train, grounding=grounding, held_out=16
+    )
 
 
 def diffusion(vae: Path | str, text_encoder: Path | str, train: TrainConfig = TRAIN, **changes) -> DiffusionConfig:

@@ -18,13 +18,14 @@ from ldm.weights import save_tensors
 
 
 def main(out: Path) -> None:
-    """The loop on the toy, a VAE with its discriminator, and CLIP with one caption a picture."""
+    """The loop on the toy, a VAE with its discriminator, and CLIP with one caption a picture and with readers."""
     clip = CLIPTask(tiny.clip())
     clip.dataset = tiny.samples(16, captions=1)
     trainings = {
         "toy": (tiny.Toy(noise=0.0), tiny.TRAIN),
         "autoencoder": (AutoencoderTask(tiny.autoencoder()), replace(tiny.TRAIN, steps=2)),
         "clip": (clip, tiny.PLAIN),
+        "readers": (CLIPTask(tiny.clip(grounding=tiny.READERS)), tiny.PLAIN),
     }
     for name, (task, config) in trainings.items():
         train(task, config, out / name, {})

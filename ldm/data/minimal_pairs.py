@@ -1,4 +1,4 @@
-"""Captions that are wrong by one word: hard negatives for contrastive training (after Yuksekgonul et al. 2023, "When
+"""Captions that are wrong by one word, to measure what CLIP's end token knows (after Yuksekgonul et al. 2023, "When
 and why vision-language models behave like bags-of-words")."""
 
 from collections import defaultdict

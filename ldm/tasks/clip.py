@@ -1,5 +1,7 @@
-"""Training the text encoder: symmetric contrastive loss over image-caption pairs (Radford et al. 2021)."""
+"""Training the text encoder: symmetric contrastive loss over image-caption pairs (Radford et al. 2021), and readers
+of the context (`ldm/grounding.py`) where asked for."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +34,6 @@ class CLIPConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     grounding: GroundingConfig = field(default_factory=GroundingConfig)
-    hard_negatives: bool = False  # beside each caption one that is wrong by a word, so that every word counts
     held_out: int = 512  # validation pairs that retrieval is measured on
 
     def __post_init__(self) -> None:
@@ -40,7 +41,7 @@ class CLIPConfig:
 
 
 class CLIPTask:
-    """One contrastive step on a batch of pairs; with many processes, over the global batch."""
+    """One step on a batch of pairs; with many processes the contrast is over the global batch."""
 
     def __init__(self, config: CLIPConfig):
         self.config = config
@@ -82,36 +83,43 @@ class CLIPTask:
         x = flip_half(x) if self.config.data.flip else x
         captions = batch["captions"]
         said = choose_captions(captions)
-        said = said + alter(said, captions) if self.config.hard_negatives else said
         tokens = self.tokenizer(said, warn=False).to(x.device)
         images, texts, scale, context = modules["clip"](x, tokens)
-        read = modules["grounding"](context[: len(x)], tokens[: len(x)], x) if "grounding" in modules else {}
-        texts = list(texts.split(len(x)))  # right, and wrong if there are hard negatives
         if distributed.is_initialized():
-            images, texts = Gather.apply(images), [Gather.apply(part) for part in texts]
+            images, texts = Gather.apply(images), Gather.apply(texts)
             captions = gather_object(captions)
         same = sharing(captions).to(x.device)
-        contrastive = losses.contrastive(images, texts[0], scale, same, *texts[1:])
-        loss = contrastive + sum(getattr(self.config.grounding, name) * value for name, value in read.items())
-        yield "clip", loss, {"scale": scale, "contrastive": contrastive} | read
+        loss, values = losses.contrastive(images, texts, scale, same), {"scale": scale}
+        if "grounding" in modules:
+            reading, parts = modules["grounding"](context, tokens, x)
+            loss, values = loss + reading, values | {"contrastive": loss} | parts
+        yield "clip", loss, values
 
     def after_step(self) -> None:
         """Clamps the temperature."""
         self.modules["clip"].clamp_scale()
 
     def validate(self, device: torch.device) -> dict[str, float]:
-        """R@1 and R@5 both ways among held-out pairs (the first caption of each), beside chance; and how often a
-        caption is preferred to itself with one word wrong (chance 0.5)."""
+        """R@1 and R@5 both ways among held-out pairs (the first caption of each), beside chance; how often a caption
+        is preferred to itself with one word wrong (chance 0.5); and the losses of the readers."""
         clip, images, texts, wrong, captions = self.modules["clip"], [], [], [], []
+        read: dict[str, float] = defaultdict(float)  # sums over the pictures
         for batch in batches(self.held_out, spread(self.held_out, self.config.held_out), self.config.train.batch_size):
             captions += batch["captions"]
             said = [c[0] for c in batch["captions"]]
-            images.append(clip.encode_image(to_float(batch["image"].to(device))))
-            for found, texts_said in ((texts, said), (wrong, alter(said, batch["captions"]))):
-                found.append(clip.encode_text(self.tokenizer(texts_said, warn=False).to(device)))
-        image, text, altered = (torch.cat(found).cpu() for found in (images, texts, wrong))
-        preferred = ((image * text).sum(-1) > (image * altered).sum(-1)).float().mean()
-        return retrieval(image, text, same=sharing(captions)) | {"one_word_wrong": float(preferred)}
+            x, tokens = to_float(batch["image"].to(device)), self.tokenizer(said, warn=False).to(device)
+            context = clip.text_model(tokens)
+            images.append(clip.encode_image(x))
+            texts.append(clip.embed(context, tokens))
+            altered = self.tokenizer(alter(said, batch["captions"]), warn=False).to(device)
+            wrong.append(clip.encode_text(altered))
+            if "grounding" in self.modules:
+                for name, value in self.modules["grounding"](context, tokens, x)[1].items():
+                    read[name] += float(value) * len(x)
+        image, text, other = (torch.cat(found).cpu() for found in (images, texts, wrong))
+        preferred = ((image * text).sum(-1) > (image * other).sum(-1)).float().mean()
+        found = retrieval(image, text, same=sharing(captions)) | {"one_word_wrong": float(preferred)}
+        return found | {name: value / len(captions) for name, value in read.items()}
 
     def preview(self, device: torch.device) -> Image.Image | None:
         """Retrieval has no picture."""
