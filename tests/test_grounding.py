@@ -107,8 +107,8 @@ def test_readers_overfit_a_batch_by_its_captions_and_are_not_in_the_folder(tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"clip", "text_encoder", "tokenizer"}
 
 
-def test_resumed_run_has_the_readers_too_in_bfloat16(tmp_path):
-    config = replace(tiny.TRAIN, steps=4, save_every=2, validate_every=4, precision="bf16")
+def test_resumed_run_has_the_readers_too(tmp_path):
+    config = replace(tiny.TRAIN, steps=4, save_every=2, validate_every=4)
     whole, parts = task_with_readers(), task_with_readers()
     train(whole, config, tmp_path / "whole", {})
     parts.after_step = iter([None, None]).__next__  # a third step ends it
@@ -117,9 +117,7 @@ def test_resumed_run_has_the_readers_too_in_bfloat16(tmp_path):
     again = task_with_readers()
     train(again, config, tmp_path / "parts", {})
     for name in ("clip", "grounding"):
-        state = whole.modules[name].state_dict()
-        assert tiny.same(state, again.modules[name].state_dict())
-        assert all(value.dtype == torch.float32 for value in state.values())
+        assert tiny.same(whole.modules[name].state_dict(), again.modules[name].state_dict())
     logged = (tmp_path / "whole" / "metrics.jsonl").read_text()
     assert '"val/words"' in logged and '"val/picture"' in logged and '"skipped": 0' in logged
 

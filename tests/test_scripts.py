@@ -64,7 +64,8 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scripts")
     for name, text in (("autoencoder", AUTOENCODER), ("clip", CLIP), ("diffusion", DIFFUSION)):
         (folder / f"{name}.toml").write_text(text)
-        extra = ['train.precision="bf16"'] if name != "clip" else []
+        extra = ['train.precision="bf16"']
+        extra += ["grounding.words=1.0", "grounding.picture=1.0"] if name == "clip" else []
         extra += ["vae=autoencoder", "text_encoder=clip"] if name == "diffusion" else []
         done = run(f"train_{name}.py", "--config", f"{name}.toml", "--out", name, *extra, cwd=folder)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
