@@ -193,12 +193,17 @@ def loss_weight(schedule: Schedule, t: Tensor, prediction: str, min_snr_gamma: f
 
 
 def sample_timesteps(
-    count: int, total: int, density: str = "uniform", generator: torch.Generator | None = None
+    count: int,
+    total: int,
+    density: str = "uniform",
+    generator: torch.Generator | None = None,
+    mean: float = 0.0,
+    std: float = 1.0,
 ) -> Tensor:
     """Training timesteps (count,), int64 in [0, total - 1], on the generator's device (CPU without one).
 
     "uniform": independent; "stratified": one shared offset and equal strides, each still uniform (Kingma et
-    al. 2021, appendix I.1); "logit_normal": sigmoid of a standard normal, more in the middle (Esser et al.
+    al. 2021, appendix I.1); "logit_normal": sigmoid of a normal of `mean` and `std`, more in the middle (Esser et al.
     2024, eq. 19), the normal's quantiles being stratified. UserError for another.
     """
     device = generator.device if generator is not None else torch.device("cpu")
@@ -209,7 +214,7 @@ def sample_timesteps(
     offset = torch.rand(1, generator=generator, device=device)
     share = (offset + torch.arange(count, device=device) / count) % 1
     if density == "logit_normal":
-        share = torch.special.ndtri(share).sigmoid()
+        share = (mean + std * torch.special.ndtri(share)).sigmoid()
     return (share * total).long().clamp(max=total - 1)
 
 

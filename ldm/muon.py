@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # takes singular values from (0, 1] to about [0.7, 1.2] in five rounds
+WIDE = 4  # columns a row from which the rounds are cheaper on the small side
 NARROW = 16  # a layer with fewer inputs or outputs has too few directions to even out
 
 
@@ -25,10 +26,19 @@ def orthogonalize(updates: Tensor, rounds: int = 5) -> Tensor:
     """
     a, b, c = QUINTIC
     x = updates / updates.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    if x.shape[2] < WIDE * x.shape[1]:
+        for _ in range(rounds):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return x
+    # Every round multiplies x by a polynomial of x x^T, and these commute: the rounds need M x M matrices only.
+    gram, product = x @ x.mT, None
     for _ in range(rounds):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x
+        factor = b * gram + c * gram @ gram
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        gram = factor @ gram @ factor
+        product = factor if product is None else factor @ product
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):

@@ -24,6 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", default="test", help="test or val")
     parser.add_argument("--num", type=int, default=480, help="held-out captions, 16 or more; default: 480")
     parser.add_argument("--guidance", default="1,2,3,5", metavar="LIST", help="with commas; default: 1,2,3,5")
+    parser.add_argument("--guidance-rescale", type=float, default=0.0, help="in [0, 1], for every guidance")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument(
         "--sampler", help="ddpm, ddim, euler, euler_a, heun, dpmpp_2m or unipc; default: the model's own"
@@ -57,6 +58,7 @@ def main() -> None:
         split=args.split,
         num=args.num,
         guidance=guidance,
+        guidance_rescale=args.guidance_rescale,
         steps=args.steps,
         sampler=args.sampler or "",
         seed=args.seed,

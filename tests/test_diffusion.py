@@ -135,6 +135,12 @@ def test_timestep_densities(density):
         assert share.std().item() == pytest.approx(12**-0.5, abs=0.005)
 
 
+def test_logit_normal_takes_mean_and_deviation():
+    t = sample_timesteps(40_000, 1000, "logit_normal", torch.Generator().manual_seed(0), mean=0.7, std=1.2)
+    logits = ((t.float() + 0.5) / 1000).logit()
+    assert (logits.mean().item(), logits.std().item()) == pytest.approx((0.7, 1.2), abs=0.02)
+
+
 def test_stratified_timesteps_cover_every_stratum():
     for seed in range(5):
         t = sample_timesteps(10, 1000, "stratified", torch.Generator().manual_seed(seed))

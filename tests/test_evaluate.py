@@ -83,7 +83,9 @@ def stub(monkeypatch):
 
 
 def config_for(model: Path, **changes) -> EvaluateConfig:
-    base = EvaluateConfig(model=str(model), data="shapes", num=N, guidance=GUIDANCE, steps=2, features="stub")
+    base = EvaluateConfig(
+        model=str(model), data="shapes", num=N, guidance=GUIDANCE, guidance_rescale=0.5, steps=2, features="stub"
+    )
     return replace(base, **changes)
 
 
@@ -147,7 +149,9 @@ def test_pictures_are_kept_with_their_captions(done):
 def test_a_kept_picture_is_the_pipelines(done, model):
     lines = (done / "pictures/g2/captions.jsonl").read_text().splitlines()
     caption = json.loads(lines[5])["text"]
-    (want,) = Pipeline.from_pretrained(model)(caption, guidance=2.0, steps=2, sampler="ddim", seed=5)
+    (want,) = Pipeline.from_pretrained(model)(
+        caption, guidance=2.0, guidance_rescale=0.5, steps=2, sampler="ddim", seed=5
+    )
     have = np.asarray(Image.open(done / "pictures/g2/00005.png")).astype(int)
     assert np.abs(have - np.asarray(want).astype(int)).max() <= 1
 
@@ -179,12 +183,13 @@ def test_every_record_says_what_it_depends_on(done):
     table = json.loads((done / "metrics.json").read_text())
     assert table["format"] == "ldm-evaluation-1"
     wanted = {"model", "model_sha256", "data", "data_sha256", "split", "size", "steps", "sampler", "seed", "num"}
-    assert wanted | {"guidance", "parameters"} == set(table["settings"])
+    wanted |= {"guidance", "guidance_rescale", "parameters"}
+    assert wanted == set(table["settings"])
     for record in table["results"]:
         assert {"metric", "of", "value", "n"} <= set(record)
         if record["of"] == "samples":
             assert (record["steps"], record["sampler"], record["seed"]) == (2, "ddim", 0)
-            assert record["guidance"] in GUIDANCE
+            assert record["guidance"] in GUIDANCE and record["guidance_rescale"] == 0.5
         if record["metric"] == "frechet_distance":
             assert (record["extractor"], record["extractor_sha256"]) == ("stub", "5" * 64)
             assert record["resize"].startswith("32 px") and record["against"] == "real held-out"
@@ -349,7 +354,8 @@ def test_a_folder_without_training_pictures_has_no_floor(model, tmp_path):
 
 def test_the_script_says_the_headline(done, model, tmp_path, monkeypatch, capsys):
     out = copy_of(done, tmp_path)
-    rest = ["--num", "16", "--guidance", "1,2", "--steps", "2", "--features", "stub", "--device", "cpu"]
+    rest = ["--num", "16", "--guidance", "1,2", "--guidance-rescale", "0.5", "--steps", "2"]
+    rest += ["--features", "stub", "--device", "cpu"]
     run_main(monkeypatch, "--model", str(model), "--data", "shapes", "--out", str(out), *rest)
     printed = capsys.readouterr().out
     assert "Frechet distance (stub, N=16)" in printed and "compositional score (N=12)" in printed
@@ -366,6 +372,7 @@ def test_the_script_says_the_headline(done, model, tmp_path, monkeypatch, capsys
         (["--guidance", "1,-1"], "0 or more"),
         (["--guidance", "nan"], "0 or more"),
         (["--guidance", "2,2.0"], "different"),
+        (["--guidance-rescale", "1.5"], "in [0, 1]"),
         (["--batch-size", "0"], "1 or more"),
         (["--steps", "0"], "steps"),
         (["--sampler", "magic"], "dpmpp_2m"),

@@ -54,7 +54,9 @@ def _headline(settings: dict, results: Sequence[dict]) -> str:
         cards.append((f"{r['value']:.1f} dB", f"PSNR of the autoencoder, N = {r['n']}"))
     boxes = "".join(f'<div class="card"><b>{value}</b><span>{escape(text)}</span></div>' for value, text in cards)
     how = f"{settings['num']} captions of split {settings['split']}, {settings['size']} px, {settings['sampler']}"
-    line = f"{how}, {settings['steps']} steps, seed {settings['seed']}"
+    rescale = settings.get("guidance_rescale", 0)
+    rescaled = f", guidance rescaled by {rescale:g}" if rescale else ""
+    line = f"{how}, {settings['steps']} steps{rescaled}, seed {settings['seed']}"
     return f'<p class="soft">{escape(line)}</p><div class="cards">{boxes}</div>'
 
 

@@ -56,6 +56,8 @@ class DiffusionConfig:
     cache: str = ""  # file for the latents, written once; empty: encode every batch anew
     caption_dropout: float = 0.1  # share of captions replaced by "", which sampling uses as the null
     timesteps: Density = "uniform"
+    logit_mean: float = 0.0  # of a logit_normal; above 0 it takes more of the noisy timesteps
+    logit_std: float = 1.0
     min_snr_gamma: float | None = None
     train_text_encoder: bool = False  # let the diffusion loss move it as well, from the weights it comes with
     frozen: tuple[str, ...] = ()  # name patterns of U-Net parameters to leave as they are, e.g. "down_blocks.*"
@@ -63,6 +65,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "in [0, 1]")
+        require(self.logit_std > 0, "logit_std", self.logit_std, "above 0")
         require(self.held_out >= 1, "held_out", self.held_out, "1 or more")
         if self.cache and self.data.flip:
             raise UserError("a latent cache holds no mirrored pictures: leave out cache, or set data.flip=false")
@@ -161,7 +164,8 @@ class DiffusionTask:
         """The weighted squared error at random timesteps, captions dropped at random."""
         z0 = self.latents(batch, flip=self.config.data.flip)
         captions = drop_captions(choose_captions(batch["captions"]), self.config.caption_dropout)
-        t = sample_timesteps(len(z0), len(self.schedule), self.config.timesteps).to(z0.device)
+        c, total = self.config, len(self.schedule)
+        t = sample_timesteps(len(z0), total, c.timesteps, mean=c.logit_mean, std=c.logit_std).to(z0.device)
         yield "unet", self.loss(modules, z0, captions, t, torch.randn_like(z0)), {"z_std": z0.std()}
 
     def loss(self, modules: dict[str, nn.Module], z0: Tensor, captions: list[str], t: Tensor, eps: Tensor) -> Tensor:

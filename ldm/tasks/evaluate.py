@@ -40,6 +40,7 @@ class EvaluateConfig:
     split: str = "test"
     num: int = 480  # held-out captions
     guidance: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0)
+    guidance_rescale: float = 0.0
     steps: int = 30
     sampler: str = ""  # empty: the model's own
     seed: int = 0  # picks the captions; picture i has seed + i
@@ -93,7 +94,7 @@ def open_bench(config: EvaluateConfig, out: Path, device: str = "") -> tuple[Ben
         extractor=extractor,
         guidance=config.guidance,
         batch_size=config.batch_size,
-        about={key: settings[key] for key in ("steps", "sampler", "seed")},
+        about={key: settings[key] for key in ("guidance_rescale", "steps", "sampler", "seed")},
     )
     return bench, settings
 
@@ -117,6 +118,7 @@ def settings_of(config: EvaluateConfig, pipe: Pipeline, dataset: Any, size: int)
         "data_sha256": data_hash(dataset),
         "split": config.split,
         "size": size,
+        "guidance_rescale": config.guidance_rescale,
         "steps": config.steps,
         "sampler": config.sampler or pipe.schedule.config.sampler,
         "seed": config.seed,
@@ -131,6 +133,8 @@ def check(config: EvaluateConfig) -> None:
         raise UserError(f"split {config.split!r} cannot be evaluated on: held-out captions are in 'test' or 'val'")
     if config.batch_size < 1:
         raise UserError(f"--batch-size {config.batch_size} is not allowed; use 1 or more")
+    if not 0 <= config.guidance_rescale <= 1:
+        raise UserError(f"--guidance-rescale {config.guidance_rescale:g} is not allowed; use a number in [0, 1]")
     names = [f"{g:g}" for g in config.guidance]
     if not names or len(set(names)) < len(names) or not all(0 <= g < float("inf") for g in config.guidance):
         raise UserError(f"--guidance {','.join(names)} is not allowed; give different numbers of 0 or more")

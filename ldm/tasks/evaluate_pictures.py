@@ -87,6 +87,7 @@ def generate(
             images = pipe(
                 [made.captions[i] for i in run],
                 guidance=g,
+                guidance_rescale=settings["guidance_rescale"],
                 steps=settings["steps"],
                 sampler=settings["sampler"],
                 seed=settings["seed"] + run[0],
@@ -94,7 +95,7 @@ def generate(
                 callback=lambda progress: bar.update(len(progress.z_t) / progress.steps),
             )
             for i, image in zip(run, images, strict=True):
-                about = {key: settings[key] for key in ("model", "sampler", "steps")}
+                about = {key: settings[key] for key in ("model", "sampler", "steps", "guidance_rescale")}
                 about |= {"prompt": made.captions[i], "guidance": g, "seed": settings["seed"] + i}
                 _save(image, made.path(g, i), about)
 
