@@ -24,9 +24,10 @@ SCHEDULERS = {
     "heun": "HeunDiscreteScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
+    "pndm": "PNDMScheduler",
 }
-# Stable Diffusion 1 folders name PNDM, which is not here: they open, with a warning, on this sampler.
-PNDM, PNDM_STAND_IN = "PNDMScheduler", "dpmpp_2m"
+# What else a class needs to take these steps: PNDM would begin with Runge-Kutta ones.
+EXTRAS: dict[str, dict] = {"pndm": {"skip_prk_steps": True}}
 # Keys of scheduler configs beside ScheduleConfig's, and the values that this code supports.
 SUPPORTED: dict[str, tuple] = {
     "trained_betas": (None,),
@@ -44,9 +45,10 @@ SUPPORTED: dict[str, tuple] = {
     "timestep_type": ("discrete",),
     "disable_corrector": (None,),  # or an empty list
     "lambda_min_clipped": (-math.inf,),
+    "skip_prk_steps": (True,),
 }
 # Keys that say nothing while those above are switched off.
-UNUSED = {"clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "skip_prk_steps", "sigma_min"}
+UNUSED = {"clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "sigma_min"}
 UNUSED |= {"sigma_max", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"}
 CLASSES = {
     "vae": ["diffusers", "AutoencoderKL"],
@@ -134,36 +136,34 @@ def save_schedule(folder: Path, config: ScheduleConfig) -> None:
     the scheduler is exchanged. UserError for an unknown sampler.
     """
     get_sampler(config.sampler)
-    if config.sampler == "heun" and config.rescale_betas_zero_snr:
-        warnings.warn("diffusers' Heun scheduler has no zero terminal SNR: other pictures there", stacklevel=2)
+    name = SCHEDULERS[config.sampler]
+    if config.sampler in ("heun", "pndm") and config.rescale_betas_zero_snr:
+        warnings.warn(f"diffusers' {name} has no zero terminal SNR: other pictures there", stacklevel=2)
     if config.timestep_spacing == "leading" and config.steps_offset != 1:
         message = (
             f"diffusers' Stable Diffusion pipeline sets steps_offset {config.steps_offset} to 1: other pictures there"
         )
         warnings.warn(message, stacklevel=2)
-    values = {key: value for key, value in asdict(config).items() if key != "sampler"}
-    name = {"_class_name": SCHEDULERS[config.sampler]}
+    values = {key: value for key, value in asdict(config).items() if key != "sampler"} | EXTRAS.get(config.sampler, {})
     folder.mkdir(parents=True, exist_ok=True)
-    weights.write_json(folder / "scheduler_config.json", name | values | {"clip_sample": False})
+    table = {"_class_name": name, **values, "clip_sample": False}
+    weights.write_json(folder / "scheduler_config.json", table)
 
 
 def read_schedule(folder: Path) -> ScheduleConfig:
-    """`scheduler_config.json` of any class in SCHEDULERS; a missing key has that class's default.
-
-    PNDM gives the schedule with another sampler, and a warning. UserError names what is not supported.
-    """
+    """`scheduler_config.json` of any class in SCHEDULERS; a missing key has that class's default. UserError names what
+    is not supported."""
     path = folder / "scheduler_config.json"
     table = weights.read_json(path)
     name, names = table.get("_class_name"), {f.name for f in fields(ScheduleConfig)} - {"sampler"}
-    samplers = {cls: sampler for sampler, cls in SCHEDULERS.items()} | {PNDM: PNDM_STAND_IN}
+    samplers = {cls: sampler for sampler, cls in SCHEDULERS.items()}
     if name not in samplers:
         raise UserError(f"scheduler {name!r} in {str(folder)!r} is not supported; known: {', '.join(samplers)}")
     table = _class_defaults(name) | table
+    unused = UNUSED if name == SCHEDULERS["pndm"] else UNUSED | {"skip_prk_steps"}
     for key, value in table.items():
-        if key not in names and key not in UNUSED and not key.startswith("_"):
+        if key not in names and key not in unused and not key.startswith("_"):
             weights.check_supported(key, value, SUPPORTED, path)
-    if name == PNDM:
-        warnings.warn(f"{path} names {PNDM}, which is not here; {PNDM_STAND_IN} samples instead", stacklevel=2)
     values = {key: value for key, value in table.items() if key in names}
     return build(ScheduleConfig, values | {"sampler": samplers[name]}, f"{path}: ")
 
@@ -171,12 +171,13 @@ def read_schedule(folder: Path) -> ScheduleConfig:
 def _class_defaults(name: str) -> dict[str, Any]:
     """What diffusers' scheduler `name` takes for keys that its config does not have, where that is not ours."""
     start, end = (0.00085, 0.012) if name == "HeunDiscreteScheduler" else (0.0001, 0.02)
-    leading = name in ("DDPMScheduler", "DDIMScheduler", PNDM)
+    pndm = name == SCHEDULERS["pndm"]
+    leading = pndm or name in ("DDPMScheduler", "DDIMScheduler")
     return {
         "beta_schedule": "linear",
         "beta_start": start,
         "beta_end": end,
         "timestep_spacing": "leading" if leading else "linspace",
-        "set_alpha_to_one": name != PNDM,
+        "set_alpha_to_one": not pndm,
         "clip_sample": name in ("DDPMScheduler", "DDIMScheduler"),
-    }
+    } | ({"skip_prk_steps": False} if pndm else {})

@@ -12,6 +12,7 @@ with sigma / alpha for noise level; the same steps are written here for z_t, so 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ldm.diffusion import Denoise, Schedule
 
 Noise = Callable[[], Tensor]  # draws a standard normal of z's shape
 OnStep = Callable[[int, float, Tensor, Tensor], None]  # (step, t, z_t, z0)
+ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 SPACINGS = ("leading", "trailing", "linspace")
 
 
@@ -146,6 +148,38 @@ def unipc(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep
     return z
 
 
+def pndm(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+    """Pseudo linear multistep of order 4 (Liu et al. 2022, eq. 9 and 12-13; "PLMS"), which begins with Heun's rule: one
+    model call more than steps. As in diffusers, what the model predicts, eps or v, is what is averaged."""
+    v, past = grid.schedule.config.prediction_type == "v_prediction", []
+
+    def ask(z: Tensor, s: Step, *report: Any) -> Tensor:
+        z0, eps = _ask(denoise, z, s, *report)
+        return s.alpha * eps - s.sigma * z0 if v else eps
+
+    def move(z: Tensor, output: Tensor, s: Step) -> Tensor:
+        z0 = s.alpha * z - s.sigma * output if v else (z - s.sigma * output) / s.alpha
+        eps = s.sigma * z + s.alpha * output if v else output
+        return s.to_alpha * z0 + s.to_sigma * eps
+
+    for i, s in enumerate(grid.steps):
+        past = [ask(z, s, i, on_step), *past[:3]]
+        if i == 0 and len(grid.steps) > 1:
+            there = grid.steps[1]
+            again = ask(move(z, past[0], s), there)
+            z = move(z, (past[0] + again) / 2, _backwards(grid, there))
+        else:
+            z = move(z, sum(w * output for w, output in zip(ADAMS_BASHFORTH[min(i, 3)], past, strict=True)), s)
+    return z
+
+
+def _backwards(grid: Grid, there: Step) -> Step:
+    """The step of usual length that ends where `there` starts. With leading spacing it is the one before."""
+    t = there.t + len(grid.schedule) // len(grid.steps)
+    alpha, sigma = grid.schedule.alpha(t).item(), grid.schedule.sigma(t).item()
+    return Step(t=t, alpha=alpha, sigma=sigma, to_alpha=there.alpha, to_sigma=there.sigma)
+
+
 def _ask(denoise: Denoise, z: Tensor, s: Step, i: int = 0, on_step: OnStep | None = None) -> tuple[Tensor, Tensor]:
     """(z0, eps) at a step, reported to `on_step`."""
     z0 = denoise(z, torch.tensor(s.t))
@@ -187,7 +221,7 @@ def _corrector(steps: Sequence[Step], i: int, change: Tensor, slope: Tensor) -> 
 
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc)
+    f.__name__: f for f in (ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc, pndm)
 }
 
 
@@ -237,10 +271,10 @@ def _timesteps(schedule: Schedule, sampler: str, steps: int, spacing: str) -> Te
 
 
 def _steps(schedule: Schedule, sampler: str, t: Tensor) -> list[Step]:
-    """Each step ends where the next starts, the last at alpha 1; diffusers' DDIM goes to t - T // steps."""
+    """Each step ends where the next starts, the last at alpha 1; diffusers' DDIM and PNDM go to t - T // steps."""
     alpha, sigma = schedule.alpha(t).tolist(), schedule.sigma(t).tolist()
     to = list(zip(alpha[1:] + [1.0], sigma[1:] + [0.0], strict=True))
-    if sampler == "ddim":
+    if sampler in ("ddim", "pndm"):
         clean = (1.0, 0.0)
         if not schedule.config.set_alpha_to_one:
             clean = schedule.alpha(0).item(), schedule.sigma(0).item()

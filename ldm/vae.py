@@ -4,6 +4,7 @@ It alone knows the latent shift and scale: `encode` gives raw moments, `normaliz
 """
 
 import copy
+import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ SUPPORTED: dict[str, tuple] = {
     "use_post_quant_conv": (True,),
     "force_upcast": (True, False),  # decoding is always done in float32
 }
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,4 +229,10 @@ class VAE(nn.Module):
         """The VAE in a folder: its own, a `vae` folder inside a run or a Stable Diffusion folder (UserError)."""
         folder = weights.find_part(folder, "vae")
         vae = cls(weights.read_config(folder, VAEConfig, "AutoencoderKL", SUPPORTED))
-        return weights.load_weights(vae, folder).eval()
+        tensors = {_renamed(name): tensor for name, tensor in weights.read_tensors(folder).items()}
+        return weights.load_weights(vae, folder, tensors).eval()
+
+
+def _renamed(name: str) -> str:
+    """A parameter's name as it is today: attention had others before diffusers 0.17."""
+    return re.sub(r"(?<=attentions\.0\.)(\w+)(?=\.)", lambda layer: OLD_ATTENTION.get(layer[0], layer[0]), name)

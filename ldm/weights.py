@@ -1,8 +1,10 @@
 """Model folders: `config.json` and safetensors in the layout of diffusers and transformers, strict both ways."""
 
 import dataclasses
+import itertools
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ from ldm.config import UserError, build
 
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_FILE = "model.safetensors"
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers', transformers', and its older one
 ASSETS = Path(__file__).parent / "assets" / "models"
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -118,19 +121,52 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; UserError when it is missing or damaged."""
+    """All tensors of a safetensors file, or of a `.bin` that torch opens without running what is pickled in it;
+    UserError when the file is missing, damaged, or holds anything else."""
     try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{str(path)!r} is missing or damaged: {error}") from None
+        if path.suffix == ".bin":
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            found = safetensors.torch.load_file(path)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        reason = (str(error).splitlines() or ["it is cut short"])[0]
+        raise UserError(f"{str(path)!r} is missing or damaged, or holds more than tensors: {reason}") from None
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise UserError(f"{str(path)!r} is no table of named tensors, which a model's weights are")
+    return found
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The weights in a model folder, from diffusers' or transformers' file name (UserError when there are none)."""
-    for name in (DIFFUSERS_FILE, TRANSFORMERS_FILE):
-        if (folder / name).is_file():
-            return load_tensors(folder / name)
-    raise UserError(f"no weights in {str(folder)!r}: neither {DIFFUSERS_FILE} nor {TRANSFORMERS_FILE} is there")
+    """The weights in a model folder, of one file or of several that an index names (UserError)."""
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        tensors |= load_tensors(path)
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """What holds a folder's weights: safetensors before `.bin`, full precision before `fp16`, one file before shards.
+
+    UserError when there are none."""
+    for kind, variant, stem in itertools.product(("safetensors", "bin"), ("", ".fp16"), STEMS):
+        single, index = folder / f"{stem}{variant}.{kind}", folder / f"{stem}.{kind}.index{variant}.json"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            return _shards(index)
+    names = ", ".join(f"{stem}.safetensors" for stem in STEMS[:2])
+    raise UserError(
+        f"no weights in {str(folder)!r}: none of {names}, their shards with an index, their fp16 variants, or .bin"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files beside an index that its `weight_map` names (UserError)."""
+    table = read_json(index).get("weight_map")
+    names = set(table.values()) if isinstance(table, dict) else set()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{str(index)!r} has no weight_map from tensors to files beside it")
+    return [index.with_name(name) for name in sorted(names)]
 
 
 def load_weights(model: Model, folder: Path, tensors: dict[str, Tensor] | None = None) -> Model:

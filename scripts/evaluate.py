@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--guidance-rescale", type=float, default=0.0, help="in [0, 1], for every guidance")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument(
-        "--sampler", help="ddpm, ddim, euler, euler_a, heun, dpmpp_2m or unipc; default: the model's own"
+        "--sampler", help="ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc or pndm; default: the model's own"
     )
     parser.add_argument("--features", default="effnet-lite0", help="network for Frechet distances, or none")
     parser.add_argument("--seed", type=int, default=0, help="picks the captions; picture i has seed + i")

@@ -53,6 +53,8 @@ SCHEDULES = {
     "dpmpp_2m, cosine, trailing": {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"},
     "heun": {"sampler": "heun"},
     "unipc": {"sampler": "unipc", "timestep_spacing": "linspace"},
+    "pndm": {"sampler": "pndm", "prediction_type": "epsilon"},
+    "pndm as Stable Diffusion 2": {"sampler": "pndm", "set_alpha_to_one": False},
 }
 
 
@@ -70,7 +72,9 @@ def test_our_folder_gives_the_same_pictures_in_diffusers(tmp_path, schedule):
         assert expected.std() > 10 and abs(expected[0] - expected[1]).max() > 10
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"]
+)
 def test_diffusers_folder_gives_the_same_pictures_here(tmp_path, name):
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -83,6 +87,8 @@ def test_diffusers_folder_gives_the_same_pictures_here(tmp_path, name):
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     if name == "DDIMScheduler":
         betas |= {"clip_sample": False, "set_alpha_to_one": False}
+    if name == "PNDMScheduler":
+        betas |= {"skip_prk_steps": True}
     theirs = diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel.from_pretrained(tmp_path / "text"),
@@ -118,7 +124,7 @@ def test_schedules_round_trip_and_open_in_diffusers(tmp_path, sampler):
     assert checkpoint.read_schedule(tmp_path / "theirs") == config
 
 
-@pytest.mark.parametrize("name", [*checkpoint.SCHEDULERS.values(), checkpoint.PNDM])
+@pytest.mark.parametrize("name", checkpoint.SCHEDULERS.values())
 def test_missing_scheduler_keys_have_the_defaults_of_diffusers(name):
     defaults = {key: p.default for key, p in inspect.signature(getattr(diffusers, name)).parameters.items()}
     for key, value in checkpoint._class_defaults(name).items():
@@ -129,14 +135,16 @@ def test_missing_scheduler_keys_have_the_defaults_of_diffusers(name):
         assert ours[key] == (1 if key == "steps_offset" else defaults[key]), key
 
 
-def test_stable_diffusion_1_scheduler_opens_with_a_warning(tmp_path):
+def test_stable_diffusion_1_scheduler(tmp_path):
     table = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012}
     table |= {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000}
     table |= {"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None}
     (tmp_path / "scheduler_config.json").write_text(json.dumps(table | {"clip_sample": False}))
-    with pytest.warns(UserWarning, match="PNDMScheduler, which is not here; dpmpp_2m samples instead"):
-        config = checkpoint.read_schedule(tmp_path)
-    assert config == ScheduleConfig(steps_offset=1, set_alpha_to_one=False)
+    config = checkpoint.read_schedule(tmp_path)
+    assert config == ScheduleConfig(sampler="pndm", steps_offset=1, set_alpha_to_one=False)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(table | {"skip_prk_steps": False}))
+    with pytest.raises(UserError, match="skip_prk_steps = False is not supported"):
+        checkpoint.read_schedule(tmp_path)
 
 
 @pytest.mark.parametrize(

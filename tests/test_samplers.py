@@ -20,6 +20,7 @@ REFERENCE = {
     "heun": (diffusers.HeunDiscreteScheduler, {}),
     "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
 }
 BOTH = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "timestep_spacing", "steps_offset")
 
@@ -44,15 +45,16 @@ def reference(sampler, config, steps, first, later, eta=0.0):
     prediction = config.prediction_type
     if sampler == "euler_a" and prediction == "sample":
         extra["prediction_type"] = "epsilon"  # it knows no "sample"
-    if sampler != "heun":
+    if sampler not in ("heun", "pndm"):
         extra["rescale_betas_zero_snr"] = config.rescale_betas_zero_snr
-    if sampler == "ddim":
+    if sampler in ("ddim", "pndm"):
         extra["set_alpha_to_one"] = config.set_alpha_to_one
     scheduler = kind(**extra)
     scheduler.set_timesteps(steps)
     if stiff(sampler, config):
-        ratio = Schedule(config, finite=True).ratio_at(scheduler.timesteps)
-        scheduler.sigmas = torch.cat([ratio, torch.zeros(1)])
+        exact = Schedule(config, finite=True)
+        scheduler.alphas_cumprod = exact.alphas_cumprod
+        scheduler.sigmas = torch.cat([exact.ratio_at(scheduler.timesteps), torch.zeros(1)])
     z = first * scheduler.init_noise_sigma
     options = {"generator": later} if sampler in ("ddpm", "ddim", "euler_a") else {}
     options |= {"eta": eta} if sampler == "ddim" else {}
@@ -68,9 +70,10 @@ def reference(sampler, config, steps, first, later, eta=0.0):
 
 
 def stiff(sampler, config):
-    """Heun multiplies differences of eps by the first sigma / alpha, thousands here: in float32, with
-    diffusers' float32 tables, only rounding errors would be compared (and its Heun knows no zero-SNR)."""
-    return sampler == "heun" and (config.rescale_betas_zero_snr or config.beta_schedule == "squaredcos_cap_v2")
+    """Heun, and the sum that PNDM is written as, multiply differences by the first sigma / alpha, thousands here: in
+    float32, with diffusers' float32 tables, only rounding errors would be compared (and its Heun knows no zero-SNR)."""
+    steep = config.rescale_betas_zero_snr or config.beta_schedule == "squaredcos_cap_v2"
+    return steep and sampler in ("heun", "pndm")
 
 
 def ours(sampler, config, steps, first, later, **options):
@@ -103,6 +106,8 @@ def compare(sampler, config, steps, **options):
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_equals_diffusers(sampler, spacing, prediction):
+    if (sampler, prediction) == ("pndm", "sample"):
+        pytest.skip("diffusers' PNDM knows no such prediction")
     for steps, offset, schedule in ((1, 0, "linear"), (2, 1, "scaled_linear"), (5, 0, "scaled_linear")):
         config = ScheduleConfig(
             beta_schedule=schedule, prediction_type=prediction, timestep_spacing=spacing, steps_offset=offset
@@ -111,6 +116,14 @@ def test_equals_diffusers(sampler, spacing, prediction):
     config = dataclasses.replace(config, steps_offset=1)
     compare(sampler, config, 20)
     compare(sampler, dataclasses.replace(config, beta_schedule="squaredcos_cap_v2"), 12)
+
+
+@pytest.mark.parametrize("to_one", [False, True])
+def test_pndm_of_every_length_and_its_last_alpha(to_one):
+    for spacing in ("leading", "trailing", "linspace"):
+        config = ScheduleConfig(timestep_spacing=spacing, set_alpha_to_one=to_one, prediction_type="v_prediction")
+        for steps in (3, 4, 7, 25):
+            compare("pndm", config, steps)
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
@@ -122,7 +135,7 @@ def test_ddim_eta_and_last_alpha(eta, to_one):
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "pndm"])  # diffusers' has it not
 def test_zero_terminal_snr_equals_diffusers(sampler, prediction):
     config = ScheduleConfig(rescale_betas_zero_snr=True, prediction_type=prediction, timestep_spacing="trailing")
     for steps in (1, 2, 5, 20):
@@ -159,7 +172,7 @@ def test_reproduces_a_gaussian(sampler):
 
 @pytest.mark.parametrize(
     ("sampler", "bound"),
-    [("ddim", 0.03), ("euler", 0.03), ("heun", 0.02), ("dpmpp_2m", 0.02), ("unipc", 0.02)],
+    [("ddim", 0.03), ("euler", 0.03), ("heun", 0.02), ("dpmpp_2m", 0.02), ("unipc", 0.02), ("pndm", 0.02)],
 )
 def test_deterministic_samplers_follow_the_exact_path(sampler, bound):
     """The probability flow of that data takes noise eps to MU + S eps; the last step costs 0.7% of S."""
@@ -195,7 +208,7 @@ def test_calls_reports_and_leaves_its_input_alone(sampler):
     noise = ImageNoise([3, 4], SHAPE[1:])
     SAMPLERS[sampler](denoise, z, grid, noise, lambda i, t, z_t, z0: seen.append((i, t, z_t, z0)))
     assert torch.equal(z, before)
-    assert len(called) == (11 if sampler == "heun" else 6)
+    assert len(called) == {"heun": 11, "pndm": 7}.get(sampler, 6)
     assert [i for i, *_ in seen] == list(range(6)) and [t for _, t, *_ in seen] == [s.t for s in grid.steps]
     assert all(torch.equal(z0, 0.5 * z_t) for *_, z_t, z0 in seen)
 
@@ -226,7 +239,7 @@ def test_stochastic_samples_do_not_depend_on_the_batch(sampler):
 
 def test_mistakes_are_one_clear_line():
     schedule = Schedule(ScheduleConfig(steps_offset=1))
-    with pytest.raises(UserError, match="ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc"):
+    with pytest.raises(UserError, match="ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc, pndm"):
         get_sampler("plms")
     with pytest.raises(UserError, match="leading, trailing, linspace"):
         make_grid(schedule, "ddim", 10, "karras")

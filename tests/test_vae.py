@@ -15,6 +15,7 @@ from tiny_models import (
     vae_config,
 )
 
+from ldm import weights
 from ldm.config import UserError, load
 from ldm.tasks.autoencoder import AutoencoderConfig
 from ldm.vae import VAE, DiagonalGaussian, VAEConfig
@@ -96,6 +97,25 @@ def test_folded_folder_is_normalized_in_diffusers(tmp_path):
     close(z.mean((0, 2, 3)), torch.zeros(4), 1e-4)
     close(z.std((0, 2, 3)), torch.ones(4), 1e-4)
     close(theirs.decode(z / theirs.config.scaling_factor).sample, vae.decode_raw(vae.encode(x).mean))
+
+
+def test_attention_names_from_before_diffusers_0_17(tmp_path):
+    from diffusers import AutoencoderKL
+
+    vae = randomize(VAE(CASES["two levels"]))
+    vae.save_pretrained(tmp_path)
+    path = tmp_path / weights.DIFFUSERS_FILE
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in vae.state_dict().items():
+        for new, before in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+        tensors[name] = tensor
+    assert tensors.keys() ^ vae.state_dict().keys()
+    weights.save_tensors(path, tensors)
+    ours, theirs = VAE.from_pretrained(tmp_path), AutoencoderKL.from_pretrained(tmp_path)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
 
 
 @torch.no_grad()

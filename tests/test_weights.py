@@ -1,5 +1,6 @@
 """Model folders: found, read strictly, written whole."""
 
+import itertools
 import json
 
 import pytest
@@ -39,6 +40,65 @@ def test_half_precision_loads_as_float32(tmp_path):
     weights.save_model(tmp_path, saved, {}, weights.DIFFUSERS_FILE)
     loaded = weights.load_weights(model(1), tmp_path)
     assert loaded[0].weight.dtype == torch.float32 and equal(saved.float(), loaded)
+
+
+class Trap:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (self.mark.touch, ())
+
+
+@pytest.mark.parametrize("stem", weights.STEMS)
+def test_weights_are_found_as_safetensors_variants_and_bin(tmp_path, stem):
+    """Each is preferred to those before it."""
+    write = {"bin": torch.save, "safetensors": safetensors.torch.save_file}
+    for seed, (kind, variant) in enumerate(itertools.product(write, (".fp16", ""))):
+        saved = model(seed).half() if variant else model(seed)
+        write[kind](saved.state_dict(), tmp_path / f"{stem}{variant}.{kind}")
+        assert equal(saved.float(), weights.load_weights(model(9), tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_shards_are_read_by_their_index(tmp_path, kind, variant):
+    saved, names = model(), ("0", "1")
+    files = {name: f"model{variant}-0000{name}-of-00002.{kind}" for name in names}
+    for name in names:
+        part = {key: tensor for key, tensor in saved.state_dict().items() if key.startswith(name)}
+        (torch.save if kind == "bin" else safetensors.torch.save_file)(part, tmp_path / files[name])
+    index = tmp_path / f"model.{kind}.index{variant}.json"
+    table = {"weight_map": {key: files[key[0]] for key in saved.state_dict()}}
+    weights.write_json(index, {"metadata": {"total_size": 1}} | table)
+    assert equal(saved, weights.load_weights(model(1), tmp_path))
+    (tmp_path / files["1"]).unlink()
+    with pytest.raises(UserError, match=f"{files['1']}.*missing or damaged"):
+        weights.load_weights(model(1), tmp_path)
+    for wrong in ({}, {"weight_map": {}}, {"weight_map": {"a": "../a"}}, {"weight_map": {"a": "/tmp/a"}}):
+        weights.write_json(index, wrong)
+        with pytest.raises(UserError, match="no weight_map from tensors to files beside it"):
+            weights.load_weights(model(1), tmp_path)
+
+
+def test_a_bin_runs_nothing(tmp_path):
+    path, mark = tmp_path / "pytorch_model.bin", tmp_path / "mark"
+    for content, message in (
+        ({"0.bias": Trap(mark)}, "more than tensors"),
+        ([torch.zeros(1)], "no table of named tensors"),
+        ({"0.bias": 3}, "no table of named tensors"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=message) as error:
+            weights.load_weights(model(), tmp_path)
+        assert "\n" not in str(error.value)
+    torch.save(model().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="missing or damaged"):
+        weights.load_weights(model(), tmp_path)
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize(
