@@ -50,6 +50,7 @@ SUPPORTED: dict[str, tuple] = {
 # Keys that say nothing while those above are switched off.
 UNUSED = {"clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "sigma_min"}
 UNUSED |= {"sigma_max", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"}
+LAYOUT = "0.42.1"  # the diffusers whose layout is written; its inpainting asks for a version
 CLASSES = {
     "vae": ["diffusers", "AutoencoderKL"],
     "text_encoder": ["transformers", "CLIPTextModel"],
@@ -83,7 +84,7 @@ def save_parts(folder: str | Path, parts: Parts, half: bool = False) -> None:
     for file in folder.glob("*/*.safetensors") if half else ():
         weights.save_tensors(file, {name: tensor.half() for name, tensor in weights.load_tensors(file).items()})
     scheduler = ["diffusers", SCHEDULERS[parts.schedule.config.sampler]]
-    index = {"_class_name": "StableDiffusionPipeline", **CLASSES, "scheduler": scheduler}
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": LAYOUT, **CLASSES, "scheduler": scheduler}
     weights.write_json(folder / "model_index.json", index | {"requires_safety_checker": False})
 
 
@@ -139,6 +140,8 @@ def save_schedule(folder: Path, config: ScheduleConfig) -> None:
     name = SCHEDULERS[config.sampler]
     if config.sampler in ("heun", "pndm") and config.rescale_betas_zero_snr:
         warnings.warn(f"diffusers' {name} has no zero terminal SNR: other pictures there", stacklevel=2)
+    if config.sampler == "pndm" and config.prediction_type == "sample":
+        warnings.warn(f"diffusers' {name} cannot sample with prediction 'sample'", stacklevel=2)
     if config.timestep_spacing == "leading" and config.steps_offset != 1:
         message = (
             f"diffusers' Stable Diffusion pipeline sets steps_offset {config.steps_offset} to 1: other pictures there"

@@ -20,7 +20,7 @@ def hidden_weights(module: nn.Module) -> list[nn.Parameter]:
 
 
 def orthogonalize(updates: Tensor, rounds: int = 5) -> Tensor:
-    """(K, M, N), M <= N -> about U V^T of each U S V^T, by Newton-Schulz iteration, in the precision given.
+    """(K, M, N), M <= N -> about U V^T of each U S V^T, by Newton-Schulz iteration, in float32 or float64.
 
     All directions of an update get the same length, so what is rare in the loss is learned as fast as what is common.
     """

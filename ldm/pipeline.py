@@ -100,7 +100,7 @@ class Pipeline:
         shape = self.latent_shape(height, width)
         name = sampler or self.schedule.config.sampler
         sample, grid = get_sampler(name), make_grid(self.schedule, name, steps, spacing)
-        _check(guidance, seed, batch_size, sample, sampler_options)
+        _check(guidance, guidance_rescale, seed, batch_size, sample, sampler_options)
         denoiser = Denoiser(self.unet, grid.schedule)
         images: list[Image.Image] = []
         for start in range(0, len(prompts), batch_size):
@@ -144,9 +144,11 @@ class Pipeline:
         return on_step
 
 
-def _check(guidance: float, seed: int, batch_size: int, sample: Callable, options: dict) -> None:
+def _check(guidance: float, rescale: float, seed: int, batch_size: int, sample: Callable, options: dict) -> None:
     if not 0 <= guidance < math.inf:
         raise UserError(f"guidance {guidance} is not allowed: 0 or more, where 1 is none")
+    if not 0 <= rescale <= 1:
+        raise UserError(f"guidance rescale {rescale} is not allowed: in [0, 1], where 0 is none")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed {seed} is not allowed: 0 to 2^63 - 1")
     if batch_size < 1:

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,7 +127,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
         else:
             found = safetensors.torch.load_file(path)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+    # Broken bytes make the unpickler raise nearly anything: struct.error, IndexError, UnicodeDecodeError, ...
+    except Exception as error:
         reason = (str(error).splitlines() or ["it is cut short"])[0]
         raise UserError(f"{str(path)!r} is missing or damaged, or holds more than tensors: {reason}") from None
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
@@ -149,11 +149,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
     UserError when there are none."""
     for kind, variant, stem in itertools.product(("safetensors", "bin"), ("", ".fp16"), STEMS):
-        single, index = folder / f"{stem}{variant}.{kind}", folder / f"{stem}.{kind}.index{variant}.json"
+        single = folder / f"{stem}{variant}.{kind}"
         if single.is_file():
             return [single]
-        if index.is_file():
-            return _shards(index)
+        for name in (f"{stem}.{kind}.index{variant}.json", f"{stem}{variant}.{kind}.index.json"):
+            if (folder / name).is_file():
+                return _shards(folder / name)
     names = ", ".join(f"{stem}.safetensors" for stem in STEMS[:2])
     raise UserError(
         f"no weights in {str(folder)!r}: none of {names}, their shards with an index, their fp16 variants, or .bin"
@@ -163,10 +164,10 @@ def _weight_files(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     """The files beside an index that its `weight_map` names (UserError)."""
     table = read_json(index).get("weight_map")
-    names = set(table.values()) if isinstance(table, dict) else set()
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    names = list(table.values()) if isinstance(table, dict) else []
+    if not names or not all(isinstance(name, str) and name and Path(name).name == name for name in names):
         raise UserError(f"{str(index)!r} has no weight_map from tensors to files beside it")
-    return [index.with_name(name) for name in sorted(names)]
+    return [index.with_name(name) for name in sorted(set(names))]
 
 
 def load_weights(model: Model, folder: Path, tensors: dict[str, Tensor] | None = None) -> Model:

@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance; 1 is none")
     parser.add_argument("--guidance-rescale", type=float, default=0.0)
-    parser.add_argument("--sampler", help="ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc, pndm; default: the model's")
+    parser.add_argument("--sampler", help="ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc, pndm; default: model's")
     parser.add_argument("--seed", type=int, default=0, help="picture i has seed + i")
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--height", type=int, help="pixels; default: the model's own")

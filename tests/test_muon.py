@@ -1,5 +1,6 @@
 """Muon against torch's own, the polar factor, and what it must leave alone."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -26,8 +27,9 @@ def test_equals_torch_on_matrices():
         assert float((moved - expected).norm() / expected.norm()) < 0.02
 
 
-def test_orthogonalized_has_the_singular_vectors_and_nearly_equal_singular_values():
-    x = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@pytest.mark.parametrize("columns", [40, 200])  # 200: the rounds on the small side
+def test_orthogonalized_has_the_singular_vectors_and_nearly_equal_singular_values(columns):
+    x = torch.randn(3, 24, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u, _, vt = torch.linalg.svd(x, full_matrices=False)
     turned = u.mT @ orthogonalize(x) @ vt.mT
     values = turned.diagonal(dim1=1, dim2=2)

@@ -137,6 +137,7 @@ def test_sizes(pipe):
         ({"guidance": -1.0}, "guidance -1.0"),
         ({"guidance": float("nan")}, "guidance nan"),
         ({"guidance": float("inf")}, "guidance inf"),
+        ({"guidance_rescale": 1.5}, "guidance rescale 1.5"),
         ({"seed": 2**64}, "seed 18446744073709551616 is not allowed"),
         ({"seed": -1}, "seed -1"),
         ({"batch_size": 0}, "batch size 0"),

@@ -74,10 +74,13 @@ def test_shards_are_read_by_their_index(tmp_path, kind, variant):
     table = {"weight_map": {key: files[key[0]] for key in saved.state_dict()}}
     weights.write_json(index, {"metadata": {"total_size": 1}} | table)
     assert equal(saved, weights.load_weights(model(1), tmp_path))
+    index.rename(tmp_path / f"model{variant}.{kind}.index.json")  # where older libraries put the variant
+    assert equal(saved, weights.load_weights(model(1), tmp_path))
+    (tmp_path / f"model{variant}.{kind}.index.json").rename(index)
     (tmp_path / files["1"]).unlink()
     with pytest.raises(UserError, match=f"{files['1']}.*missing or damaged"):
         weights.load_weights(model(1), tmp_path)
-    for wrong in ({}, {"weight_map": {}}, {"weight_map": {"a": "../a"}}, {"weight_map": {"a": "/tmp/a"}}):
+    for wrong in ({}, *({"weight_map": table} for table in ({}, [], {"a": "../a"}, {"a": "/a"}, {"a": ""}, {"a": []}))):
         weights.write_json(index, wrong)
         with pytest.raises(UserError, match="no weight_map from tensors to files beside it"):
             weights.load_weights(model(1), tmp_path)
@@ -95,9 +98,10 @@ def test_a_bin_runs_nothing(tmp_path):
             weights.load_weights(model(), tmp_path)
         assert "\n" not in str(error.value)
     torch.save(model().state_dict(), path)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="missing or damaged"):
-        weights.load_weights(model(), tmp_path)
+    for broken in (path.read_bytes()[:100], b"", b"\x80\x02}q\x00(", b"\x80\x02X\x05\x00\x00\x00\xff\xff\xff\xff\xff."):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match="missing or damaged"):
+            weights.load_weights(model(), tmp_path)
     assert not mark.exists()
 
 

@@ -1,6 +1,7 @@
 """Training the U-Net on latents and captions (Rombach et al. 2022, section 3.3)."""
 
 import fnmatch
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ class DiffusionConfig:
     caption_dropout: float = 0.1  # share of captions replaced by "", which sampling uses as the null
     timesteps: Density = "uniform"
     logit_mean: float = 0.0  # of a logit_normal; above 0 it takes more of the noisy timesteps
-    logit_std: float = 1.0
+    logit_std: float = 1.0  # of its normal, as logit_mean; other densities have no use for both
     min_snr_gamma: float | None = None
     train_text_encoder: bool = False  # let the diffusion loss move it as well, from the weights it comes with
     frozen: tuple[str, ...] = ()  # name patterns of U-Net parameters to leave as they are, e.g. "down_blocks.*"
@@ -65,7 +66,8 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "in [0, 1]")
-        require(self.logit_std > 0, "logit_std", self.logit_std, "above 0")
+        require(abs(self.logit_mean) < math.inf, "logit_mean", self.logit_mean, "finite")
+        require(0 < self.logit_std < math.inf, "logit_std", self.logit_std, "above 0 and finite")
         require(self.held_out >= 1, "held_out", self.held_out, "1 or more")
         if self.cache and self.data.flip:
             raise UserError("a latent cache holds no mirrored pictures: leave out cache, or set data.flip=false")

@@ -63,7 +63,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         weights.write_json(out / SETTINGS, settings)
         return
-    old = weights.read_json(out / SETTINGS)
+    old = {"guidance_rescale": 0.0} | weights.read_json(out / SETTINGS)  # older ones had none
     # the same weights under another path are the same model
     keys = [key for key in settings if key not in ("model", "parameters") and old.get(key) != settings[key]]
     if keys:
