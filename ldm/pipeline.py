@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.checkpoint import Parts, load_parts, save_parts
 from ldm.config import UserError
 from ldm.diffusion import Denoiser, guided
+from ldm.editing import Pictures, read_edit
 from ldm.images import to_pil
 from ldm.layers import KeyValue
 from ldm.samplers import SAMPLERS, ImageNoise, OnStep, get_sampler, make_grid
@@ -73,9 +74,15 @@ class Pipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         *,
-        negative_prompt: str | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        image: Pictures | None = None,
+        mask: Pictures | None = None,
+        strength: float = 0.8,
+        latents: Tensor | None = None,
         steps: int = 30,
         guidance: float = 5.0,
         sampler: str | None = None,
@@ -91,28 +98,80 @@ class Pipeline:
     ) -> list[Image.Image]:
         """One picture a prompt; image i has the seed `seed + i` and does not depend on the batch it is made in.
 
-        `sampler`, `spacing`, `height` and `width` (pixels) default to the model's own. `guidance` 1 is none and asks
-        the model once a step; `guidance_rescale` in [0, 1]; `guidance_interval` are the t, ends included, where
-        guidance acts. `sampler_options` go to the sampler, e.g. `eta` of ddim. At most `batch_size` pictures are
-        made at once. UserError for what the model or the sampler cannot do.
+        `prompt_embeds` (B, L, D), what `encode_prompt` gives, may take the place of `prompt`; negatives are one for
+        all or one each. `image` (one for all or one each) is what to begin with: `strength` in (0, 1] of the steps are
+        taken, and where `mask` is black it stays. `latents` (B, C, h, w) are the first standard normal noise, in place
+        of the seeds'. `sampler`, `spacing`, `height` and `width` (pixels; an image has its own) default to the model's.
+        `guidance` 1 is none and asks the model once a step; `guidance_rescale` in [0, 1]; `guidance_interval` are the
+        t, ends included, where guidance acts. `sampler_options` go to the sampler, e.g. `eta` of ddim. At most
+        `batch_size` pictures are made at once. UserError for what the model or the sampler cannot do.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        shape = self.latent_shape(height, width)
+        positives = self._wanted("prompt", prompt, prompt_embeds)
+        count = len(positives)
+        negatives = self._wanted("negative_prompt", negative_prompt, negative_prompt_embeds, count)
+        self._check_lengths(positives, negatives)
         name = sampler or self.schedule.config.sampler
         sample, grid = get_sampler(name), make_grid(self.schedule, name, steps, spacing)
-        _check(guidance, guidance_rescale, seed, batch_size, sample, sampler_options)
+        _check(guidance, guidance_rescale, batch_size, sample, sampler_options)
+        edit = read_edit(image, mask, strength, count, self.vae.factor)
+        if edit is not None:
+            grid, (height, width) = edit.shorten(grid), edit.size(height, width)
+        shape = self.latent_shape(height, width)
+        if latents is not None and tuple(latents.shape) != (count, *shape):
+            raise UserError(f"latents are {tuple(latents.shape)}; {count} prompts need {(count, *shape)}")
         denoiser = Denoiser(self.unet, grid.schedule)
         images: list[Image.Image] = []
-        for start in range(0, len(prompts), batch_size):
-            chunk = prompts[start : start + batch_size]
-            noise = ImageNoise(range(seed + start, seed + start + len(chunk)), shape, self.device)
-            positive = self._context(chunk)
-            negative = self._context([negative_prompt or ""] * len(chunk)) if guidance != 1 else None
+        for start in range(0, count, batch_size):
+            part = slice(start, min(start + batch_size, count))
+            noise = ImageNoise(range(seed + start, seed + part.stop), shape, self.device)
+            positive = self._context(positives[part])
+            negative = self._context(negatives[part]) if guidance != 1 else None
             denoise = guided(denoiser, positive, negative, guidance, guidance_rescale, guidance_interval)
-            z = (grid.initial_scale * noise()).contiguous(memory_format=torch.channels_last)
-            z = sample(denoise, z, grid, noise, self._on_step(callback, start, steps), **sampler_options)
-            images += self.decode(z)
+            z0 = None if edit is None else self._encode(edit.x[part], noise)
+            eps = noise()  # drawn in any case, so that what is drawn later is the same
+            eps = eps if latents is None else latents[part].to(eps)
+            z = grid.initial_scale * eps
+            if edit is not None:
+                z, denoise = edit.begin(grid, z0, eps, part), edit.keep(denoise, grid, z0, eps, part)
+            z = z.contiguous(memory_format=torch.channels_last)
+            z = sample(denoise, z, grid, noise, self._on_step(callback, start, len(grid.steps)), **sampler_options)
+            images += self.decode(z if edit is None else edit.restore(z, z0, part))
         return images
+
+    def _wanted(
+        self, what: str, prompt: str | list[str] | None, embeds: Tensor | None, count: int | None = None
+    ) -> list[str] | Tensor:
+        """Prompts or their embeddings, one for each of `count` pictures; no negative is "" (UserError)."""
+        if prompt is not None and embeds is not None:
+            raise UserError(f"{what} and {what}_embeds are given; give one of the two")
+        if embeds is not None:
+            width, many = self.unet.config.cross_attention_dim, len(embeds) if count is None else count
+            if embeds.ndim != 3 or embeds.shape[2] != width or len(embeds) not in (1, many):
+                raise UserError(f"{what}_embeds are {tuple(embeds.shape)}; they must be ({many}, L, {width})")
+            return embeds.expand(many, -1, -1)
+        if prompt is None and count is None:
+            raise UserError(f"give {what}, or {what}_embeds")
+        if prompt is None or isinstance(prompt, str):
+            return [prompt or ""] * (1 if count is None else count)
+        if count is not None and len(prompt) != count:
+            raise UserError(f"{len(prompt)} {what}s for {count} prompts; give one for all, or one for each")
+        return list(prompt)
+
+    def _check_lengths(self, *contexts: list[str] | Tensor) -> None:
+        """UserError unless prompts and negatives have one number of tokens."""
+        a, b = (c.shape[1] if isinstance(c, Tensor) else self.tokenizer.context_length for c in contexts)
+        if a != b:
+            raise UserError(f"prompt and negative have {a} and {b} tokens; give prompt_embeds for both, of one length")
+
+    def _context(self, prompts: list[str] | Tensor) -> tuple[KeyValue, ...]:
+        """What cross-attention needs of prompts or embeddings, made once for all steps."""
+        embeds = prompts.to(self.device) if isinstance(prompts, Tensor) else self.encode_prompt(prompts)
+        return self.unet.prepare(embeds)
+
+    def _encode(self, x: Tensor, noise: ImageNoise) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> normalized latents, drawn from the posterior with each image's seed."""
+        posterior = self.vae.encode(x.to(self.device, memory_format=torch.channels_last))
+        return self.vae.normalize(posterior.mean + posterior.std * noise())
 
     def decode(self, z: Tensor) -> list[Image.Image]:
         """Normalized latents (B, C, h, w) -> pictures, in float32: half precision overflows in VAE decoders."""
@@ -129,10 +188,6 @@ class Pipeline:
                 raise UserError(f"size {side} px cannot be made: height and width must be multiples of {multiple} px")
         return config.in_channels, sides[0] // factor, sides[1] // factor
 
-    def _context(self, prompts: list[str]) -> tuple[KeyValue, ...]:
-        """What cross-attention needs of the prompts, made once for all steps."""
-        return self.unet.prepare(self.encode_prompt(prompts))
-
     def _on_step(self, callback: Callable[[Progress], None] | None, first: int, steps: int) -> OnStep | None:
         if callback is None:
             return None
@@ -144,13 +199,11 @@ class Pipeline:
         return on_step
 
 
-def _check(guidance: float, rescale: float, seed: int, batch_size: int, sample: Callable, options: dict) -> None:
+def _check(guidance: float, rescale: float, batch_size: int, sample: Callable, options: dict) -> None:
     if not 0 <= guidance < math.inf:
         raise UserError(f"guidance {guidance} is not allowed: 0 or more, where 1 is none")
     if not 0 <= rescale <= 1:
         raise UserError(f"guidance rescale {rescale} is not allowed: in [0, 1], where 0 is none")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed {seed} is not allowed: 0 to 2^63 - 1")
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is not allowed: 1 or more")
     known = [name for name in inspect.signature(sample).parameters if name not in COMMON]

@@ -50,21 +50,25 @@ class Step:
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """Where a sampler goes. The Denoiser it runs on must use this `schedule`. A sampler starts from
-    `initial_scale` times a standard normal."""
+    `initial_scale` times a standard normal. `stride` timesteps, T // steps, are between two steps' starts, rounded."""
 
     schedule: Schedule
     steps: tuple[Step, ...]
     initial_scale: float
+    stride: int
 
 
 class ImageNoise:
     """Noise that depends on each image's seed alone, never on the batch it is drawn in.
 
     Each call gives the next (len(seeds), *shape) float32 standard normals, image i from
-    `torch.Generator("cpu").manual_seed(seeds[i])`.
+    `torch.Generator("cpu").manual_seed(seeds[i])`. UserError for a seed that this takes not, or not as it is.
     """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"):
+        for seed in seeds:
+            if not 0 <= seed < 2**63:
+                raise UserError(f"seed {seed} is not allowed: 0 to 2^63 - 1")
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         self.shape, self.device = tuple(shape), device
 
@@ -175,7 +179,7 @@ def pndm(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep 
 
 def _backwards(grid: Grid, there: Step) -> Step:
     """The step of usual length that ends where `there` starts. With leading spacing it is the one before."""
-    t = there.t + len(grid.schedule) // len(grid.steps)
+    t = there.t + grid.stride
     alpha, sigma = grid.schedule.alpha(t).item(), grid.schedule.sigma(t).item()
     return Step(t=t, alpha=alpha, sigma=sigma, to_alpha=there.alpha, to_sigma=there.sigma)
 
@@ -246,7 +250,8 @@ def make_grid(schedule: Schedule, sampler: str, steps: int, spacing: str | None 
     made = tuple(_steps(schedule, sampler, t))
     # diffusers starts its Euler family at x = ratio * noise; for leading, at sqrt(ratio^2 + 1) * noise.
     scaled = sampler in ("euler", "euler_a", "heun") and spacing != "leading"
-    return Grid(schedule=schedule, steps=made, initial_scale=made[0].sigma if scaled else 1.0)
+    scale, stride = made[0].sigma if scaled else 1.0, len(schedule) // steps
+    return Grid(schedule=schedule, steps=made, initial_scale=scale, stride=stride)
 
 
 def _timesteps(schedule: Schedule, sampler: str, steps: int, spacing: str) -> Tensor:

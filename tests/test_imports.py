@@ -14,7 +14,7 @@ ROWS = (
     ("ldm.layers", "ldm.weights", "ldm.data", "ldm.diffusion", "ldm.losses", "ldm.ema", "ldm.muon", "ldm.perceptual"),
     ("ldm.train_config", "ldm.run_state"),
     ("ldm.samplers", "ldm.images", "ldm.tokenizer", "ldm.clip_towers", "ldm.train"),
-    ("ldm.vae", "ldm.unet", "ldm.clip", "ldm.grounding", "ldm.discriminator", "ldm.metrics", "ldm.cli"),
+    ("ldm.vae", "ldm.unet", "ldm.clip", "ldm.editing", "ldm.grounding", "ldm.discriminator", "ldm.metrics", "ldm.cli"),
     ("ldm.checkpoint",),
     ("ldm.pipeline",),
     ("ldm.tasks",),

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
@@ -137,6 +137,45 @@ def test_a_list_of_prompts_and_what_is_cut_from_a_long_one(folder, capsys, monke
     assert len(warned) == 1 and "was cut off: '" in warned[0] and warned[0].endswith("and a blue star'")
 
 
+def test_from_a_picture_with_a_mask(folder, capsys, monkeypatch):
+    Image.new("RGB", (50, 40), "red").save(folder / "red.png")
+    Image.new("L", (50, 40), "black").save(folder / "black.png")
+    options = ("--model", "diffusion", "--prompt", "a", "--image", "red.png", "--steps", "4", "--strength", "0.5")
+    for out, extra in (("edited", ()), ("kept", ("--mask", "black.png"))):
+        code, _, err = in_process(capsys, monkeypatch, "sample.py", *options, *extra, "--out", out, cwd=folder)
+        assert code == 0, err
+        with Image.open(folder / out / "0000-a.png") as image:
+            assert image.size == (32, 32) and image.text["image"] == "red.png" and image.text["strength"] == "0.5"
+
+
+def test_from_one_prompt_to_another(folder, capsys, monkeypatch):
+    ends = ("--prompt", "a red circle", "--prompt", "a blue star", "--seed", "3")
+    options = ("--model", "diffusion", *ends, "--steps", "2")
+    for out, extra in (("ends", ()), ("path", ("--interpolate", "4", "--seed-to", "4"))):
+        code, _, err = in_process(capsys, monkeypatch, "sample.py", *options, *extra, "--out", out, cwd=folder)
+        assert code == 0, err
+    with Image.open(folder / "path" / "path.gif") as gif:
+        assert gif.n_frames == 4
+    ends, path = (sorted(p for p in (folder / out).glob("0*.png")) for out in ("ends", "path"))
+    assert len(path) == 4
+    for whole, part in ((ends[0], path[0]), (ends[1], path[3])):
+        with Image.open(whole) as a, Image.open(part) as b:
+            assert max(high for _, high in ImageChops.difference(a, b).getextrema()) <= 1
+
+
+def test_comparison_with_diffusers(folder, capsys, monkeypatch):
+    options = ("--prompt", "a red circle", "--steps", "3")
+    code, out, err = in_process(capsys, monkeypatch, "compare_diffusers.py", "diffusion", *options, cwd=folder)
+    assert code == 0, err
+    rows = [line.rsplit(maxsplit=2) for line in out.splitlines()[1:]]
+    found = {name.strip(): float(difference) for name, difference, _ in rows}
+    assert [*found] == [
+        *("tokens", "text context", "VAE moments", "VAE decoded", "U-Net at t 10", "U-Net at t 500", "U-Net at t 990"),
+        *("pictures, guidance 1", "pictures, guidance 7.5"),
+    ]
+    assert all(value <= (1 if name.startswith("pictures") else 1e-4) for name, value in found.items()), found
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_help_is_there_before_anything_heavy_is_imported(script):
     code = (
@@ -209,6 +248,22 @@ MISTAKES = {
     "sample: no file": (sample("--model", "diffusion", "--prompts", "none.txt"), "'none.txt' cannot be read"),
     "sample: nothing": (sample("--model", "diffusion"), "one of the arguments --prompt --prompts is required"),
     "sample: file as folder": (("sample.py", *MODEL, "--out", "blank.txt"), "'blank.txt' is there and is no folder"),
+    "sample: no image": (sample(*MODEL, "--image", "none.png"), "image 'none.png' does not exist"),
+    "sample: mask alone": (sample(*MODEL, "--mask", "bare/a.png"), "a mask needs an image"),
+    "sample: strength": (sample(*MODEL, "--image", "bare/a.png", "--strength", "2"), "strength 2.0 is not allowed"),
+    "sample: no square": (sample(*MODEL, "--image", "bare/a.png", "--height", "32"), "must be equal"),
+    "sample: mask of another size": (
+        sample(*MODEL, "--image", "bare/a.png", "--mask", "wide.png"),
+        "the mask is 40x32, the image 32x32",
+    ),
+    "sample: seed": (sample(*MODEL, "--seed", "-1"), "seed -1 is not allowed"),
+    "sample: seed to": (sample(*MODEL, "--seed-to", "1"), "--seed-to is where --interpolate ends"),
+    "sample: one prompt": (sample(*MODEL, "--interpolate", "4"), "--interpolate 4 with 1 prompts"),
+    "compare: guidance": (("compare_diffusers.py", "diffusion", "--guidance", "a"), "is no list of numbers"),
+    "compare: guidance of none": (("compare_diffusers.py", "diffusion", "--guidance", "0.5"), "1 or more"),
+    "compare: steps": (("compare_diffusers.py", "diffusion", "--steps", "0"), "steps 0 is out of range"),
+    "compare: seed": (("compare_diffusers.py", "diffusion", "--seed", "-1"), "seed -1 is not allowed"),
+    "compare: no model": (("compare_diffusers.py", "nowhere"), "unknown model 'nowhere'"),
     "prepare: size": (("prepare_data.py", "emoji", "--size", "65", "--out", "new"), "emoji size 65 is not available"),
 }
 
@@ -226,6 +281,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(folder, capsys, monkeypatch, m
     for name in ("empty", "bare"):
         (folder / name).mkdir(exist_ok=True)
     Image.new("RGB", (32, 32)).save(folder / "bare" / "a.png")
+    Image.new("L", (40, 32)).save(folder / "wide.png")
     (folder / "blank.txt").write_text("\n \n")
     files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     check_refused(*in_process(capsys, monkeypatch, script, *arguments, cwd=folder), message, folder)

@@ -1,0 +1,167 @@
+"""Pictures to begin with, masks, embeddings and what lies between, against diffusers and by hand."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import no_complaints, tiny_parts
+
+from ldm.config import UserError
+from ldm.editing import between, slerp
+from ldm.pipeline import Pipeline
+from ldm.samplers import ImageNoise
+
+PROMPTS = ["a red circle", "a blue square above a red circle", ""]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline(tiny_parts())
+
+
+def pictures(count: int = 3, width: int = 16, height: int = 16) -> list[Image.Image]:
+    """Smooth random colours."""
+    generator = np.random.default_rng(0)
+    small = generator.integers(0, 256, (count, 4, 4, 3), np.uint8)
+    return [Image.fromarray(x).resize((width, height), Image.Resampling.BICUBIC) for x in small]
+
+
+def mask(width: int = 16, height: int = 16) -> Image.Image:
+    """White on the right."""
+    white = np.zeros((height, width), np.uint8)
+    white[:, width // 2 :] = 255
+    return Image.fromarray(white)
+
+
+def arrays(images) -> np.ndarray:
+    return np.stack([np.asarray(image, np.int16) for image in images])
+
+
+def theirs(pipe: Pipeline, kind: str, folder, **options) -> np.ndarray:
+    pipe.save_pretrained(folder)
+    with no_complaints():
+        other = getattr(diffusers, kind).from_pretrained(folder)
+    other.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(7 + i) for i in range(len(PROMPTS))]
+    made = other(PROMPTS, generator=generators, negative_prompt=["blue"] * len(PROMPTS), guidance_scale=5.0, **options)
+    return arrays(made.images)
+
+
+SAMPLERS = ["ddim", "euler", "heun", "dpmpp_2m", "unipc"]  # diffusers loses count where PNDM begins in the middle
+
+
+@pytest.mark.parametrize("strength", [0.25, 0.6, 1.0])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_image_to_image_equals_diffusers(tmp_path, sampler, strength):
+    pipe, images = Pipeline(tiny_parts(sampler=sampler)), pictures()
+    ours = arrays(pipe(PROMPTS, image=images, strength=strength, steps=8, seed=7, negative_prompt="blue"))
+    options = {"image": images, "strength": strength, "num_inference_steps": 8}
+    assert abs(ours - theirs(pipe, "StableDiffusionImg2ImgPipeline", tmp_path, **options)).max() <= 1
+    assert abs(ours[0] - ours[1]).max() > 10
+
+
+@pytest.mark.parametrize("schedule", [{}, {"set_alpha_to_one": False}, {"timestep_spacing": "trailing"}])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_inpainting_equals_diffusers(tmp_path, sampler, schedule):
+    pipe, images = Pipeline(tiny_parts(sampler=sampler, **schedule)), pictures(width=16, height=24)
+    options = {"image": images, "strength": 0.6}
+    ours = arrays(pipe(PROMPTS, mask=mask(16, 24), steps=9, seed=7, negative_prompt="blue", **options))
+    options |= {"mask_image": [mask(16, 24)] * 3, "num_inference_steps": 9, "height": 24, "width": 16}
+    assert abs(ours - theirs(pipe, "StableDiffusionInpaintPipeline", tmp_path, **options)).max() <= 1
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("sampler", ["ddim", "pndm", "dpmpp_2m", "euler_a"])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@torch.no_grad()
+def test_where_the_mask_is_black_the_latent_stays(pipe, monkeypatch, sampler, strength, spacing):
+    (image,), decoded, decode = pictures(1), [], pipe.decode
+    monkeypatch.setattr(pipe, "decode", lambda z: decoded.append(z) or decode(z))
+    options = {"image": image, "strength": strength, "steps": 7, "sampler": sampler, "guidance": 1.0, "seed": 3}
+    seen = []
+    pipe("a red circle", mask=mask(), spacing=spacing, callback=lambda progress: seen.append(progress), **options)
+    posterior = pipe.vae.encode(torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None] / 127.5 - 1)
+    z0 = pipe.vae.normalize(posterior.mean + posterior.std * ImageNoise([3], (4, 8, 8))())
+    assert len(seen) == seen[0].steps == int(7 * strength)
+    assert torch.allclose(decoded[0][..., :4], z0[..., :4], atol=1e-5)
+    assert (decoded[0][..., 4:] - z0[..., 4:]).abs().max() > 0.1
+
+
+def test_one_image_for_all_and_one_each(pipe):
+    images = pictures(2)
+    both = arrays(pipe(PROMPTS[:2], image=images, steps=4, batch_size=1))
+    assert abs(both - arrays(pipe(PROMPTS[:2], image=images, steps=4))).max() <= 1
+    shared = arrays(pipe(PROMPTS[:2], image=images[0], steps=4))
+    assert abs(shared[0] - both[0]).max() <= 1 and abs(shared[1] - both[1]).max() > 10
+
+
+def test_embeddings_and_latents_take_the_place_of_prompts_and_seeds(pipe):
+    want = arrays(pipe(PROMPTS, steps=3, seed=5, negative_prompt=["blue", "", "red"]))
+    embeds, negative = pipe.encode_prompt(PROMPTS), pipe.encode_prompt(["blue", "", "red"])
+    latents = ImageNoise([5, 6, 7], (4, 8, 8))()
+    options = {"negative_prompt_embeds": negative, "latents": latents, "steps": 3, "batch_size": 2}
+    assert abs(arrays(pipe(prompt_embeds=embeds, **options)) - want).max() <= 1
+    alone = [
+        pipe(p, steps=3, seed=5 + i, negative_prompt=n)[0]
+        for i, (p, n) in enumerate(zip(PROMPTS, ["blue", "", "red"], strict=True))
+    ]
+    assert abs(arrays(alone) - want).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask": mask()}, "a mask needs an image"),
+        ({"image": pictures(1)[0], "strength": 0.0}, "strength 0.0 is not allowed"),
+        ({"image": pictures(1)[0], "strength": 1.1}, "strength 1.1 is not allowed"),
+        ({"image": pictures(1)[0], "strength": 0.2}, "leaves none of 4 steps"),
+        ({"image": pictures(2)}, "2 images for 3 prompts"),
+        ({"image": pictures(2) + pictures(1, 32)}, "one size; these have 16x16, 32x16"),
+        ({"image": pictures(1)[0], "mask": mask(32)}, "the mask is 32x16, the image 16x16"),
+        ({"image": pictures(1)[0], "height": 32}, "the image is 16x16, not 16x32"),
+        ({"image": pictures(1, 17)[0]}, "size 17 px cannot be made"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative_prompts for 3 prompts"),
+        ({"prompt_embeds": torch.zeros(3, 12, 24)}, "prompt and prompt_embeds are given"),
+        ({"image": pictures(1)[0], "width": 0}, "the image is 16x16, not 0x16"),
+        ({"negative_prompt_embeds": torch.zeros(3, 12, 25)}, "negative_prompt_embeds are"),
+        ({"negative_prompt_embeds": torch.zeros(3, 13, 24)}, "12 and 13 tokens"),
+        ({"latents": torch.zeros(2, 4, 8, 8)}, "3 prompts need"),
+    ],
+)
+def test_mistakes_are_one_clear_line(pipe, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        pipe(PROMPTS, steps=4, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_given_noise_leaves_later_noise_as_it_was(pipe):
+    options = {"steps": 4, "sampler": "euler_a", "seed": 5}
+    latents = ImageNoise([5, 6, 7], (4, 8, 8))()
+    assert abs(arrays(pipe(PROMPTS, latents=latents, **options)) - arrays(pipe(PROMPTS, **options))).max() <= 1
+
+
+def test_transparent_lies_on_white(pipe):
+    clear, white = Image.new("RGBA", (16, 16), (0, 0, 0, 0)), Image.new("RGB", (16, 16), "white")
+    assert np.array_equal(*(arrays(pipe("a", image=image, steps=3)) for image in (clear, white)))
+
+
+def test_nothing_to_make_a_picture_of(pipe):
+    with pytest.raises(UserError, match="give prompt, or prompt_embeds"):
+        pipe()
+
+
+def test_spherical_interpolation():
+    a, b = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(slerp(a, b, 0.0), a, atol=1e-5) and torch.allclose(slerp(a, b, 1.0), b, atol=1e-5)
+    for share in (0.25, 0.5, 0.9):
+        assert slerp(a, b, share).std().item() == pytest.approx(1, abs=0.02)
+    x, y = torch.eye(2).reshape(2, 2, 1, 1)
+    assert torch.allclose(slerp(x, y, 1 / 3).flatten(), torch.tensor([3**0.5 / 2, 0.5]))
+    assert torch.equal(slerp(x, x, 0.3), x)
+    assert torch.allclose(slerp(x, -x, 0.5), torch.zeros_like(x))
+
+
+def test_between_two_contexts():
+    a, b = torch.zeros(1, 3, 2), torch.ones(1, 3, 2)
+    assert torch.allclose(between(a, b, 5), torch.linspace(0, 1, 5).reshape(5, 1, 1).expand(5, 3, 2))
