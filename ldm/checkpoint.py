@@ -51,6 +51,8 @@ SUPPORTED: dict[str, tuple] = {
 UNUSED = {"clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "sigma_min"}
 UNUSED |= {"sigma_max", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"}
 LAYOUT = "0.42.1"  # the diffusers whose layout is written; its inpainting asks for a version
+# What opens; the last two hold the same parts.
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 CLASSES = {
     "vae": ["diffusers", "AutoencoderKL"],
     "text_encoder": ["transformers", "CLIPTextModel"],
@@ -92,6 +94,10 @@ def load_parts(folder: str | Path) -> Parts:
     """The five parts of a run folder, a shipped model's name or a Stable Diffusion folder. UserError when one is
     missing, is not supported, or does not fit the others."""
     root = weights.find_root(folder)
+    if (root / "model_index.json").is_file():
+        kind = weights.read_json(root / "model_index.json").get("_class_name")
+        if kind not in PIPELINES:
+            raise UserError(f"{str(root)!r} is a {kind}; supported: {PIPELINES[0]}, of Stable Diffusion 1.x and 2.x")
     missing = [p for p in ("vae", "text_encoder", "tokenizer", "unet", "scheduler") if not (root / p).is_dir()]
     if missing:
         raise UserError(

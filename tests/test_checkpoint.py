@@ -217,6 +217,17 @@ def test_parts_that_do_not_fit(saved, tmp_path, monkeypatch, part, key, value, m
         checkpoint.load_parts(folder)
 
 
+@pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", None])
+def test_other_pipelines_are_named(saved, tmp_path, kind):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    shutil.rmtree(folder / "unet")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(
+        UserError, match=f"is a {kind}; supported: StableDiffusionPipeline, of Stable Diffusion 1.x and"
+    ):
+        checkpoint.load_parts(folder)
+
+
 def test_incomplete_folders(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "copy")
     shutil.rmtree(folder / "unet")
