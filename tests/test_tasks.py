@@ -285,6 +285,26 @@ def test_fine_tuning_starts_from_the_given_unet(unet_task, vae_run, clip_run, tm
         DiffusionTask(replace(tiny.diffusion(vae_run, clip_run), unet=str(tmp_path / "other")))
 
 
+def test_parts_that_diffusers_and_transformers_saved_are_trained_on(vae_run, clip_run, tmp_path):
+    """As most will begin: a Stable Diffusion VAE and U-Net, and a whole CLIP as OpenAI's is published."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPModel, CLIPTokenizer
+
+    AutoencoderKL.from_pretrained(vae_run / "vae").save_pretrained(tmp_path / "sd" / "vae")
+    CLIPModel.from_pretrained(clip_run / "clip").save_pretrained(tmp_path / "openai")
+    CLIPTokenizer.from_pretrained(clip_run / "tokenizer").save_pretrained(tmp_path / "openai")
+    DiffusionTask(tiny.diffusion(vae_run, clip_run)).modules["unet"].save_pretrained(tmp_path / "ours")
+    start = UNet2DConditionModel.from_pretrained(tmp_path / "ours")
+    start.save_pretrained(tmp_path / "sd" / "unet")
+    config = tiny.diffusion(tmp_path / "sd", tmp_path / "openai", unet=str(tmp_path / "sd"), frozen=("mid_block.*",))
+    train(DiffusionTask(config), replace(tiny.TRAIN, steps=1), tmp_path / "run", {})
+    made = StableDiffusionPipeline.from_pretrained(tmp_path / "run")
+    trained, before = made.unet.state_dict(), start.state_dict()
+    still = {name for name in before if torch.equal(trained[name], before[name])}
+    assert {name for name in before if name.startswith("mid_block.")} <= still < before.keys()
+    assert tiny.same(made.vae.state_dict(), AutoencoderKL.from_pretrained(vae_run / "vae").state_dict())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
