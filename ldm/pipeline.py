@@ -117,15 +117,14 @@ class Pipeline:
         if edit is not None:
             grid, (height, width) = edit.shorten(grid), edit.size(height, width)
         shape = self.latent_shape(height, width)
-        if latents is not None and tuple(latents.shape) != (count, *shape):
-            raise UserError(f"latents are {tuple(latents.shape)}; {count} prompts need {(count, *shape)}")
+        _check_latents(latents, (count, *shape))
         denoiser = Denoiser(self.unet, grid.schedule)
         images: list[Image.Image] = []
         for start in range(0, count, batch_size):
             part = slice(start, min(start + batch_size, count))
             noise = ImageNoise(range(seed + start, seed + part.stop), shape, self.device)
-            positive = self._context(positives[part])
             negative = self._context(negatives[part]) if guidance != 1 else None
+            positive = self._context(positives[part])
             denoise = guided(denoiser, positive, negative, guidance, guidance_rescale, guidance_interval)
             z0 = None if edit is None else self._encode(edit.x[part], noise)
             eps = noise()  # drawn in any case, so that what is drawn later is the same
@@ -197,6 +196,11 @@ class Pipeline:
             callback(Progress(first=first, step=i, steps=steps, t=t, z_t=z_t, z0=z0, decode=decode))
 
         return on_step
+
+
+def _check_latents(latents: Tensor | None, shape: tuple[int, ...]) -> None:
+    if latents is not None and tuple(latents.shape) != shape:
+        raise UserError(f"latents are {tuple(latents.shape)}; {shape[0]} prompts need {shape}")
 
 
 def _check(guidance: float, rescale: float, batch_size: int, sample: Callable, options: dict) -> None:

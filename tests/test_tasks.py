@@ -1,6 +1,7 @@
 """What one step of each training does, on models of a few thousand parameters."""
 
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,6 +281,13 @@ def test_fine_tuning_starts_from_the_given_unet(unet_task, vae_run, clip_run, tm
     unet_task.modules["unet"].save_pretrained(tmp_path / "unet")
     tuned = DiffusionTask(replace(tiny.diffusion(vae_run, clip_run), unet=str(tmp_path)))
     assert tiny.same(tiny.copied(tuned.modules["unet"]), tiny.copied(unet_task.modules["unet"]))
+    unet_task.export(tmp_path / "run", CPU, final=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DiffusionTask(tiny.diffusion(vae_run, clip_run, unet=str(tmp_path / "run")))
+    other = ScheduleConfig(prediction_type="v_prediction", sampler="ddim")
+    with pytest.warns(UserWarning, match="trained with schedule.prediction_type 'epsilon', here 'v_prediction'$"):
+        DiffusionTask(tiny.diffusion(vae_run, clip_run, unet=str(tmp_path / "run"), schedule=other))
     UNet(replace(tuned.modules["unet"].config, cross_attention_dim=16)).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="cross_attention_dim 16, VAE and text encoder need 32"):
         DiffusionTask(replace(tiny.diffusion(vae_run, clip_run), unet=str(tmp_path / "other")))

@@ -2,6 +2,7 @@
 
 import fnmatch
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm import losses, weights
-from ldm.checkpoint import Parts, save_parts
+from ldm.checkpoint import Parts, read_schedule, save_parts
 from ldm.clip import TextEncoder
 from ldm.config import UserError, require
 from ldm.data import DataConfig, batches, choose_captions, flip_half, open_dataset, spread, stack_images, to_float
@@ -102,6 +103,8 @@ class DiffusionTask:
         config = self.config
         torch.manual_seed(config.train.seed)
         unet = UNet.from_pretrained(config.unet) if config.unet else UNet(self.sized(config.model))
+        if config.unet:
+            warn_of_another_schedule(config.unet, config.schedule)
         fits = self.sized(unet.config)
         for key in ("in_channels", "out_channels", "cross_attention_dim"):
             have, want = getattr(unet.config, key), getattr(fits, key)
@@ -207,6 +210,26 @@ class DiffusionTask:
     def export(self, folder: Path, device: torch.device, final: bool) -> None:
         """Writes the whole pipeline into `folder`."""
         save_parts(folder, self.parts())
+
+
+def warn_of_another_schedule(folder: str, schedule: ScheduleConfig) -> None:
+    """Warns where the pipeline that weights come from noises, or predicts, in another way than they will be trained."""
+    root = weights.find_root(folder)
+    if not (root / "scheduler").is_dir():
+        return
+    theirs = read_schedule(root / "scheduler")
+    names = (
+        "beta_schedule",
+        "beta_start",
+        "beta_end",
+        "num_train_timesteps",
+        "rescale_betas_zero_snr",
+        "prediction_type",
+    )
+    pairs = [(name, getattr(theirs, name), getattr(schedule, name)) for name in names]
+    changes = [f"{name} {was!r}, here {now!r}" for name, was, now in pairs if was != now]
+    if changes:
+        warnings.warn(f"the U-Net of {folder!r} was trained with schedule.{'; schedule.'.join(changes)}", stacklevel=2)
 
 
 def freeze(module: nn.Module, patterns: tuple[str, ...]) -> None:
