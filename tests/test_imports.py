@@ -11,11 +11,12 @@ ROOT = Path(__file__).parent.parent
 # A module imports from lower rows only; modules of one package (`ldm.data`, `ldm.metrics`) may import each other.
 ROWS = (
     ("ldm", "ldm.config", "ldm.bpe"),
-    ("ldm.layers", "ldm.weights", "ldm.data", "ldm.diffusion", "ldm.losses", "ldm.ema", "ldm.muon", "ldm.perceptual"),
+    ("ldm.weights",),
+    ("ldm.layers", "ldm.data", "ldm.diffusion", "ldm.losses", "ldm.ema", "ldm.muon", "ldm.perceptual"),
     ("ldm.train_config", "ldm.run_state"),
     ("ldm.samplers", "ldm.images", "ldm.tokenizer", "ldm.clip_towers", "ldm.train"),
-    ("ldm.vae", "ldm.unet", "ldm.clip", "ldm.editing", "ldm.grounding", "ldm.discriminator", "ldm.metrics", "ldm.cli"),
-    ("ldm.checkpoint",),
+    ("ldm.vae", "ldm.unet", "ldm.clip", "ldm.editing", "ldm.grounding", "ldm.discriminator", "ldm.cli"),
+    ("ldm.checkpoint", "ldm.metrics"),
     ("ldm.pipeline",),
     ("ldm.tasks",),
     ("scripts",),

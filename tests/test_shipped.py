@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 from test_checkpoint import open_in_diffusers
 
 from ldm import Pipeline
+from ldm.data import DataConfig, batches, open_dataset, spread, to_float
+from ldm.metrics import retrieval
 from ldm.metrics.compositional import cases, score
+from ldm.metrics.judges import JUDGES, image_text_model
 from ldm.samplers import ImageNoise
-from ldm.weights import ASSETS
+from ldm.tasks.clip import sharing
+from ldm.weights import ASSETS, module_hash
 
 PROMPTS = {
     "emoji": ["a 3D emoji of a red apple", "flag of Japan"],
@@ -38,3 +43,22 @@ def test_shipped_shapes_is_small_and_draws_what_captions_say():
     assert sum(p.numel() for part in (pipe.vae, pipe.text_encoder, pipe.unet) for p in part.parameters()) < 5e6
     images = pipe([case.caption for case in posed], steps=20, guidance=3.0, guidance_rescale=0.7, seed=100)
     assert score([np.asarray(image) for image in images], posed)["mean"]["all"] > 0.75
+
+
+@pytest.mark.parametrize("name, least", [("emoji", 0.6), ("shapes", 0.6)])
+def test_shipped_judge_finds_the_captions_of_held_out_pictures(name, least):
+    """Among 200, where chance is 0.5%; it conditions no shipped model."""
+    judge = image_text_model(name)
+    dataset = open_dataset(DataConfig(name=name, size=judge.size), "test")
+    chosen = spread(dataset, 200)
+    images = torch.cat([judge.images(to_float(batch["image"])) for batch in batches(dataset, chosen, 50)])
+    captions = [dataset.captions(i) for i in chosen]
+    texts = judge.texts([own[-1] for own in captions])
+    found = retrieval(images, texts, same=sharing(captions))
+    assert found["image_to_text@1"] > least and found["text_to_image@1"] > least
+    conditioning = {module_hash(Pipeline.from_pretrained(model).text_encoder) for model in PROMPTS}
+    assert module_hash(judge.network.text_encoder()) not in conditioning
+
+
+def test_every_shipped_judge_is_tested():
+    assert {folder.name for folder in JUDGES.iterdir()} == {"emoji", "shapes"}

@@ -15,6 +15,7 @@ from ldm.config import UserError, load
 from ldm.data import open_dataset, stack_images, to_float
 from ldm.data.shapes import Shapes
 from ldm.diffusion import ScheduleConfig
+from ldm.metrics.judges import image_text_model
 from ldm.pipeline import Pipeline
 from ldm.samplers import SAMPLERS
 from ldm.tasks import diffusion
@@ -381,3 +382,20 @@ def test_retrieval_is_logged_beside_chance(clip_run):
     for name in (*names, "one_word_wrong"):
         assert f'"val/{name}"' in lines
     assert '"val/chance@1": 0.0625' in lines  # of 16
+
+
+def test_a_judge_learns_from_validation_too_and_cannot_condition(tmp_path, vae_run):
+    task = CLIPTask(replace(tiny.clip(), judge=True))
+    train_split, val = open_dataset(tiny.DATA, "train"), open_dataset(tiny.DATA, "val")
+    assert len(task.dataset) == len(train_split) + len(val)
+    for place, sample in ((0, train_split[0]), (len(train_split) - 1, train_split[len(train_split) - 1])):
+        assert task.dataset[place]["key"] == sample["key"] and task.dataset.captions(place) == sample["captions"]
+    for place in (0, len(val) - 1):
+        assert task.dataset[len(train_split) + place]["key"] == val[place]["key"]
+        assert task.dataset.captions(len(train_split) + place) == val[place]["captions"]
+    train(task, replace(tiny.TRAIN, steps=1), tmp_path / "run", {})
+    assert image_text_model(str(tmp_path / "run")).size == tiny.DATA.size
+    assert not (tmp_path / "run/clip").exists() and not (tmp_path / "run/text_encoder").exists()
+    train(task, replace(tiny.TRAIN, steps=1), tmp_path / "run", {})  # finished: nothing more is done
+    with pytest.raises(UserError, match="text_encoder|tokenizer"):
+        DiffusionTask(tiny.diffusion(vae_run, tmp_path / "run"))

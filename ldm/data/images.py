@@ -12,7 +12,7 @@ from torch import Tensor
 
 LIMIT = 16_000_000  # pixels; a header that claims more is refused before anything is decoded
 # Formats decoded inside Pillow itself. Others are left out on purpose: EPS, for one, starts Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # with "JPEG" go MPO files, as phones write
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ORIENTATION = 0x0112  # EXIF 2.3, table 4
 TURNS = {

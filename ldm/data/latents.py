@@ -21,18 +21,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.config import UserError
+from ldm.weights import module_hash
 
 FORMAT = "ldm-latents-1"
 HEADER = 4096  # bytes kept for the header, written last and filled up with spaces as the format allows
-
-
-def vae_hash(module: nn.Module) -> str:
-    """SHA-256 (hexadecimal) over the names, types, shapes and bytes of a module's sorted state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def data_hash(dataset: Any, probes: int = 16) -> str:
@@ -71,7 +63,7 @@ def cache_latents(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    about = {"format": FORMAT, "vae": vae_hash(vae), "data": data_hash(dataset)}
+    about = {"format": FORMAT, "vae": module_hash(vae), "data": data_hash(dataset)}
     was_training = vae.training
     vae.eval()
     try:
@@ -98,7 +90,7 @@ class CachedLatents:
     """A latent cache, map-style and read piece by piece from the file.
 
     `cached[i]` -> {"mean": float32 (C, h, w), "std": float32 (C, h, w), "captions": list[str], "key": str},
-    in the order of the data set it was made from. `expect_hash` is the `vae_hash` of the VAE in use and
+    in the order of the data set it was made from. `expect_hash` is the `module_hash` of the VAE in use and
     `expect_data` the `data_hash` of the data set (None: not compared). UserError for a missing or damaged
     file, another VAE's cache, or one of another data set or picture size.
     """

@@ -36,6 +36,18 @@ def retrieval(
     a caption. A tie is ranked in the middle, so that constant embeddings score chance (k / N). Returns
     "image_to_text@k", "text_to_image@k" and "chance@k", the last for one right partner among N, in [0, 1].
     """
+    found = retrieval_hits(image_embeddings, text_embeddings, k, same)
+    chance = {f"chance@{top}": min(top / len(torch.as_tensor(image_embeddings)), 1.0) for top in k}
+    return {name: float(hits.mean()) for name, hits in found.items()} | chance
+
+
+def retrieval_hits(
+    image_embeddings: Tensor | np.ndarray,
+    text_embeddings: Tensor | np.ndarray,
+    k: Sequence[int] = (1, 5),
+    same: Tensor | np.ndarray | None = None,
+) -> dict[str, Tensor]:
+    """What `retrieval` takes the means of: each query's 0, 1 or, in a tie, share of a hit; (N,) float64 by name."""
     images, texts = _unit(image_embeddings), _unit(text_embeddings)
     if images.shape != texts.shape or not len(images):
         raise ValueError(f"embeddings {tuple(images.shape)} and {tuple(texts.shape)} are not pairs")
@@ -51,9 +63,8 @@ def retrieval(
         ahead, tied = _rivals(scores, answers)
         for top in k:
             # of the 1 + tied equal places, those among the first k
-            hits = ((top - ahead) / (1 + tied)).clamp(0, 1)
-            result[f"{name}@{top}"] = float(hits.mean())
-    return result | {f"chance@{top}": min(top / len(images), 1.0) for top in k}
+            result[f"{name}@{top}"] = ((top - ahead) / (1 + tied)).clamp(0, 1)
+    return result
 
 
 def _rivals(scores: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,30 +1,56 @@
-"""Feature networks by name, for distances between sets of pictures."""
+"""Feature networks by name, for distances between sets of pictures.
+
+    effnet-lite0          EfficientNet-Lite0, ImageNet, from an installed package: no download
+    inception[:FILE]      FID's own Inception, by torch-fidelity
+    clip:FOLDER_OR_NAME   the image tower of a CLIP, by transformers
+    dinov2:FOLDER_OR_NAME DINOv2, by transformers
+    judge:FOLDER_OR_NAME  the image tower of an image-text model trained here to judge
+
+A further network is one function and its entry in EXTRACTORS.
+"""
 
 import hashlib
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.config import UserError
-from ldm.perceptual import EFFNET_MEAN, EFFNET_STD, effnet_lite0_file, effnet_lite0_stages
+from ldm.data import to_uint8
+from ldm.metrics.judges import image_text_model, pretrained
+from ldm.metrics.preprocess import RESIZE, resized, to_unit_range
+from ldm.perceptual import EFFNET_MEAN, EFFNET_STD, effnet_lite0_file, effnet_lite0_network, effnet_lite0_stages
+from ldm.weights import module_hash
+
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 
 
 class FeatureExtractor(nn.Module):
     """Pictures -> features by a frozen network, always in eval mode.
 
-    Carries what a number must be printed with: `name`, `sha256` of the weights file, `size` in pixels that
-    pictures are resized to, and the `resize` filter.
+    Carries what a number must be printed with: `name`, `sha256` of the weights, `size` in pixels that pictures are
+    resized to, and the `resize` filter. `prepare` makes the network's input of pictures in [-1, 1]; `classifier` the
+    logits of the features, where the network knows classes.
     """
 
-    def __init__(self, name: str, sha256: str, size: int, network: nn.Module, mean: Tensor, std: Tensor) -> None:
+    def __init__(
+        self,
+        name: str,
+        sha256: str,
+        size: int,
+        network: nn.Module,
+        prepare: Callable[[Tensor], Tensor],
+        resize: str = RESIZE,
+        classifier: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.name, self.sha256, self.size = name, sha256, size
-        self.resize = "bicubic, antialiased"
-        self.network = network
-        self.register_buffer("mean", rearrange(mean, "c -> c 1 1"))
-        self.register_buffer("std", rearrange(std, "c -> c 1 1"))
+        self.name, self.sha256, self.size, self.resize = name, sha256, size, resize
+        self.network, self.prepare, self.classifier = network, prepare, classifier
         self.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
@@ -38,22 +64,124 @@ class FeatureExtractor(nn.Module):
             raise ValueError(f"pictures must be (B, 3, H, W), not {tuple(x.shape)}")
         if not x.is_floating_point() or x.abs().amax() > 1.001:
             raise ValueError(f"pictures must be floats in [-1, 1], not {x.dtype} up to {float(x.abs().amax()):.3g}")
-        x = F.interpolate(x.float(), size=(self.size, self.size), mode="bicubic", antialias=True)
-        return self.network((x.clamp(-1, 1) - self.mean) / self.std)  # bicubic overshoots at edges
+        return self.network(self.prepare(x.float())).float()
+
+    @torch.no_grad()
+    def probabilities(self, features: Tensor) -> Tensor | None:
+        """Class probabilities (B, classes) of features (B, D); None for a network without classes."""
+        return None if self.classifier is None else self.classifier(features).softmax(1)
+
+    @property
+    def about(self) -> dict[str, str]:
+        """The fields that every number of these features carries."""
+        resize = f"{self.size} px, {self.resize}"
+        return {"extractor": self.name, "extractor_sha256": self.sha256, "resize": resize}
 
 
 def feature_extractor(name: str) -> FeatureExtractor:
-    """The extractor `name`, one of EXTRACTORS, on the CPU; UserError for other names or missing weights."""
-    if name not in EXTRACTORS:
-        raise UserError(f"unknown feature network {name!r}; known: {', '.join(EXTRACTORS)}")
-    return EXTRACTORS[name]()
+    """The extractor `name` ("kind" or "kind:where"), on the CPU; UserError for others or where weights are missing."""
+    kind, _, where = name.partition(":")
+    if kind not in EXTRACTORS:
+        raise UserError(f"unknown feature network {name!r}; known: {', '.join(KNOWN)}")
+    return EXTRACTORS[kind](where)
 
 
-def _effnet_lite0() -> FeatureExtractor:
-    """EfficientNet-Lite0's pooled last layer, 1280 features, at its own 224 pixels."""
-    sha256 = hashlib.sha256(effnet_lite0_file().read_bytes()).hexdigest()
+def _effnet_lite0(where: str) -> FeatureExtractor:
+    """EfficientNet-Lite0's pooled last layer, 1280 features, at its own 224 pixels, with ImageNet's classes."""
+    file = effnet_lite0_file()
     network = nn.Sequential(*effnet_lite0_stages(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return FeatureExtractor("effnet-lite0", sha256, 224, network, EFFNET_MEAN, EFFNET_STD)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    prepare, classes = resized(224, EFFNET_MEAN, EFFNET_STD), effnet_lite0_network()._fc
+    return FeatureExtractor("effnet-lite0", sha256, 224, network, prepare, classifier=classes)
 
 
-EXTRACTORS = {"effnet-lite0": _effnet_lite0}
+def _inception(where: str) -> FeatureExtractor:
+    """FID's graph and weights: 2048 pooled features of uint8 pictures, resized by it as TensorFlow 1 did."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        raise UserError("features 'inception' need torch-fidelity: pip install torch-fidelity") from None
+    file = _inception_file(where)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    if sha256 != INCEPTION_SHA256:
+        raise UserError(f"{str(file)!r} has SHA-256 {sha256[:8]}..., expected {INCEPTION_SHA256[:8]}...: damaged?")
+    with redirect_stdout(sys.stderr):
+        net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(file))
+    classes = nn.Linear(2048, 1008, bias=False)  # without the bias, as the Inception Score is usually computed
+    classes.weight = nn.Parameter(net.fc.weight.detach().clone())
+    resize = "bilinear as in TensorFlow 1, not antialiased"
+    return FeatureExtractor("inception", sha256, 299, First(net), to_uint8, resize, classes)
+
+
+def _inception_file(where: str) -> Path:
+    """The weights at `where`, or in torch hub's cache."""
+    home = Path(torch.hub.get_dir()) / "checkpoints"
+    places = [Path(where)] if where else [home / name for name in INCEPTION_FILES]
+    found = [place for place in places if place.is_file()]
+    if not found:
+        put = f"{where!r} does not exist" if where else f"{INCEPTION_FILES[0]} is not in {str(home)!r}"
+        raise UserError(
+            f"Inception's weights: {put}; put the file there (torch-fidelity 0.2.0 releases it), name it as"
+            " inception:FILE, or use effnet-lite0, which needs no download"
+        )
+    return found[0]
+
+
+def _dinov2(where: str) -> FeatureExtractor:
+    """The final CLS token of DINOv2 (Oquab et al. 2023)."""
+    from transformers import AutoImageProcessor, Dinov2Model
+
+    model: Any = pretrained(Dinov2Model, where, "dinov2")
+    pixels: Any = pretrained(AutoImageProcessor, where, "dinov2")
+    size = pixels.crop_size["height"]
+    prepare = resized(size, *to_unit_range(pixels.image_mean, pixels.image_std))
+    return FeatureExtractor(f"dinov2:{where}", module_hash(model), size, Pooled(model), prepare)
+
+
+def _tower(kind: str) -> Callable[[str], FeatureExtractor]:
+    """The image tower of an image-text model."""
+
+    def build(where: str) -> FeatureExtractor:
+        model = image_text_model(f"{kind}:{where}")
+        prepare = resized(model.size, torch.zeros(3), torch.ones(3))
+        return FeatureExtractor(model.name, model.sha256, model.size, Images(model), prepare)
+
+    return build
+
+
+class First(nn.Module):
+    """The first of what a network gives."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.inner = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D)."""
+        return self.inner(x)[0]
+
+
+class Pooled(First):
+    """The pooled output of a transformers vision model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D)."""
+        return self.inner(x).pooler_output
+
+
+class Images(First):
+    """The image embeddings of an image-text model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D)."""
+        return self.inner.images(x)
+
+
+EXTRACTORS: dict[str, Callable[[str], FeatureExtractor]] = {
+    "effnet-lite0": _effnet_lite0,
+    "inception": _inception,
+    "clip": _tower("clip"),
+    "dinov2": _dinov2,
+    "judge": _tower("judge"),
+}
+KNOWN = ("effnet-lite0", "inception", "inception:FILE", "clip:FOLDER", "dinov2:FOLDER", "judge:FOLDER")

@@ -1,9 +1,11 @@
-"""How near reconstructions are to the originals, per picture."""
+"""How near reconstructions are to the originals, per picture, and how many bits an autoencoder needs for one."""
+
+import math
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def psnr(x: Tensor, y: Tensor, data_range: float = 2.0, maximum: float = 100.0) -> Tensor:
@@ -35,6 +37,43 @@ def ssim(x: Tensor, y: Tensor, data_range: float = 2.0) -> Tensor:
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (var_x + var_y + c2)
     return (luminance * structure).mean((1, 2, 3))
+
+
+def perceptual_distance(x: Tensor, y: Tensor, network: nn.Module) -> Tensor:
+    """Distance of each pair in a network of `ldm.perceptual`; (B, 3, H, W) twice in [-1, 1] -> (B,) float64.
+
+    To be printed with the network's name: only that of "lpips-vgg" and "lpips-alex" is LPIPS (Zhang et al. 2018).
+    """
+    _same_shape(x, y)
+    with torch.no_grad():
+        return network(x.float(), y.float()).double()
+
+
+def bits_per_dimension(nll: Tensor, kl: Tensor, dimensions: int) -> Tensor:
+    """(NLL + KL) / (D ln 2): the negative evidence lower bound of each picture, in bits a value; (B,) and (B,) in nats.
+
+    An upper bound on the code length where `nll` is of discrete values around what a sample of the latent decodes to,
+    and `kl` of that latent's posterior from the prior that is coded with (Kingma & Welling 2014, eq. 3).
+    """
+    return (nll.double() + kl.double()) / (dimensions * math.log(2))
+
+
+def discretized_logistic(pixels: Tensor, mean: Tensor, scale: float | Tensor) -> Tensor:
+    """-log p in nats of each value of uint8 `pixels` under a logistic around `mean` in [-1, 1], float64.
+
+    The mass of the value's own 1/127.5 wide bin, with all that lies beyond in the first and the last one, so that the
+    256 probabilities sum to 1 (Salimans et al. 2017, eq. 2). `scale` in the units of `mean`, a number or broadcast.
+    """
+    x, half = pixels.double() / 127.5 - 1, 1 / 255
+    scale = torch.as_tensor(scale, dtype=torch.float64)
+    upper, lower = (x - mean.double() + half) / scale, (x - mean.double() - half) / scale
+    upper = torch.where(pixels == 255, torch.inf, upper)
+    lower = torch.where(pixels == 0, -torch.inf, lower)
+    # log(sigmoid(u) - sigmoid(l)), taken on the side where both are small, without losing digits
+    flip = lower > 0
+    u, low = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
+    log_u, log_low = F.logsigmoid(u), F.logsigmoid(low)
+    return -(log_u + torch.log1p(-torch.exp(log_low - log_u).clamp_max(1 - 1e-16)))
 
 
 def _blur(x: Tensor) -> Tensor:

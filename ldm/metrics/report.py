@@ -4,52 +4,75 @@ A further section is a function (settings, results) -> HTML, "" where it has not
 SECTIONS.
 """
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from ldm.metrics.report_html import CSS, Gallery, plot, show, table
+from ldm.metrics.records import Record, best_guidance, find
+from ldm.metrics.report_extras import EXTRAS
+from ldm.metrics.report_html import CSS, Gallery, number, percent, show, table
+from ldm.metrics.report_plots import Line, plot
+
+# metric, name in the report, factor, which way is better, whether it is of alignment
+ROWS = (
+    ("frechet_distance", "Frechet distance", 1, "lower", False),
+    ("frechet_distance_infinite", "Frechet distance, N to infinity", 1, "lower", False),
+    ("kernel_distance", "kernel distance (KID) x 1000", 1000, "lower", False),
+    ("precision", "precision, %", 100, "higher", False),
+    ("recall", "recall, %", 100, "higher", False),
+    ("density", "density", 1, "higher", False),
+    ("coverage", "coverage, %", 100, "higher", False),
+    ("inception_score", "Inception Score", 1, "higher", True),
+    ("clip_cosine", "CLIP score, 100 cos", 100, "higher", True),
+    ("clip_score", "CLIP score, 2.5 max(cos, 0)", 1, "higher", True),
+    ("image_to_text@1", "right caption found first, %", 100, "higher", True),
+    ("image_to_text@5", "right caption among 5, %", 100, "higher", True),
+    ("text_to_image@1", "right picture found first, %", 100, "higher", True),
+    ("text_to_image@5", "right picture among 5, %", 100, "higher", True),
+    ("paired skin tone", "right skin tone preferred, %", 100, "higher", True),
+    ("paired gender", "right gender preferred, %", 100, "higher", True),
+    ("paired style", "right style preferred, %", 100, "higher", True),
+    ("cmmd", "CMMD", 1, "lower", False),
+)
+OVER_GUIDANCE = ("frechet_distance", "kernel_distance", "precision", "recall", "coverage", "clip_cosine")
+OVER_GUIDANCE += ("image_to_text@1", "cmmd")
 
 
-def find(results: Sequence[dict], metric: str, of: str, **where: Any) -> list[dict]:
-    """The records of a metric that have a value and agree with `where`."""
-    where |= {"metric": metric, "of": of}
-    return [r for r in results if r["value"] is not None and all(r.get(key) == value for key, value in where.items())]
+def write_report(path: Path, settings: dict, results: Sequence[Record], galleries: Sequence[Gallery]) -> None:
+    """Writes the report of a model beside `path` and renames it into place."""
+    title = f"Evaluation of {settings['model']} on {settings['data']}"
+    body = [*(section(settings, results) for section in SECTIONS), *map(show, galleries)]
+    write_page(path, title, [*body, settings_table(settings)])
 
 
-def best_guidance(results: Sequence[dict]) -> float:
-    """The guidance of the highest compositional score; without one, of the lowest Frechet distance."""
-    ranked = [(-r["value"]["mean"]["all"], r["guidance"]) for r in find(results, "compositional_score", "samples")]
-    ranked = ranked or [(r["value"], r["guidance"]) for r in find(results, "frechet_distance", "samples")]
-    ranked = ranked or [(r["value"], r["guidance"]) for r in find(results, "blank_pictures", "samples")]
-    return min(ranked)[1]
-
-
-def write_report(path: Path, settings: dict, results: Sequence[dict], galleries: Sequence[Gallery]) -> None:
-    """Writes the HTML beside `path` and renames it into place."""
-    title = f"Evaluation of {escape(str(settings['model']))} on {escape(settings['data'])}"
-    body = [f"<h1>{title}</h1>", *(section(settings, results) for section in SECTIONS), *map(show, galleries)]
+def write_page(path: Path, title: str, body: Sequence[str]) -> None:
+    """Writes HTML that needs no other file, beside `path`, and renames it into place."""
+    title = escape(title)
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     html = f'<!doctype html>\n<html lang="en"><head>{head}<title>{title}</title><style>{CSS}</style></head>\n<body>'
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n".join([html, *filter(None, body), _settings(settings, results), "</body></html>\n"]))
+    temporary.write_text("\n".join([html, f"<h1>{title}</h1>", *filter(None, body), "</body></html>\n"]))
     os.replace(temporary, path)
 
 
-def _headline(settings: dict, results: Sequence[dict]) -> str:
+def _headline(settings: dict, results: Sequence[Record]) -> str:
     best = best_guidance(results)
     cards = [(f"{best:g}", "best guidance of those tried")]
     for r in find(results, "compositional_score", "samples", guidance=best):
         mean = r["value"]["mean"]
-        cards.append((_percent(mean["all"]), f"compositional score, N = {r['n']}"))
-        cards.append((_percent(mean["held_out"]), "of it on compositions never trained on"))
+        cards.append((percent(mean["all"]), f"compositional score, N = {r['n']}"))
+        cards.append((percent(mean["held_out"]), "of it on compositions never trained on"))
     for r in find(results, "frechet_distance", "samples", guidance=best):
         floors = find(results, "frechet_distance", "real train")
         beside = f"; real pictures: {floors[0]['value']:.2f}" if floors else ""
         cards.append((f"{r['value']:.2f}", f"Frechet distance, N = {r['n']}{beside}"))
+    for r in find(results, "image_to_text@1", "samples", guidance=best):
+        real = find(results, "image_to_text@1", "real held-out")[0]["value"]
+        text = (
+            f"of samples lead the judge to their caption; real pictures: {percent(real)}, chance {percent(r['chance'])}"
+        )
+        cards.append((percent(r["value"]), text))
     for r in find(results, "psnr_db", "reconstructions"):
         cards.append((f"{r['value']:.1f} dB", f"PSNR of the autoencoder, N = {r['n']}"))
     boxes = "".join(f'<div class="card"><b>{value}</b><span>{escape(text)}</span></div>' for value, text in cards)
@@ -60,76 +83,130 @@ def _headline(settings: dict, results: Sequence[dict]) -> str:
     return f'<p class="soft">{escape(line)}</p><div class="cards">{boxes}</div>'
 
 
-def _guidance(settings: dict, results: Sequence[dict]) -> str:
-    """Every number over guidance: a table and a plot each."""
+def _overview(settings: dict, results: Sequence[Record]) -> str:
+    """Every number between what real pictures get and what an untrained model or other captions get."""
     best, rows = best_guidance(results), []
-    distances = {r["guidance"]: r["value"] for r in find(results, "frechet_distance", "samples")}
-    scores = {r["guidance"]: r["value"]["mean"] for r in find(results, "compositional_score", "samples")}
-    blank = {r["guidance"]: r for r in find(results, "blank_pictures", "samples")}
-    head = [
-        "guidance",
-        *(["Frechet distance"] if distances else []),
-        *(["score", "seen", "held-out"] if scores else []),
-    ]
-    for g in settings["guidance"]:
-        row = [f"{g:g}", *([f"{distances[g]:.2f}"] if distances else [])]
-        row += [_percent(scores[g][key]) for key in ("all", "seen", "held_out")] if scores else []
-        rows.append([*row, f"{blank[g]['value']} of {blank[g]['n']}"])
-    shown = table([*head, "blank"], rows, best=list(settings["guidance"]).index(best))
-    floors = [r["value"] for r in find(results, "frechet_distance", "real train")]
-    plots = ""
-    if scores:
-        points = [(g, 100 * mean["all"]) for g, mean in sorted(scores.items())]
-        plots += plot("Compositional score in percent, higher is better", points, best, 100)
-    if distances:
-        top = _round_up(max([*distances.values(), *floors]))
-        points = sorted(distances.items())
-        plots += plot("Frechet distance, lower is better", points, best, top, floors[0] if floors else None)
-    return f'<h2>Guidance</h2>{shown}<div class="plots">{plots}</div>{_caution(results)}'
-
-
-def _caution(results: Sequence[dict]) -> str:
-    """What the Frechet distances depend on, and how far they can be trusted."""
-    records = [r for r in results if r["metric"] == "frechet_distance" and r["of"] == "samples"]
-    if not records:
-        return '<p class="soft">Frechet distances were not asked for.</p>'
-    r = records[0]
-    floors = [f for f in results if f["metric"] == "frechet_distance" and f["of"] == "real train"]
+    for metric, name, factor, better, alignment in ROWS:
+        samples = find(results, metric, "samples", guidance=best)
+        if not samples:
+            continue
+        cells = [name, number(samples[0], factor)]
+        for of in ("real held-out" if alignment else "real train", "reconstructions", "untrained"):
+            cells.append(number(next(iter(find(results, metric, of)), None), factor))
+        cells.append(number(next(iter(find(results, metric, "samples, shuffled captions")), None), factor))
+        rows.append([*cells, better])
+    if not rows:
+        return ""
+    head = ["", f"samples at {best:g}", "real", "reconstructions", "untrained", "captions shuffled", "better"]
     text = (
-        f"Frechet distance of {r['extractor']} features (weights {r['extractor_sha256'][:12]}, {r['resize']})"
-        f" between {r['n']} samples and {r['n']} real held-out pictures. It is not FID, whose features are Inception's,"
-        " and compares only with numbers of the same N, network and resize: fewer pictures give a larger distance."
+        "With 95% intervals (bootstrap over captions; of distances only the spread, at this N). Real is what the best"
+        " model would get: training pictures against held-out ones for distances, held-out pictures themselves where"
+        " captions are asked for. Untrained: the same network with random weights. Shuffled: samples with the captions"
+        " of others."
+    )
+    return f"<h2>Between floor and ceiling</h2><p>{text}</p>{table(head, rows)}{_caution(results)}"
+
+
+def _caution(results: Sequence[Record]) -> str:
+    """What the numbers depend on, and how far they can be trusted."""
+    texts = [_distances(results), _judge(results)]
+    return "".join(f'<p class="soft">{escape(text)}</p>' for text in texts)
+
+
+def _distances(results: Sequence[Record]) -> str:
+    found = [r for r in results if r["metric"] == "frechet_distance" and r["of"] == "samples"]
+    if not found:
+        return "Distances between sets of pictures were not asked for."
+    r = found[0]
+    which = (
+        "This is FID's network" if r["extractor"] == "inception" else "It is not FID, whose features are Inception's"
+    )
+    text = (
+        f"Distances, neighbourhoods and Inception Score are of {r['extractor']} features (weights"
+        f" {r['extractor_sha256'][:12]}, {r['resize']}), {r['n']} pictures against {r['n']} real held-out ones."
+        f" {which}; it compares only with numbers of the same N, network and resize: fewer pictures give a larger one."
     )
     if r["biased"]:
         text += f" N = {r['n']} is no more than the {r['dimensions']} features, so its bias is large."
-    for floor in floors:
-        known = floor["value"] is not None
-        beside = f"real training pictures are {floor['value']:.2f} away" if known else f"unknown, {floor['note']}"
-        text += f" The floor at this N: {beside}."
-    return f'<p class="soft">{escape(text)}</p>'
+    for floor in results:
+        if floor["metric"] == "frechet_distance" and floor["of"] == "real train" and floor["value"] is None:
+            text += f" The floor at this N: unknown, {floor['note']}."
+    for endless in (x for x in results if x["metric"] == "frechet_distance_infinite" and x["value"] is None):
+        return f"{text} Extrapolating to N -> infinity {endless['note']}."
+    return text
 
 
-def _tasks(settings: dict, results: Sequence[dict]) -> str:
+def _judge(results: Sequence[Record]) -> str:
+    found = [r for r in results if r["metric"] == "clip_cosine" and r["of"] == "samples"]
+    if not found:
+        return "There was no judge of alignment."
+    r = found[0]
+    return (
+        f"Alignment is judged by {r['extractor']} (weights {r['extractor_sha256'][:12]}, {r['resize']}), which does not"
+        f" condition the model; retrieval among {r['n']} captions. CLIP scores compare only within one judge."
+    )
+
+
+def _guidance(settings: dict, results: Sequence[Record]) -> str:
+    """The main numbers over guidance, and the trade of quality against alignment."""
+    best = best_guidance(results)
+    scores = {r["guidance"]: r["value"]["mean"] for r in find(results, "compositional_score", "samples")}
+    blank = {r["guidance"]: r for r in find(results, "blank_pictures", "samples")}
+    shown = [row for row in ROWS if row[0] in OVER_GUIDANCE and find(results, row[0], "samples")]
+    rows = []
+    for g in settings["guidance"]:
+        row = [f"{g:g}", *([percent(scores[g][key]) for key in ("all", "seen", "held_out")] if scores else [])]
+        row += [number(find(results, m, "samples", guidance=g)[0], factor, False) for m, _, factor, *_ in shown]
+        rows.append([*row, f"{blank[g]['value']} of {blank[g]['n']}"])
+    head = ["guidance", *(["score", "seen", "held-out"] if scores else []), *(name for _, name, *_ in shown), "blank"]
+    marked = table(head, rows, best=list(settings["guidance"]).index(best))
+    return f'<h2>Guidance</h2>{marked}<div class="plots">{_plots(results, scores, best)}</div>'
+
+
+def _plots(results: Sequence[Record], scores: dict[float, dict], best: float) -> str:
+    distances = {r["guidance"]: r["value"] for r in find(results, "frechet_distance", "samples")}
+    cosines = {r["guidance"]: 100 * r["value"] for r in find(results, "clip_cosine", "samples")}
+    floors = [("real pictures", r["value"]) for r in find(results, "frechet_distance", "real train")]
+    plots = []
+    if distances and cosines:
+        order = sorted(distances)
+        points, marks = [(cosines[g], distances[g]) for g in order], [f"{g:g}" for g in order]
+        line = Line(name="guidance", points=points, marks=marks, ring=order.index(best))
+        title = "Frechet distance against CLIP score over guidance: lower right is better"
+        plots.append(plot(title, "CLIP score, 100 cos", [line], floors))
+    for title, values in (
+        ("Compositional score in percent, higher is better", {g: 100 * m["all"] for g, m in scores.items()}),
+        ("Frechet distance, lower is better", distances),
+    ):
+        if values:
+            order = sorted(values)
+            line = Line(name="", points=[(g, values[g]) for g in order], ring=order.index(best))
+            plots.append(plot(title, "guidance", [line], floors if values is distances else ()))
+    return "".join(plots)
+
+
+def _tasks(settings: dict, results: Sequence[Record]) -> str:
     """The six compositional tasks at each guidance."""
     records = find(results, "compositional_score", "samples")
     if not records:
         return ""
-    best, text = (
-        best_guidance(results),
-        "Share of pictures that show exactly what the caption says, by an exact checker.",
-    )
+    best = best_guidance(results)
+    text = "Share of pictures that show exactly what the caption says, by an exact checker."
     head = ["task", *(f"at {r['guidance']:g}" for r in records), "seen", "held-out", "pictures"]
-    chosen = next(r["value"] for r in records if r["guidance"] == best)
+    chosen = next(r for r in records if r["guidance"] == best)
+    values = chosen["value"]
     rows = [
-        [task, *(_percent(r["value"][task]["all"]) for r in records)]
-        + [_percent(chosen[task]["seen"]), _percent(chosen[task]["held_out"]), str(chosen[task]["n"])]
-        for task in chosen
+        [task, *(percent(r["value"][task]["all"]) for r in records)]
+        + [percent(values[task]["seen"]), percent(values[task]["held_out"]), str(values[task]["n"])]
+        for task in values
     ]
-    text += f" All at each guidance, then seen and held-out compositions at guidance {best:g}."
+    low, high = (percent(bound) for bound in chosen["interval"])
+    text += f" All at each guidance, then seen and held-out compositions at guidance {best:g}, whose mean has the 95%"
+    text += f" interval {low} to {high}."
     return f"<h2>What the captions ask for</h2><p>{text}</p>{table(head, rows, best=len(rows) - 1)}"
 
 
-def _links(settings: dict, results: Sequence[dict]) -> str:
+def _links(settings: dict, results: Sequence[Record]) -> str:
     """Where along the chain a picture goes wrong."""
     records = [r for of in ("real held-out", "reconstructions") for r in find(results, "scene_accuracy", of)]
     if not records:
@@ -137,24 +214,13 @@ def _links(settings: dict, results: Sequence[dict]) -> str:
     samples = find(results, "scene_accuracy", "samples")
     named = [(r["of"], r) for r in records] + [(f"samples at {r['guidance']:g}", r) for r in samples]
     aspects = list(records[0]["value"])
-    rows = [[name, *(_percent(r["value"][aspect]) for aspect in aspects), str(r["n"])] for name, r in named]
+    rows = [[name, *(percent(r["value"][aspect]) for aspect in aspects), str(r["n"])] for name, r in named]
     text = "The same checker on each link of the chain: the first row that falls short is what limits the model."
     return f"<h2>Link by link</h2><p>{text}</p>{table(['pictures', *aspects, 'N'], rows)}"
 
 
-def _autoencoder(settings: dict, results: Sequence[dict]) -> str:
-    """Reconstruction quality."""
-    kinds = {"psnr_db": "PSNR in dB", "ssim": "SSIM", "frechet_distance": "Frechet distance"}
-    found = [(name, r) for kind, name in kinds.items() for r in find(results, kind, "reconstructions")]
-    rows = [[name, f"{r['value']:.4g}", str(r["n"])] for name, r in found]
-    text = "Held-out pictures through the autoencoder and back, from the mean of the latent, against themselves."
-    return f"<h2>Autoencoder</h2><p>{text}</p>{table(['', 'value', 'N'], rows)}"
-
-
-SECTIONS: tuple[Callable[[dict, Sequence[dict]], str], ...] = (_headline, _guidance, _tasks, _links, _autoencoder)
-
-
-def _settings(settings: dict, results: Sequence[dict]) -> str:
+def settings_table(settings: dict) -> str:
+    """All that the numbers depend on."""
     rows = []
     for key, value in settings.items():
         if isinstance(value, dict):
@@ -165,11 +231,5 @@ def _settings(settings: dict, results: Sequence[dict]) -> str:
     return f"<h2>Settings</h2>{table([], rows, kind='settings')}"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
-def _round_up(value: float) -> float:
-    """The next of 1, 2, 4, 6, 8, 10 times a power of ten: quarters of it are short numbers."""
-    power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
-    return next(step * power for step in (1, 2, 4, 6, 8, 10) if step * power >= value)
+Section = Callable[[dict, Sequence[Record]], str]
+SECTIONS: tuple[Section, ...] = (_headline, _overview, _guidance, _tasks, _links, *EXTRAS)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -9,9 +10,9 @@ from html import escape
 from PIL import Image
 
 LARGEST = 256  # pixels a side of a picture in the report; larger ones are reduced
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 360, 220, 48, 34, 12, 16  # of a plot and its margins
 CSS = """
-:root { --ink: #1f2328; --soft: #656d76; --line: #d8dee4; --paper: #ffffff; --wash: #f6f8fa; --accent: #0b5cad }
+:root { --ink: #1f2328; --soft: #656d76; --line: #d8dee4; --paper: #ffffff; --wash: #f6f8fa; --accent: #0b5cad;
+  --warm: #b3470c }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 1120px; padding: 40px 24px 80px; color: var(--ink); background: var(--paper);
   font: 16px/1.55 system-ui, sans-serif }
@@ -25,11 +26,13 @@ p { margin: 0 0 16px; max-width: 72ch } .soft, .note, figcaption { color: var(--
 th, td { text-align: right; padding: 6px 12px; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; white-space: nowrap }
 th { color: var(--soft); font-weight: 500 } th:first-child, td:first-child { text-align: left; padding-left: 0 }
+td small { display: block; color: var(--soft); font-size: 12px; font-weight: 400; line-height: 1.2 }
 tr.best td { background: var(--wash); font-weight: 600 }
 table.settings td { text-align: left; white-space: normal; overflow-wrap: anywhere }
 table.settings td:first-child { color: var(--soft); white-space: nowrap }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 24px; margin: 20px 0 }
 .plots figure { margin: 0; max-width: 520px } svg { width: 100%; height: auto; display: block }
+p.legend { font-size: 13px; margin: 0 } .legend span { font-weight: 600; margin-right: 12px }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
 .rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--row)), 1fr)); gap: 24px 28px }
 .row p { margin: 0 0 6px; font-size: 15px; line-height: 1.35 } .row .note { font-size: 13px; margin: 6px 0 0 }
@@ -65,42 +68,38 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], best: int | None =
     """An HTML table of texts; row `best` stands out."""
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = [
-        f"<tr{' class=best' if i == best else ''}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        f"<tr{' class=best' if i == best else ''}>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>"
         for i, row in enumerate(rows)
     ]
     top = f"<thead><tr>{cells}</tr></thead>" if head else ""
     return f'<div class="wide"><table class="{kind}">{top}<tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def plot(title: str, points: Sequence[tuple[float, float]], best: float, top: float, floor: float | None = None) -> str:
-    """A line through (guidance, value) as inline SVG, values from 0 to `top`; the point at `best` is ringed and
-    `floor` is a dashed line."""
-    low, high = min(x for x, _ in points), max(x for x, _ in points)
-    to_x = lambda x: LEFT + (WIDTH - LEFT - RIGHT) * ((x - low) / (high - low) if high > low else 0.5)  # noqa: E731
-    to_y = lambda y: HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * y / top  # noqa: E731
-    parts = []
-    for value in (top * i / 4 for i in range(5)):
-        y = to_y(value)
-        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="var(--line)"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
-    parts += [f'<text x="{to_x(x):.1f}" y="{HEIGHT - 17}" text-anchor="middle">{x:g}</text>' for x, _ in points]
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">guidance</text>')
-    if floor is not None:
-        y = to_y(floor)
-        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="var(--soft)" stroke-dasharray="4 4"/>')
-        parts.append(f'<text x="{WIDTH - RIGHT}" y="{y - 5:.1f}" text-anchor="end">real pictures</text>')
-    line = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in points)
-    parts.append(f'<polyline points="{line}" fill="none" stroke="var(--accent)" stroke-width="2"/>')
-    for x, y in points:
-        ring = (
-            'r="6" fill="var(--paper)" stroke="var(--accent)" stroke-width="2.5"'
-            if x == best
-            else 'r="3.5" fill="var(--accent)"'
-        )
-        parts.append(f'<circle cx="{to_x(x):.1f}" cy="{to_y(y):.1f}" {ring}/>')
-    label = escape(title)
-    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-    return f"<figure><p>{label}</p>{drawing}</figure>"
+def _cell(text: str) -> str:
+    """A text, an interval at its end in small letters on a line of its own."""
+    return re.sub(r" (\[[^\]]*\])$", r"<small>\1</small>", escape(text))
+
+
+def percent(share: float) -> str:
+    """0.5 -> "50.0%"."""
+    return f"{100 * share:.1f}%"
+
+
+def number(record: dict | None, factor: float = 1.0, interval: bool = True) -> str:
+    """A record's value times `factor`, with its 95% interval where it has one; a dash for none."""
+    if record is None or record["value"] is None:
+        return "-"
+    text = short(factor * record["value"])
+    if not interval or "interval" not in record:
+        return text
+    low, high = (short(factor * bound) for bound in record["interval"])
+    return f"{text} [{low}, {high}]"
+
+
+def short(value: float) -> str:
+    """About three digits, without exponents."""
+    size = abs(value)
+    return f"{value:.0f}" if size >= 1000 else f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size else "0"
 
 
 def show(gallery: Gallery) -> str:

@@ -1,6 +1,7 @@
 """Training the text encoder: symmetric contrastive loss over image-caption pairs (Radford et al. 2021), and readers
 of the context (`ldm/grounding.py`) where asked for."""
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, distributed, nn
+from torch.utils.data import ConcatDataset
 
 from ldm import losses
 from ldm.clip import CLIP, TextConfig, VisionConfig
@@ -35,6 +37,7 @@ class CLIPConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     grounding: GroundingConfig = field(default_factory=GroundingConfig)
     held_out: int = 512  # validation pairs that retrieval is measured on
+    judge: bool = False  # trains on the validation split too, and saves what can judge but not condition a U-Net
 
     def __post_init__(self) -> None:
         require(self.held_out >= 1, "held_out", self.held_out, "1 or more")
@@ -45,8 +48,10 @@ class CLIPTask:
 
     def __init__(self, config: CLIPConfig):
         self.config = config
-        self.dataset = open_dataset(config.data, "train")
         self.held_out = open_dataset(config.data, "val")
+        self.dataset = open_dataset(config.data, "train")
+        if config.judge:
+            self.dataset = Joined([self.dataset, self.held_out])
         if config.tokenizer:
             self.tokenizer = Tokenizer.from_pretrained(config.tokenizer)
         else:
@@ -126,12 +131,25 @@ class CLIPTask:
         return None
 
     def export(self, folder: Path, device: torch.device, final: bool) -> None:
-        """Writes `folder/clip` (the whole model), `folder/text_encoder` and `folder/tokenizer`."""
+        """Writes `folder/clip` (the whole model), `folder/text_encoder` and `folder/tokenizer`; of a judge
+        `folder/judge` alone, as what conditions a U-Net must not judge it."""
         clip: Any = self.modules["clip"]
-        clip.save_pretrained(folder / "clip")
-        self.tokenizer.save_pretrained(folder / "clip")
+        whole = folder / ("judge" if self.config.judge else "clip")
+        clip.save_pretrained(whole)
+        self.tokenizer.save_pretrained(whole)
+        if self.config.judge:
+            return
         clip.text_encoder().save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+class Joined(ConcatDataset):
+    """Data sets one after the other, with the captions of each."""
+
+    def captions(self, index: int) -> list[str]:
+        """The captions of picture `index`, without decoding it."""
+        which = bisect_right(self.cumulative_sizes, index)
+        return self.datasets[which].captions(index - (self.cumulative_sizes[which - 1] if which else 0))
 
 
 class Gather(torch.autograd.Function):

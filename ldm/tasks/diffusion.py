@@ -16,7 +16,7 @@ from ldm.checkpoint import Parts, read_schedule, save_parts
 from ldm.clip import TextEncoder
 from ldm.config import UserError, require
 from ldm.data import DataConfig, batches, choose_captions, flip_half, open_dataset, spread, stack_images, to_float
-from ldm.data.latents import CachedLatents, cache_latents, data_hash, vae_hash
+from ldm.data.latents import CachedLatents, cache_latents, data_hash
 from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weight, sample_timesteps
 from ldm.images import captioned_grid
 from ldm.pipeline import Pipeline
@@ -135,7 +135,7 @@ class DiffusionTask:
         with processes().main_process_first():
             if not path.exists():
                 cache_latents(self.vae.to(device), images, path, self.at_once, device, progress=True)
-        return CachedLatents(path, vae_hash(self.vae), data_hash(images))
+        return CachedLatents(path, weights.module_hash(self.vae), data_hash(images))
 
     def check_latents(self) -> None:
         """UserError when the normalized latents of some training images, evenly spread, are not near zero mean and

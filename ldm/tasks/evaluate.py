@@ -2,32 +2,38 @@
 
 import hashlib
 import json
-import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ldm import weights
 from ldm.cli import find_device
 from ldm.config import UserError
 from ldm.data import DataConfig, open_dataset
-from ldm.data.latents import data_hash, vae_hash
+from ldm.data.latents import data_hash
 from ldm.metrics.compositional import TASKS, Case, cases
-from ldm.metrics.compositional_parse import parse
-from ldm.metrics.features import feature_extractor
-from ldm.metrics.report import best_guidance, find, write_report
-from ldm.metrics.report_html import Gallery, Row
+from ldm.metrics.features import FeatureExtractor, feature_extractor
+from ldm.metrics.judges import JUDGES, ImageTextModel, Judge, image_text_model
+from ldm.metrics.records import Record, best_guidance, find
+from ldm.metrics.report import write_report
 from ldm.pipeline import Pipeline
 from ldm.samplers import make_grid
-from ldm.tasks.evaluate_measure import Bench, Measured, measure
+from ldm.tasks.evaluate_bench import Bench, choose_caption
+from ldm.tasks.evaluate_gallery import galleries
+from ldm.tasks.evaluate_measure import measure
 from ldm.tasks.evaluate_pictures import PictureSet, claim, generate
+from ldm.weights import module_hash
 
 FEWEST = 16  # pictures; below it no number here says anything
 SMALLEST = 11  # pixels a side that SSIM's window needs
-FAILURES = 48  # pictures in the report
+USUAL = 480  # held-out captions where none are asked for by number, or all there are
+FORMAT = "ldm-evaluation-2"
+ALIGNED = (
+    ("cosine with the caption", "clip_cosine", "real held-out"),
+    ("right caption found", "image_to_text@1", "real held-out"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +44,16 @@ class EvaluateConfig:
     data: str  # shapes | emoji | folder | shards
     data_path: str = ""
     split: str = "test"
-    num: int = 480  # held-out captions
-    guidance: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0)
+    num: int = 0  # held-out captions; 0: USUAL, or all where there are fewer
+    guidance: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 8.0)
     guidance_rescale: float = 0.0
     steps: int = 30
     sampler: str = ""  # empty: the model's own
     seed: int = 0  # picks the captions; picture i has seed + i
     batch_size: int = 32
-    features: str = "effnet-lite0"  # network of the Frechet distances, or none
+    features: str = "effnet-lite0"  # network of the distances between sets of pictures, or none
+    judge: str = ""  # image-text model; empty: the one that ships for these data, or none
+    train_num: int = 10_000  # training pictures that copies are looked for among
 
 
 def evaluate(config: EvaluateConfig, out: Path, device: str = "") -> list[str]:
@@ -54,19 +62,20 @@ def evaluate(config: EvaluateConfig, out: Path, device: str = "") -> list[str]:
     `device` defaults to cuda where there is one. Gives the headline numbers, a line each. UserError for wrong
     settings, too few pictures, or an `out` with pictures of other settings; nothing is written then.
     """
-    bench, settings = open_bench(config, out, device)
-    claim(out, settings)
-    generate(bench.pipe, bench.sets.values(), config.guidance, settings, config.batch_size)
+    bench = open_bench(config, out, device)
+    claim(out, bench.settings)
+    generate(bench.pipe, bench.sets.values(), bench.guidance, bench.settings, bench.batch_size)
     measured = measure(bench)
-    settings |= {"num": config.num, "guidance": list(config.guidance)}
-    table = {"format": "ldm-evaluation-1", "settings": settings, "results": measured.results}
+    judge = bench.judge.name if bench.judge else "none"
+    settings = bench.settings | {"num": bench.n, "guidance": list(bench.guidance), "judge": judge}
+    table = {"format": FORMAT, "settings": settings, "results": measured.results}
     weights.write_json(out / "metrics.json", table)
     write_report(out / "report.html", settings, measured.results, galleries(bench, measured))
     return summary(measured.results)
 
 
-def open_bench(config: EvaluateConfig, out: Path, device: str = "") -> tuple[Bench, dict[str, Any]]:
-    """Everything opened and checked, and the settings that the pictures depend on; writes nothing (UserError)."""
+def open_bench(config: EvaluateConfig, out: Path, device: str = "") -> Bench:
+    """Everything opened and checked; writes nothing (UserError)."""
     check(config)
     pipe = Pipeline.from_pretrained(config.model, find_device(device))
     # refuses a sampler or steps before any work
@@ -76,36 +85,54 @@ def open_bench(config: EvaluateConfig, out: Path, device: str = "") -> tuple[Ben
         raise UserError(f"the model makes {size} px pictures; they can be measured from {SMALLEST} px on")
     data = DataConfig(name=config.data, path=config.data_path, size=size)
     dataset = open_dataset(data, config.split)
-    if config.num > len(dataset):
-        raise UserError(f"--num {config.num} is too many: split {config.split!r} of {config.data} has {len(dataset)}")
-    indices = sample_indices(len(dataset), config.num, config.seed)
-    posed = pose(config.num, config.seed) if config.data == "shapes" else []
-    extractor = None if config.features == "none" else feature_extractor(config.features).to(pipe.device)
-    train, train_note = train_sample(data, config)
-    settings = settings_of(config, pipe, dataset, size)
-    bench = Bench(
+    num = config.num or min(USUAL, len(dataset))
+    if not FEWEST <= num <= len(dataset):
+        have = f"split {config.split!r} of {config.data} has {len(dataset)}"
+        raise UserError(f"--num {num} is not possible: {have}, and {FEWEST} or more are needed, best 1000")
+    indices = sample_indices(len(dataset), num, config.seed)
+    captions = [choose_caption(dataset.captions(i), config.seed, i) for i in indices]
+    sets = {"pictures": PictureSet(folder=out / "pictures", captions=captions)}
+    posed = pose(num, config.seed) if config.data == "shapes" else []
+    if posed:
+        sets["cases"] = PictureSet(folder=out / "cases", captions=[case.caption for case in posed])
+    train, bank, train_note = train_sample(data, config, num)
+    return Bench(
+        out=out,
         pipe=pipe,
         dataset=dataset,
         indices=indices,
         train=train,
         train_note=train_note,
-        sets=picture_sets(out, dataset, indices, posed, config.seed),
+        bank=bank,
+        sets=sets,
         cases=posed,
-        extractor=extractor,
+        extractor=open_extractor(config.features, pipe),
+        judge=open_judge(config, pipe),
         guidance=config.guidance,
         batch_size=config.batch_size,
-        about={key: settings[key] for key in ("guidance_rescale", "steps", "sampler", "seed")},
+        settings=settings_of(config, pipe, dataset, size),
     )
-    return bench, settings
 
 
-def picture_sets(out: Path, dataset: Any, indices: list[int], posed: list[Case], seed: int) -> dict[str, PictureSet]:
-    """The captions to make pictures for: one of each held-out sample's, and those of the compositional cases."""
-    captions = [random.Random(f"{seed}/{i}").choice(dataset[i]["captions"]) for i in indices]
-    sets = {"pictures": PictureSet(folder=out / "pictures", captions=captions)}
-    if posed:
-        sets["cases"] = PictureSet(folder=out / "cases", captions=[case.caption for case in posed])
-    return sets
+def open_extractor(name: str, pipe: Pipeline) -> FeatureExtractor | None:
+    """The feature network of that name on the pipeline's device; None for "none"."""
+    return None if name == "none" else feature_extractor(name).to(pipe.device)
+
+
+def open_judge(config: EvaluateConfig, pipe: Pipeline) -> ImageTextModel | None:
+    """The judge asked for, else the one that ships for the data, if there is one. UserError for the model's own text
+    encoder: it would find its own pictures good."""
+    shipped = (JUDGES / config.data).is_dir()
+    name = config.judge or (config.data if shipped else "none")
+    if name == "none":
+        return None
+    judge = image_text_model(name).to(pipe.device)
+    if isinstance(judge, Judge) and module_hash(judge.network.text_encoder()) == module_hash(pipe.text_encoder):
+        raise UserError(
+            f"judge {name!r} is the text encoder of {config.model!r}, which would judge itself; train another with"
+            " judge=true (configs/*/judge.toml)"
+        )
+    return judge
 
 
 def settings_of(config: EvaluateConfig, pipe: Pipeline, dataset: Any, size: int) -> dict[str, Any]:
@@ -113,7 +140,7 @@ def settings_of(config: EvaluateConfig, pipe: Pipeline, dataset: Any, size: int)
     return {
         "model": config.model,
         "model_sha256": model_hash(pipe),
-        "parameters": {p: count(getattr(pipe, p)) for p in ("vae", "text_encoder", "unet")},
+        "parameters": {p: parameters(getattr(pipe, p)) for p in ("vae", "text_encoder", "unet")},
         "data": config.data,
         "data_sha256": data_hash(dataset),
         "split": config.split,
@@ -127,8 +154,10 @@ def settings_of(config: EvaluateConfig, pipe: Pipeline, dataset: Any, size: int)
 
 def check(config: EvaluateConfig) -> None:
     """UserError for what can be refused without opening anything."""
-    if config.num < FEWEST:
+    if config.num and config.num < FEWEST:
         raise UserError(f"--num {config.num} is too few to measure anything; use {FEWEST} or more, best 1000")
+    if config.train_num < 1:
+        raise UserError(f"--train-num {config.train_num} is not allowed; use 1 or more")
     if config.split not in ("test", "val"):
         raise UserError(f"split {config.split!r} cannot be evaluated on: held-out captions are in 'test' or 'val'")
     if config.batch_size < 1:
@@ -152,19 +181,18 @@ def pose(num: int, seed: int) -> list[Case]:
     return [posed[kind * each + i] for i in range(each) for kind in range(2 * len(TASKS))]
 
 
-def train_sample(data: DataConfig, config: EvaluateConfig) -> tuple[Any, str]:
-    """As many real training pictures as are measured, for the floor: (data set, "") or (None, why there is none)."""
+def train_sample(data: DataConfig, config: EvaluateConfig, num: int) -> tuple[Any, list[int], str]:
+    """The training split and which of its pictures are used: (data set, indices, "") or (None, [], why none are)."""
     try:
         train = open_dataset(data, "train")
     except UserError as error:
-        return None, str(error)
-    if len(train) < config.num:
-        return None, f"the training split has only {len(train)} pictures"
-    indices = sample_indices(len(train), config.num, config.seed)
-    return torch.utils.data.Subset(train, indices), ""
+        return None, [], str(error)
+    if len(train) < num:
+        return None, [], f"the training split has only {len(train)} pictures"
+    return train, sample_indices(len(train), min(max(config.train_num, num), len(train)), config.seed), ""
 
 
-def count(model: torch.nn.Module) -> int:
+def parameters(model: torch.nn.Module) -> int:
     """Parameters of a model."""
     return sum(p.numel() for p in model.parameters())
 
@@ -173,49 +201,22 @@ def model_hash(pipe: Pipeline) -> str:
     """SHA-256 over the weights of all parts, the vocabulary and the schedule: what a picture comes from."""
     digest = hashlib.sha256()
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
-        digest.update(vae_hash(part).encode())
+        digest.update(module_hash(part).encode())
     digest.update(json.dumps([pipe.tokenizer.vocab, asdict(pipe.schedule.config)], sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def summary(results: list[dict]) -> list[str]:
+def summary(results: list[Record]) -> list[str]:
     """The headline numbers at the best guidance, a line each."""
     g, lines = best_guidance(results), []
-    for frechet in find(results, "frechet_distance", "samples", guidance=g):
-        floor = "".join(f", real pictures {r['value']:.2f}" for r in find(results, "frechet_distance", "real train"))
-        lines.append(f"Frechet distance ({frechet['extractor']}, N={frechet['n']}): {frechet['value']:.2f}{floor}")
+    for name, metric, of in (("Frechet distance", "frechet_distance", "real train"), *ALIGNED):
+        for r in find(results, metric, "samples", guidance=g):
+            real = "".join(f", real pictures {x['value']:.3g}" for x in find(results, metric, of))
+            low, high = r["interval"]
+            about = f"{r['extractor']}, N={r['n']}"
+            lines.append(f"{name} ({about}): {r['value']:.3g} [{low:.3g}, {high:.3g}]{real}")
     for composed in find(results, "compositional_score", "samples", guidance=g):
         mean = composed["value"]["mean"]
-        held_out = f"held-out {mean['held_out']:.1%}" if "held_out" in mean else ""
-        lines.append(f"compositional score (N={composed['n']}): {mean['all']:.1%}, {held_out}")
+        held_out = f", held-out {mean['held_out']:.1%}" if "held_out" in mean else ""
+        lines.append(f"compositional score (N={composed['n']}): {mean['all']:.1%}{held_out}")
     return [f"best guidance: {g:g}", *lines]
-
-
-def galleries(bench: Bench, measured: Measured) -> list[Gallery]:
-    """The pictures of the report: prompts at each guidance, reconstructions, and on shapes the failures."""
-    made = bench.sets["pictures"]
-    rows = []
-    for i, (real, _) in enumerate(measured.reconstructions):
-        samples = [(f"{g:g}", Image.fromarray(made.array(g, i))) for g in bench.guidance]
-        rows.append(Row(caption=made.captions[i], pictures=[("real", real), *samples]))
-    found = [Gallery(title="Prompts", about="Held-out captions: the real picture, then each guidance.", rows=rows)]
-    pairs = [Row(caption="", pictures=[("real", x), ("decoded", y)]) for x, y in measured.reconstructions]
-    found.append(
-        Gallery(title="Reconstructions", about="What the autoencoder alone keeps of real pictures.", rows=pairs)
-    )
-    return found + ([failures(bench, measured)] if bench.cases else [])
-
-
-def failures(bench: Bench, measured: Measured) -> Gallery:
-    """The wrong pictures at the best guidance, with what the checker sees in them."""
-    g = best_guidance(measured.results)
-    wrong = [i for i, right in enumerate(measured.right[g]) if not right]
-    rows = []
-    for i in wrong[:FAILURES]:
-        case, picture = bench.cases[i], bench.sets["cases"].array(g, i)
-        things = [" ".join(filter(None, (t.size, t.colour, t.shape))) for t in parse(picture)]
-        note = f"{case.task}{', held-out' if case.held_out else ''}; seen: {', '.join(things) or 'nothing'}"
-        rows.append(Row(caption=case.caption, pictures=[("", Image.fromarray(picture))], note=note))
-    shown = f", the first {len(rows)} of them here" if len(rows) < len(wrong) else ""
-    about = f"{len(wrong)} of {len(bench.cases)} pictures at guidance {g:g} do not show what their caption says{shown}."
-    return Gallery(title="What went wrong", about=about, rows=rows)

@@ -1,116 +1,146 @@
-"""What an evaluation measures.
+"""What an evaluation measures of a model: quality, alignment, and on shapes what the exact checker sees.
 
-A result is a record that stands alone: {"metric", "of", "value", "n", ...} with all that the value depends on.
 A further metric is one function that yields records, called in `measure`, and a section of the report.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
-
 import numpy as np
 import torch
-from einops import rearrange, reduce
-from PIL import Image
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.config import UserError
 from ldm.data import to_float, to_uint8
 from ldm.images import to_pil
-from ldm.metrics import GaussianMoments, frechet_distance, psnr, ssim
-from ldm.metrics.compositional import Case, breakdown, check, score
-from ldm.metrics.features import FeatureExtractor
+from ldm.metrics import psnr, ssim
+from ldm.metrics.attributes import ATTRIBUTES, paired
+from ldm.metrics.compositional import breakdown, check, score
+from ldm.metrics.intervals import mean_interval
+from ldm.metrics.records import (
+    Record,
+    alignment_records,
+    best_guidance,
+    class_records,
+    cmmd_record,
+    find,
+    mean_record,
+    picture_records,
+)
 from ldm.pipeline import Pipeline
-from ldm.tasks.evaluate_pictures import PictureSet
+from ldm.tasks.evaluate_bench import Bench, Measured, Source, blank_record
+from ldm.tasks.evaluate_extras import efficiency, groups, memorization, robustness
 
 KEPT = 12  # reconstructions for the report
-BLANK = 4  # levels of 255; a picture that spans no more in any channel shows nothing
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """A model beside the pictures that it is measured with."""
-
-    pipe: Pipeline
-    dataset: Any  # the held-out split
-    indices: list[int]  # of its samples that are used
-    train: Any  # as many training samples, for the floor; None: there are not as many
-    train_note: str  # why there are not
-    sets: dict[str, PictureSet]  # "pictures", of the held-out captions in the order of `indices`; on shapes "cases"
-    cases: list[Case]  # in the order of sets["cases"]
-    extractor: FeatureExtractor | None  # None: no Frechet distances
-    guidance: tuple[float, ...]
-    batch_size: int
-    about: dict[str, Any]  # steps, sampler and seed, which records of samples carry
-
-    def real(self, count: int | None = None) -> Iterator[Tensor]:
-        """Batches (B, 3, H, W) in [-1, 1] of the held-out pictures, or of the first `count`."""
-        return self._batches(lambda i: self.dataset[self.indices[i]]["image"], count or len(self.indices))
-
-    def real_train(self) -> Iterator[Tensor]:
-        """Batches of as many training pictures."""
-        return self._batches(lambda i: self.train[i]["image"], len(self.indices))
-
-    def samples(self, guidance: float) -> Iterator[Tensor]:
-        """Batches of the pictures made for the held-out captions."""
-        made = self.sets["pictures"]
-        get = lambda i: torch.from_numpy(rearrange(made.array(guidance, i), "h w c -> c h w").copy())  # noqa: E731
-        return self._batches(get, len(self.indices))
-
-    def _batches(self, get: Callable[[int], Tensor], count: int) -> Iterator[Tensor]:
-        for start in range(0, count, self.batch_size):
-            yield to_float(torch.stack([get(i) for i in range(start, min(start + self.batch_size, count))]))
-
-
-@dataclass(kw_only=True)
-class Measured:
-    """The records, and pictures for the report that come up on the way."""
-
-    results: list[dict] = field(default_factory=list)
-    reconstructions: list[tuple[Image.Image, Image.Image]] = field(default_factory=list)
-    right: dict[float, list[bool]] = field(default_factory=dict)  # guidance -> whether each case is met
+FAR = 5.0  # times chance that a judge must find the right caption of real pictures, half of them at most
 
 
 def measure(bench: Bench) -> Measured:
-    """Every number, each part with a progress bar; UserError for a damaged picture."""
+    """Every number, each part with a progress bar; UserError for a damaged picture or a judge that knows nothing."""
     measured = Measured()
-    real = _autoencoder(bench, measured)
-    if bench.extractor:
-        measured.results.append(_floor(bench, real))
+    if bench.judge:
+        measured.results += _ceiling(bench)
+    references = [_autoencoder(bench, measured), bench.untrained()]
+    if bench.train is not None:
+        references.append(bench.real_train())
+    elif bench.extractor:
+        record = {"metric": "frechet_distance", "of": "real train", "value": None, "n": 0}
+        measured.results.append(record | {"note": bench.train_note, **bench.extractor.about})
+    for source in references:
+        measured.results += _pictures(bench, source, {})
     for g in bench.guidance:
-        _samples(bench, measured, g, real)
+        measured.results += _pictures(bench, bench.samples(g), {"guidance": g, **bench.about})
         if bench.cases:
             _compositional(bench, measured, g)
+    best = best_guidance(measured.results)
+    if bench.judge:
+        measured.results += _shuffled(bench, best)
+        robustness(bench, measured, best)
+        groups(bench, measured, best)
+    if bench.extractor and bench.train is not None:
+        memorization(bench, measured, best)
+    measured.results += efficiency(bench, best)
     return measured
 
 
-def _autoencoder(bench: Bench, measured: Measured) -> GaussianMoments:
-    """The autoencoder alone, through the mean of its latent, on held-out pictures; gives the real features' moments."""
-    real, decoded = GaussianMoments(), GaussianMoments()
+def _pictures(bench: Bench, source: Source, about: Record) -> list[Record]:
+    """What is measured of any pictures for the held-out captions; of real training pictures, quality alone."""
+    found = [blank_record(source, bench.batch_size) | about]
+    seed = bench.settings["seed"]
+    if bench.extractor:
+        features, real = bench.features(source), bench.features(bench.real())
+        found += [r | about for r in picture_records(features, real, source.of, bench.extractor.about, seed)]
+        classes = bench.extractor.probabilities(features.to(bench.pipe.device))
+        found += [r | about for r in class_records(classes, source.of, bench.extractor.about)]
+    if bench.judge:
+        images, real = bench.embeddings(source), bench.embeddings(bench.real())
+        found.append(cmmd_record(images, real, source.of, bench.judge_about, seed) | about)
+        if source.of != "real train":
+            found += [r | about for r in _alignment(bench, images, source.of)]
+    return found
+
+
+def _alignment(bench: Bench, images: Tensor, of: str) -> list[Record]:
+    seed = bench.settings["seed"]
+    texts = bench.texts(bench.captions)
+    found = list(alignment_records(images, texts, bench.same(), of, bench.judge_about, seed))
+    for attribute in ATTRIBUTES:
+        shares, _ = paired(images, bench.captions, bench.texts, attribute)
+        if len(shares):
+            found.append(mean_record(f"paired {attribute.name}", of, shares, chance=0.5, **bench.judge_about))
+    return found
+
+
+def _ceiling(bench: Bench) -> list[Record]:
+    """The judge on real pictures, as the best model would score; UserError where it tells hardly more than chance."""
+    real = bench.real()
+    found = _alignment(bench, bench.embeddings(real), real.of)
+    if bench.extractor:
+        classes = bench.extractor.probabilities(bench.features(real).to(bench.pipe.device))
+        found += class_records(classes, real.of, bench.extractor.about)
+    (record,) = find(found, "text_to_image@1", real.of)
+    least = min(FAR * record["chance"], 0.5)
+    if record["value"] < least:
+        raise UserError(
+            f"judge {bench.judge.name!r} finds the right one of {bench.n} real pictures for a caption in"
+            f" {record['value']:.1%} (chance {record['chance']:.1%}, {least:.1%} needed), so it cannot judge these;"
+            " name another with --judge, or --judge none"
+        )
+    return found
+
+
+def _shuffled(bench: Bench, g: float) -> list[Record]:
+    """Pictures with the captions of others: what an alignment that means nothing looks like."""
+    found = []
+    for source, about in ((bench.real(), {}), (bench.samples(g), {"guidance": g, **bench.about})):
+        texts = bench.texts(bench.captions).roll(1, 0)
+        of = f"{source.of}, shuffled captions"
+        records = alignment_records(bench.embeddings(source), texts, torch.eye(bench.n) > 0, of, bench.judge_about)
+        found += [r | about for r in records]
+    return found
+
+
+def _autoencoder(bench: Bench, measured: Measured) -> Source:
+    """The autoencoder alone, through the mean of its latent, on held-out pictures; gives what it decoded."""
     quality: dict[str, list[Tensor]] = {"psnr_db": [], "ssim": []}
-    arrays: dict[str, list[np.ndarray]] = {"real held-out": [], "reconstructions": []}
-    for x in _bar(bench, bench.real(), "autoencoder"):
+    decoded = []
+    real = bench.real()
+    total = -(-bench.n // bench.batch_size)
+    for pixels in tqdm(real.batches(bench.batch_size), desc="autoencoder", total=total, unit="batch", leave=False):
+        x = to_float(pixels)
         y = reconstruct(bench.pipe, x)
         quality["psnr_db"].append(psnr(x, y))
         quality["ssim"].append(ssim(x, y))
-        _update(bench, real, x)
-        _update(bench, decoded, y)
-        if bench.cases:
-            arrays["real held-out"] += [np.asarray(image) for image in to_pil(x)]
-            arrays["reconstructions"] += [np.asarray(image) for image in to_pil(y)]
         measured.reconstructions += list(zip(to_pil(x), to_pil(y), strict=True))[: KEPT - len(measured.reconstructions)]
-    n = len(bench.indices)
+        decoded.append(to_uint8(y))
     for metric, values in quality.items():
-        value = float(torch.cat(values).mean())
-        measured.results.append({"metric": metric, "of": "reconstructions", "value": value, "n": n, "latent": "mean"})
-    if bench.extractor:
-        measured.results.append(_frechet(bench, "reconstructions", decoded, real))
+        measured.results.append(mean_record(metric, "reconstructions", torch.cat(values), latent="mean"))
+    pictures = torch.cat(decoded)
     if bench.cases:
         scenes = [bench.dataset.scene(i) for i in bench.indices]
-        for of, images in arrays.items():
-            value = breakdown(images, scenes)
-            measured.results.append({"metric": "scene_accuracy", "of": of, "value": value, "n": n})
-    return real
+        for of, images in ((real.of, torch.cat(list(real.batches(bench.n)))), ("reconstructions", pictures)):
+            value = breakdown(list(rearrange(images, "b c h w -> b h w c").numpy()), scenes)
+            measured.results.append({"metric": "scene_accuracy", "of": of, "value": value, "n": bench.n})
+    return Source(of="reconstructions", count=bench.n, get=pictures.__getitem__)
 
 
 @torch.no_grad()
@@ -121,59 +151,15 @@ def reconstruct(pipe: Pipeline, x: Tensor) -> Tensor:
     return to_float(to_uint8(y)).cpu()
 
 
-def _floor(bench: Bench, real: GaussianMoments) -> dict:
-    """The distance between real pictures and real pictures at the same N: what a perfect model would get."""
-    if bench.train is None:
-        return _frechet_about(bench) | {"of": "real train", "value": None, "n": 0, "note": bench.train_note}
-    train = GaussianMoments()
-    for x in _bar(bench, bench.real_train(), "floor"):
-        _update(bench, train, x)
-    return _frechet(bench, "real train", train, real)
-
-
-def _samples(bench: Bench, measured: Measured, g: float, real: GaussianMoments) -> None:
-    about, moments, blank = {"guidance": g, **bench.about}, GaussianMoments(), 0
-    for x in _bar(bench, bench.samples(g), f"guidance {g:g}"):
-        _update(bench, moments, x)
-        span = reduce(x, "b c h w -> b c", "max") - reduce(x, "b c h w -> b c", "min")
-        blank += int((span.amax(1) <= BLANK / 127.5).sum())
-    n = len(bench.indices)
-    measured.results.append({"metric": "blank_pictures", "of": "samples", "value": blank, "n": n, **about})
-    if bench.extractor:
-        measured.results.append(_frechet(bench, "samples", moments, real) | about)
-
-
 def _compositional(bench: Bench, measured: Measured, g: float) -> None:
     about, n = {"guidance": g, **bench.about}, len(bench.cases)
     images = [bench.sets["cases"].array(g, i) for i in range(n)]
     required = [case.required for case in bench.cases]
-    measured.right[g] = [check(image, scene) for image, scene in zip(images, required, strict=True)]
-    for metric, value in (
-        ("compositional_score", score(images, bench.cases)),
-        ("scene_accuracy", breakdown(images, required)),
+    right = [check(image, scene) for image, scene in zip(images, required, strict=True)]
+    measured.right[g] = right
+    spread = mean_interval(np.array(right, float))
+    for metric, value, extra in (
+        ("compositional_score", score(images, bench.cases), {"interval": spread}),
+        ("scene_accuracy", breakdown(images, required), {}),
     ):
-        measured.results.append({"metric": metric, "of": "samples", "value": value, "n": n, **about})
-
-
-def _frechet(bench: Bench, of: str, moments: GaussianMoments, real: GaussianMoments) -> dict:
-    """One record. `biased`: with no more pictures than features the covariance is singular, and the distance far
-    too large; only against the floor of the same N does it say anything."""
-    value, n, dimensions = frechet_distance(moments, real), moments.count, len(moments.mean)
-    size = {"value": value, "n": n, "dimensions": dimensions, "biased": n <= dimensions}
-    return _frechet_about(bench) | {"of": of} | size
-
-
-def _frechet_about(bench: Bench) -> dict:
-    net = bench.extractor
-    about = {"extractor": net.name, "extractor_sha256": net.sha256, "resize": f"{net.size} px, {net.resize}"}
-    return {"metric": "frechet_distance", "of": "", "against": "real held-out", **about}
-
-
-def _update(bench: Bench, moments: GaussianMoments, x: Tensor) -> None:
-    if bench.extractor:
-        moments.update(bench.extractor(x.to(bench.pipe.device)).cpu())
-
-
-def _bar(bench: Bench, batches: Iterator[Tensor], text: str) -> Iterator[Tensor]:
-    total = -(-len(bench.indices) // bench.batch_size)
-    return tqdm(batches, desc=f"measuring {text}", total=total, unit="batch")
+        measured.results.append({"metric": metric, "of": "samples", "value": value, "n": n, **extra, **about})

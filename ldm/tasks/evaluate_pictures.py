@@ -17,7 +17,7 @@ from ldm.config import UserError
 from ldm.pipeline import Pipeline
 
 SETTINGS = "settings.json"
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} pictures [{elapsed}<{remaining}]"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} pictures [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +77,18 @@ def _short(value: Any) -> str:
 
 
 def generate(
-    pipe: Pipeline, sets: Iterable[PictureSet], guidance: Sequence[float], settings: dict[str, Any], batch_size: int
+    pipe: Pipeline,
+    sets: Iterable[PictureSet],
+    guidance: Sequence[float],
+    settings: dict[str, Any],
+    batch_size: int,
+    text: str = "generating",
 ) -> None:
     """Makes the pictures that are not there yet; picture i of a set has the seed `settings["seed"] + i`."""
     todo = [(made, g, run) for made in sets for g in guidance for run in _runs(made.missing(g), batch_size)]
-    with tqdm(total=sum(len(run) for *_, run in todo), desc="generating", bar_format=BAR) as bar:
+    if not todo:
+        return
+    with tqdm(total=sum(len(run) for *_, run in todo), desc=text, bar_format=BAR) as bar:
         for made, g, run in todo:
             made.write_captions(g)
             images = pipe(

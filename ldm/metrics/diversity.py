@@ -1,0 +1,77 @@
+"""Fidelity and variety apart: who lies within whose neighbourhood, and the Inception Score."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Rows = Tensor | np.ndarray
+CHUNK = 1024  # rows whose distances are held at once
+
+
+def inception_score(probabilities: Rows, splits: int = 10) -> tuple[float, float]:
+    """exp of the mean KL(p(y|x) || p(y)) over pictures: mean and deviation over `splits` parts in the order given.
+
+    Class probabilities (N, classes), N >= splits. Salimans et al. 2016, section 4; between 1 and the number of classes.
+    The name is for Inception's classes: with another classifier's, print whose. ValueError for fewer rows.
+    """
+    p = torch.as_tensor(probabilities).detach().double()
+    if p.ndim != 2 or len(p) < splits:
+        raise ValueError(f"probabilities must be (N, classes) with N at least {splits}, not {tuple(p.shape)}")
+    scores = []
+    for part in p.tensor_split(splits):
+        log_ratio = part.clamp_min(1e-300).log() - part.mean(0).clamp_min(1e-300).log()
+        scores.append(float((part * log_ratio).sum(1).mean().exp()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_recall(real: Rows, fake: Rows, k: int = 5) -> dict[str, float]:
+    """ "precision", "recall" (Kynkaanniemi et al. 2019), "density" and "coverage" (Naeem et al. 2020), by balls that
+    reach to each row's k-th neighbour in its own set; features (N, D) and (M, D).
+
+    precision: share of fakes within a real's ball; recall: share of reals within a fake's; density: how many reals'
+    balls hold a fake, over k; coverage: share of reals whose ball holds a fake. ValueError for k or fewer rows.
+    """
+    return {name: float(values.mean()) for name, values in neighbourhoods(real, fake, k).items()}
+
+
+def neighbourhoods(real: Rows, fake: Rows, k: int = 5) -> dict[str, Tensor]:
+    """What `precision_recall` takes the means of: "precision" and "density" of each fake (M,), "recall" and
+    "coverage" of each real (N,), float64."""
+    real, fake = (torch.as_tensor(rows).detach().double() for rows in (real, fake))
+    if real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) <= k:
+        raise ValueError(f"features {tuple(real.shape)} and {tuple(fake.shape)} need one width and more than {k} rows")
+    real_radius, fake_radius = radius(real, k), radius(fake, k)
+    held = torch.zeros(len(fake), dtype=torch.float64)  # how many reals' balls hold each fake
+    recall, coverage = [], []
+    for rows, distances in _distances(real, fake):
+        inside = distances < real_radius[rows, None]
+        held += inside.sum(0)
+        coverage.append(inside.any(1))
+        recall.append((distances < fake_radius).any(1))
+    return {
+        "precision": (held > 0).double(),
+        "density": held / k,
+        "recall": torch.cat(recall).double(),
+        "coverage": torch.cat(coverage).double(),
+    }
+
+
+def radius(x: Tensor, k: int) -> Tensor:
+    """The distance from each row (N, D) to its k-th nearest other row, (N,)."""
+    return torch.cat([distances.kthvalue(k + 1, dim=1).values for _, distances in _distances(x, x)])
+
+
+def nearest(x: Rows, bank: Rows) -> tuple[Tensor, Tensor]:
+    """The distance from each row of x (N, D) to the nearest of `bank` (M, D), and which that is; (N,) and (N,)."""
+    x, bank = (torch.as_tensor(rows).detach().double() for rows in (x, bank))
+    found = [distances.min(1) for _, distances in _distances(x, bank)]
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+def _distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Euclidean distances of some rows of x at a time to all of y; by differences, exact where two are the same."""
+    for start in range(0, len(x), CHUNK):
+        rows = slice(start, start + CHUNK)
+        yield rows, torch.cdist(x[rows], y, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,0 +1,63 @@
+"""How far a number would move on other captions of the same kind: bootstrap intervals (Efron 1979)."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.metrics.kernel import cubic, gaussian
+
+REPLICATES = 1000
+FEW = 100  # where one costs a decomposition
+BOUNDS = (0.025, 0.975)
+Interval = tuple[float, float]
+
+
+def mean_interval(values: Tensor | np.ndarray, seed: int = 0) -> Interval:
+    """95% interval of the mean of independent values (N,)."""
+    x = torch.as_tensor(values).double()
+    weights = _weights(len(x), REPLICATES, seed)
+    return _bounds(weights @ x / len(x))
+
+
+def resampled_interval(statistic: Callable[[Tensor], float], count: int, value: float, seed: int = 0) -> Interval:
+    """95% interval of statistic(indices of `count` rows, drawn with replacement) around the `value` of all rows.
+
+    Repeated rows bias a distance up as fewer rows do, so only the spread of the replicates is used, laid around
+    `value`: the interval is of the distance at this N, bias included.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randint(count, (count,), generator=generator) for _ in range(FEW)]
+    found = torch.tensor([statistic(draw) for draw in draws], dtype=torch.float64)
+    return _bounds(found - found.mean() + value)
+
+
+def kernel_interval(x: Tensor, y: Tensor, kind: str, value: float, seed: int = 0) -> Interval:
+    """95% interval of the squared MMD of rows x (N, D) and y (N, D), drawn in pairs; `kind` "kid" (unbiased, cubic
+    kernel) or "cmmd" (of unit rows, times 1,000). Again the replicates' spread around `value`."""
+    if kind == "cmmd":
+        x, y = (F.normalize(rows.double(), dim=1) for rows in (x, y))
+    else:
+        x, y = x.double(), y.double()
+    kernel, scale = (cubic, 1.0) if kind == "kid" else (gaussian, 1000.0)
+    count = len(x)
+    both = kernel(x, x) + kernel(y, y) - kernel(x, y) - kernel(x, y).T
+    if kind == "kid":  # Gretton et al. 2012, eq. 4: pairs of pairs, none with itself
+        both.fill_diagonal_(0)
+    pairs = count * (count - 1) if kind == "kid" else count**2
+    weights = _weights(count, REPLICATES, seed)
+    found = scale * ((weights @ both) * weights).sum(1) / pairs
+    return _bounds(found - found.mean() + value)
+
+
+def _weights(count: int, replicates: int, seed: int) -> Tensor:
+    """How often each of `count` rows is drawn, in each replicate: (replicates, count) float64."""
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=replicates)
+    return torch.from_numpy(drawn).double()
+
+
+def _bounds(values: Tensor) -> Interval:
+    low, high = torch.quantile(values, torch.tensor(BOUNDS, dtype=torch.float64)).tolist()
+    return low, high

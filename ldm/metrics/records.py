@@ -1,0 +1,115 @@
+"""Numbers as records that stand alone: {"metric", "of", "value", "n", ...} with all that the value depends on."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.config import UserError
+from ldm.metrics.alignment import cosine, retrieval_hits
+from ldm.metrics.diversity import inception_score, neighbourhoods
+from ldm.metrics.frechet import frechet_distance, frechet_distance_infinite
+from ldm.metrics.intervals import kernel_interval, mean_interval, resampled_interval
+from ldm.metrics.kernel import cmmd, kernel_distance
+
+Record = dict[str, Any]
+# What two numbers must share to be compared; a key that neither has does not matter.
+DEPENDS = ("metric", "extractor", "extractor_sha256", "resize", "n", "data_sha256", "split", "size")
+NEIGHBOURS = 5
+SUBSET = 1000  # of the kernel distance; half of the pictures where there are fewer than twice as many
+
+
+def find(results: Sequence[Record], metric: str, of: str, **where: Any) -> list[Record]:
+    """The records of a metric that have a value and agree with `where`."""
+    where |= {"metric": metric, "of": of}
+    return [r for r in results if r["value"] is not None and all(r.get(key) == value for key, value in where.items())]
+
+
+def best_guidance(results: Sequence[Record]) -> float:
+    """The guidance of the highest compositional score; without one, of the lowest Frechet distance."""
+    ranked = [(-r["value"]["mean"]["all"], r["guidance"]) for r in find(results, "compositional_score", "samples")]
+    ranked = ranked or [(r["value"], r["guidance"]) for r in find(results, "frechet_distance", "samples")]
+    ranked = ranked or [(r["value"], r["guidance"]) for r in find(results, "blank_pictures", "samples")]
+    return min(ranked)[1]
+
+
+def ratio(a: Record, b: Record) -> float:
+    """a's value over b's; UserError, with the reason, for numbers that do not compare."""
+    for key in DEPENDS:
+        if a.get(key) != b.get(key):
+            raise UserError(
+                f"{a['metric']} of {a['of']} and of {b['of']} do not compare: {key} {a.get(key)} and {b.get(key)};"
+                " measure both with the same pictures' number, network and resize"
+            )
+    return a["value"] / b["value"] if b["value"] else math.inf
+
+
+def picture_records(fake: Tensor, real: Tensor, of: str, about: Record, seed: int = 0) -> Iterator[Record]:
+    """Distances and neighbourhoods of features `fake` (N, D) against `real` (M, D), with 95% intervals.
+
+    A Frechet distance is `biased` where rows are no more than dimensions: the covariance is then singular and the
+    distance far too large, and only against another of the same N does it say anything. One extrapolated to N ->
+    infinity has no value, and a `note`, for fewer rows than twice the dimensions.
+    """
+    n, dimensions = min(len(fake), len(real)), fake.shape[1]
+    base = {"of": of, "n": n, "against": "real held-out", **about}
+    value = frechet_distance(fake, real)
+    spread = resampled_interval(lambda i: frechet_distance(fake[i], real[i]), n, value, seed)
+    size = {"dimensions": dimensions, "biased": n <= dimensions}
+    yield {"metric": "frechet_distance", "value": value, "interval": spread, **base, **size}
+    if n >= 2 * dimensions:
+        yield {"metric": "frechet_distance_infinite", "value": frechet_distance_infinite(fake, real, seed), **base}
+    else:
+        note = f"needs {2 * dimensions} pictures, twice the features"
+        yield {"metric": "frechet_distance_infinite", "value": None, "note": note, **base}
+    subset = min(SUBSET, n // 2)
+    value, deviation = kernel_distance(fake, real, subset_size=subset, seed=seed)
+    spread = kernel_interval(fake[:n], real[:n], "kid", value, seed)
+    extra = {"deviation": deviation, "subset_size": subset}
+    yield {"metric": "kernel_distance", "value": value, "interval": spread, **base, **extra}
+    for name, values in neighbourhoods(real, fake, NEIGHBOURS).items():
+        spread = mean_interval(values, seed)
+        yield {"metric": name, "value": float(values.mean()), "interval": spread, **base, "k": NEIGHBOURS}
+
+
+def class_records(probabilities: Tensor | None, of: str, about: Record) -> Iterator[Record]:
+    """The Inception Score, where the network knows classes."""
+    if probabilities is not None:
+        value, deviation = inception_score(probabilities)
+        base = {"of": of, "n": len(probabilities), **about, "splits": 10}
+        yield {"metric": "inception_score", "value": value, "deviation": deviation, **base}
+
+
+def alignment_records(
+    images: Tensor, texts: Tensor, same: Tensor, of: str, about: Record, seed: int = 0
+) -> Iterator[Record]:
+    """The mean cosine of pictures with their captions (embeddings (N, D)), and how often the right one is found;
+    `same` (N, N) marks pairs that share a caption."""
+    base = {"of": of, "n": len(images), **about}
+    cosines = cosine(images, texts)
+    spread = mean_interval(cosines, seed)
+    yield {"metric": "clip_cosine", "value": float(cosines.mean()), "interval": spread, **base}
+    score = cosines.clamp_min(0)
+    for name, weight in (("clip_score_100", 100), ("clip_score", 2.5)):
+        yield {"metric": name, "value": weight * float(score.mean()), "weight": weight, **base}
+    for name, hits in retrieval_hits(images, texts, (1, 5), same).items():
+        chance = min(int(name[-1]) / len(images), 1.0)
+        spread = mean_interval(hits, seed)
+        yield {"metric": name, "value": float(hits.mean()), "interval": spread, "chance": chance, **base}
+
+
+def cmmd_record(fake: Tensor, real: Tensor, of: str, about: Record, seed: int = 0) -> Record:
+    """CMMD of image embeddings, of as many pictures on both sides."""
+    value, n = cmmd(fake, real), min(len(fake), len(real))
+    spread = kernel_interval(fake[:n], real[:n], "cmmd", value, seed)
+    base = {"of": of, "n": n, "against": "real held-out", **about}
+    return {"metric": "cmmd", "value": value, "interval": spread, **base}
+
+
+def mean_record(metric: str, of: str, values: Tensor, **about: Any) -> Record:
+    """The mean of a value a picture, with its interval."""
+    values = torch.as_tensor(values).double()
+    spread = mean_interval(values)
+    return {"metric": metric, "of": of, "value": float(values.mean()), "interval": spread, "n": len(values), **about}

@@ -1,0 +1,95 @@
+"""Further sections of a model's report: the autoencoder, copies of the training set, wording, groups, cost."""
+
+from collections.abc import Sequence
+from html import escape
+
+from ldm.metrics.records import Record, best_guidance, find
+from ldm.metrics.report_html import number, percent, table
+from ldm.metrics.report_plots import Line, plot
+
+
+def _autoencoder(settings: dict, results: Sequence[Record]) -> str:
+    kinds = {"psnr_db": "PSNR in dB", "ssim": "SSIM", "frechet_distance": "Frechet distance"}
+    found = [(name, r) for kind, name in kinds.items() for r in find(results, kind, "reconstructions")]
+    rows = [[name, number(r), str(r["n"])] for name, r in found]
+    text = "Held-out pictures through the autoencoder and back, from the mean of the latent, against themselves."
+    return f"<h2>Autoencoder</h2><p>{text}</p>{table(['', 'value', 'N'], rows)}"
+
+
+def _copies(settings: dict, results: Sequence[Record]) -> str:
+    """How near samples lie to the training set, beside held-out pictures."""
+    found = find(results, "memorized", "samples")
+    if not found:
+        return ""
+    samples, real = found[0], find(results, "memorized", "real held-out")[0]
+    whole = "the whole training set" if samples["bank_is_whole"] else "a random part of the training set"
+    text = (
+        f"Distance of each picture to the nearest of {samples['bank']:,} training pictures, {whole}, in"
+        f" {samples['extractor']} features. Nearer than the nearest {percent(samples['near'])} of real held-out"
+        f" pictures: {number(samples, 100)} percent of samples at guidance {samples['guidance']:g}; nearer than every"
+        f" one of them: {percent(samples['nearer_than_any'])}."
+    )
+    lines = []
+    for r in (samples, real):
+        steps = len(r["quantiles"]) - 1
+        points = [(value, 100 * i / steps) for i, value in enumerate(r["quantiles"])]
+        lines.append(Line(name=r["of"], points=points, dots=False))
+    drawing = plot("Share of pictures in percent that lie nearer than this", "distance to the training set", lines)
+    return f'<h2>Does it copy?</h2><p>{escape(text)}</p><div class="plots">{drawing}</div>'
+
+
+def _wording(settings: dict, results: Sequence[Record]) -> str:
+    """What other wording does to alignment."""
+    changes = [r for r in results if r["metric"] == "clip_cosine_change"]
+    if not changes:
+        return ""
+    rows = [[r["of"], number(r, 100), str(r["n"])] for r in changes]
+    text = "Change of the CLIP score (100 cos) with the caption as first worded, each picture against its own."
+    return f"<h2>Other wording</h2><p>{text}</p>{table(['captions', 'change', 'N'], rows)}"
+
+
+def _groups(settings: dict, results: Sequence[Record]) -> str:
+    """Samples and real pictures of each group that captions name."""
+    cosines = [r for r in results if r["metric"] == "group_clip_cosine" and r["of"] == "samples"]
+    if not cosines:
+        return ""
+    rows = []
+    for r in cosines:
+        place = {"attribute": r["attribute"], "group": r["group"]}
+        row = [f"{r['attribute']}: {r['group']}", str(r["n"])]
+        for metric, factor in (("group_clip_cosine", 100), ("group_paired", 100), ("group_diversity", 1)):
+            row += [number(find(results, metric, of, **place)[0], factor) for of in ("samples", "real held-out")]
+        rows.append(row)
+    head = ["group", "N", "CLIP score", "real", "preferred, %", "real", "diversity", "real"]
+    text = (
+        "Samples beside real held-out pictures: alignment with the caption, how often its own value is preferred to"
+        " each wrong one by the judge (chance 50%), and variety: the mean distance between two pictures of the group."
+    )
+    return f"<h2>Groups</h2><p>{text}</p>{table(head, rows)}{_left_open(results)}"
+
+
+def _left_open(results: Sequence[Record]) -> str:
+    found = [r for r in results if r["metric"] == "left_open"]
+    parts = []
+    for r in found:
+        rows = [[name, percent(share)] for name, share in r["value"].items()]
+        text = f"What {r['n']} captions that name no {r['attribute']} turn into, by the judge:"
+        parts.append(f"<p>{escape(text)}</p>{table([r['attribute'], 'share'], rows)}")
+    return "".join(parts)
+
+
+def _cost(settings: dict, results: Sequence[Record]) -> str:
+    """Time, memory and size."""
+    g, rows = best_guidance(results), []
+    for r in find(results, "seconds_per_picture", "samples", guidance=g):
+        where = f"{r['device']}, {r['threads']} threads, batch of {r['n']}, {r['steps']} steps"
+        rows.append(["time a picture", f"{r['value']:.3f} s", where])
+    for r in find(results, "peak_memory_bytes", "samples", guidance=g):
+        rows.append(["largest memory", f"{r['value'] / 2**20:,.0f} MiB", "of the whole evaluation so far"])
+    for r in find(results, "parameters", "samples", guidance=g):
+        parts = ", ".join(f"{name} {count:,}" for name, count in settings["parameters"].items())
+        rows.append(["parameters", f"{r['value']:,}", parts])
+    return f"<h2>Cost</h2>{table(['', '', ''], rows)}" if rows else ""
+
+
+EXTRAS = (_autoencoder, _copies, _wording, _groups, _cost)

@@ -1,0 +1,122 @@
+"""What a code says of known labels: clusters, linear probes, and disentanglement.
+
+The fitted models are scikit-learn's (the extra `evaluate`), the scores are computed here.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ldm.config import UserError
+
+Rows = Tensor | np.ndarray
+Labels = Tensor | np.ndarray | Sequence
+BINS = 20  # of each dimension of a code, for mutual information
+
+
+def cluster_scores(features: Rows, labels: Labels, seed: int = 0) -> dict[str, float]:
+    """k-means with as many clusters as there are labels, held against the labels: `agreement` of its clusters.
+
+    Features (N, D), labels (N,). UserError without scikit-learn.
+    """
+    cluster = _sklearn("cluster")
+    x, classes = np.asarray(features, np.float64), _codes(labels)
+    found = cluster.KMeans(int(classes.max()) + 1, n_init=10, random_state=seed).fit_predict(x)
+    return agreement(classes, found)
+
+
+def agreement(labels: Labels, clusters: Labels) -> dict[str, float]:
+    """ "homogeneity", "completeness" and "v_measure" of clusters (N,) given labels (N,), in [0, 1] (Rosenberg &
+    Hirschberg 2007, eqs. 1 and 2): a cluster holds one label; a label lies in one cluster; their harmonic mean."""
+    joint = _joint(_codes(labels), _codes(clusters))
+    shared, label_entropy, cluster_entropy = _information(joint), _entropy(joint.sum(1)), _entropy(joint.sum(0))
+    homogeneity = shared / label_entropy if label_entropy else 1.0
+    completeness = shared / cluster_entropy if cluster_entropy else 1.0
+    total = homogeneity + completeness
+    v_measure = 2 * homogeneity * completeness / total if total else 0.0
+    return {"homogeneity": homogeneity, "completeness": completeness, "v_measure": v_measure}
+
+
+def linear_probe(train_x: Rows, train_y: Labels, test_x: Rows, test_y: Labels) -> float:
+    """Accuracy on the test rows of a logistic regression (L2, C = 1, on standardized features) fitted to the training
+    rows (Alain & Bengio 2016). Features (N, D), labels (N,). UserError without scikit-learn."""
+    linear, pipeline, preprocessing = (_sklearn(n) for n in ("linear_model", "pipeline", "preprocessing"))
+    model = pipeline.make_pipeline(preprocessing.StandardScaler(), linear.LogisticRegression(max_iter=2000))
+    model.fit(np.asarray(train_x, np.float64), np.asarray(train_y))
+    return float(model.score(np.asarray(test_x, np.float64), np.asarray(test_y)))
+
+
+def mig(codes: Rows, factors: Rows) -> float:
+    """Mutual information gap (Chen et al. 2018, eq. 6): over factors, how much more the dimension that knows most of a
+    factor knows of it than the next one does, over the factor's entropy. Codes (N, D), D >= 2, cut into 20 bins of
+    equal width a dimension; factors (N, F) of classes. In [0, 1]."""
+    codes, factors = np.asarray(codes, np.float64), np.asarray(factors)
+    if codes.ndim != 2 or codes.shape[1] < 2 or len(codes) != len(factors):
+        raise ValueError(f"codes {codes.shape} must be (N, 2 or more) beside factors {factors.shape}")
+    binned = [np.digitize(c, np.histogram_bin_edges(c, BINS)[1:-1]) for c in codes.T]
+    gaps = []
+    for factor in factors.T:
+        known = sorted(_information(_joint(_codes(factor), _codes(b))) for b in binned)
+        gaps.append((known[-1] - known[-2]) / _entropy(np.bincount(_codes(factor)) / len(factor)))
+    return float(np.mean(gaps))
+
+
+def dci(codes: Rows, factors: Rows, seed: int = 0) -> dict[str, float]:
+    """ "disentanglement", "completeness" and "informativeness" (Eastwood & Williams 2018, section 2) from what boosted
+    trees look at when they tell each factor (N, F) from the code (N, D).
+
+    Disentanglement: 1 - entropy of what a dimension is used for, weighed by how much it is used; completeness: 1 -
+    entropy of the dimensions used for a factor; informativeness: accuracy on the last fifth of the rows. In [0, 1].
+    UserError without scikit-learn.
+    """
+    ensemble = _sklearn("ensemble")
+    codes, factors = np.asarray(codes, np.float64), np.asarray(factors)
+    cut = len(codes) - len(codes) // 5
+    importance, right = [], []
+    for factor in factors.T:
+        trees = ensemble.GradientBoostingClassifier(n_estimators=30, random_state=seed)
+        trees.fit(codes[:cut], factor[:cut])
+        importance.append(trees.feature_importances_)
+        right.append(trees.score(codes[cut:], factor[cut:]))
+    table = np.array(importance).T  # (D, F)
+    used = table.sum(1)
+    by_dimension = [1 - _entropy(row / row.sum()) / np.log(len(row)) for row in table[used > 0]]
+    by_factor = [1 - _entropy(column / column.sum()) / np.log(len(column)) for column in table.T]
+    return {
+        "disentanglement": float(np.average(by_dimension, weights=used[used > 0])),
+        "completeness": float(np.average(by_factor, weights=table.sum(0))),
+        "informativeness": float(np.mean(right)),
+    }
+
+
+def _codes(labels: Labels) -> np.ndarray:
+    """Labels of any kind as 0, 1, 2, ..."""
+    return np.unique(np.asarray(labels), return_inverse=True)[1]
+
+
+def _joint(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How often each pair occurs, as a share: (classes of a, classes of b)."""
+    table = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(table, (a, b), 1.0)
+    return table / len(a)
+
+
+def _entropy(shares: np.ndarray) -> float:
+    """In nats."""
+    shares = shares[shares > 0]
+    return float(-(shares * np.log(shares)).sum()) + 0.0
+
+
+def _information(joint: np.ndarray) -> float:
+    """Mutual information in nats."""
+    return max(_entropy(joint.sum(0)) + _entropy(joint.sum(1)) - _entropy(joint), 0.0)
+
+
+def _sklearn(part: str):
+    try:
+        import importlib
+
+        return importlib.import_module(f"sklearn.{part}")
+    except ImportError:
+        raise UserError("clusters, probes and DCI need scikit-learn: pip install scikit-learn") from None

@@ -1,0 +1,66 @@
+"""Features of pictures, kept by the pictures' own hash: what was seen once is not computed again, in any run."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm import weights
+from ldm.config import UserError
+from ldm.data import to_float
+
+SAVED = 20  # batches between writes; what a stop loses at most
+HASH = 16  # bytes of SHA-256
+
+
+class FeatureCache:
+    """Features of one network in the file `folder/<network>.safetensors`, of pictures named by their pixels."""
+
+    def __init__(self, folder: Path, name: str, sha256: str, network: Callable[[Tensor], Tensor], device: torch.device):
+        safe = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+        self.path = folder / f"{safe}-{sha256[:8]}.safetensors"
+        self.network, self.device = network, device
+        self.known: dict[bytes, Tensor] = _read(self.path)
+
+    def __call__(self, batches: Iterable[Tensor], total: int, text: str) -> Tensor:
+        """uint8 pictures (B, 3, H, W) of all batches -> features (N, D), with a bar of `total` batches."""
+        names: list[bytes] = []
+        new = 0
+        for pixels in tqdm(batches, desc=text, total=total, unit="batch", leave=False):
+            hashes = [_hash(picture) for picture in pixels]
+            missing = [i for i, name in enumerate(hashes) if name not in self.known]
+            if missing:
+                features = self.network(to_float(pixels[missing]).to(self.device)).float().cpu()
+                self.known |= {hashes[i]: row.clone() for i, row in zip(missing, features, strict=True)}
+                new += 1
+                if new % SAVED == 0:
+                    self._write()
+            names += hashes
+        if new:
+            self._write()
+        return torch.stack([self.known[name] for name in names])
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        names = torch.frombuffer(bytearray(b"".join(self.known)), dtype=torch.uint8).view(-1, HASH)
+        weights.save_tensors(self.path, {"names": names, "features": torch.stack(list(self.known.values()))})
+
+
+def _read(path: Path) -> dict[bytes, Tensor]:
+    """What is known; nothing where the file is missing or damaged, as it can be computed again."""
+    try:
+        tensors = weights.load_tensors(path) if path.is_file() else {}
+        names, features = tensors["names"], tensors["features"]
+    except (UserError, KeyError):
+        return {}
+    return {bytes(name.tolist()): row for name, row in zip(names, features, strict=True)}
+
+
+def _hash(picture: Tensor) -> bytes:
+    """Of the pixels and the shape."""
+    digest = hashlib.sha256(str(tuple(picture.shape)).encode())
+    digest.update(picture.contiguous().numpy())
+    return digest.digest()[:HASH]

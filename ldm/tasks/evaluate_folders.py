@@ -1,0 +1,182 @@
+"""Measuring a folder of pictures against another, whoever made them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm import weights
+from ldm.cli import find_device
+from ldm.config import UserError
+from ldm.data import to_float
+from ldm.data.folder import captioned
+from ldm.data.images import FORMATS, ImageError, read_image
+from ldm.metrics.features import FeatureExtractor, feature_extractor
+from ldm.metrics.judges import ImageTextModel, image_text_model
+from ldm.metrics.records import Record, alignment_records, class_records, cmmd_record, picture_records
+from ldm.metrics.report import ROWS, settings_table, write_page
+from ldm.metrics.report_html import Gallery, Row, number, show, table
+from ldm.tasks.clip import sharing
+from ldm.tasks.evaluate import FEWEST, FORMAT
+from ldm.tasks.evaluate_bench import Source, blank_record
+from ldm.tasks.evaluate_features import FeatureCache
+
+SHOWN = 24  # pictures of each folder in the report
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderEvaluation:
+    """What is measured, and how."""
+
+    images: Path
+    reference: Path
+    size: int | None = None  # side in pixels that all are resized to; None: they must be squares of one size
+    features: str = "effnet-lite0"
+    judge: str = ""  # image-text model for CMMD and, where images have captions, alignment; empty: none
+    without_frechet: bool = False
+    seed: int = 0
+    batch_size: int = 32
+
+
+def evaluate_folders(config: FolderEvaluation, out: Path, device: str = "") -> list[str]:
+    """Measures, and writes metrics.json and report.html into `out`. Gives the headline numbers, a line each.
+
+    UserError for pictures that are missing, unreadable, of different sizes or too few; nothing is written then.
+    """
+    names = [_names(folder) for folder in (config.images, config.reference)]
+    size = config.size or _side([config.images / n for n in names[0]] + [config.reference / n for n in names[1]])
+    fake, real = (
+        _source(folder, list(found), size, of)
+        for folder, found, of in zip((config.images, config.reference), names, ("images", "reference"), strict=True)
+    )
+    place = find_device(device)
+    extractor = None if config.features == "none" else feature_extractor(config.features).to(place)
+    judge = image_text_model(config.judge).to(place) if config.judge not in ("", "none") else None
+    if extractor and not config.without_frechet:
+        _check_count(extractor, min(fake.count, real.count), fake, place)
+    results = [blank_record(source, config.batch_size) for source in (fake, real)]
+    if extractor:
+        features = (_seen(extractor, source, config, out, place) for source in (fake, real))
+        results += _distances(config, extractor, *features, place)
+    if judge:
+        results += _alignment(config, judge, list(names[0].values()), fake, real, out, place)
+    settings = {"images": str(config.images), "reference": str(config.reference), "size": size}
+    settings |= {"number_of_images": fake.count, "number_of_references": real.count, "seed": config.seed}
+    out.mkdir(parents=True, exist_ok=True)
+    weights.write_json(out / "metrics.json", {"format": FORMAT, "settings": settings, "results": results})
+    _report(out / "report.html", settings, results, (fake, real))
+    return [f"{r['metric']}: {number(r)}" for r in results if r["of"] == "images" and r["value"] is not None]
+
+
+def _names(folder: Path) -> dict[str, list[str]]:
+    """The pictures of a folder with their captions, if they have any (UserError)."""
+    if not folder.is_dir():
+        raise UserError(f"folder of pictures {str(folder)!r} does not exist")
+    found = captioned(folder, need_captions=False)
+    if len(found) < FEWEST:
+        raise UserError(f"{str(folder)!r} has {len(found)} pictures, too few to measure anything; {FEWEST} are needed")
+    return found
+
+
+def _side(paths: list[Path]) -> int:
+    """The side of all pictures, which must be squares of one size (UserError)."""
+    side = 0
+    for path in tqdm(paths, desc="sizes", unit="picture", leave=False):
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                width, height = image.size
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"picture {str(path)!r} cannot be read ({error}); repair or remove it") from None
+        side = side or width
+        if (width, height) != (side, side):
+            raise UserError(
+                f"picture {str(path)!r} is {width}x{height} px, not {side}x{side}; numbers compare at one size only:"
+                " give --size N to resize all (their centre squares) to N px"
+            )
+    return side
+
+
+def _source(folder: Path, names: list[str], size: int, of: str) -> Source:
+    def get(i: int) -> Tensor:
+        try:
+            return read_image(folder / names[i], size)
+        except ImageError as error:
+            raise UserError(f"{error}; repair or remove it") from None
+
+    return Source(of=of, count=len(names), get=get)
+
+
+def _seen(
+    network: FeatureExtractor | ImageTextModel,
+    source: Source,
+    config: FolderEvaluation,
+    out: Path,
+    device: torch.device,
+) -> Tensor:
+    call = network.images if isinstance(network, ImageTextModel) else network
+    cache = FeatureCache(out / "features", network.name, network.sha256, call, device)
+    total = -(-source.count // config.batch_size)
+    return cache(source.batches(config.batch_size), total, f"{network.name}: {source.of}")
+
+
+def _check_count(extractor: FeatureExtractor, n: int, source: Source, device: torch.device) -> None:
+    dimensions = extractor(to_float(source.get(0)[None]).to(device)).shape[1]
+    if n <= dimensions:
+        raise UserError(
+            f"{n} pictures are too few for a Frechet distance of {dimensions} features; {dimensions + 1} are needed on"
+            " both sides: take --without-frechet (kernel distance and CMMD need no more), or --features judge:FOLDER"
+        )
+
+
+def _distances(
+    config: FolderEvaluation, extractor: FeatureExtractor, fake: Tensor, real: Tensor, device: torch.device
+) -> list[Record]:
+    about = {"n_images": len(fake), "n_reference": len(real), "against": "reference"}
+    found = [r | about for r in picture_records(fake, real, "images", extractor.about, config.seed)]
+    if config.without_frechet:
+        found = [r for r in found if not r["metric"].startswith("frechet")]
+    classes = extractor.probabilities(fake.to(device))
+    return found + list(class_records(classes, "images", extractor.about))
+
+
+def _alignment(
+    config: FolderEvaluation,
+    judge: ImageTextModel,
+    captions: list[list[str]],
+    fake: Source,
+    real: Source,
+    out: Path,
+    device: torch.device,
+) -> list[Record]:
+    resize = f"{judge.size} px, {judge.resize}"
+    about = {"extractor": judge.name, "extractor_sha256": judge.sha256, "resize": resize}
+    images, others = (_seen(judge, source, config, out, device) for source in (fake, real))
+    found = [cmmd_record(images, others, "images", about, config.seed) | {"against": "reference"}]
+    if all(captions):
+        texts = torch.cat([judge.texts([own[0]]).cpu() for own in captions])
+        found += alignment_records(images, texts, sharing(captions), "images", about, config.seed)
+    return found
+
+
+def _report(path: Path, settings: dict, results: list[Record], sources: tuple[Source, Source]) -> None:
+    names = {metric: (name, factor, better) for metric, name, factor, better, _ in ROWS}
+    rows = []
+    for r in results:
+        if r["of"] == "images" and r["metric"] in names:
+            name, factor, better = names[r["metric"]]
+            rows.append([name, number(r, factor), str(r["n"]), r["extractor"], r["resize"], better])
+    blank = "; ".join(f"{r['value']} of {r['n']} {r['of']}" for r in results if r["metric"] == "blank_pictures")
+    text = f"With 95% intervals where there are any. Blank pictures, counted all the same: {blank}."
+    head = ["", "images", "N", "network", "resize", "better"]
+    body = [f"<h2>Numbers</h2><p>{text}</p>{table(head, rows)}"]
+    for source in sources:
+        chosen = range(min(SHOWN, source.count))
+        pictures = [Image.fromarray(source.get(i).permute(1, 2, 0).numpy()) for i in chosen]
+        gallery = Gallery(
+            title=source.of.capitalize(), about="", rows=[Row(caption="", pictures=[("", p)]) for p in pictures]
+        )
+        body.append(show(gallery))
+    write_page(path, f"{settings['images']} against {settings['reference']}", [*body, settings_table(settings)])

@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from ldm.data.emoji import Emoji
+from ldm.metrics.attributes import ATTRIBUTES, TONES, paired, typos
+
+TONE, GENDER, STYLE = ATTRIBUTES
+
+
+@pytest.mark.parametrize(
+    "attribute, caption, value",
+    [
+        (TONE, "a woman with medium-dark skin tone, 3D", "medium-dark"),
+        (TONE, "woman frowning, frowning woman, light skin tone", "light"),
+        (TONE, "a dark horse", None),
+        (TONE, "men holding hands with dark skin tone and light skin tone", None),
+        (TONE, "kiss, medium-light and light skin tones", None),
+        (GENDER, "a woman frowning, frowning woman", "woman"),
+        (GENDER, "a man and a woman", None),
+        (GENDER, "a snowman, a merman and a postman", None),
+        (STYLE, "a 3D emoji of a dog", "3D"),
+        (STYLE, "a flat tyre, flat", "flat"),
+        (STYLE, "a dog", None),
+    ],
+)
+def test_what_a_caption_names(attribute, caption, value):
+    assert attribute.named(caption) == value
+
+
+def test_exchanging_and_leaving_open():
+    assert TONE.exchanged("a man with light skin tone, 3D", "medium") == "a man with medium skin tone, 3D"
+    assert GENDER.exchanged("woman frowning, frowning woman", "man") == "man frowning, frowning man"
+    assert TONE.open("a man with light skin tone, 3D") == "a man, 3D"
+    assert TONE.open("man frowning, light skin tone") == "man frowning"
+    assert TONE.open("a man") is None and GENDER.open("a man") is None
+    assert STYLE.open("a 3D emoji of a dog") == "a dog" and STYLE.open("dog, flat") == "dog"
+
+
+def test_every_tone_of_the_emoji_is_read_from_its_captions():
+    records = [r for r in Emoji(64, "test").records if r["skin_tone"] in TONES]
+    assert len(records) > 300
+    for record in records:
+        assert {TONE.named(caption) for caption in record["captions"]} == {record["skin_tone"]}
+        assert all("skin tone" not in TONE.open(caption) for caption in record["captions"])
+
+
+def test_paired_counts_the_wrong_values_that_lose():
+    captions = ["light skin tone", "a dog", "dark skin tone"]
+    axes = torch.eye(5)
+    texts = lambda asked: torch.stack([axes[TONES.index(TONE.named(c))] for c in asked])  # noqa: E731
+    half = torch.tensor([0.0, 0.9, 0.9, 0.3, 0.5])  # dark loses to two of the four others
+    shares, asked = paired(torch.stack([axes[0], axes[1], half]), captions, texts, TONE)
+    assert asked == [0, 2] and shares.tolist() == [1.0, 0.5]
+
+
+def test_typos_exchange_two_letters_of_a_longer_word():
+    caption = "a red circle above a blue square"
+    made = {typos(caption, seed) for seed in range(20)}
+    assert len(made) > 5 and caption not in made
+    for other in made:
+        different = [i for i, (a, b) in enumerate(zip(caption, other, strict=True)) if a != b]
+        assert len(different) == 2 and different[1] == different[0] + 1 and sorted(other) == sorted(caption)
+    assert typos("a red fox", 0) == "a red fox" and typos(caption, 3) == typos(caption, 3)
