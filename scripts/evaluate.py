@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         " judge=true, clip:FOLDER, or none; default: the one that ships for the data, else none",
     )
     parser.add_argument("--train-num", type=int, default=10_000, help="training pictures to look for copies among")
+    parser.add_argument("--baseline", default="", metavar="DIR", help="an evaluation of another model to compare with")
     parser.add_argument("--size", type=int, help="side in pixels that --images and --reference are resized to")
     parser.add_argument("--without-frechet", action="store_true", help="where there are too few --images for it")
     parser.add_argument("--perceptual", default="effnet-lite0", help="effnet-lite0, lpips-vgg or lpips-alex, for VAEs")
@@ -85,6 +86,7 @@ def model(args: argparse.Namespace) -> list[str]:
         features=args.features,
         judge=args.judge,
         train_num=args.train_num,
+        baseline=args.baseline,
     )
     return evaluate(config, args.out, args.device)
 

@@ -91,7 +91,7 @@ class KnowsAll(ImageTextModel):
     picture."""
 
     def __init__(self) -> None:
-        super().__init__("knows-all", nn.Linear(1, 1), 32)
+        super().__init__("knows-all", nn.Identity(), 32)
         dataset = Shapes(32, "test")
         chosen = sample_indices(len(dataset), 40, 0)
         self.known = {caption: i for i in chosen for caption in dataset.captions(i)}
@@ -347,7 +347,7 @@ class SeesDark(ImageTextModel):
     """Embeds a picture by its brightness and a caption by the skin tone it names."""
 
     def __init__(self) -> None:
-        super().__init__("sees-dark", nn.Linear(1, 1), 16)
+        super().__init__("sees-dark", nn.Identity(), 16)
 
     def images(self, x: torch.Tensor) -> torch.Tensor:
         angle = x.mean((1, 2, 3))
@@ -597,3 +597,24 @@ def test_fewer_are_the_beginning_of_more():
 def test_runs_have_no_gaps_and_are_not_too_long():
     assert list(_runs([0, 1, 2, 3, 7, 9, 10], 3)) == [[0, 1, 2], [3], [7], [9, 10]]
     assert list(_runs([], 3)) == []
+
+
+def test_another_evaluation_is_compared_with_where_it_may_be(done, model, tmp_path, monkeypatch):
+    tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    config = config_for(tmp_path / "other", baseline=str(done), guidance=(1.0,))
+    evaluate(config, tmp_path / "out", "cpu")
+    best = best_guidance(results_of(done))
+    for metric in ("frechet_distance", "clip_cosine", "cmmd"):
+        ours, theirs = one(tmp_path / "out", metric, "samples"), one(done, metric, "samples", guidance=best)
+        record = one(tmp_path / "out", metric, "baseline")
+        assert record["value"] == theirs["value"] and record["ratio"] == ours["value"] / theirs["value"]
+    assert f"<h2>Against {model}</h2>" in (tmp_path / "out/report.html").read_text()
+    for changes, words in (
+        ({"num": 18}, "num 16, here 18"),
+        ({"seed": 1}, "seed 0, here 1"),
+        ({"features": "effnet-lite0"}, "not with effnet-lite0"),
+        ({"baseline": str(tmp_path)}, "metrics.json' does not exist"),
+    ):
+        with pytest.raises(UserError, match=words):
+            evaluate(replace(config, **changes), tmp_path / "new", "cpu")
+        assert not (tmp_path / "new").exists()

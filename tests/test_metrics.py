@@ -6,8 +6,20 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 from ldm.config import UserError
-from ldm.metrics import GaussianMoments, clip_score, cosine, frechet_distance, psnr, retrieval, ssim
+from ldm.data import DataConfig, open_dataset, spread
+from ldm.metrics import (
+    GaussianMoments,
+    clip_score,
+    cmmd,
+    cosine,
+    frechet_distance,
+    kernel_distance,
+    psnr,
+    retrieval,
+    ssim,
+)
 from ldm.metrics.features import feature_extractor
+from ldm.metrics.judges import image_text_model
 
 
 def two_sets() -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,3 +217,38 @@ def test_extractor_knows_a_cat(extractor):
         282,
         285,
     )  # ImageNet's tabby, tiger and Egyptian cat
+
+
+def real_emoji(count: int) -> tuple[torch.Tensor, list[list[str]]]:
+    """Held-out pictures in [-1, 1] and their captions."""
+    dataset = open_dataset(DataConfig(name="emoji", size=64), "test")
+    chosen = spread(dataset, count)
+    return torch.stack([dataset[i]["image"] for i in chosen]) / 127.5 - 1, [dataset.captions(i) for i in chosen]
+
+
+def test_distances_of_real_pictures_grow_with_blur_and_noise(extractor):
+    """Four levels of each, in the features that evaluations use."""
+    x, _ = real_emoji(64)
+    judge = image_text_model("emoji")
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(x.shape, generator=g)
+    features, embeddings = extractor(x), judge.images(x)
+    blurred = [TF.gaussian_blur(x, [15, 15], [s, s]) for s in (0.5, 1.0, 2.0, 4.0)]
+    noisy = [(x + s * noise).clamp(-1, 1) for s in (0.1, 0.2, 0.4, 0.8)]
+    for levels in (blurred, noisy):
+        seen, judged = [extractor(y) for y in levels], [judge.images(y) for y in levels]
+        frechet = [frechet_distance(features, y) for y in seen]
+        kernel = [kernel_distance(features, y, 1, 64)[0] for y in seen]
+        mean = [cmmd(embeddings, y) for y in judged]
+        for found in (frechet, kernel, mean):
+            assert found == sorted(found) and len(set(found)) == 4, found
+
+
+def test_shuffled_captions_of_real_pictures_lower_the_clip_score():
+    from scipy.stats import ttest_rel
+
+    x, captions = real_emoji(60)
+    judge = image_text_model("emoji")
+    images, texts = judge.images(x), judge.texts([own[0] for own in captions])
+    right, wrong = clip_score(cosine(images, texts)), clip_score(cosine(images, texts.roll(1, 0)))
+    assert ttest_rel(right.numpy(), wrong.numpy(), alternative="greater").pvalue < 0.01

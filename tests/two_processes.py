@@ -11,6 +11,7 @@ import tiny
 import torch
 from accelerate.utils import gather_object
 
+from ldm.metrics import GaussianMoments
 from ldm.tasks.autoencoder import AutoencoderTask
 from ldm.tasks.clip import CLIPTask
 from ldm.train import train
@@ -18,7 +19,8 @@ from ldm.weights import save_tensors
 
 
 def main(out: Path) -> None:
-    """The loop on the toy, a VAE with its discriminator, and CLIP with one caption a picture and with readers."""
+    """The loop on the toy, a VAE with its discriminator, and CLIP with one caption a picture and with readers; then
+    what both have seen of some features."""
     clip = CLIPTask(tiny.clip())
     clip.dataset = tiny.samples(16, captions=1)
     trainings = {
@@ -35,6 +37,11 @@ def main(out: Path) -> None:
             assert sums[:2] == sums[2:], f"{name} {part} differs between the processes"
         if int(torch.distributed.get_rank()) == 0:
             save_tensors(out / f"{name}.safetensors", next(iter(task.modules.values())).state_dict())
+    rank = int(torch.distributed.get_rank())
+    rows = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100
+    gathered = GaussianMoments().update(rows[:13] if rank == 0 else rows[13:]).gather()
+    assert gathered.count == 50 and torch.allclose(gathered.mean, rows.mean(0), rtol=1e-12)
+    assert torch.allclose(gathered.covariance, rows.T.cov(), atol=1e-9), "moments of two processes are not those of one"
     torch.distributed.destroy_process_group()
 
 

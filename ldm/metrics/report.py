@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
-from ldm.metrics.records import Record, best_guidance, find
+from ldm.metrics.records import Record, best_guidance, find, ratio
 from ldm.metrics.report_extras import EXTRAS
-from ldm.metrics.report_html import CSS, Gallery, number, percent, show, table
+from ldm.metrics.report_html import CSS, Gallery, number, percent, short, show, table
 from ldm.metrics.report_plots import Line, plot
 
 # metric, name in the report, factor, which way is better, whether it is of alignment
@@ -65,7 +65,7 @@ def _headline(settings: dict, results: Sequence[Record]) -> str:
         cards.append((percent(mean["held_out"]), "of it on compositions never trained on"))
     for r in find(results, "frechet_distance", "samples", guidance=best):
         floors = find(results, "frechet_distance", "real train")
-        beside = f"; real pictures: {floors[0]['value']:.2f}" if floors else ""
+        beside = f"; real pictures: {floors[0]['value']:.2f}, a ratio of {ratio(r, floors[0]):.2f}" if floors else ""
         cards.append((f"{r['value']:.2f}", f"Frechet distance, N = {r['n']}{beside}"))
     for r in find(results, "image_to_text@1", "samples", guidance=best):
         real = find(results, "image_to_text@1", "real held-out")[0]["value"]
@@ -105,6 +105,22 @@ def _overview(settings: dict, results: Sequence[Record]) -> str:
         " of others."
     )
     return f"<h2>Between floor and ceiling</h2><p>{text}</p>{table(head, rows)}{_caution(results)}"
+
+
+def _against(settings: dict, results: Sequence[Record]) -> str:
+    """Beside another model."""
+    others = {r["metric"]: r for r in results if r["of"] == "baseline"}
+    if not others:
+        return ""
+    rows = []
+    for metric, name, factor, better, _ in ROWS:
+        if metric in others:
+            r = others[metric]
+            rows.append([name, short(factor * r["ours"]), number(r, factor, False), f"{r['ratio']:.3f}", better])
+    other = next(iter(others.values()))
+    text = f"Each at its own best guidance, the other's is {other['guidance']:g}; the same captions, networks and N."
+    shown = table(["", "this model", f"{other['model']}", "ratio", "better"], rows)
+    return f"<h2>Against {escape(other['model'])}</h2><p>{text}</p>{shown}"
 
 
 def _caution(results: Sequence[Record]) -> str:
@@ -232,4 +248,4 @@ def settings_table(settings: dict) -> str:
 
 
 Section = Callable[[dict, Sequence[Record]], str]
-SECTIONS: tuple[Section, ...] = (_headline, _overview, _guidance, _tasks, _links, *EXTRAS)
+SECTIONS: tuple[Section, ...] = (_headline, _overview, _against, _guidance, _tasks, _links, *EXTRAS)

@@ -20,6 +20,7 @@ from ldm.metrics.records import Record, best_guidance, find
 from ldm.metrics.report import write_report
 from ldm.pipeline import Pipeline
 from ldm.samplers import make_grid
+from ldm.tasks.evaluate_baseline import against, read_baseline
 from ldm.tasks.evaluate_bench import Bench, choose_caption
 from ldm.tasks.evaluate_gallery import galleries
 from ldm.tasks.evaluate_measure import measure
@@ -54,6 +55,7 @@ class EvaluateConfig:
     features: str = "effnet-lite0"  # network of the distances between sets of pictures, or none
     judge: str = ""  # image-text model; empty: the one that ships for these data, or none
     train_num: int = 10_000  # training pictures that copies are looked for among
+    baseline: str = ""  # folder of an evaluation of another model on the same captions, to be compared with
 
 
 def evaluate(config: EvaluateConfig, out: Path, device: str = "") -> list[str]:
@@ -63,9 +65,12 @@ def evaluate(config: EvaluateConfig, out: Path, device: str = "") -> list[str]:
     settings, too few pictures, or an `out` with pictures of other settings; nothing is written then.
     """
     bench = open_bench(config, out, device)
+    baseline = read_baseline(config.baseline, bench) if config.baseline else None
     claim(out, bench.settings)
     generate(bench.pipe, bench.sets.values(), bench.guidance, bench.settings, bench.batch_size)
     measured = measure(bench)
+    if baseline:
+        measured.results += against(baseline, measured.results, baseline["settings"]["model"])
     judge = bench.judge.name if bench.judge else "none"
     settings = bench.settings | {"num": bench.n, "guidance": list(bench.guidance), "judge": judge}
     table = {"format": FORMAT, "settings": settings, "results": measured.results}

@@ -1,0 +1,50 @@
+"""Numbers of an evaluation beside those of an earlier one, where they may be compared."""
+
+from pathlib import Path
+
+from ldm import weights
+from ldm.config import UserError
+from ldm.metrics.records import Record, best_guidance, ratio
+from ldm.tasks.evaluate_bench import Bench
+
+SHARED = ("data_sha256", "split", "size", "num", "seed")  # what the same held-out captions come from
+
+
+def read_baseline(folder: str | Path, bench: Bench) -> dict:
+    """metrics.json of another evaluation; UserError where its numbers do not compare with what will be measured."""
+    table = weights.read_json(Path(folder) / "metrics.json")
+    try:
+        before, results = table["settings"], table["results"]
+        now = bench.settings | {"num": bench.n}
+        pairs = [(key, before[key], now[key]) for key in SHARED]
+        networks = {r["extractor_sha256"]: r for r in results if "extractor_sha256" in r}
+    except (KeyError, TypeError):
+        raise UserError(f"{str(folder)!r} holds no evaluation of a model by this version") from None
+    for key, old, new in pairs:
+        if old != new:
+            raise UserError(f"{str(folder)!r} does not compare: {key} {old}, here {new}; measure both alike")
+    for network in filter(None, (bench.extractor, bench.judge)):
+        if network.sha256 not in networks:
+            known = ", ".join(sorted({r["extractor"] for r in networks.values()})) or "none"
+            raise UserError(
+                f"{str(folder)!r} does not compare: it was measured with {known}, not with {network.name} of"
+                f" {network.sha256[:8]}; measure both with the same networks"
+            )
+    return table
+
+
+def against(baseline: dict, results: list[Record], model: str) -> list[Record]:
+    """For each number of the samples at the best guidance: the other's at its best, and the ratio of both."""
+    best, other_best = best_guidance(results), best_guidance(baseline["results"])
+    others = {
+        r["metric"]: r
+        for r in baseline["results"]
+        if r["of"] == "samples" and r.get("guidance") == other_best and isinstance(r["value"], float)
+    }
+    found = []
+    for r in results:
+        other = others.get(r["metric"])
+        if r["of"] == "samples" and r.get("guidance") == best and other and "extractor" in r and r["value"] is not None:
+            extra = {"ratio": ratio(r, other), "guidance": other_best}
+            found.append(other | {"of": "baseline", "model": model, "ours": r["value"]} | extra)
+    return found
