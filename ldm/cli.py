@@ -1,6 +1,7 @@
 """What the scripts share: one line and exit code 2 for a user's mistake, and the training scripts' arguments."""
 
 import argparse
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,16 +15,17 @@ if TYPE_CHECKING:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs `main`; a UserError becomes one line on stderr and exit code 2, ctrl-C exit code 130, a warning a line."""
+    """Runs `main`; a UserError becomes one line on stderr and exit code 2, a warning a line. Told to stop by a signal:
+    exit code 128 and the signal's number, 130 for ctrl-C and 143 for SIGTERM."""
     warnings.showwarning = _show_warning
     try:
         main()
     except (UserError, PermissionError, FileExistsError, NotADirectoryError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped", file=sys.stderr)
+        sys.exit(128 + getattr(stop, "number", signal.SIGINT))
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -55,6 +57,7 @@ def run_training(parts: Callable[[], tuple[type, Callable[[Any], Any]]], descrip
         parser = argument_parser(description)
         parser.add_argument("--config", type=Path, required=True, help="TOML file; see configs/")
         parser.add_argument("--out", type=Path, required=True, help="run folder; the same command again resumes")
+        parser.add_argument("--force", action="store_true", help="resume though the config has changed")
         parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. train.steps=1000")
         args = parser.parse_intermixed_args()
         config_class, make_task = parts()
@@ -62,7 +65,7 @@ def run_training(parts: Callable[[], tuple[type, Callable[[Any], Any]]], descrip
         from ldm.train import processes, train
 
         try:
-            train(make_task(config), config.train, args.out, to_dict(config))
+            train(make_task(config), config.train, args.out, to_dict(config), args.force)
         except KeyboardInterrupt:
             print("the same command goes on from the last checkpoint", file=sys.stderr)
             raise

@@ -1,19 +1,36 @@
 """What a run folder keeps for going on: checkpoints with the training's state, and the lines logged so far."""
 
+import errno
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ldm import weights
+from ldm import manifest, weights
 from ldm.config import UserError
 from ldm.ema import EMA
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+LOCK = ".lock"
+# Keys of a config that change nothing of what is trained.
+FREE = ("train.log_every", "train.validate_every", "train.preview_every", "train.save_every", "train.keep")
+FREE += ("train.workers", "train.max_skipped", "preview.", "cache")
 
 
 class Trained(NamedTuple):
@@ -25,23 +42,127 @@ class Trained(NamedTuple):
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first, damaged ones too."""
     return sorted((out / "checkpoints").glob("step-????????"))
+
+
+def newest(out: Path) -> Path | None:
+    """The newest checkpoint that is whole; warns of newer ones that are damaged. UserError where all are."""
+    found = checkpoints(out)
+    for folder in reversed(found):
+        wrong = manifest.problem(folder)
+        if not wrong:
+            return folder
+        warnings.warn(f"the checkpoint {str(folder)!r} is damaged ({wrong}); passed over", stacklevel=2)
+    if found:
+        raise UserError(f"no checkpoint in {str(found[0].parent)!r} is whole; move them away to begin anew")
+    return None
+
+
+def sweep(out: Path) -> None:
+    """Removes what a crash left half-written."""
+    for hidden in (out / "checkpoints").glob(".step-*"):
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 @contextmanager
 def new_checkpoint(out: Path, done: int, keep: int) -> Iterator[Path]:
-    """A folder to fill; after the block it becomes `checkpoints/step-N` in one move, and all but the newest
-    `keep` go. What is broken off before that stays hidden and is never opened."""
+    """A folder to fill; after the block it is sealed and becomes `checkpoints/step-N` in one move, and once it is seen
+    to be whole, all but the newest `keep` go. What is broken off before that stays hidden and is never opened.
+
+    UserError where the disk is full: what was there before is still whole.
+    """
     folder = out / "checkpoints" / f"step-{done:08d}"
     hidden = folder.with_name(f".{folder.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
-    yield hidden
+    try:
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir(parents=True)
+        yield hidden
+        manifest.seal(hidden)
+    except Exception as error:
+        shutil.rmtree(hidden, ignore_errors=True)
+        # safetensors and torch have errors of their own for it
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or not _room(out):
+            raise UserError(_disk_full(out, done)) from None
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     hidden.rename(folder)
+    manifest.sync(folder.parent)
+    if wrong := manifest.problem(folder):
+        raise UserError(
+            f"the checkpoint {str(folder)!r} was not written as it should be ({wrong}); is the disk failing?"
+        )
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old)
+
+
+def _room(out: Path) -> bool:
+    return shutil.disk_usage(out).free >= 2**20
+
+
+def _disk_full(out: Path, done: int) -> str:
+    """What to do, and how much is needed: as much as the checkpoint before took."""
+    before = checkpoints(out)
+    size = sum(file.stat().st_size for file in before[-1].rglob("*") if file.is_file()) if before else 0
+    need = f"; one took {size / 2**20:,.0f} MiB before" if before else ""
+    kept = f"the one of {before[-1].name} is whole" if before else "there was none before"
+    free = shutil.disk_usage(out).free / 2**20
+    return (
+        f"the disk is full, so the checkpoint of step {done} could not be written: {free:,.0f} MiB are free{need};"
+        f" {kept}. Free some space and give the same command again"
+    )
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds a run folder for this process, which may not be there yet; UserError where another one has it. On systems
+    without file locks it holds nothing."""
+    out.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    with (out / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"{str(out)!r} is in use by another training (process {file.read().strip() or 'unknown'}); wait for it,"
+                " stop it, or use another --out"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def note_start(out: Path, seed: int) -> None:
+    """Adds a line to starts.jsonl: when, by which command, versions, commit and seed."""
+    names = ("torch", "torchvision", "transformers", "accelerate", "einops", "safetensors", "numpy")
+    versions = {name: _version(name) for name in names}
+    about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv, "seed": seed}
+    about |= {"python": platform.python_version(), "packages": versions, "commit": _commit()}
+    with (out / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(about) + "\n")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the code, with "+" where files were changed since; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        status = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(status, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def write_state(folder: Path, trained: Trained, about: dict[str, Any]) -> None:
@@ -88,12 +209,19 @@ def drop_later_lines(metrics: Path, step: int) -> None:
         metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
-def warn_of_changes(file: Path, resolved: dict[str, Any]) -> None:
-    """Warns where a resumed run's `config.json` has other values than the config now."""
+def check_changes(file: Path, resolved: dict[str, Any], force: bool) -> None:
+    """Where a resumed run's `config.json` has other values than the config now: UserError that names them, without
+    `force`; with it a warning, as for the number of steps. How often things are logged and kept may always change."""
     if not file.is_file():
         return
     before, now = (dict(_flat(table)) for table in (weights.read_json(file), json.loads(json.dumps(resolved))))
-    changed = [key for key in now if before.get(key) != now[key]]
+    changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(FREE)]
+    names = ", ".join(f"{key} ({before[key]!r} before, {now[key]!r} now)" for key in changed)
+    if [key for key in changed if key != "train.steps"] and not force:
+        raise UserError(
+            f"{str(file.parent)!r} was started with another config: {names}. Give --force to go on with these values,"
+            " or another --out to begin anew"
+        )
     if changed:
         warnings.warn(f"resuming with other values than before of: {', '.join(changed)}", stacklevel=2)
 

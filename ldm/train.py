@@ -4,337 +4,60 @@ A task says what one step is (`ldm/tasks/`). Everything random in a step is draw
 (seed, step, process), and the order of the data is a pure function of (seed, step): to resume is to go on.
 """
 
-import json
-import os
-from collections.abc import Iterator
 from contextlib import ExitStack
-from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
-import torch
-from accelerate import Accelerator, PartialState
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ldm import run_state, weights
+from ldm import run_state
 from ldm.config import UserError
-from ldm.data.order import EpochBatches
-from ldm.ema import EMA
-from ldm.muon import Muon, hidden_weights
+from ldm.interrupt import Interrupts, Stopped
+from ldm.run import Run, due
+from ldm.task import Task, processes
 from ldm.train_config import OptimizerConfig, TrainConfig
 
 __all__ = ["OptimizerConfig", "Run", "Task", "TrainConfig", "processes", "train"]
 
 
-class Task(Protocol):
-    """What one kind of training does; `modules` are those trained, each with its own optimizer."""
+def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, force: bool = False) -> None:
+    """Trains `task` to `config.steps`, from the newest whole checkpoint in `out` on; ends with `task.export(out)`.
 
-    modules: dict[str, nn.Module]
-    dataset: Any
-
-    def collate(self, samples: list[dict]) -> dict:
-        """Samples of the data set -> a batch; runs in the loader's processes, so without randomness."""
-
-    def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
-        """Yields (module, its loss, values to log) in turn; the loop runs backward after each."""
-
-    def after_step(self) -> None:
-        """What must hold after the weights changed, e.g. a clamp."""
-
-    def validate(self, device: torch.device) -> dict[str, float]:
-        """Numbers on held-out data, with the averaged weights in place."""
-
-    def preview(self, device: torch.device) -> Image.Image | None:
-        """A picture to look at, with the averaged weights in place, from fixed inputs and seeds."""
-
-    def export(self, folder: Path, device: torch.device, final: bool) -> None:
-        """Writes the loadable folder, with the averaged weights in place; `final` at the end of the training."""
-
-
-def processes() -> PartialState:
-    """This process among those of the run: its device, and `main_process_first()` for work that one does for all.
-
-    The others wait for up to a day where the usual ten minutes would end the run.
-    """
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    cpu = cpu or not torch.cuda.is_available()  # accelerate would take MPS, which has no float64 for the metrics
-    return PartialState(cpu=cpu, timeout=timedelta(days=1))
-
-
-def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict) -> None:
-    """Trains `task` to `config.steps`, resuming from the newest checkpoint in `out`; ends with `task.export(out)`.
-
-    `resolved` is the whole config as a dict, stored as `out/config.json`. Raises UserError when losses stay
-    non-finite; nothing of such a step reaches the weights.
+    `resolved` is the whole config as a dict, stored as `out/config.json`; UserError where a run to go on with has
+    another one, unless `force`. SIGINT or SIGTERM: the step is finished and saved, then `Stopped` is raised; a second
+    one ends the process at once. UserError when losses stay non-finite; nothing of such a step reaches the weights.
     """
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{str(out)!r} is a file; --out names the run folder, which may be new")
     run = Run(task, config, Path(out))
-    start = run.resume()
-    if start >= config.steps:
-        if not run.exported():  # stopped just before, or told to end earlier than it has come
-            run.export()
-        run.say(f"{run.out} is finished at step {start}; raise train.steps (now {config.steps}) to go on")
-        return
-    run.begin(start, resolved)
+    with ExitStack() as stack:
+        if run.main:
+            stack.enter_context(run_state.locked(run.out))
+        interrupts = stack.enter_context(Interrupts())
+        start = run.resume()
+        if start >= config.steps:
+            if not run.exported():  # stopped just before, or told to end earlier than it has come
+                run.export()
+            run.say(f"{run.out} is finished at step {start}; raise train.steps (now {config.steps}) to go on")
+            return
+        run.begin(start, resolved, force)
+        _steps(run, config, start, interrupts)
+        run.end()
+
+
+def _steps(run: "Run", config: TrainConfig, start: int, interrupts: Interrupts) -> None:
     batches = run.batches(start)
     with tqdm(initial=start, total=config.steps, disable=not run.main, unit="step") as bar:
         for done in range(start + 1, config.steps + 1):
             run.step(batches, done - 1)
             bar.update()
             last = done == config.steps
-            if last or _due(done, config.log_every):
+            if last or due(done, config.log_every):
                 bar.set_postfix_str(run.log(done))
-            if last or _due(done, config.validate_every):
-                run.validate(done)
-            if last or _due(done, config.preview_every):
-                run.preview(done)
+            if number := run.told_to_stop(interrupts):
+                run.save(done, looked=False)
+                raise Stopped(number, done)
+            run.look(done)
             if last:  # before the last checkpoint, which so says that all is done
                 run.export()
-            if last or _due(done, config.save_every):
+            if last or due(done, config.save_every):
                 run.save(done)
-    run.end()
-
-
-def _due(done: int, every: int) -> bool:
-    return every > 0 and done % every == 0
-
-
-class Run:
-    """One process's view of a training: its modules, optimizers, averages and what was logged since last time."""
-
-    def __init__(self, task: Task, config: TrainConfig, out: Path):
-        self.task, self.config, self.out = task, config, out
-        self.device, self.main = processes().device, processes().is_main_process
-        trackers = ["tensorboard"] if find_spec("tensorboard") else []
-        self.accelerator = Accelerator(mixed_precision=config.precision, log_with=trackers, project_dir=out)
-        optimizers = {}
-        for name, module in task.modules.items():
-            module.train().to(self.device)
-            optimizers |= _optimizers(name, module, config.optimizer)
-        self.wrapped = {name: self.accelerator.prepare(module) for name, module in task.modules.items()}
-        averages = {name: EMA(m, config.ema_decay, config.ema_power) for name, m in task.modules.items()}
-        self.trained = run_state.Trained(task.modules, averages, optimizers)
-        self.skipped = 0  # in a row
-        self.skipped_since_log = 0
-        self.sums: dict[str, list[Tensor]] = {}
-
-    def resume(self) -> int:
-        """Loads the newest checkpoint, if there is one; returns the step to go on from."""
-        found = run_state.checkpoints(self.out)
-        if not found:
-            return 0
-        state = run_state.read_state(found[-1] / "state", self.trained)
-        self.skipped = state["skipped"]
-        return state["step"]
-
-    def begin(self, start: int, resolved: dict) -> None:
-        """Makes the run folder, with the config in it, and starts to log."""
-        if self.main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if start:
-                self.say(f"resuming {self.out} at step {start} of {self.config.steps}")
-                run_state.warn_of_changes(self.out / "config.json", resolved)
-                run_state.drop_later_lines(self.out / "metrics.jsonl", start)
-            weights.write_json(self.out / "config.json", resolved)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.init_trackers("tensorboard")
-
-    def end(self) -> None:
-        """Closes the logs."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-
-    def say(self, text: str) -> None:
-        """Prints a line above the progress bar, once for all processes."""
-        if self.main:
-            tqdm.write(text)
-
-    def batches(self, start: int) -> Iterator[dict]:
-        """Collated batches from optimizer step `start` on."""
-        c, a = self.config, self.accelerator
-        order = EpochBatches(
-            len(self.task.dataset),
-            c.batch_size,
-            c.seed,
-            rank=a.process_index,
-            world=a.num_processes,
-            start=start * c.accumulate,
-            steps=c.steps * c.accumulate,
-            blocks=getattr(self.task.dataset, "lengths", None),
-        )
-        loader = DataLoader(
-            self.task.dataset,
-            batch_sampler=order,
-            num_workers=c.workers,
-            collate_fn=self.task.collate,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator().manual_seed(c.seed),  # leaves the global generator alone
-        )
-        return _plain_errors(loader)
-
-    def step(self, batches: Iterator[dict], step: int) -> None:
-        """One optimizer step: every micro-batch backward, then each module moves unless something is non-finite."""
-        c, values = self.config, []
-        for micro in range(c.accumulate):
-            batch = _to(next(batches), self.device)
-            torch.manual_seed(_mix(c.seed, step * c.accumulate + micro, self.accelerator.process_index))
-            values += self.backward(batch, step, last=micro == c.accumulate - 1)
-        modules = self.trained.modules.items()
-        norms = {f"{n}_grad_norm": self.clip(m) for n, m in modules}
-        values.append(norms)
-        if self.all_finite(values):
-            self.skipped = 0
-            self.note(values)
-            self.update(step)
-        else:
-            self.skipped, self.skipped_since_log = self.skipped + 1, self.skipped_since_log + 1
-        for optimizer in self.trained.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        if self.skipped >= c.max_skipped:
-            raise UserError(
-                f"{self.skipped} steps in a row had a non-finite loss or gradient, the last at step {step}; the weights"
-                " are those from before. Lower train.optimizer.lr, or set train.precision='no'"
-            )
-
-    def backward(self, batch: dict, step: int, last: bool) -> list[dict[str, Tensor]]:
-        """Gradients of one micro-batch, synced between processes at the `last`; returns what to log, on the device."""
-        noted = []
-        with ExitStack() as stack:
-            for module in self.wrapped.values() if not last else ():
-                stack.enter_context(self.accelerator.no_sync(module))
-            for name, loss, values in self.task.losses(self.wrapped, batch, step):
-                self.accelerator.backward(loss / self.config.accumulate)
-                noted.append({f"{name}_loss": loss} | values)
-        return [{k: torch.as_tensor(v, device=self.device).detach().float() for k, v in d.items()} for d in noted]
-
-    def clip(self, module: nn.Module) -> Tensor:
-        """Scales the module's gradients to the largest norm allowed; returns their norm before, on the device (where
-        a module has no gradients yet, torch gives it on the CPU)."""
-        return nn.utils.clip_grad_norm_(module.parameters(), self.config.clip).to(self.device)
-
-    def all_finite(self, values: list[dict[str, Tensor]]) -> bool:
-        """Whether all values are finite, in all processes: either all of them move or none."""
-        flags = [torch.isfinite(v) for table in values for k, v in table.items() if k.endswith(("_loss", "_norm"))]
-        flag = torch.stack(flags).all().float()
-        return float(self.accelerator.reduce(flag, "mean")) == 1.0
-
-    def update(self, step: int) -> None:
-        """Moves the weights and their averages."""
-        rate = self.config.optimizer.rate(step, self.config.steps)
-        for optimizer in self.trained.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = rate * optimizer.defaults["lr"]
-            optimizer.step()
-        self.task.after_step()
-        for name, average in self.trained.averages.items():
-            average.update(self.task.modules[name], step)
-        self.note([{"lr": torch.tensor(rate * self.config.optimizer.lr, device=self.device)}])
-
-    def note(self, values: list[dict[str, Tensor]]) -> None:
-        """Keeps values for the next log line, which shows their mean; they stay on the device until then."""
-        for table in values:
-            for name, value in table.items():
-                self.sums.setdefault(name, []).append(value)
-
-    def log(self, done: int) -> str:
-        """Writes the means since the last call to metrics.jsonl and the trackers; returns the losses in words."""
-        means: dict[str, float] = {}
-        if self.sums:
-            stacked = torch.stack([torch.stack(values).mean() for values in self.sums.values()])
-            means = dict(zip(self.sums, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
-        self.write(done, means | {"skipped": self.skipped_since_log})
-        self.sums, self.skipped_since_log = {}, 0
-        return " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("_loss"))
-
-    def write(self, done: int, values: dict[str, float]) -> None:
-        """Appends one line to metrics.jsonl and tells the trackers."""
-        if self.main:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": done} | values) + "\n")
-        self.accelerator.log(values, step=done)
-
-    def averaged(self) -> ExitStack:
-        """A context in which every module carries its averaged weights and is in evaluation mode, with a fixed
-        random state (that of the training needs no keeping: every step seeds its own)."""
-        stack = ExitStack()
-        stack.enter_context(torch.no_grad())
-        for name, module in self.task.modules.items():
-            stack.enter_context(self.trained.averages[name].swapped(module))
-            stack.callback(module.train)
-            module.eval()
-        torch.manual_seed(self.config.seed)
-        return stack
-
-    def validate(self, done: int) -> None:
-        """Logs the task's numbers on held-out data."""
-        if self.main:
-            with self.averaged():
-                values = {f"val/{name}": value for name, value in self.task.validate(self.device).items()}
-            self.write(done, values)
-            self.say(f"step {done}: " + ", ".join(f"{n[4:]} {v:.4g}" for n, v in values.items()))
-        self.accelerator.wait_for_everyone()
-
-    def preview(self, done: int) -> None:
-        """Saves the task's picture as previews/step-N.png."""
-        if self.main:
-            with self.averaged():
-                image = self.task.preview(self.device)
-            if image is not None:
-                (self.out / "previews").mkdir(exist_ok=True)
-                image.save(self.out / "previews" / f"step-{done:08d}.png")
-        self.accelerator.wait_for_everyone()
-
-    def exported(self) -> bool:
-        """Whether the run folder holds the model that its newest checkpoint holds."""
-        return weights.is_finished(self.out, run_state.checkpoints(self.out)[-1])
-
-    def export(self) -> None:
-        """The task's loadable folder in the run folder, from the averaged weights at the end of the training."""
-        if self.main:
-            with self.averaged():
-                self.task.export(self.out, self.device, final=True)
-        self.accelerator.wait_for_everyone()
-
-    def save(self, done: int) -> None:
-        """A checkpoint: the loadable folder, and `state/` with all that resuming needs."""
-        if self.main:
-            with run_state.new_checkpoint(self.out, done, self.config.keep) as folder:
-                with self.averaged():
-                    self.task.export(folder, self.device, final=False)
-                run_state.write_state(folder / "state", self.trained, {"step": done, "skipped": self.skipped})
-        self.accelerator.wait_for_everyone()
-
-
-def _optimizers(name: str, module: nn.Module, o: OptimizerConfig) -> dict[str, torch.optim.Optimizer]:
-    """One under the module's name, and with `muon_lr` another for its hidden layers."""
-    hidden = hidden_weights(module) if o.muon_lr else []
-    apart = set(hidden)
-    rest = [p for p in module.parameters() if p.requires_grad and p not in apart]
-    found: dict[str, torch.optim.Optimizer] = {}
-    if rest:
-        found[name] = torch.optim.AdamW(rest, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
-    if hidden:
-        found[f"{name}-muon"] = Muon(hidden, lr=o.muon_lr, weight_decay=o.weight_decay)
-    return found
-
-
-def _plain_errors(loader: DataLoader) -> Iterator[dict]:
-    """The loader's batches; a UserError of a loading process comes without that process's traceback in its text."""
-    try:
-        yield from loader
-    except UserError as error:
-        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
-
-
-def _mix(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _to(batch: dict, device: torch.device) -> dict:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

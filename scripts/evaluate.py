@@ -14,8 +14,14 @@ from pathlib import Path
 from ldm.cli import argument_parser, run_script
 from ldm.config import UserError
 
+# Which modes use an option, where not all do.
+USED = dict.fromkeys(("data", "data_path", "split", "num"), ("model", "autoencoder"))
+USED |= dict.fromkeys(("guidance", "guidance_rescale", "steps", "sampler", "train_num", "baseline"), ("model",))
+USED |= {"judge": ("model", "images"), "size": ("autoencoder", "images"), "perceptual": ("autoencoder",)}
+USED |= dict.fromkeys(("reference", "without_frechet"), ("images",))
 
-def parse_arguments() -> argparse.Namespace:
+
+def build_parser() -> argparse.ArgumentParser:
     """The command line; --help needs no heavy import."""
     parser = argument_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -49,14 +55,23 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--train-num", type=int, default=10_000, help="training pictures to look for copies among")
     parser.add_argument("--baseline", default="", metavar="DIR", help="an evaluation of another model to compare with")
-    parser.add_argument("--size", type=int, help="side in pixels that --images and --reference are resized to")
+    parser.add_argument(
+        "--size", type=int, help="side in pixels that pictures are resized to, with --images or --autoencoder"
+    )
     parser.add_argument("--without-frechet", action="store_true", help="where there are too few --images for it")
     parser.add_argument("--perceptual", default="effnet-lite0", help="effnet-lite0, lpips-vgg or lpips-alex, for VAEs")
     parser.add_argument("--seed", type=int, default=0, help="picks the captions; picture i has seed + i")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--device", default="", help="default: cuda where there is one, else cpu")
-    return parser.parse_args()
+    return parser
+
+
+def refuse_unused(args: argparse.Namespace, mode: str) -> None:
+    """UserError for an option, given another value than its default, that means nothing with --`mode`."""
+    for name, value in vars(args).items():
+        if name in USED and mode not in USED[name] and value != build_parser().get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} has no meaning with --{mode}; leave it out")
 
 
 def parse_guidance(text: str) -> tuple[float, ...]:
@@ -103,6 +118,7 @@ def autoencoder(args: argparse.Namespace) -> list[str]:
         num=args.num,
         seed=args.seed,
         batch_size=args.batch_size,
+        size=args.size or 0,
         features=args.features,
         perceptual=args.perceptual,
     )
@@ -128,12 +144,14 @@ def folders(args: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Measures, writes the report and says where it is."""
-    args = parse_arguments()
+    args = build_parser().parse_args()
+    mode = "model" if args.model is not None else "autoencoder" if args.autoencoder is not None else "images"
+    refuse_unused(args, mode)
     if args.images and not args.reference:
         raise UserError("--images needs --reference DIR: pictures to hold them against")
     if not args.images and not args.data:
         raise UserError("--data is needed: shapes, emoji, folder or shards, whose held-out pictures are used")
-    for line in (model if args.model else autoencoder if args.autoencoder else folders)(args):
+    for line in {"model": model, "autoencoder": autoencoder, "images": folders}[mode](args):
         print(line)
     print(f"numbers in {args.out / 'metrics.json'}, report in {args.out / 'report.html'}")
 

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from ldm.data.emoji import Emoji
-from ldm.metrics.attributes import ATTRIBUTES, TONES, paired, typos
+from ldm.metrics.attributes import ATTRIBUTES, paired, typos
 
 TONE, GENDER, STYLE = ATTRIBUTES
+TONES = list(TONE.values)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,8 @@ TONE, GENDER, STYLE = ATTRIBUTES
         (GENDER, "a snowman, a merman and a postman", None),
         (STYLE, "a 3D emoji of a dog", "3D"),
         (STYLE, "a flat tyre, flat", "flat"),
+        (STYLE, "a house with a flat roof", None),
+        (GENDER, "female mechanic", "woman"),
         (STYLE, "a dog", None),
     ],
 )
@@ -30,10 +33,13 @@ def test_what_a_caption_names(attribute, caption, value):
 def test_exchanging_and_leaving_open():
     assert TONE.exchanged("a man with light skin tone, 3D", "medium") == "a man with medium skin tone, 3D"
     assert GENDER.exchanged("woman frowning, frowning woman", "man") == "man frowning, frowning man"
+    assert GENDER.exchanged("woman mechanic, female mechanic", "man") == "man mechanic, male mechanic"
+    assert STYLE.exchanged("a 3D emoji of a dog", "flat") == "a flat emoji of a dog"
     assert TONE.open("a man with light skin tone, 3D") == "a man, 3D"
     assert TONE.open("man frowning, light skin tone") == "man frowning"
-    assert TONE.open("a man") is None and GENDER.open("a man") is None
-    assert STYLE.open("a 3D emoji of a dog") == "a dog" and STYLE.open("dog, flat") == "dog"
+    assert TONE.open("a man") is None and TONE.open("dark skin tone hands") is None  # cannot be left out so
+    assert GENDER.open("a woman with light skin tone") == "a person with light skin tone"
+    assert GENDER.open("woman mechanic, female mechanic") is None and STYLE.open("dog, flat") is None
 
 
 def test_every_tone_of_the_emoji_is_read_from_its_captions():
@@ -41,7 +47,9 @@ def test_every_tone_of_the_emoji_is_read_from_its_captions():
     assert len(records) > 300
     for record in records:
         assert {TONE.named(caption) for caption in record["captions"]} == {record["skin_tone"]}
-        assert all("skin tone" not in TONE.open(caption) for caption in record["captions"])
+        opened = [TONE.open(caption) for caption in record["captions"]]
+        assert not any(caption and "skin tone" in caption for caption in opened)
+        assert any(opened)
 
 
 def test_paired_counts_the_wrong_values_that_lose():

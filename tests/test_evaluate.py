@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from ldm.metrics import (
     retrieval,
     ssim,
 )
-from ldm.metrics.attributes import ATTRIBUTES, TONES
+from ldm.metrics.attributes import ATTRIBUTES
 from ldm.metrics.compositional import TASKS, breakdown, check, score
 from ldm.metrics.diversity import nearest
 from ldm.metrics.features import FeatureExtractor
@@ -43,7 +44,8 @@ from ldm.metrics.records import best_guidance, find
 from ldm.metrics.report import write_report
 from ldm.metrics.report_html import Gallery, Row
 from ldm.pipeline import Pipeline
-from ldm.tasks.evaluate import EvaluateConfig, evaluate, pose, sample_indices
+from ldm.tasks.evaluate import EvaluateConfig, evaluate, pose, sample_indices, trained_on
+from ldm.tasks.evaluate_baseline import against
 from ldm.tasks.evaluate_measure import reconstruct
 from ldm.tasks.evaluate_pictures import _runs
 from ldm.tokenizer import Tokenizer
@@ -86,16 +88,14 @@ def stub_extractor() -> FeatureExtractor:
     return FeatureExtractor("stub", "5" * 64, 32, network, resized(32, torch.zeros(3), torch.ones(3)))
 
 
-class KnowsAll(ImageTextModel):
+class KnowsAll:
     """A judge that has seen every held-out picture beside its captions: the embedding of a caption is that of its
     picture."""
 
     def __init__(self) -> None:
-        super().__init__("knows-all", nn.Identity(), 32)
-        dataset = Shapes(32, "test")
-        chosen = sample_indices(len(dataset), 40, 0)
-        self.known = {caption: i for i in chosen for caption in dataset.captions(i)}
-        self.dataset = dataset
+        self.dataset = Shapes(32, "test")
+        chosen = sample_indices(len(self.dataset), 40, 0)
+        self.known = {caption: i for i in chosen for caption in self.dataset.captions(i)}
 
     def images(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.normalize(nn.functional.adaptive_avg_pool2d(x, 8).flatten(1) - 0.8, dim=1)
@@ -106,8 +106,12 @@ class KnowsAll(ImageTextModel):
         return self.images(torch.stack([get(caption) for caption in captions]) / 127.5 - 1)
 
 
+def as_judge(name: str, stub: Any, size: int) -> ImageTextModel:
+    return ImageTextModel(name, nn.Identity(), size, stub.images, stub.texts)
+
+
 def opened(name: str) -> ImageTextModel:
-    return KnowsAll() if name == "knows-all" else judges.image_text_model(name)
+    return as_judge(name, KnowsAll(), 32) if name == "knows-all" else judges.image_text_model(name)
 
 
 @pytest.fixture(scope="module")
@@ -185,20 +189,20 @@ def test_pictures_are_kept_with_their_captions(done):
     for name, count in (("pictures", N), ("cases", 2 * len(TASKS))):
         for guidance in ("g1", "g2"):
             folder = done / name / guidance
-            lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+            lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
             assert [line["file_name"] for line in lines] == sorted(p.name for p in folder.glob("*.png"))
             assert len(lines) == count
             with Image.open(folder / lines[3]["file_name"]) as image:
                 assert image.size == (32, 32) and image.text["prompt"] == lines[3]["text"]
                 assert (image.text["seed"], image.text["guidance"]) == ("3", f"{float(guidance[1:])}")
     dataset = Shapes(32, "test")
-    texts = [json.loads(line)["text"] for line in (done / "pictures/g1/captions.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in (done / "pictures/g1/metadata.jsonl").read_text().splitlines()]
     indices = sample_indices(len(dataset), N, 0)
     assert all(text in dataset.captions(i) for text, i in zip(texts, indices, strict=True))
 
 
 def test_a_kept_picture_is_the_pipelines(done, model):
-    lines = (done / "pictures/g2/captions.jsonl").read_text().splitlines()
+    lines = (done / "pictures/g2/metadata.jsonl").read_text().splitlines()
     caption = json.loads(lines[5])["text"]
     (want,) = Pipeline.from_pretrained(model)(
         caption, guidance=2.0, guidance_rescale=0.5, steps=2, sampler="ddim", seed=5
@@ -232,7 +236,7 @@ def test_every_number_is_what_the_kept_pictures_give(done, model):
 
 def test_every_alignment_is_what_the_kept_pictures_give(done):
     judge, real = KnowsAll(), real_pictures()
-    captions = [json.loads(line)["text"] for line in (done / "pictures/g1/captions.jsonl").read_text().splitlines()]
+    captions = [json.loads(line)["text"] for line in (done / "pictures/g1/metadata.jsonl").read_text().splitlines()]
     texts, others = judge.texts(captions), judge.images(real)
     same = torch.tensor([[bool({*a} & {*b}) for b in captions_of(N)] for a in captions_of(N)])
     for of, guidance, x in (
@@ -249,7 +253,9 @@ def test_every_alignment_is_what_the_kept_pictures_give(done):
         assert (record["extractor"], record["n"]) == ("knows-all", N)
         for name, value in retrieval(images, texts, same=same).items():
             if "chance" not in name:
-                assert one(done, name, of, **where)["value"] == pytest.approx(value)
+                record = one(done, name, of, **where)
+                assert record["value"] == pytest.approx(value)
+                assert record["chance"] == pytest.approx(int(name[-1]) * same.double().sum(1).mean().item() / N)
         if of != "real held-out":
             assert one(done, "cmmd", of, **where)["value"] == pytest.approx(cmmd(images, others), abs=1e-4)
     best = best_guidance(results_of(done))
@@ -289,16 +295,20 @@ def test_other_distances_and_copies_are_what_the_kept_pictures_give(done):
 
 def test_wording_is_measured_against_the_same_caption_as_first_asked(done):
     judge, best = KnowsAll(), best_guidance(results_of(done))
-    texts = judge.texts([c["text"] for c in map(json.loads, (done / "pictures/g1/captions.jsonl").open())])
+    texts = judge.texts([c["text"] for c in map(json.loads, (done / "pictures/g1/metadata.jsonl").open())])
     plain = cosine(judge.images(tensor(arrays(done, "pictures", f"g{best:g}"))), texts)
     for kind in ("other wording", "upper case", "typos"):
         folder = f"wording/{kind.replace(' ', '-')}"
         changed = cosine(judge.images(tensor(arrays(done, folder, f"g{best:g}"))), texts)
         record = one(done, "clip_cosine_change", kind)
-        assert record["value"] == pytest.approx((changed - plain).mean().item(), abs=1e-5) and record["n"] == N
-        asked = [json.loads(line)["text"] for line in (done / folder / f"g{best:g}/captions.jsonl").open()]
-        if kind == "other wording":
-            assert all(caption in known for caption, known in zip(asked, captions_of(N), strict=True))
+        asked = [json.loads(line)["text"] for line in (done / folder / f"g{best:g}/metadata.jsonl").open()]
+        first = [c["text"] for c in map(json.loads, (done / "pictures/g1/metadata.jsonl").open())]
+        other = torch.tensor([a != b for a, b in zip(asked, first, strict=True)])
+        assert record["value"] == pytest.approx((changed - plain)[other].mean().item(), abs=1e-5)
+        assert record["n"] == int(other.sum()) > N // 2
+        for caption, known, before in zip(asked, captions_of(N), first, strict=True):
+            if kind == "other wording":  # which says neither more nor less
+                assert caption in known and ("small" in caption) == ("small" in before)
     first = Image.open(done / f"wording/typos/g{best:g}/00003.png")
     assert first.text["seed"] == "3"  # the same noise as the picture that it is held against
 
@@ -306,8 +316,10 @@ def test_wording_is_measured_against_the_same_caption_as_first_asked(done):
 def test_a_judge_that_knows_nothing_or_is_the_models_own_is_refused(done, model, tmp_path, monkeypatch):
     out = copy_of(done, tmp_path)
     monkeypatch.setattr(KnowsAll, "texts", lambda self, captions: torch.ones(len(captions), 192))
+    shutil.rmtree(out / "pictures")
     with pytest.raises(UserError, match="judge 'knows-all' finds the right one of 16 real pictures .* --judge none"):
         evaluate(config_for(model), out, "cpu")
+    assert not (out / "pictures").exists()  # refused before the long work
     text = Pipeline.from_pretrained(model).text_encoder.config
     vision = VisionConfig(image_size=32, patch_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     clip = CLIP(replace(text, projection_dim=512), vision)
@@ -316,7 +328,10 @@ def test_a_judge_that_knows_nothing_or_is_the_models_own_is_refused(done, model,
     Pipeline.from_pretrained(model).tokenizer.save_pretrained(tmp_path / "judge")
     with pytest.raises(UserError, match="would judge itself"):
         evaluate(config_for(model, judge=str(tmp_path)), out, "cpu")
-    assert opened(str(tmp_path)).name == f"judge:{tmp_path}"
+    with pytest.raises(UserError, match="would judge itself"):  # by transformers it is the same encoder
+        evaluate(config_for(model, judge=f"clip:{tmp_path / 'judge'}"), out, "cpu")
+    with pytest.raises(UserError, match="learned from the validation split"):
+        evaluate(config_for(model, judge=str(tmp_path), split="val"), tmp_path / "new", "cpu")
 
 
 def test_groups_that_captions_name_are_reported_apart(tmp_path):
@@ -326,8 +341,8 @@ def test_groups_that_captions_name_are_reported_apart(tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     config = config_for(tmp_path / "model", data="emoji", num=60, guidance=(1.0,), steps=1, judge="sees-dark")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldm.tasks.evaluate.image_text_model", lambda name: SeesDark())
-        patch.setattr("ldm.tasks.evaluate_measure.FAR", 0.0)
+        patch.setattr("ldm.tasks.evaluate.image_text_model", lambda name: as_judge(name, SeesDark(), 16))
+        patch.setattr("ldm.tasks.evaluate_measure.MOST", 0.0)
         evaluate(config, tmp_path / "out", "cpu")
     results, dataset = results_of(tmp_path / "out"), Emoji(16, "test")
     records = [dataset.records[i] for i in sample_indices(len(dataset), 60, 0)]
@@ -337,24 +352,22 @@ def test_groups_that_captions_name_are_reported_apart(tmp_path):
         assert mine[0]["n"] == sum(r["skin_tone"] == tone for r in records)
     (open_,) = [r for r in results if r["metric"] == "left_open" and r["attribute"] == "skin tone"]
     assert sum(open_["value"].values()) == pytest.approx(1)
-    prompts = [json.loads(line)["text"] for line in (tmp_path / "out/open/skin-tone/g1/captions.jsonl").open()]
+    prompts = [json.loads(line)["text"] for line in (tmp_path / "out/open/skin-tone/g1/metadata.jsonl").open()]
     assert len(prompts) == open_["n"] and not any("skin tone" in prompt for prompt in prompts)
     text = (tmp_path / "out/report.html").read_text()
     assert "<h2>Groups</h2>" in text and "<h2>No skin tone asked for</h2>" in text and not Tags(text).open
 
 
-class SeesDark(ImageTextModel):
+class SeesDark:
     """Embeds a picture by its brightness and a caption by the skin tone it names."""
-
-    def __init__(self) -> None:
-        super().__init__("sees-dark", nn.Identity(), 16)
 
     def images(self, x: torch.Tensor) -> torch.Tensor:
         angle = x.mean((1, 2, 3))
         return torch.stack([angle.cos(), angle.sin()], 1)
 
     def texts(self, captions: list[str]) -> torch.Tensor:
-        tones = [TONES.index(ATTRIBUTES[0].named(c)) if ATTRIBUTES[0].named(c) else 0 for c in captions]
+        order = list(ATTRIBUTES[0].values)
+        tones = [order.index(ATTRIBUTES[0].named(c)) if ATTRIBUTES[0].named(c) else 0 for c in captions]
         return self.images(torch.tensor(tones, dtype=torch.float32)[:, None, None, None] / -5)
 
 
@@ -419,7 +432,7 @@ def test_report_is_whole_and_loads_nothing(done):
     titles += ("Prompts", "Does it copy?", "Nearest to the training set", "Other wording", "What went wrong")
     assert all(f"<h2>{title}</h2>" in text for title in titles) and "<h2>Groups</h2>" not in text
     assert sum(tag == "svg" for tag, _ in tags.seen) == 4
-    first = json.loads((done / "pictures/g1/captions.jsonl").read_text().splitlines()[0])["text"]
+    first = json.loads((done / "pictures/g1/metadata.jsonl").read_text().splitlines()[0])["text"]
     assert first in text
 
 
@@ -467,12 +480,12 @@ def test_more_captions_and_another_guidance_add_to_what_is_there(done, model, tm
     out = copy_of(done, tmp_path)
     evaluate(config_for(model, num=N + 2, batch_size=5, judge="none"), out, "cpu")
     assert len(prompts_made) == 2 * 2 + 2  # the cases are the same 12; two by the untrained model
-    captions = (out / "pictures/g1/captions.jsonl").read_text()
-    assert captions.startswith((done / "pictures/g1/captions.jsonl").read_text())
+    captions = (out / "pictures/g1/metadata.jsonl").read_text()
+    assert captions.startswith((done / "pictures/g1/metadata.jsonl").read_text())
     prompts_made.clear()
     evaluate(config_for(model, guidance=(1.0, 3.0), features="none", judge="none"), out, "cpu")
     assert len(prompts_made) == N + 2 * len(TASKS)
-    assert (out / "pictures/g1/captions.jsonl").read_text() == captions
+    assert (out / "pictures/g1/metadata.jsonl").read_text() == captions
     assert not find(results_of(out), "frechet_distance", "samples")
 
 
@@ -520,6 +533,15 @@ def test_a_right_picture_counts_and_a_blank_one_is_reported(done, model, tmp_pat
     assert f"11 of {2 * len(TASKS)} pictures at guidance 2 do not show" in text
 
 
+def test_pictures_of_other_captions_are_not_taken_for_these(done, model, tmp_path, prompts_made):
+    out = copy_of(done, tmp_path)
+    file = out / "pictures/g2/metadata.jsonl"
+    file.write_text(file.read_text().replace('"text": "', '"text": "not ', 1))
+    with pytest.raises(UserError, match="g2' has pictures of other captions; delete that folder"):
+        evaluate(config_for(model), out, "cpu")
+    assert not prompts_made
+
+
 def test_a_damaged_picture_is_one_clear_line(done, model, tmp_path):
     out = copy_of(done, tmp_path)
     (out / "pictures/g1/00002.png").write_bytes(b"no png")
@@ -565,6 +587,9 @@ def test_the_script_says_the_headline(done, model, tmp_path, monkeypatch, capsys
         (["--guidance", "2,2.0"], "different"),
         (["--guidance-rescale", "1.5"], "in [0, 1]"),
         (["--batch-size", "0"], "1 or more"),
+        (["--seed", "-1"], "0 or more"),
+        (["--size", "64"], "no meaning with --model"),
+        (["--reference", "."], "no meaning with --model"),
         (["--steps", "0"], "steps"),
         (["--sampler", "magic"], "dpmpp_2m"),
         (["--data", "nothing"], "known: shapes"),
@@ -597,6 +622,25 @@ def test_fewer_are_the_beginning_of_more():
 def test_runs_have_no_gaps_and_are_not_too_long():
     assert list(_runs([0, 1, 2, 3, 7, 9, 10], 3)) == [[0, 1, 2], [3], [7], [9, 10]]
     assert list(_runs([], 3)) == []
+
+
+def test_numbers_of_groups_are_not_compared_with_each_other():
+    """Each group has records of the same metric, and its own n."""
+    base = {"of": "samples", "guidance": 1.0, "extractor": "net", "extractor_sha256": "5" * 64, "resize": "32 px"}
+    whole = {"metric": "clip_cosine", "value": 0.5, "n": 40, **base}
+    groups = [{"metric": "group_clip_cosine", "value": 0.5, "n": n, "group": str(n), **base} for n in (12, 20)]
+    blank = {"metric": "blank_pictures", "of": "samples", "value": 0, "n": 40, "guidance": 1.0}
+    found = against({"results": [whole, *groups, blank]}, [whole | {"value": 0.25}, *groups, blank], "other")
+    assert [(r["metric"], r["ours"], r["value"], r["ratio"]) for r in found] == [("clip_cosine", 0.25, 0.5, 0.5)]
+
+
+def test_the_data_are_those_that_the_models_run_was_trained_on(model, tmp_path):
+    assert trained_on(config_for(Path("shapes")), 32).length == 40_000
+    assert trained_on(config_for(model), 32).length is None
+    shutil.copytree(model, tmp_path / "run")
+    (tmp_path / "run/config.json").write_text('{"data": {"name": "folder", "seed": 3, "length": null}}')
+    assert trained_on(config_for(tmp_path / "run", data="folder", data_path="x"), 32).seed == 3
+    assert trained_on(config_for(tmp_path / "run"), 32).seed == 0  # other data
 
 
 def test_another_evaluation_is_compared_with_where_it_may_be(done, model, tmp_path, monkeypatch):

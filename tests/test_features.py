@@ -52,6 +52,7 @@ def test_pictures_are_resized_as_pillow_does():
 def test_judge_is_the_clip_of_the_folder(judge):
     model = image_text_model(str(judge))
     assert model.name == f"judge:{judge}" and len(model.sha256) == 64 and model.size == 16
+    assert model.learned_val and model.about["resize"] == "16 px, bicubic, antialiased"
     clip, tokenizer = CLIP.from_pretrained(judge / "judge"), Tokenizer.from_pretrained(judge / "judge")
     x = pictures(size=16)
     assert torch.allclose(model.images(x), clip.encode_image(x))
@@ -86,6 +87,22 @@ def test_clip_of_others_is_transformers_own(tmp_path):
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
     assert torch.allclose(image_text_model(f"clip:{tmp_path}").images(x), expected, atol=1e-5)
     assert torch.allclose(feature_extractor(f"clip:{tmp_path}")(x), expected, atol=1e-5)
+
+
+def test_missing_weights_are_not_drawn_anew_in_silence(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "layernorm.weight"}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="not all weights of a Dinov2Model: 'layernorm.weight' is missing"):
+        feature_extractor(f"dinov2:{tmp_path}")
+    save_file(tensors, tmp_path / "model.safetensors")
+    BitImageProcessor(size={"shortest_edge": 28}, crop_size=None, do_center_crop=False).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="names no square crop_size"):
+        feature_extractor(f"dinov2:{tmp_path}")
 
 
 def test_dinov2_is_transformers_own(tmp_path):

@@ -1,6 +1,8 @@
 """Distances between sets of pictures and their intervals, against torch-fidelity, torchmetrics, prdc, scipy, and closed
 forms."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from ldm.metrics import (
 )
 from ldm.metrics.diversity import nearest, neighbourhoods
 from ldm.metrics.intervals import kernel_interval, mean_interval, resampled_interval
-from ldm.metrics.records import alignment_records, picture_records, ratio
+from ldm.metrics.records import alignment_records, frechet_records, picture_records, ratio
 
 
 def normal(count: int, dimensions: int, seed: int, mean: float = 0.0, deviation: float = 1.0) -> torch.Tensor:
@@ -169,7 +171,7 @@ def test_intervals_of_distances_hold_the_spread_over_new_samples():
         if kind:
             low, high = kernel_interval(x, y, kind, value)
         else:
-            low, high = resampled_interval(lambda i, x=x, y=y: frechet_distance(x[i], y[i]), 150, value)
+            low, high = resampled_interval(frechet_distance, x, y, value)
         spread = np.quantile([distance(a, b) for a, b in new], [0.025, 0.975])
         assert low < value < high
         assert 0.6 < (high - low) / (spread[1] - spread[0]) < 1.7
@@ -178,17 +180,19 @@ def test_intervals_of_distances_hold_the_spread_over_new_samples():
 def test_records_say_what_they_are_of_and_unlike_ones_are_not_compared():
     x, y = normal(300, 6, 0), normal(300, 6, 1)
     about = {"extractor": "net", "extractor_sha256": "5" * 64, "resize": "32 px, bicubic"}
-    found = {r["metric"]: r for r in picture_records(x, y, "samples", about)}
+    both = lambda a, b: [*frechet_records(a, b, "samples", about), *picture_records(a, b, "samples", about)]  # noqa: E731
+    found = {r["metric"]: r for r in both(x, y)}
     assert found["frechet_distance"]["value"] == frechet_distance(x, y) and not found["frechet_distance"]["biased"]
     assert found["frechet_distance_infinite"]["value"] == frechet_distance_infinite(x, y)
     assert {"kernel_distance", "precision", "recall", "density", "coverage"} <= found.keys()
     assert all(r["n"] == 300 and r["extractor"] == "net" and r["of"] == "samples" for r in found.values())
-    few = {r["metric"]: r for r in picture_records(x[:11], y[:11], "samples", about)}
+    few = {r["metric"]: r for r in both(x[:11], y[:11])}
     assert (
         few["frechet_distance_infinite"]["value"] is None and "12 pictures" in few["frechet_distance_infinite"]["note"]
     )
     a = found["frechet_distance"]
     assert ratio(a, a | {"of": "real train", "value": 2 * a["value"]}) == 0.5
+    assert math.isnan(ratio(a, a | {"value": -0.1}))  # a kernel distance may be below 0
     for key, value in (("n", 299), ("extractor", "other"), ("resize", "64 px"), ("extractor_sha256", "6" * 64)):
         with pytest.raises(UserError, match=f"do not compare: {key} "):
             ratio(a, a | {key: value})

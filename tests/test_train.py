@@ -130,7 +130,10 @@ def test_gives_up_after_many_non_finite_steps_with_the_last_good_checkpoint(tmp_
     with pytest.raises(UserError, match="3 steps in a row had a non-finite loss"):
         train(toy, replace(CONFIG, steps=20, max_skipped=3), tmp_path, {})
     assert all(value.isfinite().all() for value in state_of(tmp_path, 6).values())
-    assert read_json(tmp_path / "checkpoints" / "step-00000006" / "state" / "state.json") == {"step": 6, "skipped": 2}
+    assert read_json(tmp_path / "checkpoints" / "step-00000006" / "state" / "state.json")["skipped"] == 2
+    (kept,) = tmp_path.glob("non-finite-step-*.pt")
+    (batch,) = torch.load(kept, weights_only=True)
+    assert kept.name == "non-finite-step-00000006-process-0.pt" and len(batch["x"]) == CONFIG.batch_size
 
 
 def test_accumulating_halves_is_one_whole_batch(tmp_path):
@@ -165,11 +168,13 @@ def test_a_checkpoint_that_was_broken_off_is_never_seen(tmp_path):
 
 def test_the_same_command_again_says_that_the_run_is_finished(tmp_path, capsys):
     train(tiny.Toy(), CONFIG, tmp_path, {})
-    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    files = [file for file in tmp_path.rglob("*") if file.name != ".lock"]
+    before = {file: file.stat().st_mtime_ns for file in files}
     again = tiny.Toy()
     train(again, CONFIG, tmp_path, {})
     assert "is finished at step 6" in capsys.readouterr().out
-    assert again.exports == 0 and before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    assert again.exports == 0 and before == {file: file.stat().st_mtime_ns for file in files}
+    assert len(list(tmp_path.rglob("*"))) == len(files) + 1
 
 
 def test_more_steps_go_on_and_name_what_changed(tmp_path):

@@ -59,6 +59,18 @@ def read_image(source: str | Path | bytes, size: int, limit: int = LIMIT, name: 
     return torch.from_numpy(rearrange(np.array(picture), "h w c -> c h w").copy())
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture as its header says; ImageError where it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                return image.size
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"image {str(path)!r} cannot be read: {reason}") from None
+
+
 def _check_size(image: Image.Image, limit: int) -> None:
     width, height = image.size
     if width * height > limit:

@@ -11,44 +11,61 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Attribute:
-    """Values that exclude each other, and how a caption names one: `pattern` with {} for the value."""
+    """Values that exclude each other: `values` are the words for each, as many for one as for another. `where` is a
+    regular expression of how a caption names one, with {} for the word. `left_out` matches what names any value, in
+    captions that still say something without it, and `neutral` takes its place; None: it cannot be left out."""
 
     name: str
-    values: tuple[str, ...]
-    pattern: str
-    without: str = ""  # regular expression of what to leave out, so that the caption names none
+    values: dict[str, tuple[str, ...]]
+    where: str
+    left_out: str | None = None
+    neutral: str = ""
 
     def named(self, caption: str) -> str | None:
         """The one value that a caption names; None for none and for several."""
-        values = "|".join(re.escape(v) for v in sorted(self.values, key=len, reverse=True))
-        found = set(re.findall(rf"(?<![\w-])({values}){re.escape(self.pattern[2:])}(?![\w-])", caption))
-        return found.pop() if len(found) == 1 else None
+        found = [v for v, words in self.values.items() if any(self._regex(w).search(caption) for w in words)]
+        return found[0] if len(found) == 1 else None
 
     def exchanged(self, caption: str, value: str) -> str:
         """The caption with another value in place of its own, wherever that is named."""
-        own = re.escape(self.named(caption) or "") + re.escape(self.pattern[2:])
-        return re.sub(rf"(?<![\w-]){own}(?![\w-])", self.pattern.format(value), caption)
+        own = self.named(caption)
+        for word, other in zip(self.values[own] if own else (), self.values[value], strict=False):
+            caption = self._regex(word).sub(lambda m, w=word, o=other: m.group().replace(w, o), caption)
+        return caption
 
     def open(self, caption: str) -> str | None:
-        """The caption without the attribute; None where that cannot be said."""
-        return re.sub(self.without, "", caption) if self.without and self.named(caption) else None
+        """The caption without the attribute; None where it names none, or cannot be said so."""
+        if self.left_out is None or self.named(caption) is None:
+            return None
+        result = re.sub(self.left_out, self.neutral, caption)
+        names = any(self._regex(word).search(result) for words in self.values.values() for word in words)
+        return None if names or result == caption else result
+
+    def _regex(self, word: str) -> re.Pattern:
+        return re.compile(self.where.replace("{}", re.escape(word)))
 
 
+_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 ATTRIBUTES = (
     Attribute(
         name="skin tone",
-        values=TONES,
-        pattern="{} skin tone",
-        without=r"( with|,| and) (light|medium-light|medium|medium-dark|dark) skin tone",
+        values={tone: (tone,) for tone in _TONES},
+        where=r"(?<![\w-]){} skin tone(?![\w-])",
+        left_out=rf"(?: with|,| and) (?:{'|'.join(_TONES)}) skin tone(?![\w-])",
     ),
-    Attribute(name="gender", values=("man", "woman"), pattern="{}"),
     Attribute(
-        name="style", values=("3D", "flat"), pattern="{}", without=r", (3D|flat)$|^(a )?(3D|flat) (emoji|icon) of "
+        name="gender",
+        values={"man": ("man", "male"), "woman": ("woman", "female")},
+        where=r"(?<![\w-]){}(?![\w-])",
+        left_out=r"(?<![\w-])(?:man|woman)(?![\w-])",
+        neutral="person",
+    ),
+    # as captions of icons say it; a flat roof has no style
+    Attribute(
+        name="style", values={"3D": ("3D",), "flat": ("flat",)}, where=r", {}$|(?<![\w-]){} (?=(?:emoji|icon) of )"
     ),
 )
 
@@ -80,7 +97,6 @@ def typos(caption: str, seed: int) -> str:
         return caption
     place = rng.choice(long)
     word = words[place]
-    swaps = [i for i in range(len(word) - 1) if word[i] != word[i + 1]]
-    i = rng.choice(swaps)
+    i = rng.choice([i for i in range(len(word) - 1) if word[i] != word[i + 1]])
     words[place] = word[:i] + word[i + 1] + word[i] + word[i + 2 :]
     return " ".join(words)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ldm.config import UserError
 from ldm.data import to_uint8
-from ldm.metrics.judges import image_text_model, pretrained
-from ldm.metrics.preprocess import RESIZE, resized, to_unit_range
+from ldm.metrics.judges import image_text_model, preparation, pretrained, pretrained_network
+from ldm.metrics.preprocess import RESIZE, resized
 from ldm.perceptual import EFFNET_MEAN, EFFNET_STD, effnet_lite0_file, effnet_lite0_network, effnet_lite0_stages
 from ldm.weights import module_hash
 
@@ -34,8 +34,8 @@ class FeatureExtractor(nn.Module):
     """Pictures -> features by a frozen network, always in eval mode.
 
     Carries what a number must be printed with: `name`, `sha256` of the weights, `size` in pixels that pictures are
-    resized to, and the `resize` filter. `prepare` makes the network's input of pictures in [-1, 1]; `classifier` the
-    logits of the features, where the network knows classes.
+    resized to, and the `resize` filter. `prepare` makes the network's input of pictures in [-1, 1], `read` the features
+    of what it gives, `classifier` the logits of the features, where the network knows classes.
     """
 
     def __init__(
@@ -47,10 +47,11 @@ class FeatureExtractor(nn.Module):
         prepare: Callable[[Tensor], Tensor],
         resize: str = RESIZE,
         classifier: nn.Module | None = None,
+        read: Callable[[Any], Tensor] = lambda found: found,
     ) -> None:
         super().__init__()
         self.name, self.sha256, self.size, self.resize = name, sha256, size, resize
-        self.network, self.prepare, self.classifier = network, prepare, classifier
+        self.network, self.prepare, self.classifier, self.read = network, prepare, classifier, read
         self.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
@@ -64,7 +65,7 @@ class FeatureExtractor(nn.Module):
             raise ValueError(f"pictures must be (B, 3, H, W), not {tuple(x.shape)}")
         if not x.is_floating_point() or x.abs().amax() > 1.001:
             raise ValueError(f"pictures must be floats in [-1, 1], not {x.dtype} up to {float(x.abs().amax()):.3g}")
-        return self.network(self.prepare(x.float())).float()
+        return self.read(self.network(self.prepare(x.float()))).float()
 
     @torch.no_grad()
     def probabilities(self, features: Tensor) -> Tensor | None:
@@ -110,7 +111,7 @@ def _inception(where: str) -> FeatureExtractor:
     classes = nn.Linear(2048, 1008, bias=False)  # without the bias, as the Inception Score is usually computed
     classes.weight = nn.Parameter(net.fc.weight.detach().clone())
     resize = "bilinear as in TensorFlow 1, not antialiased"
-    return FeatureExtractor("inception", sha256, 299, First(net), to_uint8, resize, classes)
+    return FeatureExtractor("inception", sha256, 299, net, to_uint8, resize, classes, read=lambda found: found[0])
 
 
 def _inception_file(where: str) -> Path:
@@ -131,11 +132,10 @@ def _dinov2(where: str) -> FeatureExtractor:
     """The final CLS token of DINOv2 (Oquab et al. 2023)."""
     from transformers import AutoImageProcessor, Dinov2Model
 
-    model: Any = pretrained(Dinov2Model, where, "dinov2")
-    pixels: Any = pretrained(AutoImageProcessor, where, "dinov2")
-    size = pixels.crop_size["height"]
-    prepare = resized(size, *to_unit_range(pixels.image_mean, pixels.image_std))
-    return FeatureExtractor(f"dinov2:{where}", module_hash(model), size, Pooled(model), prepare)
+    model = pretrained_network(Dinov2Model, where, "dinov2")
+    size, prepare = preparation(pretrained(AutoImageProcessor, where, "dinov2"), where)
+    sha256 = module_hash(model)
+    return FeatureExtractor(f"dinov2:{where}", sha256, size, model, prepare, read=lambda found: found.pooler_output)
 
 
 def _tower(kind: str) -> Callable[[str], FeatureExtractor]:
@@ -143,38 +143,9 @@ def _tower(kind: str) -> Callable[[str], FeatureExtractor]:
 
     def build(where: str) -> FeatureExtractor:
         model = image_text_model(f"{kind}:{where}")
-        prepare = resized(model.size, torch.zeros(3), torch.ones(3))
-        return FeatureExtractor(model.name, model.sha256, model.size, Images(model), prepare)
+        return FeatureExtractor(model.name, model.sha256, model.size, model, lambda x: x)
 
     return build
-
-
-class First(nn.Module):
-    """The first of what a network gives."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.inner = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D)."""
-        return self.inner(x)[0]
-
-
-class Pooled(First):
-    """The pooled output of a transformers vision model."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D)."""
-        return self.inner(x).pooler_output
-
-
-class Images(First):
-    """The image embeddings of an image-text model."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D)."""
-        return self.inner.images(x)
 
 
 EXTRACTORS: dict[str, Callable[[str], FeatureExtractor]] = {

@@ -16,7 +16,7 @@ from ldm.metrics.kernel import cmmd, kernel_distance
 
 Record = dict[str, Any]
 # What two numbers must share to be compared; a key that neither has does not matter.
-DEPENDS = ("metric", "extractor", "extractor_sha256", "resize", "n", "data_sha256", "split", "size")
+DEPENDS = ("metric", "extractor", "extractor_sha256", "resize", "n", "k", "subset_size")
 NEIGHBOURS = 5
 SUBSET = 1000  # of the kernel distance; half of the pictures where there are fewer than twice as many
 
@@ -28,35 +28,36 @@ def find(results: Sequence[Record], metric: str, of: str, **where: Any) -> list[
 
 
 def best_guidance(results: Sequence[Record]) -> float:
-    """The guidance of the highest compositional score; without one, of the lowest Frechet distance."""
+    """The guidance of the highest compositional score; without one, of the lowest Frechet distance; without that, of
+    the highest cosine with the captions; else of the fewest blank pictures."""
     ranked = [(-r["value"]["mean"]["all"], r["guidance"]) for r in find(results, "compositional_score", "samples")]
-    ranked = ranked or [(r["value"], r["guidance"]) for r in find(results, "frechet_distance", "samples")]
-    ranked = ranked or [(r["value"], r["guidance"]) for r in find(results, "blank_pictures", "samples")]
+    for metric, sign in (("frechet_distance", 1), ("clip_cosine", -1), ("blank_pictures", 1)):
+        ranked = ranked or [(sign * r["value"], r["guidance"]) for r in find(results, metric, "samples")]
     return min(ranked)[1]
 
 
 def ratio(a: Record, b: Record) -> float:
-    """a's value over b's; UserError, with the reason, for numbers that do not compare."""
+    """a's value over b's, nan where b's is not above 0; UserError, with the reason, for numbers that do not compare."""
     for key in DEPENDS:
         if a.get(key) != b.get(key):
             raise UserError(
                 f"{a['metric']} of {a['of']} and of {b['of']} do not compare: {key} {a.get(key)} and {b.get(key)};"
                 " measure both with the same pictures' number, network and resize"
             )
-    return a["value"] / b["value"] if b["value"] else math.inf
+    return a["value"] / b["value"] if b["value"] > 0 else math.nan
 
 
-def picture_records(fake: Tensor, real: Tensor, of: str, about: Record, seed: int = 0) -> Iterator[Record]:
-    """Distances and neighbourhoods of features `fake` (N, D) against `real` (M, D), with 95% intervals.
+def frechet_records(fake: Tensor, real: Tensor, of: str, about: Record, seed: int = 0) -> Iterator[Record]:
+    """The Frechet distance of features `fake` (N, D) and `real` (M, D), with its 95% interval, and as N grows.
 
-    A Frechet distance is `biased` where rows are no more than dimensions: the covariance is then singular and the
+    It is `biased` where rows are no more than dimensions: the covariance is then singular and the
     distance far too large, and only against another of the same N does it say anything. One extrapolated to N ->
     infinity has no value, and a `note`, for fewer rows than twice the dimensions.
     """
     n, dimensions = min(len(fake), len(real)), fake.shape[1]
     base = {"of": of, "n": n, "against": "real held-out", **about}
     value = frechet_distance(fake, real)
-    spread = resampled_interval(lambda i: frechet_distance(fake[i], real[i]), n, value, seed)
+    spread = resampled_interval(frechet_distance, fake, real, value, seed)
     size = {"dimensions": dimensions, "biased": n <= dimensions}
     yield {"metric": "frechet_distance", "value": value, "interval": spread, **base, **size}
     if n >= 2 * dimensions:
@@ -64,6 +65,13 @@ def picture_records(fake: Tensor, real: Tensor, of: str, about: Record, seed: in
     else:
         note = f"needs {2 * dimensions} pictures, twice the features"
         yield {"metric": "frechet_distance_infinite", "value": None, "note": note, **base}
+
+
+def picture_records(fake: Tensor, real: Tensor, of: str, about: Record, seed: int = 0) -> Iterator[Record]:
+    """Kernel distance and neighbourhoods of features `fake` (N, D) against `real` (M, D), with 95% intervals; those of
+    neighbourhoods hold the balls as they are."""
+    n = min(len(fake), len(real))
+    base = {"of": of, "n": n, "against": "real held-out", **about}
     subset = min(SUBSET, n // 2)
     value, deviation = kernel_distance(fake, real, subset_size=subset, seed=seed)
     spread = kernel_interval(fake[:n], real[:n], "kid", value, seed)
@@ -94,8 +102,9 @@ def alignment_records(
     score = cosines.clamp_min(0)
     for name, weight in (("clip_score_100", 100), ("clip_score", 2.5)):
         yield {"metric": name, "value": weight * float(score.mean()), "weight": weight, **base}
+    right = float(same.double().sum(1).mean())  # partners a picture
     for name, hits in retrieval_hits(images, texts, (1, 5), same).items():
-        chance = min(int(name[-1]) / len(images), 1.0)
+        chance = min(int(name[-1]) * right / len(images), 1.0)
         spread = mean_interval(hits, seed)
         yield {"metric": name, "value": float(hits.mean()), "interval": spread, "chance": chance, **base}
 

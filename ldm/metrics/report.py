@@ -99,10 +99,10 @@ def _overview(settings: dict, results: Sequence[Record]) -> str:
         return ""
     head = ["", f"samples at {best:g}", "real", "reconstructions", "untrained", "captions shuffled", "better"]
     text = (
-        "With 95% intervals (bootstrap over captions; of distances only the spread, at this N). Real is what the best"
-        " model would get: training pictures against held-out ones for distances, held-out pictures themselves where"
-        " captions are asked for. Untrained: the same network with random weights. Shuffled: samples with the captions"
-        " of others."
+        "With 95% intervals (bootstrap over pictures; of distances only the spread, at this N; of neighbourhoods with"
+        " the balls as they are). Real: for distances training pictures, which may have other subjects, against"
+        " held-out ones; where captions are asked for the held-out pictures themselves. Untrained: the same network"
+        " with random weights. Shuffled: samples with the captions of others. The guidance is chosen on these captions."
     )
     return f"<h2>Between floor and ceiling</h2><p>{text}</p>{table(head, rows)}{_caution(results)}"
 
@@ -116,7 +116,8 @@ def _against(settings: dict, results: Sequence[Record]) -> str:
     for metric, name, factor, better, _ in ROWS:
         if metric in others:
             r = others[metric]
-            rows.append([name, short(factor * r["ours"]), number(r, factor, False), f"{r['ratio']:.3f}", better])
+            times = "-" if r["ratio"] is None else f"{r['ratio']:.3f}"
+            rows.append([name, short(factor * r["ours"]), number(r, factor, False), times, better])
     other = next(iter(others.values()))
     text = f"Each at its own best guidance, the other's is {other['guidance']:g}; the same captions, networks and N."
     shown = table(["", "this model", f"{other['model']}", "ratio", "better"], rows)
@@ -219,6 +220,8 @@ def _tasks(settings: dict, results: Sequence[Record]) -> str:
     low, high = (percent(bound) for bound in chosen["interval"])
     text += f" All at each guidance, then seen and held-out compositions at guidance {best:g}, whose mean has the 95%"
     text += f" interval {low} to {high}."
+    for r in find(results, "compositional_score", "samples, shuffled captions", guidance=best):
+        text += f" Held against the caption of another case, {percent(r['value']['mean']['all'])} would be right."
     return f"<h2>What the captions ask for</h2><p>{text}</p>{table(head, rows, best=len(rows) - 1)}"
 
 

@@ -40,14 +40,18 @@ def _numbers(results: Sequence[Record]) -> str:
     for metric, (name, factor) in NAMES.items():
         for r in find(results, metric, "reconstructions"):
             about = r.get("network") or r.get("extractor") or ""
-            named = "LPIPS" if about.startswith("lpips") else "FID" if about == "inception" and "Fr" in name else name
-            rows.append([named, number(r, factor), str(r["n"]), about])
+            name = "LPIPS" if about.startswith("lpips") else name
+            name = name.replace("Frechet distance", "rFID") if about == "inception" else name
+            rows.append([name, number(r, factor), str(r["n"]), about])
     (bound,) = find(results, "bits_per_dimension", "reconstructions")
     text = (
         "Held-out pictures through the autoencoder and back, from the mean of the latent, against themselves; 95%"
         f" intervals. Bits a dimension bound the code length from above: {bound['assumes']} ({bound['scale']:.4f})."
         " Only Inception features give an rFID; a Frechet distance compares at the same N, network and resize alone."
     )
+    for r in find(results, "frechet_distance", "reconstructions"):
+        if r["biased"]:
+            text += f" N = {r['n']} is no more than the {r['dimensions']} features, so its bias is large."
     return f"<h2>Reconstruction</h2><p>{escape(text)}</p>{table(['', 'value', 'N', 'network'], rows)}"
 
 
@@ -74,7 +78,7 @@ def _rates(results: Sequence[Record]) -> str:
             lines.append(Line(name=name, points=[(math.log2(size), level) for size, level in points], dots=False))
     own = [(name, points[0]) for name, points in record["value"].items() if len(points) == 1]
     points, marks = [(math.log2(size), level) for _, (size, level) in own], [name for name, _ in own]
-    lines.append(Line(name="this autoencoder", points=points, marks=marks))
+    lines.append(Line(name="this autoencoder", points=points, marks=marks, joined=False))
     drawing = plot("PSNR in dB against bytes a picture: upper left is better", "log2 of bytes", lines, zero=False)
     text = (
         f"{record['n']} pictures. The latent as it is stored in 8 bits a value, and at the rate of its KL, which"
@@ -97,9 +101,10 @@ def _representation(results: Sequence[Record]) -> str:
         rows.append([*row, *(f"{s['value']:.3f}" for s in scores), str(r["n"])])
     head = ["label", "classes", "linear probe", "chance", "homogeneity", "completeness", "V", "N"]
     text = "What can be read from the latents by a line, and which labels k-means finds in them alone."
-    whole = [f"{r['metric']} {r['value']:.3f}" for r in results if r["metric"] in DISENTANGLED and r.get("factors")]
+    found = [r for r in results if r["metric"] in DISENTANGLED]
+    whole = [f"{r['metric'].replace('_', ' ').replace('dci', 'DCI')} {r['value']:.3f}" for r in found]
     note = f"<p>Against the true factors, value by value: {', '.join(whole)}.</p>" if whole else ""
     return f"<h2>What the latents say</h2><p>{text}</p>{table(head, rows)}{note}"
 
 
-DISENTANGLED = ("mig", "disentanglement", "completeness", "informativeness")
+DISENTANGLED = ("mig", "dci_disentanglement", "dci_completeness", "dci_informativeness")

@@ -44,7 +44,10 @@ def _wording(settings: dict, results: Sequence[Record]) -> str:
     if not changes:
         return ""
     rows = [[r["of"], number(r, 100), str(r["n"])] for r in changes]
-    text = "Change of the CLIP score (100 cos) with the caption as first worded, each picture against its own."
+    text = (
+        "Change of the CLIP score (100 cos) with the caption as first worded, each picture against its own, where a"
+        " caption can be changed so."
+    )
     return f"<h2>Other wording</h2><p>{text}</p>{table(['captions', 'change', 'N'], rows)}"
 
 
@@ -73,7 +76,7 @@ def _left_open(results: Sequence[Record]) -> str:
     parts = []
     for r in found:
         rows = [[name, percent(share)] for name, share in r["value"].items()]
-        text = f"What {r['n']} captions that name no {r['attribute']} turn into, by the judge:"
+        text = f"What {r['n']} captions that name no {r['attribute']} turn into: the caption that the judge prefers."
         parts.append(f"<p>{escape(text)}</p>{table([r['attribute'], 'share'], rows)}")
     return "".join(parts)
 

@@ -99,7 +99,8 @@ def number(record: dict | None, factor: float = 1.0, interval: bool = True) -> s
 def short(value: float) -> str:
     """About three digits, without exponents."""
     size = abs(value)
-    return f"{value:.0f}" if size >= 1000 else f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size else "0"
+    digits = next((d for d, least in enumerate((1000, 10, 1, 0.1)) if size >= least), 4)
+    return f"{value:.{digits}f}" if value else "0"
 
 
 def show(gallery: Gallery) -> str:

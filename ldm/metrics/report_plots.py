@@ -12,13 +12,14 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """Points joined in the order given; `marks` are texts beside them, `ring` the index of one that stands out."""
+    """Points, `joined` in the order given; `marks` are texts beside them, `ring` the index of one that stands out."""
 
     name: str
     points: Sequence[Point]
     marks: Sequence[str] = ()
     ring: int | None = None
     dots: bool = True
+    joined: bool = True
 
 
 def plot(
@@ -68,7 +69,7 @@ def _scale(values: Sequence[float], start: float, end: float):
 
 def _line(line: Line, colour: str, to_x, to_y) -> str:
     path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in line.points)
-    parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
+    parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'] if line.joined else []
     for i, (x, y) in enumerate(line.points if line.dots else ()):
         ring = f'r="6" fill="var(--paper)" stroke="{colour}" stroke-width="2.5"'
         style = ring if i == line.ring else f'r="3.5" fill="{colour}"'

@@ -105,8 +105,8 @@ class CLIPTask:
         self.modules["clip"].clamp_scale()
 
     def validate(self, device: torch.device) -> dict[str, float]:
-        """R@1 and R@5 both ways among held-out pairs (the first caption of each), beside chance; how often a caption
-        is preferred to itself with one word wrong (chance 0.5); and the losses of the readers."""
+        """R@1 and R@5 both ways among validation pairs (the first caption of each; a judge has learned them), beside
+        chance; how often a caption is preferred to itself with one word wrong (chance 0.5); the readers' losses."""
         clip, images, texts, wrong, captions = self.modules["clip"], [], [], [], []
         read: dict[str, float] = defaultdict(float)  # sums over the pictures
         for batch in batches(self.held_out, spread(self.held_out, self.config.held_out), self.config.train.batch_size):
@@ -175,8 +175,13 @@ def sharing(captions: list[list[str]]) -> Tensor:
 
     Over all captions, not those chosen for this step: another wording of the same picture is no negative.
     """
-    column = {caption: i for i, caption in enumerate(sorted({c for cs in captions for c in cs}))}
-    has = torch.zeros(len(captions), len(column))
-    for row, own in zip(has, captions, strict=True):
-        row[[column[c] for c in own]] = 1.0
-    return has @ has.T > 0
+    rows = defaultdict(list)
+    for row, own in enumerate(captions):
+        for caption in set(own):
+            rows[caption].append(row)
+    same = torch.eye(len(captions), dtype=torch.bool)
+    for shared in rows.values():
+        if len(shared) > 1:
+            place = torch.tensor(shared)
+            same[place[:, None], place] = True
+    return same

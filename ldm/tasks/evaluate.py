@@ -15,7 +15,7 @@ from ldm.data import DataConfig, open_dataset
 from ldm.data.latents import data_hash
 from ldm.metrics.compositional import TASKS, Case, cases
 from ldm.metrics.features import FeatureExtractor, feature_extractor
-from ldm.metrics.judges import JUDGES, ImageTextModel, Judge, image_text_model
+from ldm.metrics.judges import JUDGES, ImageTextModel, image_text_model
 from ldm.metrics.records import Record, best_guidance, find
 from ldm.metrics.report import write_report
 from ldm.pipeline import Pipeline
@@ -23,7 +23,7 @@ from ldm.samplers import make_grid
 from ldm.tasks.evaluate_baseline import against, read_baseline
 from ldm.tasks.evaluate_bench import Bench, choose_caption
 from ldm.tasks.evaluate_gallery import galleries
-from ldm.tasks.evaluate_measure import measure
+from ldm.tasks.evaluate_measure import ceiling, measure
 from ldm.tasks.evaluate_pictures import PictureSet, claim, generate
 from ldm.weights import module_hash
 
@@ -67,6 +67,8 @@ def evaluate(config: EvaluateConfig, out: Path, device: str = "") -> list[str]:
     bench = open_bench(config, out, device)
     baseline = read_baseline(config.baseline, bench) if config.baseline else None
     claim(out, bench.settings)
+    if bench.judge:
+        ceiling(bench)  # before the long work: refuses a judge that knows nothing
     generate(bench.pipe, bench.sets.values(), bench.guidance, bench.settings, bench.batch_size)
     measured = measure(bench)
     if baseline:
@@ -88,7 +90,7 @@ def open_bench(config: EvaluateConfig, out: Path, device: str = "") -> Bench:
     size = pipe.unet.config.sample_size * pipe.vae.factor
     if size < SMALLEST:
         raise UserError(f"the model makes {size} px pictures; they can be measured from {SMALLEST} px on")
-    data = DataConfig(name=config.data, path=config.data_path, size=size)
+    data = trained_on(config, size)
     dataset = open_dataset(data, config.split)
     num = config.num or min(USUAL, len(dataset))
     if not FEWEST <= num <= len(dataset):
@@ -119,6 +121,15 @@ def open_bench(config: EvaluateConfig, out: Path, device: str = "") -> Bench:
     )
 
 
+def trained_on(config: EvaluateConfig, size: int) -> DataConfig:
+    """The data as the model's run had them, where it tells: their length, and the seed of a split by captions."""
+    file = weights.find_root(config.model) / "config.json"
+    told = weights.read_json(file).get("data", {}) if file.is_file() else {}
+    same = told.get("name") == config.data
+    own = {key: told[key] for key in ("length", "seed") if same and told.get(key) is not None}
+    return DataConfig(name=config.data, path=config.data_path, size=size, **own)
+
+
 def open_extractor(name: str, pipe: Pipeline) -> FeatureExtractor | None:
     """The feature network of that name on the pipeline's device; None for "none"."""
     return None if name == "none" else feature_extractor(name).to(pipe.device)
@@ -132,7 +143,13 @@ def open_judge(config: EvaluateConfig, pipe: Pipeline) -> ImageTextModel | None:
     if name == "none":
         return None
     judge = image_text_model(name).to(pipe.device)
-    if isinstance(judge, Judge) and module_hash(judge.network.text_encoder()) == module_hash(pipe.text_encoder):
+    if judge.learned_val and config.split == "val":
+        raise UserError(
+            f"judge {name!r} learned from the validation split, and cannot judge it; take --split test, --judge none or"
+            " a clip:FOLDER"
+        )
+    tower = getattr(judge.network, "text_model", None)
+    if tower is not None and module_hash(tower) == module_hash(pipe.text_encoder.text_model):
         raise UserError(
             f"judge {name!r} is the text encoder of {config.model!r}, which would judge itself; train another with"
             " judge=true (configs/*/judge.toml)"
@@ -165,13 +182,20 @@ def check(config: EvaluateConfig) -> None:
         raise UserError(f"--train-num {config.train_num} is not allowed; use 1 or more")
     if config.split not in ("test", "val"):
         raise UserError(f"split {config.split!r} cannot be evaluated on: held-out captions are in 'test' or 'val'")
-    if config.batch_size < 1:
-        raise UserError(f"--batch-size {config.batch_size} is not allowed; use 1 or more")
+    check_numbers(config.batch_size, config.seed)
     if not 0 <= config.guidance_rescale <= 1:
         raise UserError(f"--guidance-rescale {config.guidance_rescale:g} is not allowed; use a number in [0, 1]")
     names = [f"{g:g}" for g in config.guidance]
     if not names or len(set(names)) < len(names) or not all(0 <= g < float("inf") for g in config.guidance):
         raise UserError(f"--guidance {','.join(names)} is not allowed; give different numbers of 0 or more")
+
+
+def check_numbers(batch_size: int, seed: int) -> None:
+    """UserError for what no evaluation can do."""
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size} is not allowed; use 1 or more")
+    if not 0 <= seed < 2**31:
+        raise UserError(f"--seed {seed} is not allowed; use 0 or more, below 2 to the 31st")
 
 
 def sample_indices(length: int, n: int, seed: int) -> list[int]:

@@ -1,7 +1,10 @@
 """Measuring an autoencoder alone: what it keeps of held-out pictures, in how many bits, and what its latents say."""
 
 import math
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,13 @@ from ldm.data.latents import data_hash
 from ldm.images import to_pil
 from ldm.metrics import bits_per_dimension, perceptual_distance, psnr, ssim
 from ldm.metrics.codecs import CODECS, curve
-from ldm.metrics.features import feature_extractor
+from ldm.metrics.features import FeatureExtractor, feature_extractor
 from ldm.metrics.reconstruction import discretized_logistic
-from ldm.metrics.records import Record, mean_record, picture_records
+from ldm.metrics.records import Record, frechet_records, mean_record, picture_records
 from ldm.metrics.report_autoencoder import write_autoencoder_report
 from ldm.metrics.report_html import Gallery, Row
 from ldm.perceptual import perceptual_network
-from ldm.tasks.evaluate import FEWEST, USUAL, sample_indices
+from ldm.tasks.evaluate import FEWEST, SMALLEST, USUAL, check_numbers, sample_indices
 from ldm.tasks.evaluate_features import FeatureCache
 from ldm.tasks.evaluate_latents import representation
 from ldm.vae import VAE
@@ -46,6 +49,7 @@ class AutoencoderEvaluation:
     num: int = 0  # held-out pictures; 0: USUAL, or all where there are fewer
     seed: int = 0
     batch_size: int = 32
+    size: int = 0  # side of the pictures in pixels; 0: the autoencoder's own
     features: str = "effnet-lite0"
     perceptual: str = "effnet-lite0"
 
@@ -55,10 +59,10 @@ class Coded:
     """What an autoencoder makes of uint8 pictures (N, 3, H, W)."""
 
     pixels: Tensor
-    mean: Tensor  # of the raw latents (N, C, h, w)
+    mean: Tensor  # of the normalized latents (N, C, h, w)
     std: Tensor
     decoded: Tensor  # uint8, from the mean
-    sampled: Tensor  # uint8, from one sample
+    sampled: Tensor  # uint8, from one sample, of the first CODED
     nll: dict[float, Tensor]  # of pictures in nats (N,), around the decoded sample, by the likelihood's scale
 
 
@@ -68,32 +72,23 @@ def evaluate_autoencoder(config: AutoencoderEvaluation, out: Path, device: str =
     UserError for wrong settings or too few pictures; nothing is written then.
     """
     vae = VAE.from_pretrained(config.autoencoder).to(find_device(device))
-    data = DataConfig(name=config.data, path=config.data_path, size=vae.config.sample_size)
-    dataset = open_dataset(data, config.split, need_captions=False)
-    num = config.num or min(USUAL, len(dataset))
-    if not FEWEST <= num <= len(dataset):
-        have = f"split {config.split!r} of {config.data} has {len(dataset)}"
-        raise UserError(f"--num {num} is not possible: {have}, and {FEWEST} or more are needed")
-    distance = perceptual_network(config.perceptual)
+    dataset, train, num = open_splits(config, vae)
+    distance = perceptual_network(config.perceptual).to(next(vae.parameters()).device)
     extractor = None if config.features == "none" else feature_extractor(config.features)
-    train = open_dataset(data, "train", need_captions=False)
-    indices = sample_indices(len(dataset), num, config.seed)
     fitting = sample_indices(len(train), min(FITTED, len(train)), config.seed)
     scale = fit_scale(code(vae, train, fitting, config, "fitting the likelihood", scales()))
-    coded = code(vae, dataset, indices, config, "autoencoder", [scale])
+    coded = code(vae, dataset, sample_indices(len(dataset), num, config.seed), config, "autoencoder", [scale])
 
-    results = list(quality(coded, distance, config.perceptual))
-    results += bits(coded, scale)
-    results += latent_records(vae, coded)
+    results = [*quality(coded, distance, config), *bits(coded, scale), *latent_records(coded)]
     if extractor is not None:
-        device_ = next(vae.parameters()).device
-        cache = FeatureCache(out / "features", extractor.name, extractor.sha256, extractor.to(device_), device_)
-        batches = -(-num // config.batch_size)
-        real = cache(coded.pixels.split(config.batch_size), batches, "features: real")
-        fake = cache(coded.decoded.split(config.batch_size), batches, "features: decoded")
-        results += picture_records(fake, real, "reconstructions", extractor.about, config.seed)
-    results.append(rates(vae, coded))
-    results += representation(vae, dataset, train, config.data, config.seed)
+        results += feature_records(coded, extractor, vae, config, out)
+    results.append(rates(vae, coded, config.batch_size))
+    if find_spec("sklearn"):
+        results += representation(vae, dataset, train, config.data, config.seed)
+    else:
+        warnings.warn(
+            "what the latents say is left out: it needs scikit-learn (pip install scikit-learn)", stacklevel=2
+        )
     settings = settings_of(config, vae, dataset, num)
     out.mkdir(parents=True, exist_ok=True)
     weights.write_json(out / "metrics.json", {"format": FORMAT, "settings": settings, "results": results})
@@ -104,12 +99,42 @@ def evaluate_autoencoder(config: AutoencoderEvaluation, out: Path, device: str =
     ]
 
 
+def open_splits(config: AutoencoderEvaluation, vae: VAE) -> tuple[Any, Any, int]:
+    """The held-out split, the training split and how many pictures are measured (UserError)."""
+    check_numbers(config.batch_size, config.seed)
+    if config.split not in ("test", "val"):
+        raise UserError(f"split {config.split!r} cannot be evaluated on: held-out pictures are in 'test' or 'val'")
+    size = config.size or vae.config.sample_size
+    if size < SMALLEST:
+        raise UserError(f"pictures of {size} px cannot be measured; {SMALLEST} px or more can: give --size")
+    data = DataConfig(name=config.data, path=config.data_path, size=size)
+    dataset, train = (open_dataset(data, split, need_captions=False) for split in (config.split, "train"))
+    num = config.num or min(USUAL, len(dataset))
+    if not FEWEST <= num <= len(dataset):
+        have = f"split {config.split!r} of {config.data} has {len(dataset)}"
+        raise UserError(f"--num {num} is not possible: {have}, and {FEWEST} or more are needed")
+    return dataset, train, num
+
+
+def feature_records(
+    coded: Coded, extractor: FeatureExtractor, vae: VAE, config: AutoencoderEvaluation, out: Path
+) -> list[Record]:
+    """Distances between the pictures and their reconstructions."""
+    device, size = next(vae.parameters()).device, config.batch_size
+    cache = FeatureCache(out / "features", extractor.name, extractor.sha256, extractor.to(device), device)
+    batches = -(-len(coded.pixels) // size)
+    real, fake = (cache(p.split(size), batches, "features") for p in (coded.pixels, coded.decoded))
+    about = (fake, real, "reconstructions", extractor.about, config.seed)
+    return [*frechet_records(*about), *picture_records(*about)]
+
+
 HEADLINES = ("perceptual_distance", "frechet_distance", "bits_per_dimension")
 
 
 def settings_of(config: AutoencoderEvaluation, vae: VAE, dataset: Any, num: int) -> dict[str, Any]:
     """What the numbers depend on, ready for JSON."""
-    latent = [vae.config.latent_channels, *[vae.config.sample_size // vae.factor] * 2]
+    size = config.size or vae.config.sample_size
+    latent = [vae.config.latent_channels, *[size // vae.factor] * 2]
     return {
         "autoencoder": config.autoencoder,
         "autoencoder_sha256": weights.module_hash(vae),
@@ -118,7 +143,7 @@ def settings_of(config: AutoencoderEvaluation, vae: VAE, dataset: Any, num: int)
         "data_sha256": data_hash(dataset),
         "split": config.split,
         "num": num,
-        "size": vae.config.sample_size,
+        "size": size,
         "latent": "x".join(map(str, latent)),
         "seed": config.seed,
     }
@@ -147,7 +172,8 @@ def code(
             each = discretized_logistic(pixels, sampled, scale)
             nll[scale].append(reduce(each, "b c h w -> b", "sum"))
         decoded = vae.decode_raw(posterior.mean).cpu()
-        found = (pixels, posterior.mean.cpu(), posterior.std.cpu(), to_uint8(decoded), to_uint8(sampled))
+        mean, std = vae.normalize(posterior.mean).cpu(), (posterior.std * vae.config.scaling_factor).cpu()
+        found = (pixels, mean, std, to_uint8(decoded), to_uint8(sampled)[: max(CODED - start, 0)])
         for key, value in zip(parts, found, strict=True):
             parts[key].append(value)
     joined = {key: torch.cat(values) for key, values in parts.items()}
@@ -159,21 +185,26 @@ def fit_scale(coded: Coded) -> float:
     return min(coded.nll, key=lambda scale: float(coded.nll[scale].mean()))
 
 
-def quality(coded: Coded, distance: torch.nn.Module, name: str):
+def quality(coded: Coded, distance: torch.nn.Module, config: AutoencoderEvaluation) -> Iterator[Record]:
     """How near the reconstructions are, through the mean of the latent."""
     found: dict[str, list[Tensor]] = {"psnr_db": [], "ssim": [], "perceptual_distance": []}
-    for a, b in zip(coded.pixels.split(32), coded.decoded.split(32), strict=True):
-        x, y = to_float(a), to_float(b)
-        found["psnr_db"].append(psnr(x, y))
-        found["ssim"].append(ssim(x, y))
-        found["perceptual_distance"].append(perceptual_distance(x, y, distance))
+    device = next(distance.buffers()).device
+    for a, b in zip(coded.pixels.split(config.batch_size), coded.decoded.split(config.batch_size), strict=True):
+        x, y = to_float(a).to(device), to_float(b).to(device)
+        found["psnr_db"].append(psnr(x, y).cpu())
+        found["ssim"].append(ssim(x, y).cpu())
+        found["perceptual_distance"].append(perceptual_distance(x, y, distance).cpu())
     for metric, values in found.items():
-        about = {"network": name} if metric == "perceptual_distance" else {}
+        about = {"network": config.perceptual} if metric == "perceptual_distance" else {}
         yield mean_record(metric, "reconstructions", torch.cat(values), latent="mean", **about)
 
 
 def kl_nats(coded: Coded) -> Tensor:
-    """KL of each latent's posterior from the standard normal, in nats, (N, C, h, w) float64."""
+    """KL of each normalized latent's posterior from the standard normal, in nats, (N, C, h, w) float64.
+
+    Normalized as diffusion sees it: that prior has the training set's own mean and deviation, whatever an
+    autoencoder's scale, so that the rates of several compare.
+    """
     mean, variance = coded.mean.double(), coded.std.double().square()
     return 0.5 * (mean.square() + variance - 1 - variance.log())
 
@@ -183,7 +214,8 @@ def bits(coded: Coded, scale: float) -> list[Record]:
     dimensions = math.prod(coded.pixels.shape[1:])
     kl = reduce(kl_nats(coded), "n c h w -> n", "sum")
     nll = coded.nll[scale]
-    assumes = "discretized logistic around the decoded sample; standard normal prior; scale fitted to training pictures"
+    assumes = "discretized logistic around the decoded sample; standard normal prior of the normalized latent; scale"
+    assumes += " fitted to training pictures"
     about = {"assumes": assumes, "scale": scale, "latent": "one sample"}
     return [
         mean_record("bits_per_dimension", "reconstructions", bits_per_dimension(nll, kl, dimensions), **about),
@@ -192,31 +224,30 @@ def bits(coded: Coded, scale: float) -> list[Record]:
     ]
 
 
-def latent_records(vae: VAE, coded: Coded) -> list[Record]:
-    """Each channel of the latents: mean and deviation as diffusion sees them, the posterior's deviation, and KL."""
-    z, factor = vae.normalize(coded.mean), vae.config.scaling_factor
+def latent_records(coded: Coded) -> list[Record]:
+    """Each channel of the latents: mean and deviation as diffusion sees them, the posterior's share, and KL."""
     kl = reduce(kl_nats(coded), "n c h w -> c", "mean")
     rows = []
-    for channel in range(z.shape[1]):
-        values, noise = z[:, channel].double(), factor * coded.std[:, channel].double()
+    for channel in range(coded.mean.shape[1]):
+        values, noise = coded.mean[:, channel].double(), coded.std[:, channel].double()
         share = float(noise.square().mean() / (noise.square().mean() + values.var()))
         row = {"mean": float(values.mean()), "std": float(values.std()), "noise_share": share}
         rows.append(row | {"kl_nats": float(kl[channel])})
-    return [{"metric": "latent_channels", "of": "latents", "value": rows, "n": len(z)}]
+    return [{"metric": "latent_channels", "of": "latents", "value": rows, "n": len(coded.mean)}]
 
 
 @torch.no_grad()
-def rates(vae: VAE, coded: Coded) -> Record:
+def rates(vae: VAE, coded: Coded, batch_size: int) -> Record:
     """Bytes and PSNR a picture of this autoencoder, with its latents in 8 bits and at the rate of the KL (which
     bits-back coding would reach), and of JPEG and WebP."""
     some = coded.pixels[:CODED]
     device = next(vae.parameters()).device
-    z = vae.normalize(coded.mean[:CODED])
+    z = coded.mean[:CODED]
     step = 8 / 255  # 256 levels over four deviations to both sides
     levels = ((z.clamp(-4, 4) + 4) / step).round() * step - 4
-    decoded = torch.cat([vae.decode(part.to(device)).cpu() for part in levels.split(32)])
+    decoded = torch.cat([vae.decode(part.to(device)).cpu() for part in levels.split(batch_size)])
     kl_bytes = reduce(kl_nats(coded)[:CODED], "n c h w -> n", "sum").mean() / math.log(2) / 8
-    at_kl = psnr(to_float(some), to_float(coded.sampled[:CODED])).mean()
+    at_kl = psnr(to_float(some), to_float(coded.sampled)).mean()
     at_8_bits = psnr(to_float(some), to_float(to_uint8(decoded))).mean()
     ours = [(float(math.prod(z.shape[1:])), float(at_8_bits)), (float(kl_bytes), float(at_kl))]
     value = {"latents, 8 bits": [ours[0]], "latents, KL": [ours[1]]} | {codec: curve(some, codec) for codec in CODECS}

@@ -1,5 +1,6 @@
 """Numbers of an evaluation beside those of an earlier one, where they may be compared."""
 
+import math
 from pathlib import Path
 
 from ldm import weights
@@ -33,18 +34,21 @@ def read_baseline(folder: str | Path, bench: Bench) -> dict:
     return table
 
 
+def _whole(r: Record, guidance: float) -> bool:
+    """Whether a number is of all samples at that guidance, and of features."""
+    mine = r["of"] == "samples" and r.get("guidance") == guidance and "extractor" in r
+    return mine and "group" not in r and "bank" not in r and isinstance(r["value"], float)
+
+
 def against(baseline: dict, results: list[Record], model: str) -> list[Record]:
     """For each number of the samples at the best guidance: the other's at its best, and the ratio of both."""
     best, other_best = best_guidance(results), best_guidance(baseline["results"])
-    others = {
-        r["metric"]: r
-        for r in baseline["results"]
-        if r["of"] == "samples" and r.get("guidance") == other_best and isinstance(r["value"], float)
-    }
+    others = {r["metric"]: r for r in baseline["results"] if _whole(r, other_best)}
     found = []
     for r in results:
         other = others.get(r["metric"])
-        if r["of"] == "samples" and r.get("guidance") == best and other and "extractor" in r and r["value"] is not None:
-            extra = {"ratio": ratio(r, other), "guidance": other_best}
+        if other and _whole(r, best):
+            times = ratio(r, other)
+            extra = {"ratio": None if math.isnan(times) else times, "guidance": other_best}
             found.append(other | {"of": "baseline", "model": model, "ours": r["value"]} | extra)
     return found

@@ -73,6 +73,8 @@ class Bench:
     settings: dict[str, Any]
     caches: dict[str, FeatureCache] = field(default_factory=dict)
     seen: dict[tuple, Tensor] = field(default_factory=dict)  # features in this run
+    read: dict[str, Tensor] = field(default_factory=dict)  # captions the judge has read
+    shared: list[Tensor] = field(default_factory=list)  # what `same` gives, once it is known
 
     @property
     def about(self) -> Record:
@@ -88,12 +90,6 @@ class Bench:
     def captions(self) -> list[str]:
         """What the model was asked for, one caption of each held-out picture."""
         return self.sets["pictures"].captions
-
-    @property
-    def judge_about(self) -> Record:
-        """What records of alignment carry."""
-        resize = f"{self.judge.size} px, {self.judge.resize}"
-        return {"extractor": self.judge.name, "extractor_sha256": self.judge.sha256, "resize": resize}
 
     def real(self) -> Source:
         """The held-out pictures."""
@@ -136,12 +132,17 @@ class Bench:
 
     def texts(self, captions: list[str]) -> Tensor:
         """The judge's embeddings (N, D) of captions."""
-        parts = [captions[i : i + 64] for i in range(0, len(captions), 64)]
-        return torch.cat([self.judge.texts(part).cpu() for part in parts])
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self.read]
+        for start in range(0, len(new), 64):
+            part = new[start : start + 64]
+            self.read.update(zip(part, self.judge.texts(part).cpu(), strict=True))
+        return torch.stack([self.read[caption] for caption in captions])
 
     def same(self) -> Tensor:
         """(N, N) bool: whether two held-out pictures share a caption."""
-        return sharing([self.dataset.captions(i) for i in self.indices])
+        if not self.shared:
+            self.shared.append(sharing([self.dataset.captions(i) for i in self.indices]))
+        return self.shared[0]
 
     def _seen(self, network: FeatureExtractor | ImageTextModel, source: Source, text: str) -> Tensor:
         if network.name not in self.caches:

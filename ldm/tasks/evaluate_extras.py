@@ -1,7 +1,8 @@
 """Beyond quality and alignment: does the model copy, does wording matter, are groups alike, what does it cost?"""
 
 import random
-import resource
+import re
+import sys
 import time
 from collections import Counter
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ldm.metrics.alignment import cosine
-from ldm.metrics.attributes import ATTRIBUTES, paired, typos
+from ldm.metrics.attributes import ATTRIBUTES, Attribute, paired, typos
 from ldm.metrics.diversity import nearest
 from ldm.metrics.records import Record, mean_record
-from ldm.tasks.evaluate_bench import Bench, Measured, source_of
+from ldm.tasks.evaluate_bench import Bench, Measured, Source, source_of
 from ldm.tasks.evaluate_pictures import PictureSet
 
 WORDED = 96  # captions that are asked for in other wording
@@ -20,6 +21,8 @@ OPENED = 48  # captions that leave an attribute open
 CLOSEST = 12  # pairs of sample and training picture for the report
 NEAR = 0.05  # share of real held-out pictures that lie nearest to the training set
 QUANTILES = 50
+NONE = "none named"
+PLACES = r"\b(?:above|below|left|right|over|under|on top of)\b"
 TIMED = 8  # pictures
 
 
@@ -49,8 +52,9 @@ def memorization(bench: Bench, measured: Measured, g: float) -> None:
 
 
 def robustness(bench: Bench, measured: Measured, g: float) -> None:
-    """The change of alignment with the caption as first worded, where it is put in other words, in upper case, or with
-    a typo; same seeds, so that each picture has its own to be held against."""
+    """The change of alignment with the caption as first worded, where it is put in other words that say the same, in
+    upper case, or with a typo; same seeds, so that each picture has its own to be held against. Captions that cannot be
+    changed so are not counted."""
     seed, count = bench.settings["seed"], min(WORDED, bench.n)
     first, texts = bench.captions[:count], bench.texts(bench.captions[:count])
     kinds = {
@@ -62,17 +66,25 @@ def robustness(bench: Bench, measured: Measured, g: float) -> None:
     sets = {k: PictureSet(folder=bench.out / "wording" / k.replace(" ", "-"), captions=w) for k, w in kinds.items()}
     bench.make(list(sets.values()), [g], "generating, other wording")
     plain = cosine(bench.embeddings(bench.samples(g))[:count], texts)
-    about = {"guidance": g, **bench.about, **bench.judge_about}
+    about = {"guidance": g, **bench.about, **bench.judge.about}
     for kind, made in sets.items():
         changed = cosine(bench.embeddings(source_of(made, g, kind)), texts)
-        measured.results.append(mean_record("clip_cosine_change", kind, changed - plain, **about))
+        other = torch.tensor([a != b for a, b in zip(made.captions, first, strict=True)])
+        measured.results.append(mean_record("clip_cosine_change", kind, (changed - plain)[other], **about))
     measured.variants = sets
 
 
 def _reworded(bench: Bench, i: int) -> str:
-    """Another caption of the same picture; the same one where there is no other."""
-    others = [c for c in bench.dataset.captions(bench.indices[i]) if c != bench.captions[i]]
-    return random.Random(f"{bench.settings['seed']}/{i}/other").choice(others) if others else bench.captions[i]
+    """Another caption of the same picture that says as much; the same one where there is none."""
+    own = bench.captions[i]
+    others = [c for c in bench.dataset.captions(bench.indices[i]) if c != own and _said(c) == _said(own)]
+    return random.Random(f"{bench.settings['seed']}/{i}/other").choice(others) if others else own
+
+
+def _said(caption: str) -> tuple:
+    """What one caption of a picture may say and another may leave open: attributes, sizes, places."""
+    sizes = sorted(re.findall(r"\b(?:small|large)\b", caption))
+    return *(attribute.named(caption) for attribute in ATTRIBUTES), *sizes, bool(re.search(PLACES, caption))
 
 
 def groups(bench: Bench, measured: Measured, g: float) -> None:
@@ -80,41 +92,45 @@ def groups(bench: Bench, measured: Measured, g: float) -> None:
     and of real pictures; and what captions turn into that leave the group open."""
     for attribute in ATTRIBUTES:
         named = [attribute.named(caption) for caption in bench.captions]
-        if attribute.without and any(named):
-            _opened(bench, measured, g, attribute)
+        _opened(bench, measured, g, attribute)
         for source, about in ((bench.real(), {}), (bench.samples(g), {"guidance": g, **bench.about})):
-            images = bench.embeddings(source)
-            cosines = cosine(images, bench.texts(bench.captions))
-            shares, asked = paired(images, bench.captions, bench.texts, attribute)
-            features = bench.features(source) if bench.extractor else images
             for value in attribute.values:
                 mine = [i for i, name in enumerate(named) if name == value]
-                if len(mine) < 2:
-                    continue
-                place = {"attribute": attribute.name, "group": value, **bench.judge_about, **about}
-                right = torch.tensor([float(shares[asked.index(i)]) for i in mine])
-                measured.results.append(mean_record("group_clip_cosine", source.of, cosines[mine], **place))
-                measured.results.append(mean_record("group_paired", source.of, right, chance=0.5, **place))
-                spread = {"value": _spread(features[mine]), "n": len(mine)}
-                measured.results.append({"metric": "group_diversity", "of": source.of, **place, **spread})
+                if len(mine) > 1:
+                    place = {"attribute": attribute.name, "group": value, **about}
+                    measured.results += _group(bench, source, attribute, mine, place)
 
 
-def _opened(bench: Bench, measured: Measured, g: float, attribute) -> None:
-    """Pictures of captions without the attribute, and which value the judge sees in each."""
-    found = [(attribute.open(caption), caption) for caption in bench.captions]
-    asked = {short: caption for short, caption in found if short}
+def _group(bench: Bench, source: Source, attribute: Attribute, mine: list[int], about: Record) -> list[Record]:
+    """One group of a source's pictures."""
+    images, captions = bench.embeddings(source)[mine], [bench.captions[i] for i in mine]
+    cosines = cosine(images, bench.texts(captions))
+    shares, _ = paired(images, captions, bench.texts, attribute)
+    about = {**bench.judge.about, **about}
+    found = [mean_record("group_clip_cosine", source.of, cosines, **about)]
+    found.append(mean_record("group_paired", source.of, shares, chance=0.5, **about))
+    features = bench.features(source)[mine] if bench.extractor else images
+    variety = about | (bench.extractor or bench.judge).about | {"value": _spread(features), "n": len(mine)}
+    return [*found, {"metric": "group_diversity", "of": source.of, **variety}]
+
+
+def _opened(bench: Bench, measured: Measured, g: float, attribute: Attribute) -> None:
+    """Pictures of captions without the attribute, and whether the judge prefers to that caption one with a value."""
+    asked = {attribute.open(caption): caption for caption in bench.captions}
+    asked.pop(None, None)
     chosen = dict(list(asked.items())[:OPENED])
-    folder = bench.out / "open" / attribute.name.replace(" ", "-")
-    made = PictureSet(folder=folder, captions=list(chosen))
+    if not chosen:
+        return
+    made = PictureSet(folder=bench.out / "open" / attribute.name.replace(" ", "-"), captions=list(chosen))
     bench.make([made], [g], f"generating, {attribute.name} left open")
     images = bench.embeddings(source_of(made, g, f"{attribute.name} left open"))
-    seen = []
-    for image, caption in zip(images, chosen.values(), strict=True):
-        options = bench.texts([attribute.exchanged(caption, value) for value in attribute.values])
-        seen.append(attribute.values[int((options @ image).argmax())])
+    values, seen = [*attribute.values, NONE], []
+    for image, (short, caption) in zip(images, chosen.items(), strict=True):
+        options = bench.texts([*(attribute.exchanged(caption, value) for value in attribute.values), short])
+        seen.append(values[int((options @ image).argmax())])
     counts = Counter(seen)
-    value = {name: counts[name] / len(seen) for name in attribute.values}
-    about = {"attribute": attribute.name, "n": len(seen), "guidance": g, **bench.about, **bench.judge_about}
+    value = {name: counts[name] / len(seen) for name in values}
+    about = {"attribute": attribute.name, "n": len(seen), "guidance": g, **bench.about, **bench.judge.about}
     measured.results.append({"metric": "left_open", "of": "samples", "value": value, **about})
     measured.opened.append((attribute.name, made, seen))
 
@@ -126,20 +142,32 @@ def _spread(features: Tensor) -> float:
 
 
 def efficiency(bench: Bench, g: float) -> list[Record]:
-    """Seconds a picture, in a batch after a first one to warm up, and the largest memory of this process so far."""
-    captions, s = bench.captions[:TIMED], bench.settings
-    options = {"guidance": g, "steps": s["steps"], "sampler": s["sampler"], "batch_size": len(captions)}
-    cuda = bench.pipe.device.type == "cuda"
+    """Seconds a picture, in a batch after a first one to warm up, and memory: the most that the batch took on a GPU,
+    on a CPU the most that this process has had so far, with all that it measured before."""
+    s, device = bench.settings, bench.pipe.device
+    captions = bench.captions[:TIMED]
+    options = {"guidance": g, "guidance_rescale": s["guidance_rescale"], "steps": s["steps"], "sampler": s["sampler"]}
     seconds = 0.0
     for _ in range(2):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
-        bench.pipe(captions, **options)
+        bench.pipe(captions, batch_size=len(captions), **options)
         seconds = (time.perf_counter() - start) / len(captions)
-    memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    about = {"of": "samples", "n": len(captions), "guidance": g, **bench.about, "device": str(bench.pipe.device)}
+    about = {"of": "samples", "n": len(captions), "guidance": g, **bench.about, "device": str(device)}
     about["threads"] = torch.get_num_threads()
-    return [
+    found = [
         {"metric": "seconds_per_picture", "value": seconds, **about},
-        {"metric": "peak_memory_bytes", "value": memory, **about},
         {"metric": "parameters", "value": sum(s["parameters"].values()), **about},
     ]
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_memory()
+    return found + ([{"metric": "peak_memory_bytes", "value": memory, **about}] if memory else [])
+
+
+def _process_memory() -> int:
+    """The most bytes that this process has had; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,5 +1,6 @@
 """Measuring a folder of pictures against another, whoever made them."""
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +14,21 @@ from ldm.cli import find_device
 from ldm.config import UserError
 from ldm.data import to_float
 from ldm.data.folder import captioned
-from ldm.data.images import FORMATS, ImageError, read_image
+from ldm.data.images import ImageError, image_size, read_image
 from ldm.metrics.features import FeatureExtractor, feature_extractor
 from ldm.metrics.judges import ImageTextModel, image_text_model
-from ldm.metrics.records import Record, alignment_records, class_records, cmmd_record, picture_records
+from ldm.metrics.records import (
+    Record,
+    alignment_records,
+    class_records,
+    cmmd_record,
+    frechet_records,
+    picture_records,
+)
 from ldm.metrics.report import ROWS, settings_table, write_page
 from ldm.metrics.report_html import Gallery, Row, number, show, table
 from ldm.tasks.clip import sharing
-from ldm.tasks.evaluate import FEWEST, FORMAT
+from ldm.tasks.evaluate import FEWEST, FORMAT, check_numbers
 from ldm.tasks.evaluate_bench import Source, blank_record
 from ldm.tasks.evaluate_features import FeatureCache
 
@@ -46,7 +54,10 @@ def evaluate_folders(config: FolderEvaluation, out: Path, device: str = "") -> l
 
     UserError for pictures that are missing, unreadable, of different sizes or too few; nothing is written then.
     """
-    names = [_names(folder) for folder in (config.images, config.reference)]
+    check_numbers(config.batch_size, config.seed)
+    if config.size is not None and config.size < 1:
+        raise UserError(f"--size {config.size} is not allowed; use 1 or more")
+    names = [_names(folder, config.seed) for folder in (config.images, config.reference)]
     size = config.size or _side([config.images / n for n in names[0]] + [config.reference / n for n in names[1]])
     fake, real = (
         _source(folder, list(found), size, of)
@@ -71,14 +82,17 @@ def evaluate_folders(config: FolderEvaluation, out: Path, device: str = "") -> l
     return [f"{r['metric']}: {number(r)}" for r in results if r["of"] == "images" and r["value"] is not None]
 
 
-def _names(folder: Path) -> dict[str, list[str]]:
-    """The pictures of a folder with their captions, if they have any (UserError)."""
+def _names(folder: Path, seed: int) -> dict[str, list[str]]:
+    """The pictures of a folder with their captions, if they have any, in random order: names may sort them by what
+    they show, and parts are taken of them (UserError)."""
     if not folder.is_dir():
         raise UserError(f"folder of pictures {str(folder)!r} does not exist")
     found = captioned(folder, need_captions=False)
     if len(found) < FEWEST:
         raise UserError(f"{str(folder)!r} has {len(found)} pictures, too few to measure anything; {FEWEST} are needed")
-    return found
+    names = list(found)
+    random.Random(seed).shuffle(names)
+    return {name: found[name] for name in names}
 
 
 def _side(paths: list[Path]) -> int:
@@ -86,10 +100,9 @@ def _side(paths: list[Path]) -> int:
     side = 0
     for path in tqdm(paths, desc="sizes", unit="picture", leave=False):
         try:
-            with Image.open(path, formats=FORMATS) as image:
-                width, height = image.size
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"picture {str(path)!r} cannot be read ({error}); repair or remove it") from None
+            width, height = image_size(path)
+        except ImageError as error:
+            raise UserError(f"{error}; repair or remove it") from None
         side = side or width
         if (width, height) != (side, side):
             raise UserError(
@@ -135,9 +148,8 @@ def _distances(
     config: FolderEvaluation, extractor: FeatureExtractor, fake: Tensor, real: Tensor, device: torch.device
 ) -> list[Record]:
     about = {"n_images": len(fake), "n_reference": len(real), "against": "reference"}
-    found = [r | about for r in picture_records(fake, real, "images", extractor.about, config.seed)]
-    if config.without_frechet:
-        found = [r for r in found if not r["metric"].startswith("frechet")]
+    kinds = (picture_records,) if config.without_frechet else (frechet_records, picture_records)
+    found = [r | about for kind in kinds for r in kind(fake, real, "images", extractor.about, config.seed)]
     classes = extractor.probabilities(fake.to(device))
     return found + list(class_records(classes, "images", extractor.about))
 
@@ -151,11 +163,13 @@ def _alignment(
     out: Path,
     device: torch.device,
 ) -> list[Record]:
-    resize = f"{judge.size} px, {judge.resize}"
-    about = {"extractor": judge.name, "extractor_sha256": judge.sha256, "resize": resize}
+    about = judge.about
     images, others = (_seen(judge, source, config, out, device) for source in (fake, real))
     found = [cmmd_record(images, others, "images", about, config.seed) | {"against": "reference"}]
-    if all(captions):
+    missing = sum(not own for own in captions)
+    if 0 < missing < len(captions):
+        raise UserError(f"{missing} of {len(captions)} --images have no caption; give all of them one, or none")
+    if not missing:
         texts = torch.cat([judge.texts([own[0]]).cpu() for own in captions])
         found += alignment_records(images, texts, sharing(captions), "images", about, config.seed)
     return found
@@ -170,6 +184,8 @@ def _report(path: Path, settings: dict, results: list[Record], sources: tuple[So
             rows.append([name, number(r, factor), str(r["n"]), r["extractor"], r["resize"], better])
     blank = "; ".join(f"{r['value']} of {r['n']} {r['of']}" for r in results if r["metric"] == "blank_pictures")
     text = f"With 95% intervals where there are any. Blank pictures, counted all the same: {blank}."
+    if len({source.count for source in sources}) > 1:
+        text += " The folders differ in number: compare these only with numbers of the same two."
     head = ["", "images", "N", "network", "resize", "better"]
     body = [f"<h2>Numbers</h2><p>{text}</p>{table(head, rows)}"]
     for source in sources:

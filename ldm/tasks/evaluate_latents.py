@@ -5,16 +5,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data import to_float
-from ldm.data.shapes import render, sample_scene
+from ldm.data.shapes import MIN_SIZE, render, sample_scene
 from ldm.metrics import cluster_scores, dci, linear_probe, mig
 from ldm.metrics.records import Record
 from ldm.vae import VAE
 
+COARSE = 8  # positions a side that latents are averaged to where they have more
 SCENES = 1200  # of shapes, with one thing each
 LABELLED = 1500  # pictures of other data, at most, in each split
 PLACES = 3  # thirds of the picture, on each axis
@@ -31,8 +33,9 @@ def representation(vae: VAE, dataset: Any, train: Any, name: str, seed: int) -> 
         found = _labelled(codes[:cut], labels[:cut], codes[cut:], labels[cut:], FACTORS, seed)
         numbers = np.stack([np.unique(column, return_inverse=True)[1] for column in labels.T], 1)
         about = {"of": "latents", "n": len(codes), "factors": list(FACTORS)}
-        disentangled = {"mig": mig(codes, numbers)} | dci(codes, numbers, seed)
-        return found + [{"metric": key, "value": value, **about} for key, value in disentangled.items()]
+        dci_scores = {f"dci_{key}": value for key, value in dci(codes, numbers, seed).items()}
+        scores = {"mig": mig(codes, numbers)} | dci_scores
+        return found + [{"metric": key, "value": value, **about} for key, value in scores.items()]
     if name == "emoji":
         splits = []
         for data in (train, dataset):
@@ -47,7 +50,7 @@ def representation(vae: VAE, dataset: Any, train: Any, name: str, seed: int) -> 
 def _scenes(vae: VAE, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Latents (N, D) of pictures with one thing, and its factors (N, 5), as texts."""
     scenes = [sample_scene(random.Random(f"{seed}/factors/{i}"), False, "single") for i in range(SCENES)]
-    size = vae.config.sample_size
+    size = max(vae.config.sample_size, MIN_SIZE)
     pixels = torch.stack([torch.from_numpy(rearrange(render(s, size), "h w c -> c h w").copy()) for s in scenes])
     rows = []
     for scene in scenes:
@@ -59,11 +62,13 @@ def _scenes(vae: VAE, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.no_grad()
 def _codes(vae: VAE, pixels: Tensor) -> np.ndarray:
-    """The normalized means of uint8 pictures, (N, C h w)."""
+    """The normalized means of uint8 pictures, (N, C h w), averaged to 8x8 positions where there are more."""
     device = next(vae.parameters()).device
     parts = tqdm(pixels.split(64), desc="latents", unit="batch", leave=False)
     found = [vae.normalize(vae.encode(to_float(part).to(device)).mean).cpu() for part in parts]
-    return rearrange(torch.cat(found), "n c h w -> n (c h w)").double().numpy()
+    z = torch.cat(found)
+    z = F.adaptive_avg_pool2d(z, COARSE) if min(z.shape[-2:]) > COARSE else z
+    return rearrange(z, "n c h w -> n (c h w)").double().numpy()
 
 
 def _labelled(

@@ -23,6 +23,7 @@ from ldm.metrics.records import (
     class_records,
     cmmd_record,
     find,
+    frechet_records,
     mean_record,
     picture_records,
 )
@@ -31,14 +32,18 @@ from ldm.tasks.evaluate_bench import Bench, Measured, Source, blank_record
 from ldm.tasks.evaluate_extras import efficiency, groups, memorization, robustness
 
 KEPT = 12  # reconstructions for the report
-FAR = 5.0  # times chance that a judge must find the right caption of real pictures, half of them at most
+FAR = 5.0  # times chance that a judge must find the right picture of a real caption: that, and LEAST; MOST is enough
+LEAST, MOST = 0.1, 0.5
 
 
 def measure(bench: Bench) -> Measured:
     """Every number, each part with a progress bar; UserError for a damaged picture or a judge that knows nothing."""
     measured = Measured()
     if bench.judge:
-        measured.results += _ceiling(bench)
+        measured.results += ceiling(bench)
+    if bench.extractor:
+        classes = bench.extractor.probabilities(bench.features(bench.real()).to(bench.pipe.device))
+        measured.results += class_records(classes, "real held-out", bench.extractor.about)
     references = [_autoencoder(bench, measured), bench.untrained()]
     if bench.train is not None:
         references.append(bench.real_train())
@@ -68,12 +73,13 @@ def _pictures(bench: Bench, source: Source, about: Record) -> list[Record]:
     seed = bench.settings["seed"]
     if bench.extractor:
         features, real = bench.features(source), bench.features(bench.real())
-        found += [r | about for r in picture_records(features, real, source.of, bench.extractor.about, seed)]
+        for records in (frechet_records, picture_records):
+            found += [r | about for r in records(features, real, source.of, bench.extractor.about, seed)]
         classes = bench.extractor.probabilities(features.to(bench.pipe.device))
         found += [r | about for r in class_records(classes, source.of, bench.extractor.about)]
     if bench.judge:
         images, real = bench.embeddings(source), bench.embeddings(bench.real())
-        found.append(cmmd_record(images, real, source.of, bench.judge_about, seed) | about)
+        found.append(cmmd_record(images, real, source.of, bench.judge.about, seed) | about)
         if source.of != "real train":
             found += [r | about for r in _alignment(bench, images, source.of)]
     return found
@@ -82,23 +88,20 @@ def _pictures(bench: Bench, source: Source, about: Record) -> list[Record]:
 def _alignment(bench: Bench, images: Tensor, of: str) -> list[Record]:
     seed = bench.settings["seed"]
     texts = bench.texts(bench.captions)
-    found = list(alignment_records(images, texts, bench.same(), of, bench.judge_about, seed))
+    found = list(alignment_records(images, texts, bench.same(), of, bench.judge.about, seed))
     for attribute in ATTRIBUTES:
         shares, _ = paired(images, bench.captions, bench.texts, attribute)
         if len(shares):
-            found.append(mean_record(f"paired {attribute.name}", of, shares, chance=0.5, **bench.judge_about))
+            found.append(mean_record(f"paired {attribute.name}", of, shares, chance=0.5, **bench.judge.about))
     return found
 
 
-def _ceiling(bench: Bench) -> list[Record]:
+def ceiling(bench: Bench) -> list[Record]:
     """The judge on real pictures, as the best model would score; UserError where it tells hardly more than chance."""
     real = bench.real()
     found = _alignment(bench, bench.embeddings(real), real.of)
-    if bench.extractor:
-        classes = bench.extractor.probabilities(bench.features(real).to(bench.pipe.device))
-        found += class_records(classes, real.of, bench.extractor.about)
     (record,) = find(found, "text_to_image@1", real.of)
-    least = min(FAR * record["chance"], 0.5)
+    least = min(max(FAR * record["chance"], LEAST), MOST)
     if record["value"] < least:
         raise UserError(
             f"judge {bench.judge.name!r} finds the right one of {bench.n} real pictures for a caption in"
@@ -112,9 +115,9 @@ def _shuffled(bench: Bench, g: float) -> list[Record]:
     """Pictures with the captions of others: what an alignment that means nothing looks like."""
     found = []
     for source, about in ((bench.real(), {}), (bench.samples(g), {"guidance": g, **bench.about})):
-        texts = bench.texts(bench.captions).roll(1, 0)
+        texts, same = bench.texts(bench.captions).roll(1, 0), bench.same().roll((1, 1), (0, 1))
         of = f"{source.of}, shuffled captions"
-        records = alignment_records(bench.embeddings(source), texts, torch.eye(bench.n) > 0, of, bench.judge_about)
+        records = alignment_records(bench.embeddings(source), texts, same, of, bench.judge.about)
         found += [r | about for r in records]
     return found
 
@@ -158,6 +161,9 @@ def _compositional(bench: Bench, measured: Measured, g: float) -> None:
     right = [check(image, scene) for image, scene in zip(images, required, strict=True)]
     measured.right[g] = right
     spread = mean_interval(np.array(right, float))
+    other = score(images, bench.cases[1:] + bench.cases[:1])
+    shuffled = {"metric": "compositional_score", "of": "samples, shuffled captions", "value": other, "n": n}
+    measured.results.append(shuffled | about)
     for metric, value, extra in (
         ("compositional_score", score(images, bench.cases), {"interval": spread}),
         ("scene_accuracy", breakdown(images, required), {}),

@@ -1,5 +1,6 @@
-"""The pictures that an evaluation makes and keeps: DIR/<set>/g<guidance>/00000.png, beside a captions.jsonl."""
+"""The pictures that an evaluation makes and keeps: DIR/<set>/g<guidance>/00000.png, beside a metadata.jsonl."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,10 +48,16 @@ class PictureSet:
             ) from None
 
     def write_captions(self, guidance: float) -> None:
-        """`captions.jsonl`, a line a picture; a longer one, of a run with more captions, is kept."""
-        path = self.path(guidance, 0).with_name("captions.jsonl")
+        """`metadata.jsonl`, a line a picture, so that the folder is a captioned one; a longer one, of a run with more
+        captions, is kept. UserError where the pictures there are of other captions."""
+        path = self.path(guidance, 0).with_name("metadata.jsonl")
         lines = [json.dumps({"file_name": f"{i:05d}.png", "text": t}) for i, t in enumerate(self.captions)]
-        if not path.is_file() or len(path.read_text().splitlines()) < len(lines):
+        kept = path.read_text().splitlines() if path.is_file() else []
+        if any(a != b for a, b in zip(kept, lines, strict=False)):
+            raise UserError(
+                f"{str(path.parent)!r} has pictures of other captions; delete that folder, or use another --out"
+            )
+        if len(kept) < len(lines):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("\n".join(lines) + "\n")
 
@@ -85,12 +92,14 @@ def generate(
     text: str = "generating",
 ) -> None:
     """Makes the pictures that are not there yet; picture i of a set has the seed `settings["seed"] + i`."""
+    sets = list(sets)
+    for made, g in itertools.product(sets, guidance):
+        made.write_captions(g)
     todo = [(made, g, run) for made in sets for g in guidance for run in _runs(made.missing(g), batch_size)]
     if not todo:
         return
     with tqdm(total=sum(len(run) for *_, run in todo), desc=text, bar_format=BAR) as bar:
         for made, g, run in todo:
-            made.write_captions(g)
             images = pipe(
                 [made.captions[i] for i in run],
                 guidance=g,

@@ -1,0 +1,207 @@
+"""A training that is killed, stopped, damaged or out of disk loses nothing that was saved."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from test_train import CONFIG, lines_of, state_of
+
+from ldm import manifest, run_state
+from ldm.config import UserError
+from ldm.interrupt import Stopped
+from ldm.train import train
+from ldm.weights import read_json, write_json
+
+EVERY = replace(CONFIG, save_every=2, keep=3)
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+
+
+def same_folders(a: Path, b: Path) -> bool:
+    """The same tensors in every state file, and the same log but for its order of lines."""
+    return tiny.same(state_of(a, 6), state_of(b, 6)) and lines_of(a) == lines_of(b)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda f: flip_a_bit(f / "state/first.safetensors"), "state/first.safetensors was changed since"),
+        (lambda f: (f / "state/first-optimizer.pt").unlink(), "state/first-optimizer.pt is missing"),
+        (lambda f: (f / "state/state.json").write_text(""), "state/state.json has 0 bytes"),
+        (lambda f: (f / "manifest.json").unlink(), "no manifest.json that can be read"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "no manifest.json that can be read"),
+        (lambda f: write_json(f / "manifest.json", {"files": {"../x": {"bytes": 1, "sha256": ""}}}), "outside"),
+        (lambda f: write_json(f / "manifest.json", {"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}), "outside"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage, words):
+    train(tiny.Toy(), EVERY, tmp_path / "straight", {})
+    shutil.copytree(tmp_path / "straight", tmp_path / "damaged")
+    damage(tmp_path / "damaged/checkpoints/step-00000006")
+    with pytest.warns(UserWarning, match=f"step-00000006' is damaged .*{words}"):
+        train(tiny.Toy(), EVERY, tmp_path / "damaged", {})
+    assert same_folders(tmp_path / "straight", tmp_path / "damaged")
+    assert not manifest.problem(tmp_path / "damaged/checkpoints/step-00000006")
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint")
+def test_a_run_of_which_every_checkpoint_is_damaged_is_not_begun_anew_in_silence(tmp_path):
+    train(tiny.Toy(), EVERY, tmp_path, {})
+    for folder in run_state.checkpoints(tmp_path):
+        flip_a_bit(folder / "state/first.safetensors")
+    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+        train(tiny.Toy(), EVERY, tmp_path, {})
+
+
+def test_a_manifest_lists_every_file_of_a_checkpoint(tmp_path):
+    train(tiny.Toy(), CONFIG, tmp_path, {})
+    folder = run_state.checkpoints(tmp_path)[-1]
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
+    table = read_json(folder / "manifest.json")["files"]
+    assert table.keys() == files and "state/first.safetensors" in files
+    assert all(table[name]["bytes"] == (folder / name).stat().st_size for name in files)
+
+
+def test_what_a_crash_left_is_swept_and_old_checkpoints_wait_for_the_new_one(tmp_path, monkeypatch):
+    train(tiny.Toy(), replace(EVERY, steps=4), tmp_path, {"train": {"steps": 4}})
+    (tmp_path / "checkpoints/.step-00000099").mkdir()
+    seal = manifest.seal
+    monkeypatch.setattr(manifest, "seal", lambda folder: (_ for _ in ()).throw(RuntimeError("power cut")))
+    with pytest.raises(RuntimeError, match="power cut"), pytest.warns(UserWarning, match="train.steps"):
+        train(tiny.Toy(), replace(EVERY, keep=1), tmp_path, {"train": {"steps": 6}})
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir() if f.name.startswith(".")] == []
+    assert [f.name for f in run_state.checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
+    monkeypatch.setattr(manifest, "seal", lambda folder: seal(folder) or flip_a_bit(folder / "state/first.safetensors"))
+    with pytest.raises(UserError, match="is the disk failing"):
+        train(tiny.Toy(), replace(EVERY, keep=1), tmp_path, {"train": {"steps": 6}})
+    assert len(run_state.checkpoints(tmp_path)) == 3  # none was deleted for one that is not whole
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("No space left")])
+def test_a_full_disk_leaves_the_old_checkpoint_whole_and_says_what_is_needed(tmp_path, monkeypatch, error):
+    train(tiny.Toy(), replace(EVERY, steps=2), tmp_path, {"train": {"steps": 2}})
+    monkeypatch.setattr(run_state, "write_state", lambda *a: (_ for _ in ()).throw(error))
+    with (
+        pytest.raises(
+            UserError, match=r"disk is full.* MiB are free; one took .* MiB before; .*step-00000002 is whole"
+        ),
+        pytest.warns(UserWarning, match="train.steps"),
+    ):
+        train(tiny.Toy(), EVERY, tmp_path, {"train": {"steps": 6}})
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    assert not manifest.problem(tmp_path / "checkpoints/step-00000002")
+
+
+class Signalled(tiny.Toy):
+    """Sends its own process a signal within one step."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__()
+        self.number, self.at = number, step
+
+    def losses(self, modules, batch, step):
+        if step == self.at:
+            self.at = -1  # once: a second one would end the process
+            os.kill(os.getpid(), self.number)
+        yield from super().losses(modules, batch, step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_a_signal_ends_the_step_saves_and_resuming_is_exact(tmp_path, number, step):
+    config = replace(CONFIG, accumulate=2, log_every=2, validate_every=1, preview_every=0, save_every=0)
+    train(tiny.Toy(), config, tmp_path / "straight", {})
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=f"at step {step + 1}, which is saved") as stop:
+        train(Signalled(number, step), config, tmp_path / "stopped", {})
+    assert stop.value.number == number and signal.getsignal(signal.SIGTERM) == before
+    train(tiny.Toy(), config, tmp_path / "stopped", {})
+    straight, stopped = lines_of(tmp_path / "straight"), lines_of(tmp_path / "stopped")
+    assert straight == stopped
+    assert tiny.same(state_of(tmp_path / "straight", 6), state_of(tmp_path / "stopped", 6))
+
+
+WORKER = """
+import sys, time, tiny
+from dataclasses import replace
+from ldm.cli import run_script
+from ldm.train import train
+class Slow(tiny.Toy):
+    def losses(self, modules, batch, step):
+        print("step", step, flush=True)
+        time.sleep(0.2)
+        yield from super().losses(modules, batch, step)
+config = replace(tiny.TRAIN, steps=200, save_every=0, workers=int(sys.argv[2]))
+run_script(lambda: train(Slow(), config, sys.argv[1], {}))
+"""
+
+
+def start(out: Path, workers: int = 0) -> subprocess.Popen:
+    """A slow training in a process group of its own, once it has begun."""
+    command = [sys.executable, "-c", WORKER, str(out), str(workers)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    assert process.stdout.readline().startswith("step 0")
+    return process
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_whole_group_is_told_to_stop_and_exits_with_its_code(tmp_path, number, code):
+    """As ctrl-C does, which reaches the loader's processes as well."""
+    process = start(tmp_path, workers=1)
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == code and "Traceback" not in error, error[-2000:]
+    assert "which is saved" in error
+    (folder,) = run_state.checkpoints(tmp_path)
+    assert not manifest.problem(folder)
+
+
+def test_a_killed_run_is_taken_up_and_two_cannot_share_a_folder(tmp_path):
+    process = start(tmp_path)
+    with pytest.raises(UserError, match=f"in use by another training .process {process.pid}"):
+        train(tiny.Toy(), tiny.TRAIN, tmp_path, {})
+    process.kill()
+    process.wait(timeout=60)
+    process.stdout.close()
+    process.stderr.close()
+    train(tiny.Toy(), replace(tiny.TRAIN, steps=2), tmp_path, {})  # the lock went with the process
+    assert [f.name for f in run_state.checkpoints(tmp_path)] == ["step-00000002"]
+
+
+def test_another_config_is_refused_by_name_and_forced_with_a_warning(tmp_path):
+    train(tiny.Toy(), replace(CONFIG, steps=3), tmp_path, {"train": {"steps": 3, "seed": 0}, "lr": 1.0})
+    changed = {"train": {"steps": 6, "seed": 1}, "lr": 2.0, "new": 1}
+    with pytest.raises(UserError, match=r"lr \(1.0 before, 2.0 now\). Give --force"):
+        train(tiny.Toy(), CONFIG, tmp_path, changed)
+    assert read_json(tmp_path / "config.json")["lr"] == 1.0
+    with pytest.warns(UserWarning, match="train.steps, train.seed, lr$"):
+        train(tiny.Toy(), CONFIG, tmp_path, changed, force=True)
+    assert lines_of(tmp_path)[-1]["step"] == 6
+
+
+def test_every_start_is_noted_with_what_it_ran_on(tmp_path):
+    train(tiny.Toy(), replace(CONFIG, steps=3), tmp_path, {"train": {"steps": 3}})
+    with pytest.warns(UserWarning, match="train.steps"):
+        train(tiny.Toy(), CONFIG, tmp_path, {"train": {"steps": 6}})
+    first, second = (json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines())
+    assert first.keys() == {"time", "command", "seed", "python", "packages", "commit"}
+    assert second["packages"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert second["time"] >= first["time"] and second["seed"] == CONFIG.seed
+    time.strptime(second["time"][:19], "%Y-%m-%dT%H:%M:%S")
