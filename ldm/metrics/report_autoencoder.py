@@ -79,7 +79,13 @@ def _rates(results: Sequence[Record]) -> str:
     own = [(name, points[0]) for name, points in record["value"].items() if len(points) == 1]
     points, marks = [(math.log2(size), level) for _, (size, level) in own], [name for name, _ in own]
     lines.append(Line(name="this autoencoder", points=points, marks=marks, joined=False))
-    drawing = plot("PSNR in dB against bytes a picture: upper left is better", "log2 of bytes", lines, zero=False)
+    drawing = plot(
+        "PSNR in dB against bytes a picture: upper left is better",
+        "bytes",
+        lines,
+        zero=False,
+        x_text=lambda x: f"{2**x:.4g}",
+    )
     text = (
         f"{record['n']} pictures. The latent as it is stored in 8 bits a value, and at the rate of its KL, which"
         " bits-back coding would reach; JPEG and WebP with all their headers, at ten qualities."

@@ -1,7 +1,7 @@
 """Plots of a report, as inline SVG."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -23,9 +23,15 @@ class Line:
 
 
 def plot(
-    title: str, x_name: str, lines: Sequence[Line], levels: Sequence[tuple[str, float]] = (), zero: bool = True
+    title: str,
+    x_name: str,
+    lines: Sequence[Line],
+    levels: Sequence[tuple[str, float]] = (),
+    zero: bool = True,
+    x_text: Callable[[float], str] = "{:.4g}".format,
 ) -> str:
-    """A figure with its title; `levels` are dashed horizontals with names; the y axis starts at 0 where `zero`."""
+    """A figure with its title; `levels` are dashed horizontals with names; the y axis starts at 0 where `zero`;
+    `x_text` writes the numbers of the x axis."""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points] + [y for _, y in levels]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(0.0 if zero else min(ys), max(ys))
@@ -35,7 +41,7 @@ def plot(
     for value in y_ticks:
         parts.append(f'<path d="M{LEFT} {to_y(value):.1f}H{WIDTH - RIGHT}" stroke="var(--line)"/>')
         parts.append(_text(LEFT - 6, to_y(value) + 4, f"{value:.4g}", "end"))
-    parts += [_text(to_x(value), HEIGHT - 21, f"{value:.4g}", "middle") for value in x_ticks]
+    parts += [_text(to_x(value), HEIGHT - 21, x_text(value), "middle") for value in x_ticks]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, x_name, "middle"))
     for name, value in levels:
         dash = f'<path d="M{LEFT} {to_y(value):.1f}H{WIDTH - RIGHT}" stroke="var(--soft)" stroke-dasharray="4 4"/>'
