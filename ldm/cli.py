@@ -1,6 +1,7 @@
 """What the scripts share: one line and exit code 2 for a user's mistake, and the training scripts' arguments."""
 
 import argparse
+import errno
 import signal
 import sys
 import warnings
@@ -22,6 +23,13 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except (UserError, PermissionError, FileExistsError, NotADirectoryError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: the disk is full ({_one_line(error)}); free some space, the same command goes on", file=sys.stderr
+        )
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)

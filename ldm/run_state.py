@@ -104,11 +104,11 @@ def _disk_full(out: Path, done: int) -> str:
     """What to do, and how much is needed: as much as the checkpoint before took."""
     before = checkpoints(out)
     size = sum(file.stat().st_size for file in before[-1].rglob("*") if file.is_file()) if before else 0
-    need = f"; one took {size / 2**20:,.0f} MiB before" if before else ""
+    need = f"; one took {size / 2**20:,.1f} MiB before" if before else ""
     kept = f"the one of {before[-1].name} is whole" if before else "there was none before"
     free = shutil.disk_usage(out).free / 2**20
     return (
-        f"the disk is full, so the checkpoint of step {done} could not be written: {free:,.0f} MiB are free{need};"
+        f"the disk is full, so the checkpoint of step {done} could not be written: {free:,.1f} MiB are free{need};"
         f" {kept}. Free some space and give the same command again"
     )
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from test_train import CONFIG, lines_of, state_of
 
 from ldm import manifest, run_state
+from ldm.cli import run_script
 from ldm.config import UserError
 from ldm.interrupt import Stopped
 from ldm.train import train
@@ -104,6 +106,14 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole_and_says_what_is_needed(tmp
         train(tiny.Toy(), EVERY, tmp_path, {"train": {"steps": 6}})
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     assert not manifest.problem(tmp_path / "checkpoints/step-00000002")
+
+
+def test_a_full_disk_anywhere_else_is_one_line_too(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # run_script sets it for good
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "disk is full" in error and "metrics.jsonl" in error
 
 
 class Signalled(tiny.Toy):
