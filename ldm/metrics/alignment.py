@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PART = 1024  # queries whose similarities are held at once
+
 
 def cosine(image_embeddings: Tensor | np.ndarray, text_embeddings: Tensor | np.ndarray) -> Tensor:
     """Cosine of each picture with its own caption, (N, D) and (N, D) -> (N,) float64 in [-1, 1]."""
@@ -51,16 +53,17 @@ def retrieval_hits(
     images, texts = _unit(image_embeddings), _unit(text_embeddings)
     if images.shape != texts.shape or not len(images):
         raise ValueError(f"embeddings {tuple(images.shape)} and {tuple(texts.shape)} are not pairs")
-    similarity = images @ texts.T  # (N, N)
-    right = torch.eye(len(images), dtype=torch.bool, device=similarity.device)
+    right = torch.eye(len(images), dtype=torch.bool, device=images.device)
     if same is not None:
-        right = right | torch.as_tensor(same, device=similarity.device)
+        right = right | torch.as_tensor(same, device=images.device)
     result = {}
-    for name, scores, answers in (
-        ("image_to_text", similarity, right),
-        ("text_to_image", similarity.T, right.T),
+    for name, queries, others, answers in (
+        ("image_to_text", images, texts, right),
+        ("text_to_image", texts, images, right.T),
     ):
-        ahead, tied = _rivals(scores, answers)
+        parts = zip(queries.split(PART), answers.split(PART), strict=True)
+        found = [_rivals(part @ others.T, own) for part, own in parts]  # of (PART, N)
+        ahead, tied = (torch.cat(values) for values in zip(*found, strict=True))
         for top in k:
             # of the 1 + tied equal places, those among the first k
             result[f"{name}@{top}"] = ((top - ahead) / (1 + tied)).clamp(0, 1)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, distributed
 
 Rows = Tensor | np.ndarray
+PART = 4096  # rows in float64 at once
 SIZES = 15  # of the samples that a distance is extrapolated from
 
 
@@ -73,10 +74,10 @@ def frechet_distance(x: Rows | GaussianMoments, y: Rows | GaussianMoments) -> fl
     covariances: always print N. ValueError for fewer than two rows or unequal dimensions.
     """
     if not isinstance(x, GaussianMoments) and not isinstance(y, GaussianMoments):
-        a, b = _centred(x), _centred(y)
-        if a[0].shape[1] == b[0].shape[1] > min(len(a[0]), len(b[0])):
-            return _of_few(*a, *b)
-    first, second = (m if isinstance(m, GaussianMoments) else GaussianMoments().update(m) for m in (x, y))
+        x, y = torch.as_tensor(x).detach(), torch.as_tensor(y).detach()
+        if x.ndim == y.ndim == 2 and x.shape[1] == y.shape[1] > min(len(x), len(y)):
+            return _of_few(*_centred(x), *_centred(y))
+    first, second = (m if isinstance(m, GaussianMoments) else _moments(m) for m in (x, y))
     if first.mean.shape != second.mean.shape:
         raise ValueError(f"features of {len(first.mean)} and of {len(second.mean)} dimensions cannot be compared")
     mean, covariance = second.mean.to(first.mean.device), second.covariance.to(first.mean.device)
@@ -107,11 +108,19 @@ def frechet_distance_infinite(x: Rows, y: Rows, seed: int = 0) -> float:
     return float(np.polynomial.polynomial.polyfit(1 / sizes, distances, 1)[0])
 
 
-def _centred(features: Rows) -> tuple[Tensor, Tensor]:
+def _moments(features: Tensor) -> GaussianMoments:
+    """Those of all rows, of which a part at a time is held in float64."""
+    moments = GaussianMoments()
+    for part in torch.as_tensor(features).split(PART):
+        moments.update(part)
+    return moments
+
+
+def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (N, D) less their mean, over the root of N - 1, so that the covariance is X^T X; and the mean (D,)."""
-    rows = torch.as_tensor(features).detach().double()
-    if rows.ndim != 2 or len(rows) < 2:
-        raise ValueError(f"features must be (N, D) with at least 2 rows, not {tuple(rows.shape)}")
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least 2 rows, not {len(features)}")
+    rows = features.double()
     mean = rows.mean(0)
     return (rows - mean) / (len(rows) - 1) ** 0.5, mean
 
