@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="effnet-lite0",
         metavar="NAME",
         help="network of distances: effnet-lite0 (default), inception[:FILE], clip:FOLDER, dinov2:FOLDER,"
-        " judge:FOLDER, or none",
+        " judge (the evaluation's own), judge:FOLDER, or none",
     )
     parser.add_argument(
         "--judge",

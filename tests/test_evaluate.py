@@ -257,6 +257,9 @@ def test_every_alignment_is_what_the_kept_pictures_give(done):
                 assert record["value"] == pytest.approx(value)
                 assert record["chance"] == pytest.approx(int(name[-1]) * same.double().sum(1).mean().item() / N)
         if of != "real held-out":
+            frechet = one(done, "judge_frechet_distance", of, **where)
+            assert frechet["value"] == pytest.approx(frechet_distance(images, others), rel=1e-4)
+            assert frechet["extractor"] == "knows-all"
             assert one(done, "cmmd", of, **where)["value"] == pytest.approx(cmmd(images, others), abs=1e-4)
     best = best_guidance(results_of(done))
     assert one(done, "text_to_image@1", "real held-out")["value"] > 0.9

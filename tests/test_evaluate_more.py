@@ -22,6 +22,7 @@ from ldm.tasks.evaluate import sample_indices
 from ldm.tasks.evaluate_autoencoder import AutoencoderEvaluation, evaluate_autoencoder, scales
 from ldm.tasks.evaluate_features import FeatureCache
 from ldm.tasks.evaluate_folders import FolderEvaluation, evaluate_folders
+from ldm.tasks.evaluate_pictures import claim
 from ldm.vae import VAE
 
 N = 20
@@ -127,6 +128,25 @@ def test_an_autoencoder_that_cannot_be_measured_is_one_line(vae, tmp_path, chang
     with pytest.raises(UserError, match=words) as error:
         evaluate_autoencoder(replace(config, **changes), tmp_path / "out", "cpu")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_the_judges_own_features_are_taken_by_name(vae, tmp_path):
+    config = AutoencoderEvaluation(autoencoder=str(vae), data="shapes", num=N, features="judge")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.tasks.evaluate_latents.SCENES", 150)
+        evaluate_autoencoder(config, tmp_path, "cpu")
+    found = record(tmp_path, "frechet_distance")
+    assert found["extractor"] == "judge:shapes" and found["dimensions"] == 96 and found["biased"]
+
+
+def test_a_folder_holds_one_kind_of_evaluation(measured, vae, tmp_path):
+    config = AutoencoderEvaluation(autoencoder=str(vae), data="shapes", num=N, features="none", seed=1)
+    before = (measured / "metrics.json").read_bytes()
+    with pytest.raises(UserError, match="seed 0, not 1; use another --out"):
+        evaluate_autoencoder(config, measured, "cpu")
+    with pytest.raises(UserError, match="model_sha256 None"):
+        claim(measured, {"model_sha256": "1" * 64})
+    assert (measured / "metrics.json").read_bytes() == before
 
 
 def fill(folder: Path, count: int, seed: int, size: int = 24, captions: bool = False) -> Path:

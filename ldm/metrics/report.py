@@ -34,6 +34,8 @@ ROWS = (
     ("paired gender", "right gender preferred, %", 100, "higher", True),
     ("paired style", "right style preferred, %", 100, "higher", True),
     ("cmmd", "CMMD", 1, "lower", False),
+    ("judge_frechet_distance", "Frechet distance, judge's features x 1000", 1000, "lower", False),
+    ("judge_frechet_distance_infinite", "the same, N to infinity", 1000, "lower", False),
 )
 OVER_GUIDANCE = ("frechet_distance", "kernel_distance", "precision", "recall", "coverage", "clip_cosine")
 OVER_GUIDANCE += ("image_to_text@1", "cmmd")

@@ -113,7 +113,7 @@ def open_bench(config: EvaluateConfig, out: Path, device: str = "") -> Bench:
         bank=bank,
         sets=sets,
         cases=posed,
-        extractor=open_extractor(config.features, pipe),
+        extractor=open_extractor(config, pipe),
         judge=open_judge(config, pipe),
         guidance=config.guidance,
         batch_size=config.batch_size,
@@ -130,8 +130,9 @@ def trained_on(config: EvaluateConfig, size: int) -> DataConfig:
     return DataConfig(name=config.data, path=config.data_path, size=size, **own)
 
 
-def open_extractor(name: str, pipe: Pipeline) -> FeatureExtractor | None:
-    """The feature network of that name on the pipeline's device; None for "none"."""
+def open_extractor(config: EvaluateConfig, pipe: Pipeline) -> FeatureExtractor | None:
+    """The feature network asked for, on the pipeline's device; None for "none"."""
+    name = f"judge:{config.judge or config.data}" if config.features == "judge" else config.features
     return None if name == "none" else feature_extractor(name).to(pipe.device)
 
 

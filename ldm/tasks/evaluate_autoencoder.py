@@ -30,6 +30,7 @@ from ldm.perceptual import perceptual_network
 from ldm.tasks.evaluate import FEWEST, SMALLEST, USUAL, check_numbers, sample_indices
 from ldm.tasks.evaluate_features import FeatureCache
 from ldm.tasks.evaluate_latents import representation
+from ldm.tasks.evaluate_pictures import claim
 from ldm.vae import VAE
 
 FITTED = 256  # training pictures that the likelihood's scale is fitted to
@@ -74,7 +75,10 @@ def evaluate_autoencoder(config: AutoencoderEvaluation, out: Path, device: str =
     vae = VAE.from_pretrained(config.autoencoder).to(find_device(device))
     dataset, train, num = open_splits(config, vae)
     distance = perceptual_network(config.perceptual).to(next(vae.parameters()).device)
-    extractor = None if config.features == "none" else feature_extractor(config.features)
+    name = f"judge:{config.data}" if config.features == "judge" else config.features
+    extractor = None if name == "none" else feature_extractor(name)
+    settings = settings_of(config, vae, dataset, num)
+    claim(out, {key: settings[key] for key in ("autoencoder_sha256", "data_sha256", "split", "size", "seed")})
     fitting = sample_indices(len(train), min(FITTED, len(train)), config.seed)
     scale = fit_scale(code(vae, train, fitting, config, "fitting the likelihood", scales()))
     coded = code(vae, dataset, sample_indices(len(dataset), num, config.seed), config, "autoencoder", [scale])
@@ -89,8 +93,6 @@ def evaluate_autoencoder(config: AutoencoderEvaluation, out: Path, device: str =
         warnings.warn(
             "what the latents say is left out: it needs scikit-learn (pip install scikit-learn)", stacklevel=2
         )
-    settings = settings_of(config, vae, dataset, num)
-    out.mkdir(parents=True, exist_ok=True)
     weights.write_json(out / "metrics.json", {"format": FORMAT, "settings": settings, "results": results})
     write_autoencoder_report(out / "report.html", settings, results, galleries(coded))
     return [

@@ -64,7 +64,8 @@ def evaluate_folders(config: FolderEvaluation, out: Path, device: str = "") -> l
         for folder, found, of in zip((config.images, config.reference), names, ("images", "reference"), strict=True)
     )
     place = find_device(device)
-    extractor = None if config.features == "none" else feature_extractor(config.features).to(place)
+    name = f"judge:{config.judge}" if config.features == "judge" else config.features
+    extractor = None if name == "none" else feature_extractor(name).to(place)
     judge = image_text_model(config.judge).to(place) if config.judge not in ("", "none") else None
     if extractor and not config.without_frechet:
         _check_count(extractor, min(fake.count, real.count), fake, place)

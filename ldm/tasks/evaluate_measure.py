@@ -80,6 +80,9 @@ def _pictures(bench: Bench, source: Source, about: Record) -> list[Record]:
     if bench.judge:
         images, real = bench.embeddings(source), bench.embeddings(bench.real())
         found.append(cmmd_record(images, real, source.of, bench.judge.about, seed) | about)
+        # of a judge's few dimensions a Frechet distance is hardly biased, and can be extrapolated
+        for r in frechet_records(images, real, source.of, bench.judge.about, seed):
+            found.append(r | about | {"metric": f"judge_{r['metric']}"})
         if source.of != "real train":
             found += [r | about for r in _alignment(bench, images, source.of)]
     return found
