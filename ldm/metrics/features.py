@@ -4,7 +4,7 @@
     inception[:FILE]      FID's own Inception, by torch-fidelity
     clip:FOLDER_OR_NAME   the image tower of a CLIP, by transformers
     dinov2:FOLDER_OR_NAME DINOv2, by transformers
-    judge:FOLDER_OR_NAME  the image tower of an image-text model trained here to judge; in an evaluation "judge" is its own
+    judge:FOLDER_OR_NAME  the image tower of an image-text model trained here to judge; "judge" alone: the evaluation's
 
 A further network is one function and its entry in EXTRACTORS.
 """
