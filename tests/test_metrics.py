@@ -228,7 +228,7 @@ def real_emoji(count: int) -> tuple[torch.Tensor, list[list[str]]]:
 
 def test_distances_of_real_pictures_grow_with_blur_and_noise(extractor):
     """Four levels of each, in the features that evaluations use."""
-    x, _ = real_emoji(64)
+    x, _ = real_emoji(32)
     judge = image_text_model("emoji")
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(x.shape, generator=g)
@@ -238,7 +238,7 @@ def test_distances_of_real_pictures_grow_with_blur_and_noise(extractor):
     for levels in (blurred, noisy):
         seen, judged = [extractor(y) for y in levels], [judge.images(y) for y in levels]
         frechet = [frechet_distance(features, y) for y in seen]
-        kernel = [kernel_distance(features, y, 1, 64)[0] for y in seen]
+        kernel = [kernel_distance(features, y, 1, 32)[0] for y in seen]
         mean = [cmmd(embeddings, y) for y in judged]
         for found in (frechet, kernel, mean):
             assert found == sorted(found) and len(set(found)) == 4, found

@@ -25,7 +25,8 @@ p { margin: 0 0 16px; max-width: 72ch } .soft, .note, figcaption { color: var(--
 .wide { overflow-x: auto; margin: 0 0 20px } table { border-collapse: collapse; font-size: 15px; width: 100% }
 th, td { text-align: right; padding: 6px 12px; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; white-space: nowrap }
-th { color: var(--soft); font-weight: 500; white-space: normal; vertical-align: bottom } th:first-child, td:first-child { text-align: left; padding-left: 0 }
+th { color: var(--soft); font-weight: 500; white-space: normal; vertical-align: bottom }
+th:first-child, td:first-child { text-align: left; padding-left: 0 }
 td small { display: block; color: var(--soft); font-size: 12px; font-weight: 400; line-height: 1.2 }
 tr.best td { background: var(--wash); font-weight: 600 }
 table.settings td { text-align: left; white-space: normal; overflow-wrap: anywhere }
