@@ -638,12 +638,16 @@ def test_numbers_of_groups_are_not_compared_with_each_other():
 
 
 def test_the_data_are_those_that_the_models_run_was_trained_on(model, tmp_path):
-    assert trained_on(config_for(Path("shapes")), 32).length == 40_000
-    assert trained_on(config_for(model), 32).length is None
+    assert trained_on("shapes", "shapes", "", 32).length == 40_000
+    assert trained_on(str(model), "shapes", "", 32).length is None
     shutil.copytree(model, tmp_path / "run")
     (tmp_path / "run/config.json").write_text('{"data": {"name": "folder", "seed": 3, "length": null}}')
-    assert trained_on(config_for(tmp_path / "run", data="folder", data_path="x"), 32).seed == 3
-    assert trained_on(config_for(tmp_path / "run"), 32).seed == 0  # other data
+    assert trained_on(str(tmp_path / "run"), "folder", "x", 32).seed == 3
+    assert trained_on(str(tmp_path / "run"), "shapes", "", 32).seed == 0  # other data
+    shutil.copytree(model, tmp_path / "run/checkpoints/step-00000004")  # a run that has not ended
+    for part in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
+        shutil.rmtree(tmp_path / "run" / part)
+    assert trained_on(str(tmp_path / "run"), "folder", "x", 32).seed == 3
 
 
 def test_another_evaluation_is_compared_with_where_it_may_be(done, model, tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def open_bench(config: EvaluateConfig, out: Path, device: str = "") -> Bench:
     size = pipe.unet.config.sample_size * pipe.vae.factor
     if size < SMALLEST:
         raise UserError(f"the model makes {size} px pictures; they can be measured from {SMALLEST} px on")
-    data = trained_on(config, size)
+    data = trained_on(config.model, config.data, config.data_path, size)
     dataset = open_dataset(data, config.split)
     num = config.num or min(USUAL, len(dataset))
     if not FEWEST <= num <= len(dataset):
@@ -121,13 +121,14 @@ def open_bench(config: EvaluateConfig, out: Path, device: str = "") -> Bench:
     )
 
 
-def trained_on(config: EvaluateConfig, size: int) -> DataConfig:
-    """The data as the model's run had them, where it tells: their length, and the seed of a split by captions."""
-    file = weights.find_root(config.model) / "config.json"
-    told = weights.read_json(file).get("data", {}) if file.is_file() else {}
-    same = told.get("name") == config.data
-    own = {key: told[key] for key in ("length", "seed") if same and told.get(key) is not None}
-    return DataConfig(name=config.data, path=config.data_path, size=size, **own)
+def trained_on(model: str, name: str, path: str, size: int) -> DataConfig:
+    """The data `name` at `path` as the model's run had them, where it tells: their length, and the seed of a split by
+    captions."""
+    root = weights.find_root(model)
+    files = [folder / "config.json" for folder in (root, root.parent, root.parent.parent)]  # or a checkpoint of the run
+    told = next((t["data"] for f in files if f.is_file() and "data" in (t := weights.read_json(f))), {})
+    own = {key: told[key] for key in ("length", "seed") if told.get("name") == name and told.get(key) is not None}
+    return DataConfig(name=name, path=path, size=size, **own)
 
 
 def open_extractor(config: EvaluateConfig, pipe: Pipeline) -> FeatureExtractor | None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ldm import weights
 from ldm.cli import find_device
 from ldm.config import UserError
-from ldm.data import DataConfig, open_dataset, to_float, to_uint8
+from ldm.data import open_dataset, to_float, to_uint8
 from ldm.data.latents import data_hash
 from ldm.images import to_pil
 from ldm.metrics import bits_per_dimension, perceptual_distance, psnr, ssim
@@ -27,7 +27,7 @@ from ldm.metrics.records import Record, frechet_records, mean_record, picture_re
 from ldm.metrics.report_autoencoder import write_autoencoder_report
 from ldm.metrics.report_html import Gallery, Row
 from ldm.perceptual import perceptual_network
-from ldm.tasks.evaluate import FEWEST, SMALLEST, USUAL, check_numbers, sample_indices
+from ldm.tasks.evaluate import FEWEST, SMALLEST, USUAL, check_numbers, sample_indices, trained_on
 from ldm.tasks.evaluate_features import FeatureCache
 from ldm.tasks.evaluate_latents import representation
 from ldm.tasks.evaluate_pictures import claim
@@ -109,7 +109,7 @@ def open_splits(config: AutoencoderEvaluation, vae: VAE) -> tuple[Any, Any, int]
     size = config.size or vae.config.sample_size
     if size < SMALLEST:
         raise UserError(f"pictures of {size} px cannot be measured; {SMALLEST} px or more can: give --size")
-    data = DataConfig(name=config.data, path=config.data_path, size=size)
+    data = trained_on(config.autoencoder, config.data, config.data_path, size)
     dataset, train = (open_dataset(data, split, need_captions=False) for split in (config.split, "train"))
     num = config.num or min(USUAL, len(dataset))
     if not FEWEST <= num <= len(dataset):
