@@ -24,7 +24,7 @@ train-shapes: .venv/.ready
 	$(RUN) scripts/train_clip.py --config configs/shapes/clip.toml --out $(SHAPES)/clip
 	$(RUN) scripts/train_diffusion.py --config configs/shapes/diffusion.toml --out $(SHAPES)/diffusion
 	$(RUN) scripts/sample.py --model $(SHAPES)/diffusion --prompts configs/shapes/demo.txt --guidance 3 --guidance-rescale 0.7 --out $(SHAPES)/samples
-	$(RUN) scripts/evaluate.py --model $(SHAPES)/diffusion --data shapes --num 480 --guidance 3 --guidance-rescale 0.7 --steps 20 --out $(SHAPES)/evaluation
+	$(RUN) scripts/evaluate.py --model $(SHAPES)/diffusion --data shapes --num 480 --guidance 3 --guidance-rescale 0.7 --steps 20 --judge none --train-num 480 --out $(SHAPES)/evaluation
 
 .venv/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
