@@ -61,8 +61,8 @@ class Run:
         self.skipped, self.looked = state["skipped"], state.get("looked", True)
         self.skipped_since_log = state.get("skipped_since_log", 0)
         # those of this process; with more processes than before, the new ones have none and the means begin anew
-        sums = state.get("sums", [])
-        mine = sums[self.accelerator.process_index] if len(sums) == self.accelerator.num_processes else {}
+        sums, rank = state.get("sums", []), self.accelerator.process_index
+        mine = sums[rank] if len(sums) == self.accelerator.num_processes else {}
         self.sums = {name: [torch.tensor(v, device=self.device) for v in values] for name, values in mine.items()}
         return state["step"]
 
@@ -123,9 +123,7 @@ class Run:
             self.offending.append(batch)
             torch.manual_seed(_mix(c.seed, step * c.accumulate + micro, self.accelerator.process_index))
             values += self.backward(batch, step, last=micro == c.accumulate - 1)
-        modules = self.trained.modules.items()
-        norms = {f"{n}_grad_norm": self.clip(m) for n, m in modules}
-        values.append(norms)
+        values.append({f"{n}_grad_norm": self.clip(m) for n, m in self.trained.modules.items()})
         if self.all_finite(values):
             self.skipped, self.offending = 0, []
             self.note(values)

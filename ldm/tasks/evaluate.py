@@ -125,8 +125,8 @@ def trained_on(model: str, name: str, path: str, size: int) -> DataConfig:
     """The data `name` at `path` as the model's run had them, where it tells: their length, and the seed of a split by
     captions."""
     root = weights.find_root(model)
-    files = [folder / "config.json" for folder in (root, root.parent, root.parent.parent)]  # or a checkpoint of the run
-    told = next((t["data"] for f in files if f.is_file() and "data" in (t := weights.read_json(f))), {})
+    run = root.parent.parent if root.parent.name == "checkpoints" else root
+    told = weights.read_json(run / "config.json").get("data", {}) if (run / "config.json").is_file() else {}
     own = {key: told[key] for key in ("length", "seed") if told.get("name") == name and told.get(key) is not None}
     return DataConfig(name=name, path=path, size=size, **own)
 
