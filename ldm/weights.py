@@ -73,7 +73,8 @@ def find_root(folder: str | Path) -> Path:
 
 def is_finished(run: Path, checkpoint: Path) -> bool:
     """Whether a run folder holds all files of a model that its newest checkpoint holds, as after the last export."""
-    parts = [path.relative_to(checkpoint) for path in checkpoint.glob("**/*.json") if path.parent.name != "state"]
+    parts = [path.relative_to(checkpoint) for path in checkpoint.glob("*/**/*.json") if path.parent.name != "state"]
+    parts += [path.relative_to(checkpoint) for path in checkpoint.glob("*.json") if path.name != "manifest.json"]
     return bool(parts) and all((run / part).is_file() for part in parts)
 
 

@@ -213,7 +213,7 @@ BAD_MEMBERS = {
     "not valid JSON": [PICTURE, ("a.json", b"{")],
     "no 'captions' or 'text'": [PICTURE, ("a.json", b"{}")],
     "must be a string or a list": [PICTURE, ("a.json", b'{"text": 3}')],
-    "a in shard train-0.tar' cannot be read": [("a.png", png(1)[:40]), TEXT],
+    "a in shard train-0.tar' is no image file": [("a.png", png(1)[:40]), TEXT],
 }
 
 
