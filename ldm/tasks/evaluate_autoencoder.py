@@ -107,8 +107,10 @@ def open_splits(config: AutoencoderEvaluation, vae: VAE) -> tuple[Any, Any, int]
     if config.split not in ("test", "val"):
         raise UserError(f"split {config.split!r} cannot be evaluated on: held-out pictures are in 'test' or 'val'")
     size = config.size or vae.config.sample_size
-    if size < SMALLEST:
-        raise UserError(f"pictures of {size} px cannot be measured; {SMALLEST} px or more can: give --size")
+    if size < SMALLEST or size % vae.factor:
+        raise UserError(
+            f"pictures of {size} px cannot be measured; --size must be {SMALLEST} px or more and a multiple of {vae.factor}"
+        )
     data = trained_on(config.autoencoder, config.data, config.data_path, size)
     dataset, train = (open_dataset(data, split, need_captions=False) for split in (config.split, "train"))
     num = config.num or min(USUAL, len(dataset))
