@@ -109,7 +109,7 @@ def open_splits(config: AutoencoderEvaluation, vae: VAE) -> tuple[Any, Any, int]
     size = config.size or vae.config.sample_size
     if size < SMALLEST or size % vae.factor:
         raise UserError(
-            f"pictures of {size} px cannot be measured; --size must be {SMALLEST} px or more, a multiple of {vae.factor}"
+            f"pictures of {size} px cannot be measured: --size is {SMALLEST} px or more, a multiple of {vae.factor}"
         )
     data = trained_on(config.autoencoder, config.data, config.data_path, size)
     dataset, train = (open_dataset(data, split, need_captions=False) for split in (config.split, "train"))
