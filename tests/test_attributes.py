@@ -33,6 +33,7 @@ def test_what_a_caption_names(attribute, caption, value):
 def test_exchanging_and_leaving_open():
     assert TONE.exchanged("a man with light skin tone, 3D", "medium") == "a man with medium skin tone, 3D"
     assert GENDER.exchanged("woman frowning, frowning woman", "man") == "man frowning, frowning man"
+    assert GENDER.exchanged("a dog", "man") == "a dog"
     assert GENDER.exchanged("woman mechanic, female mechanic", "man") == "man mechanic, male mechanic"
     assert STYLE.exchanged("a 3D emoji of a dog", "flat") == "a flat emoji of a dog"
     assert TONE.open("a man with light skin tone, 3D") == "a man, 3D"

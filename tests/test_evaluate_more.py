@@ -17,7 +17,7 @@ from ldm.metrics import features, frechet_distance, kernel_distance, precision_r
 from ldm.metrics.judges import ImageTextModel
 from ldm.metrics.reconstruction import discretized_logistic
 from ldm.metrics.records import find
-from ldm.metrics.report_plots import ticks
+from ldm.metrics.report_plots import Line, plot, ticks
 from ldm.tasks.evaluate import sample_indices
 from ldm.tasks.evaluate_autoencoder import AutoencoderEvaluation, evaluate_autoencoder, scales
 from ldm.tasks.evaluate_features import FeatureCache
@@ -274,3 +274,9 @@ def test_ticks_are_short_and_hold_all(low, high):
     found = ticks(low, high)
     assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9 and 2 <= len(found) <= 8
     assert all(len(f"{value:.4g}") <= 7 for value in found) and np.allclose(np.diff(found), found[1] - found[0])
+
+
+def test_every_line_of_a_plot_is_drawn_however_many_there_are():
+    lines = [Line(name=f"line {i}", points=[(0, i), (1, i + 1)]) for i in range(5)]
+    drawn = plot("title", "x", lines)
+    assert drawn.count("<polyline") == 5 and all(f"line {i}<" in drawn for i in range(5))

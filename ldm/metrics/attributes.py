@@ -30,9 +30,12 @@ class Attribute:
         return found[0] if len(found) == 1 else None
 
     def exchanged(self, caption: str, value: str) -> str:
-        """The caption with another value in place of its own, wherever that is named."""
+        """The caption with another value in place of its own, wherever that is named; the caption itself where it names
+        none, or several."""
         own = self.named(caption)
-        for word, other in zip(self.values[own] if own else (), self.values[value], strict=False):
+        if own is None:
+            return caption
+        for word, other in zip(self.values[own], self.values[value], strict=True):
             caption = self._regex(word).sub(lambda m, w=word, o=other: m.group().replace(w, o), caption)
         return caption
 

@@ -46,11 +46,12 @@ def plot(
     for name, value in levels:
         dash = f'<path d="M{LEFT} {to_y(value):.1f}H{WIDTH - RIGHT}" stroke="var(--soft)" stroke-dasharray="4 4"/>'
         parts += [dash, _text(WIDTH - RIGHT, to_y(value) - 5, name, "end")]
-    for line, colour in zip(lines, COLOURS, strict=False):
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(lines))]
+    for line, colour in zip(lines, colours, strict=True):
         parts.append(_line(line, colour, to_x, to_y))
     label = escape(title)
     drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-    names = [f'<span style="color:{c}">{escape(n.name)}</span>' for n, c in zip(lines, COLOURS, strict=False)]
+    names = [f'<span style="color:{c}">{escape(n.name)}</span>' for n, c in zip(lines, colours, strict=True)]
     legend = f'<p class="legend">{" ".join(names)}</p>' if len(lines) > 1 else ""
     return f"<figure><p>{label}</p>{legend}{drawing}</figure>"
 
