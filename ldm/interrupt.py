@@ -15,10 +15,14 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+GRACE = 30  # seconds that a loader's process outlives a SIGTERM
+
+
 def leave_to_the_main_process(worker: int) -> None:
-    """For a loader's process: a ctrl-C reaches it too, while the training that finishes its step still needs it."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """For a loader's process: a signal to the whole group reaches it too, while the training that finishes its step
+    still needs it. A SIGTERM ends it late, not never: multiprocessing sends one at exit and waits without limit."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 class Interrupts:

@@ -1,7 +1,7 @@
 """One process's view of a training: its steps, logs, looks and checkpoints."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,7 +91,7 @@ class Run:
         if self.main:
             tqdm.write(text)
 
-    def batches(self, start: int) -> Iterator[dict]:
+    def batches(self, start: int) -> Generator[dict, None, None]:
         """Collated batches from optimizer step `start` on."""
         c, a = self.config, self.accelerator
         order = EpochBatches(
@@ -284,12 +284,20 @@ def _optimizers(name: str, module: nn.Module, o: OptimizerConfig) -> dict[str, t
     return found
 
 
-def _plain_errors(loader: DataLoader) -> Iterator[dict]:
-    """The loader's batches; a UserError of a loading process comes without that process's traceback in its text."""
+def _plain_errors(loader: DataLoader) -> Generator[dict, None, None]:
+    """The loader's batches; a UserError of a loading process comes without that process's traceback in its text.
+
+    However it ends, the loading processes end with it. Left to the garbage collector they may outlive an error whose
+    traceback refers to them, to the end of the program.
+    """
+    batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except UserError as error:
         raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()
 
 
 def _mix(*numbers: int) -> int:

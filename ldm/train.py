@@ -4,7 +4,7 @@ A task says what one step is (`ldm/tasks/`). Everything random in a step is draw
 (seed, step, process), and the order of the data is a pure function of (seed, step): to resume is to go on.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from tqdm import tqdm
@@ -45,8 +45,10 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
 
 
 def _steps(run: "Run", config: TrainConfig, start: int, interrupts: Interrupts) -> None:
-    batches = run.batches(start)
-    with tqdm(initial=start, total=config.steps, disable=not run.main, unit="step") as bar:
+    with (
+        closing(run.batches(start)) as batches,  # whatever happens, the loader's processes end here
+        tqdm(initial=start, total=config.steps, disable=not run.main, unit="step") as bar,
+    ):
         for done in range(start + 1, config.steps + 1):
             run.step(batches, done - 1)
             bar.update()

@@ -1,5 +1,6 @@
 """For all tests: trainings run on the CPU, where sums come out the same every time, and each test has its seeds."""
 
+import multiprocessing
 import random
 
 import numpy as np
@@ -19,3 +20,10 @@ def _seed():
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_stays():
+    """What a test started ends with it; pytest would wait for it at its exit."""
+    yield
+    assert not multiprocessing.active_children()

@@ -2,7 +2,9 @@
 
 import json
 import math
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -214,6 +216,22 @@ def test_a_loading_process_passes_on_a_mistake_as_it_is(tmp_path):
     with pytest.raises(UserError) as caught:
         train(toy, replace(CONFIG, workers=1), tmp_path, {})
     assert str(caught.value) == "picture 'a.png' cannot be read; repair or remove it"
+    assert not multiprocessing.active_children()  # though `caught` still refers to the frames of the training
+
+
+def test_loading_processes_end_with_a_step_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny.Toy, "losses", lambda *a: (_ for _ in ()).throw(RuntimeError("out of luck")))
+    with pytest.raises(RuntimeError, match="out of luck") as caught:
+        train(tiny.Toy(), replace(CONFIG, workers=2), tmp_path, {})
+    assert caught and not multiprocessing.active_children()
+
+
+def test_a_loading_process_outlives_a_sigterm_but_not_for_ever():
+    code = "import os, signal, time; from ldm import interrupt; interrupt.GRACE = 1"
+    code += "; interrupt.leave_to_the_main_process(0); os.kill(os.getpid(), signal.SIGINT)"
+    code += "; os.kill(os.getpid(), signal.SIGTERM); print('alive', flush=True); time.sleep(600)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGALRM and done.stdout == "alive\n"
 
 
 def test_two_processes_stay_alike_and_equal_one_with_their_batches_together(tmp_path):
