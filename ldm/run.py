@@ -1,7 +1,7 @@
 """One process's view of a training: its steps, logs, looks and checkpoints."""
 
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +49,7 @@ class Run:
         self.sums: dict[str, list[Tensor]] = {}
         self.offending: list[dict] = []  # the micro-batches of the last step that was left out
         self.looked = True  # whether the step resumed from was validated and previewed, where that was due
+        self.left_out = run_state.LeftOut(out, [task.dataset, getattr(task, "held_out", None)])
 
     def resume(self) -> int:
         """Loads the newest whole checkpoint, if there is one; returns the step to go on from."""
@@ -78,8 +79,17 @@ class Run:
             run_state.note_start(self.out, self.config.seed)
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("tensorboard")
+        self.note_left_out()
         if not self.looked:
             self.look(start)
+
+    def note_left_out(self) -> None:
+        """Lists samples that were left out for the first time, of all processes, in the run folder."""
+        new = self.left_out.new()
+        if self.accelerator.num_processes > 1:
+            new = {name: why for table in gather_object([new]) for name, why in table.items()}
+        if self.main and new:
+            self.say(f"{self.left_out.write(new)} samples are left out, listed in {self.left_out.file}")
 
     def end(self) -> None:
         """Closes the logs."""
@@ -91,8 +101,8 @@ class Run:
         if self.main:
             tqdm.write(text)
 
-    def batches(self, start: int) -> Generator[dict, None, None]:
-        """Collated batches from optimizer step `start` on."""
+    def batches(self, start: int) -> Generator[tuple[dict, dict], None, None]:
+        """From optimizer step `start` on: collated batches, and {name: why} of samples passed over for them."""
         c, a = self.config, self.accelerator
         order = EpochBatches(
             len(self.task.dataset),
@@ -108,18 +118,20 @@ class Run:
             self.task.dataset,
             batch_sampler=order,
             num_workers=c.workers,
-            collate_fn=self.task.collate,
+            collate_fn=_Collate(self.task.collate),
             pin_memory=self.device.type == "cuda",
             worker_init_fn=leave_to_the_main_process,
             generator=torch.Generator().manual_seed(c.seed),  # leaves the global generator alone
         )
         return _plain_errors(loader)
 
-    def step(self, batches: Iterator[dict], step: int) -> None:
+    def step(self, batches: Iterator[tuple[dict, dict]], step: int) -> None:
         """One optimizer step: every micro-batch backward, then each module moves unless something is non-finite."""
         c, values, self.offending = self.config, [], []
         for micro in range(c.accumulate):
-            batch = _to(next(batches), self.device)
+            batch, faults = next(batches)
+            self.left_out.add(faults)
+            batch = _to(batch, self.device)
             self.offending.append(batch)
             torch.manual_seed(_mix(c.seed, step * c.accumulate + micro, self.accelerator.process_index))
             values += self.backward(batch, step, last=micro == c.accumulate - 1)
@@ -188,6 +200,7 @@ class Run:
             stacked = torch.stack([torch.stack(values).mean() for values in self.sums.values()])
             means = dict(zip(self.sums, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
         self.write(done, means | {"skipped": self.skipped_since_log})
+        self.note_left_out()
         self.sums, self.skipped_since_log = {}, 0
         return " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("_loss"))
 
@@ -259,6 +272,7 @@ class Run:
     def save(self, done: int, looked: bool = True) -> None:
         """A checkpoint: the loadable folder, and `state/` with all that resuming needs; `looked`: whether the step was
         validated and previewed, where that is due."""
+        self.note_left_out()
         mine = {name: torch.stack(values).tolist() for name, values in self.sums.items()}
         sums = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
         if self.main:
@@ -284,7 +298,18 @@ def _optimizers(name: str, module: nn.Module, o: OptimizerConfig) -> dict[str, t
     return found
 
 
-def _plain_errors(loader: DataLoader) -> Generator[dict, None, None]:
+class _Collate:
+    """A task's collate, with what the samples say of those in whose place they stand."""
+
+    def __init__(self, collate: Callable[[list[dict]], dict]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[dict]) -> tuple[dict, dict]:
+        faults = {name: why for sample in samples for name, why in sample.get("faults", {}).items()}
+        return self.collate(samples), faults
+
+
+def _plain_errors(loader: DataLoader) -> Generator[tuple[dict, dict], None, None]:
     """The loader's batches; a UserError of a loading process comes without that process's traceback in its text.
 
     However it ends, the loading processes end with it. Left to the garbage collector they may outlive an error whose

@@ -30,7 +30,7 @@ except ImportError:  # not on Windows
 LOCK = ".lock"
 # Keys of a config that change nothing of what is trained.
 FREE = ("train.log_every", "train.validate_every", "train.preview_every", "train.save_every", "train.keep")
-FREE += ("train.workers", "train.max_skipped", "preview.", "cache")
+FREE += ("train.workers", "train.max_skipped", "preview.", "cache", "data.max_broken")
 
 
 class Trained(NamedTuple):
@@ -200,6 +200,35 @@ def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
             "use another --out, or the config that the run was started with"
         ) from None
     return weights.read_json(folder / "state.json")
+
+
+class LeftOut:
+    """Samples of data sets (`ldm.data.faults`; others have none) that were left out, and their list left_out.jsonl."""
+
+    def __init__(self, out: Path, datasets: list[Any]) -> None:
+        self.file = out / "left_out.jsonl"
+        self.faults = [d.faults for d in datasets if getattr(d, "faults", None) is not None]
+        self.told: set[str] = set()
+
+    def add(self, found: dict[str, str]) -> None:
+        """Notes what another process found in the first data set; UserError where they are too many."""
+        for name, why in found.items():
+            self.faults[0].add(name, why)
+
+    def new(self) -> dict[str, str]:
+        """Those not given before."""
+        found = {name: why for faults in self.faults for name, why in faults.found.items() if name not in self.told}
+        self.told |= found.keys()
+        return found
+
+    def write(self, found: dict[str, str]) -> int:
+        """Adds those to the list that are not in it yet; returns how many it has."""
+        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        listed = {json.loads(line)["sample"] for line in lines}
+        more = [{"sample": name, "why": why} for name, why in found.items() if name not in listed]
+        with self.file.open("a") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in more)
+        return len(lines) + len(more)
 
 
 def drop_later_lines(metrics: Path, step: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.config import UserError
+from ldm.config import UserError, require
 
 SPLITS = ("train", "val", "test")
 
@@ -26,6 +26,13 @@ class DataConfig:
     length: int | None = None  # scenes of the training split of shapes
     seed: int = 0  # of the shapes, and of the split of a folder or shards that have none
     flip: bool = False  # mirror half of the training images; wrong where captions say left or right
+    max_pixels: int = 16_000_000  # of a picture of a folder or shards; a larger one is not decoded
+    max_broken: float = 0.01  # share of the samples of a folder or shards that may be left out as unusable
+
+    def __post_init__(self) -> None:
+        # up to what Pillow itself opens
+        require(1 <= self.max_pixels <= 178_000_000, "data.max_pixels", self.max_pixels, "from 1 to 178000000")
+        require(0 <= self.max_broken <= 1, "data.max_broken", self.max_broken, "in [0, 1]")
 
 
 def open_dataset(config: DataConfig, split: str, need_captions: bool = True) -> Any:
@@ -55,13 +62,20 @@ def _emoji(config: DataConfig, split: str, need_captions: bool) -> Any:
 def _folder(config: DataConfig, split: str, need_captions: bool) -> Any:
     from ldm.data.folder import Folder
 
-    return Folder(config.path, config.size, split, config.seed, need_captions=need_captions)
+    return Folder(need_captions=need_captions, **_own(config, split))
 
 
 def _shards(config: DataConfig, split: str, need_captions: bool) -> Any:
     from ldm.data.shards import Shards
 
-    return Shards(config.path, size=config.size, split=split, seed=config.seed)
+    return Shards(**_own(config, split))
+
+
+def _own(config: DataConfig, split: str) -> dict[str, Any]:
+    """What a user's own folder and shards are opened with."""
+    c = config
+    about = {"path": c.path, "size": c.size, "split": split, "seed": c.seed}
+    return about | {"limit": c.max_pixels, "max_broken": c.max_broken}
 
 
 DATASETS: dict[str, Callable[[DataConfig, str, bool], Any]] = {

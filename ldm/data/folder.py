@@ -6,13 +6,14 @@ from typing import Any
 
 from ldm.config import UserError
 from ldm.data.captions import captions_of, decode, parse_object
+from ldm.data.faults import SHARE, Faults, SampleError, Tolerant
 from ldm.data.images import LIMIT, SUFFIXES, ImageError, read_image
 from ldm.data.splits import SPLITS, assign, caption_group
 
 METADATA = "metadata.jsonl"
 
 
-class Folder:
+class Folder(Tolerant):
     """Samples of one split of a folder of pictures, with captions in files, map-style.
 
     `folder[i]` -> {"image": uint8 (3, size, size), "captions": list[str], "key": str}; the key is the
@@ -21,9 +22,10 @@ class Folder:
     `.txt` of the same name beside the picture, a caption a line. Sub-folders `train`, `val` and `test`,
     where there are any, are the splits, each with a `metadata.jsonl` or `.txt` files of its own; else
     pictures are split by a hash of their captions (`splits.assign`). Hidden files and folders are passed
-    over. Raises UserError for a missing or empty folder or split, a picture without caption (unless
-    `need_captions` is false: its list is then empty, and its name decides its split), metadata that is broken,
-    names a missing file or one outside the folder, and (on reading) for a picture that cannot be read.
+    over. Left out and noted in `faults`, up to a share `max_broken`: a picture without caption (unless
+    `need_captions` is false: its list is then empty, and its name decides its split), a line of metadata that is
+    broken, names a missing file or one outside the folder, and (on reading) a picture that cannot be read or has
+    more than `limit` pixels. UserError beyond that share, and for a missing or empty folder or split.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Folder:
         test: float = 0.08,
         limit: int = LIMIT,
         need_captions: bool = True,
+        max_broken: float = SHARE,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
@@ -46,7 +49,8 @@ class Folder:
         if named and split not in named:
             raise UserError(f"{str(path)!r} has sub-folders {', '.join(named)} but no {split!r}; add it")
         root = self.path / split if named else self.path
-        found = captioned(root, need_captions)
+        self.faults = Faults(max_broken)
+        found = captioned(root, need_captions, self.faults)
         if not named:
             splits = assign([caption_group(captions) or key for key, captions in found.items()], seed, val, test)
             found = {key: found[key] for key, name in zip(found, splits, strict=True) if name == split}
@@ -60,58 +64,68 @@ class Folder:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def read(self, index: int) -> dict[str, Any]:
+        """Sample `index` itself (SampleError)."""
         key, captions = self.samples[index]
         try:
             image = read_image(self.path / key, self.size, self.limit)
         except ImageError as error:
-            raise UserError(f"{error}; repair or remove it") from None
+            raise SampleError(key, f"{error}; repair or remove it") from None
         return {"image": image, "captions": list(captions), "key": key}
 
-    def captions(self, index: int) -> list[str]:
+    def read_captions(self, index: int) -> list[str]:
         """The captions of picture `index`, without reading it."""
         return list(self.samples[index][1])
 
 
-def captioned(root: Path, need_captions: bool = True) -> dict[str, list[str]]:
+def captioned(root: Path, need_captions: bool = True, faults: Faults | None = None) -> dict[str, list[str]]:
     """{name relative to `root`: captions} of every picture under a folder, in order of name.
 
-    UserError for no pictures, broken metadata, or, where captions are needed, a picture without one.
+    Pictures without a caption, where captions are needed, and broken lines of metadata are left out and noted in
+    `faults` (without it, none may be). UserError for no pictures, or more faults than allowed.
     """
-    captions = read_metadata(root / METADATA) if (root / METADATA).is_file() else {}
+    faults = Faults(share=0) if faults is None else faults
+    captions = read_metadata(root / METADATA, faults) if (root / METADATA).is_file() else {}
     names = sorted(captions.keys() | set(_pictures(root)))
-    if not names:
+    if not names and not faults.found:
         raise UserError(f"no pictures in {str(root)!r}; known kinds: {' '.join(SUFFIXES)}")
-    missing = []
     for name in names:
-        if name not in captions and not (found := _beside(root / name)):
-            missing.append(name)
-        elif name not in captions:
-            captions[name] = found
-    if missing and need_captions:
-        count = f"{len(missing)} of {len(names)} pictures in {str(root)!r} have no caption"
-        text = PurePosixPath(missing[0]).with_suffix(".txt")
-        raise UserError(f"{count}, the first is {missing[0]!r}; write {str(text)!r} or add it to {METADATA}")
-    return {name: captions.get(name, []) for name in names}
+        try:
+            captions[name] = captions.get(name) or _beside(root / name)
+            if need_captions and not captions[name]:
+                text = PurePosixPath(name).with_suffix(".txt")
+                raise UserError(f"picture {str(root / name)!r} has no caption; write {str(text)!r} or add {METADATA}")
+        except UserError as error:
+            captions[name] = []
+            if need_captions:
+                faults.add(name, str(error))
+    faults.settle(len(faults.found.keys() | set(names)))
+    return {name: captions[name] for name in names if name not in faults.found}
 
 
-def read_metadata(file: Path) -> dict[str, list[str]]:
-    """{file_name: captions} of a `metadata.jsonl`; UserError, with the line's number, for whatever is wrong."""
+def read_metadata(file: Path, faults: Faults) -> dict[str, list[str]]:
+    """{file_name: captions} of a `metadata.jsonl`; lines that are wrong are noted in `faults`, by their number."""
     found: dict[str, list[str]] = {}
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             where = f"{str(file)!r} line {number}"
-            text = decode(line, where).strip()
-            if not text:
-                continue
-            fields = parse_object(text, where)
-            name = _safe_name(fields.get("file_name"), where)
-            if not os.path.isfile(file.parent / name):  # unlike Path.is_file, never raises
-                raise UserError(f"{where} names {name!r}, which does not exist; add the file or drop the line")
-            if "text" not in fields:
-                raise UserError(f"{where} has no 'text'; give {name!r} a string or a list of strings")
-            found[name] = list(dict.fromkeys(found.get(name, []) + captions_of(fields["text"], where)))
+            try:
+                if text := decode(line, where).strip():
+                    name, captions = _entry(parse_object(text, where), file.parent, where)
+                    found[name] = list(dict.fromkeys(found.get(name, []) + captions))
+            except UserError as error:
+                faults.add(f"{METADATA} line {number}", str(error))
     return found
+
+
+def _entry(fields: dict[str, Any], folder: Path, where: str) -> tuple[str, list[str]]:
+    """The picture that a line is about, and its captions."""
+    name = _safe_name(fields.get("file_name"), where)
+    if not os.path.isfile(folder / name):  # unlike Path.is_file, never raises
+        raise UserError(f"{where} names {name!r}, which does not exist; add the file or drop the line")
+    if "text" not in fields:
+        raise UserError(f"{where} has no 'text'; give {name!r} a string or a list of strings")
+    return name, captions_of(fields["text"], where)
 
 
 def _safe_name(value: Any, where: str) -> str:

@@ -52,6 +52,10 @@ def read_image(source: str | Path | bytes, size: int, limit: int = LIMIT, name: 
         raise ImageError(f"image {name!r} does not exist") from None
     except Image.UnidentifiedImageError:
         raise ImageError(f"image {name!r} is no image file that can be read here ({', '.join(FORMATS)})") from None
+    except Image.DecompressionBombError:  # Pillow's own limit, which is higher
+        raise ImageError(
+            f"image {name!r} claims to have far more pixels than the limit of {limit / 1e6:g} million"
+        ) from None
     # Decoders given broken bytes raise nearly anything: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.config import UserError
+from ldm.data.faults import Faults
 from ldm.weights import module_hash
 
 FORMAT = "ldm-latents-1"
@@ -76,7 +77,7 @@ def cache_latents(
                 generator=torch.Generator(),  # leaves the global one alone
             )
             bar = tqdm(batches, desc="encoding", unit="batch", disable=not progress)
-            _write(file, vae, bar, len(dataset), about, device)
+            _write(file, vae, bar, len(dataset), about, device, getattr(dataset, "faults", None))
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
@@ -91,13 +92,16 @@ class CachedLatents:
 
     `cached[i]` -> {"mean": float32 (C, h, w), "std": float32 (C, h, w), "captions": list[str], "key": str},
     in the order of the data set it was made from. `expect_hash` is the `module_hash` of the VAE in use and
-    `expect_data` the `data_hash` of the data set (None: not compared). UserError for a missing or damaged
-    file, another VAE's cache, or one of another data set or picture size.
+    `expect_data` the `data_hash` of the data set (None: not compared), `faults` what was left out of that.
+    UserError for a missing or damaged file, another VAE's cache, or one of another data set or picture size.
     """
 
-    def __init__(self, path: str | Path, expect_hash: str, expect_data: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, expect_hash: str, expect_data: str | None = None, faults: Faults | None = None
+    ) -> None:
         self.path = Path(path)
         self._file, self._process = None, -1
+        self.faults = faults
         if not self.path.is_file():
             raise UserError(f"latent cache {str(path)!r} does not exist; write it first")
         about = self._open().metadata() or {}
@@ -140,11 +144,21 @@ class CachedLatents:
 
 
 @torch.inference_mode()
-def _write(file: BinaryIO, vae: nn.Module, batches: Any, count: int, about: dict[str, str], device: Any) -> None:
+def _write(
+    file: BinaryIO,
+    vae: nn.Module,
+    batches: Any,
+    count: int,
+    about: dict[str, str],
+    device: Any,
+    faults: Faults | None,
+) -> None:
     records: list[bytes] = []
     shape: tuple[int, ...] = ()
     begin = HEADER + 8 * (count + 1)  # header, offsets, then mean, std and records
     for samples in batches:
+        for name, why in ((n, w) for sample in samples for n, w in sample.get("faults", {}).items()):
+            faults.add(name, why)
         x = torch.stack([sample["image"] for sample in samples]).to(device)
         moments = vae.encode(x / 127.5 - 1)
         shape = tuple(moments.mean.shape[1:])

@@ -18,6 +18,7 @@ import numpy as np
 
 from ldm.config import UserError
 from ldm.data.captions import captions_of, decode, lines_of, parse_object
+from ldm.data.faults import SHARE, Faults, SampleError, Tolerant
 from ldm.data.images import LIMIT, ImageError, read_image
 from ldm.data.splits import SPLITS, assign, caption_group
 from ldm.data.tar import (
@@ -26,12 +27,10 @@ from ldm.data.tar import (
     INDEX,
     LARGEST,
     Span,
-    check_bytes,
-    check_count,
+    find_samples,
     find_shards,
     read_index,
     read_span,
-    scan,
     sha256,
 )
 
@@ -39,7 +38,7 @@ SHARD_BYTES = 64 * 2**20
 Row = tuple[int, str, dict[str, Span]]  # number of the shard, key, where the members lie
 
 
-class Shards:
+class Shards(Tolerant):
     """Samples of one split of a folder of `*.tar` (or of one `.tar`), map-style.
 
     `shards[i]` -> {"image": uint8 (3, size, size), "captions": list[str], "key": str}; `record(i)` has what
@@ -47,9 +46,11 @@ class Shards:
     other shards are split by a hash of their captions (`splits.assign`), which are read for it. Else opening
     reads the tar headers only, and checks each shard against `index.json` where there is one. `lengths` are
     the samples of each shard, in order, for `EpochBatches(blocks=...)`. Every read opens the shard by
-    itself, so that worker processes and threads share nothing. Raises UserError for a missing or empty
-    folder, a shard that is cut short or differs from the index, a sample without caption or picture, an
-    empty split, and (on reading) for a picture that cannot be read.
+    itself, so that worker processes and threads share nothing. Left out and noted in `faults`, up to a share
+    `max_broken`: samples without caption or picture, with unsafe, double or oversized members or with a key that was
+    there before, what is missing of a shard that is shorter than the index says, and (on reading) a picture or
+    captions that cannot be read. UserError beyond that share, and for a missing or empty folder, an empty split, a
+    shard that differs from the index otherwise, or is cut short where there is no index to tell how much is missing.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class Shards:
         val: float = 0.02,
         test: float = 0.08,
         limit: int = LIMIT,
+        max_broken: float = SHARE,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
         self.size, self.limit = size, limit
+        self.faults = Faults(max_broken)
         self.files = find_shards(path)
         rows = self._find(split, seed, val, test)
         if not rows:
@@ -72,7 +75,6 @@ class Shards:
                 f"split {split!r} of {str(path)!r} is empty; name shards {split}-000000.tar and so on,"
                 " or give unnamed shards more samples or a larger share"
             )
-        _check_unique(rows, self.files)
         # Arrays, not Python objects: worker processes share their memory, and a million samples take 100 MB.
         self._keys = np.array([key for _, key, _ in rows])
         self._shard = np.array([number for number, _, _ in rows])
@@ -84,42 +86,67 @@ class Shards:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def read(self, index: int) -> dict[str, Any]:
+        """Sample `index` itself (SampleError)."""
         number, key, spans = self._row(index)
         file = self.files[number]
+        captions = self.read_captions(index)
         try:
             image = read_image(
                 read_span(file, spans["image"]), self.size, self.limit, name=f"{key} in shard {file.name}"
             )
         except ImageError as error:
-            raise UserError(f"{error}; remove the sample or write the shard again") from None
-        return {"image": image, "captions": self._captions(number, key, spans), "key": key}
+            raise SampleError(f"{key} in {file.name}", f"{error}; remove the sample or write the shard again") from None
+        return {"image": image, "captions": captions, "key": key}
 
-    def captions(self, index: int) -> list[str]:
-        """The captions of sample `index`; its picture is not read."""
-        return self._captions(*self._row(index))
+    def read_captions(self, index: int) -> list[str]:
+        """The captions of sample `index` itself (SampleError)."""
+        number, key, spans = self._row(index)
+        try:
+            return self._captions(number, key, spans)
+        except UserError as error:
+            raise SampleError(f"{key} in {self.files[number].name}", str(error)) from None
 
     def record(self, index: int) -> dict[str, Any]:
         """All fields of the sample's JSON, its "key" and its cleaned "captions"; the picture is not read."""
         number, key, spans = self._row(index)
-        return {**self._json(number, key, spans), "captions": self._captions(number, key, spans), "key": key}
+        return {**self._json(number, key, spans), "captions": self.read_captions(index), "key": key}
 
     def _find(self, split: str, seed: int, val: float, test: float) -> list[Row]:
         index = read_index(self.files[0].parent)
         rows: list[Row] = []
         unnamed: list[Row] = []
+        keys: dict[str, int] = {}  # and the shard that had each first
+        total = 0
         for number, file in enumerate(self.files):
-            check_bytes(file, index)
             named = re.match(r"(train|val|test)(?=[-_.])", file.name)
             if named and named[1] != split:
                 continue
-            samples = scan(file)
-            check_count(file, len(samples), index)
-            (rows if named else unnamed).extend((number, key, spans) for key, spans in samples.items())
-        groups = [caption_group(self._captions(*row)) for row in unnamed]
+            samples, count = find_samples(file, index, self.faults)
+            total += count
+            for key, spans in samples.items():
+                if keys.setdefault(key, number) == number:
+                    (rows if named else unnamed).append((number, key, spans))
+                else:
+                    first, second = self.files[keys[key]].name, file.name
+                    text = f"sample {key!r} is in shard {first!r} and again in {second!r}; keys must differ"
+                    self.faults.add(f"{key} in {second}", text)
+        self.faults.settle(total)
+        unnamed, groups = self._grouped(unnamed)
         splits = assign(groups, seed, val, test)
         rows += [row for row, name in zip(unnamed, splits, strict=True) if name == split]
         return sorted(rows, key=lambda row: row[0])
+
+    def _grouped(self, rows: list[Row]) -> tuple[list[Row], list[str]]:
+        """The rows whose captions can be read, and the group of each for the split."""
+        kept, groups = [], []
+        for row in rows:
+            try:
+                groups.append(caption_group(self._captions(*row)))
+                kept.append(row)
+            except UserError as error:
+                self.faults.add(f"{row[1]} in {self.files[row[0]].name}", str(error))
+        return kept, groups
 
     def _row(self, index: int) -> Row:
         if not -len(self) <= index < len(self):
@@ -143,15 +170,6 @@ class Shards:
         if spans.get("txt", Span()).size < 0:
             raise UserError(f"{key}.json in shard {file.name} has no 'captions' or 'text', and there is no {where}")
         return lines_of(decode(read_span(file, spans["txt"]), where), where)
-
-
-def _check_unique(rows: list[Row], files: list[Path]) -> None:
-    seen: dict[str, int] = {}
-    for number, key, _ in rows:
-        if key in seen:
-            first, second = files[seen[key]].name, files[number].name
-            raise UserError(f"sample {key!r} is in shard {first!r} and again in {second!r}; keys must differ")
-        seen[key] = number
 
 
 def write_shards(samples: Iterable[dict[str, Any]], out: str | Path, split: str, shard_bytes: int = SHARD_BYTES) -> int:

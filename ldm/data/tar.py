@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ldm.config import UserError
 from ldm.data.captions import decode, parse_object
+from ldm.data.faults import Faults
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 KINDS = {**dict.fromkeys(IMAGES, "image"), "txt": "txt", "json": "json"}
@@ -55,7 +56,8 @@ def verify(path: str | Path) -> int:
     files = find_shards(path)
     index = read_index(files[0].parent)
     for file in files:
-        check_bytes(file, index)
+        if changed := check_bytes(file, index):
+            raise UserError(changed)
         if not index or sha256(file) != index[file.name]["sha256"]:
             raise UserError(f"shard {file.name!r} does not have the SHA-256 of {INDEX}; write the shards again")
     return len(files)
@@ -67,27 +69,50 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def scan(file: Path) -> dict[str, dict[str, Span]]:
-    """Where the members of each sample of a shard lie, from its headers: {key: {"image"|"txt"|"json": Span}}.
+def find_samples(
+    file: Path, index: dict[str, dict[str, Any]], faults: Faults
+) -> tuple[dict[str, dict[str, Span]], int]:
+    """Where the members of each usable sample of a shard lie, and how many samples it should have.
 
-    UserError for what is no plain tar, a tar that is cut short, an unsafe name, a member given twice or
-    beyond the bounds of LARGEST, and for samples that have a picture and no caption or the other way round.
+    Samples that are not usable, and those missing of a shard shorter than the index says, are noted in `faults`.
+    UserError for a shard that is not in the index, has changed otherwise, or is cut short with no index to tell.
+    """
+    changed = check_bytes(file, index)
+    samples, broken = scan(file, faults)
+    have = len(samples)
+    want = index[file.name]["samples"] if index else have
+    text = changed or broken or f"shard {file.name!r} has {have} samples but {INDEX} says {want}; write it again"
+    if have > want or have == want and (changed or broken):
+        raise UserError(text)
+    for number in range(have, want):
+        faults.add(f"{file.name} sample {number + 1}", text)
+    return {key: spans for key, spans in samples.items() if f"{key} in {file.name}" not in faults.found}, want
+
+
+def scan(file: Path, faults: Faults) -> tuple[dict[str, dict[str, Span]], str]:
+    """Where the members of each sample of a shard lie, from its headers: {key: {"image"|"txt"|"json": Span}}, and in
+    words where it ends before its end, "" for a whole one.
+
+    Noted in `faults` as "<key> in <shard>": an unsafe name, a member given twice or beyond the bounds of LARGEST, a
+    picture without a caption or the other way round.
     """
     samples: dict[str, dict[str, Span]] = {}
-    end = 0
+    end, size = 0, file.stat().st_size
     try:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
                 end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                 archive.members = []  # tarfile would keep every header
-                if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    _add(samples, member, file)
+                if end <= size and member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    _add(samples, member, file, faults)
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"shard {str(file)!r} is cut short or no plain tar: {error}") from None
-    if read_span(file, Span(end, BLOCK)) != bytes(BLOCK):  # tarfile stops at a broken header without a word
-        raise UserError(f"shard {str(file)!r} is cut short or damaged after {end} bytes; write it again")
-    _check_complete(samples, file)
-    return samples
+        broken = f"shard {str(file)!r} is cut short or no plain tar: {error}"
+    else:  # tarfile stops at a broken header without a word
+        cut = end + BLOCK > size or read_span(file, Span(end, BLOCK)) != bytes(BLOCK)
+        broken = f"shard {str(file)!r} is cut short or damaged after {end} bytes; write it again" if cut else ""
+    if not broken:
+        _check_complete(samples, file, faults)
+    return {key: spans for key, spans in samples.items() if not broken or _complete(spans)}, broken
 
 
 def read_span(file: Path, span: Span) -> bytes:
@@ -103,50 +128,46 @@ def read_span(file: Path, span: Span) -> bytes:
     return data
 
 
-def _add(samples: dict[str, dict[str, Span]], member: tarfile.TarInfo, file: Path) -> None:
+def _add(samples: dict[str, dict[str, Span]], member: tarfile.TarInfo, file: Path, faults: Faults) -> None:
     name = PurePosixPath(member.name)
     stem, _, suffix = name.name.partition(".")
     kind = KINDS.get(suffix.lower())
     if kind is None or not stem:
         return
+    key = str(name.with_name(stem))
+    spans = samples.setdefault(key, {})
+    wrong = ""
     if name.is_absolute() or ".." in name.parts or len(member.name) > 255:
-        raise UserError(f"shard {file.name!r} has a member with the unsafe name {member.name[:80]!r}; rename it")
-    if member.size > LARGEST[kind]:
-        raise UserError(
-            f"member {member.name!r} of shard {file.name!r} has {member.size} bytes; at most {LARGEST[kind]}"
-        )
-    spans = samples.setdefault(str(name.with_name(stem)), {})
-    if kind in spans:
-        raise UserError(f"shard {file.name!r} has two members for the {kind} of {member.name!r}; keep one")
+        wrong = f"shard {file.name!r} has a member with the unsafe name {member.name[:80]!r}; rename it"
+    elif member.size > LARGEST[kind]:
+        wrong = f"member {member.name!r} of shard {file.name!r} has {member.size} bytes; at most {LARGEST[kind]}"
+    elif kind in spans:
+        wrong = f"shard {file.name!r} has two members for the {kind} of {member.name!r}; keep one"
+    if wrong:
+        faults.add(f"{key} in {file.name}", wrong)
     spans[kind] = Span(member.offset_data, member.size)
 
 
-def _check_complete(samples: dict[str, dict[str, Span]], file: Path) -> None:
-    for what, bad in (
-        ("no caption (.txt or .json)", [key for key, spans in samples.items() if spans.keys() == {"image"}]),
-        ("no picture", [key for key, spans in samples.items() if "image" not in spans]),
-    ):
-        if bad:
-            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-            raise UserError(f"shard {file.name!r}: sample {bad[0]!r}{more} has {what}")
+def _complete(spans: dict[str, Span]) -> bool:
+    return "image" in spans and len(spans) > 1
 
 
-def check_bytes(file: Path, index: dict[str, dict[str, Any]]) -> None:
-    """UserError when a shard's size is not the index's, or the index does not name it; {} accepts all."""
+def _check_complete(samples: dict[str, dict[str, Span]], file: Path, faults: Faults) -> None:
+    for key, spans in samples.items():
+        if not _complete(spans):
+            what = "no caption (.txt or .json)" if "image" in spans else "no picture"
+            faults.add(f"{key} in {file.name}", f"shard {file.name!r}: sample {key!r} has {what}")
+
+
+def check_bytes(file: Path, index: dict[str, dict[str, Any]]) -> str:
+    """How a shard's size is not the index's, in words; "" where it is, or where there is no index. UserError when the
+    index does not name the shard."""
     if not index:
-        return
+        return ""
     if file.name not in index:
         raise UserError(f"shard {file.name!r} is not in {INDEX} beside it; remove one of the two")
     want, have = index[file.name]["bytes"], file.stat().st_size
-    if have != want:
-        raise UserError(f"shard {file.name!r} has {have} bytes but {INDEX} says {want}; write the shards again")
-
-
-def check_count(file: Path, have: int, index: dict[str, dict[str, Any]]) -> None:
-    """UserError when a shard does not have as many samples as the index says; {} accepts any number."""
-    want = index[file.name]["samples"] if index else have
-    if have != want:
-        raise UserError(f"shard {file.name!r} has {have} samples but {INDEX} says {want}; write the shards again")
+    return "" if have == want else f"shard {file.name!r} has {have} bytes but {INDEX} says {want}; write it again"
 
 
 def _is_entry(entry: Any) -> bool:

@@ -18,6 +18,7 @@ from ldm import losses
 from ldm.clip import CLIP, TextConfig, VisionConfig
 from ldm.config import UserError, require
 from ldm.data import DataConfig, batches, choose_captions, flip_half, open_dataset, spread, stack_images, to_float
+from ldm.data.faults import Faults
 from ldm.data.minimal_pairs import alter
 from ldm.grounding import Grounding, GroundingConfig
 from ldm.metrics import retrieval
@@ -144,7 +145,14 @@ class CLIPTask:
 
 
 class Joined(ConcatDataset):
-    """Data sets one after the other, with the captions of each."""
+    """Data sets one after the other, with the captions of each; what is left out counts against all of them."""
+
+    def __init__(self, datasets: list[Any]) -> None:
+        super().__init__(datasets)
+        parts = [d.faults for d in datasets if hasattr(d, "faults")]
+        self.faults = Faults(parts[0].share, sum(faults.total for faults in parts)) if parts else None
+        for faults in parts:
+            self.faults.found |= faults.found
 
     def captions(self, index: int) -> list[str]:
         """The captions of picture `index`, without decoding it."""

@@ -135,7 +135,8 @@ class DiffusionTask:
         with processes().main_process_first():
             if not path.exists():
                 cache_latents(self.vae.to(device), images, path, self.at_once, device, progress=True)
-        return CachedLatents(path, weights.module_hash(self.vae), data_hash(images))
+        faults = getattr(images, "faults", None)
+        return CachedLatents(path, weights.module_hash(self.vae), data_hash(images), faults)
 
     def check_latents(self) -> None:
         """UserError when the normalized latents of some training images, evenly spread, are not near zero mean and

@@ -12,6 +12,7 @@ from ldm import weights
 from ldm.cli import find_device
 from ldm.config import UserError
 from ldm.data import DataConfig, open_dataset
+from ldm.data.faults import readable
 from ldm.data.latents import data_hash
 from ldm.metrics.compositional import TASKS, Case, cases
 from ldm.metrics.features import FeatureExtractor, feature_extractor
@@ -96,7 +97,8 @@ def open_bench(config: EvaluateConfig, out: Path, device: str = "") -> Bench:
     if not FEWEST <= num <= len(dataset):
         have = f"split {config.split!r} of {config.data} has {len(dataset)}"
         raise UserError(f"--num {num} is not possible: {have}, and {FEWEST} or more are needed, best 1000")
-    indices = sample_indices(len(dataset), num, config.seed)
+    indices = readable(dataset, sample_indices(len(dataset), num, config.seed))
+    num = len(indices)
     captions = [choose_caption(dataset.captions(i), config.seed, i) for i in indices]
     sets = {"pictures": PictureSet(folder=out / "pictures", captions=captions)}
     posed = pose(num, config.seed) if config.data == "shapes" else []
