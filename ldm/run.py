@@ -1,6 +1,8 @@
 """One process's view of a training: its steps, logs, looks and checkpoints."""
 
 import json
+import math
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -29,6 +31,10 @@ def due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
+class OutOfMemory(UserError):
+    """A step did not fit in memory; the weights are those from before."""
+
+
 class Run:
     """One process's view of a training: its modules, optimizers, averages and what was logged since last time."""
 
@@ -49,6 +55,8 @@ class Run:
         self.sums: dict[str, list[Tensor]] = {}
         self.offending: list[dict] = []  # the micro-batches of the last step that was left out
         self.looked = True  # whether the step resumed from was validated and previewed, where that was due
+        self.best: dict[str, float] | None = None  # the step validated best so far, and its value
+        self.improved = False  # whether the last validation was the best so far
         self.left_out = run_state.LeftOut(out, [task.dataset, getattr(task, "held_out", None)])
 
     def resume(self) -> int:
@@ -60,7 +68,7 @@ class Run:
             return 0
         state = run_state.read_state(found / "state", self.trained)
         self.skipped, self.looked = state["skipped"], state.get("looked", True)
-        self.skipped_since_log = state.get("skipped_since_log", 0)
+        self.skipped_since_log, self.best = state.get("skipped_since_log", 0), state.get("best")
         # those of this process; with more processes than before, the new ones have none and the means begin anew
         sums, rank = state.get("sums", []), self.accelerator.process_index
         mine = sums[rank] if len(sums) == self.accelerator.num_processes else {}
@@ -92,7 +100,10 @@ class Run:
             self.say(f"{self.left_out.write(new)} samples are left out, listed in {self.left_out.file}")
 
     def end(self) -> None:
-        """Closes the logs."""
+        """Says which checkpoint was the best, where one is kept; closes the logs."""
+        if self.best:
+            folder = run_state.checkpoint(self.out, int(self.best["step"]))
+            self.say(f"{self.config.best} was best at step {self.best['step']}: {folder}")
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
@@ -131,10 +142,19 @@ class Run:
         for micro in range(c.accumulate):
             batch, faults = next(batches)
             self.left_out.add(faults)
-            batch = _to(batch, self.device)
-            self.offending.append(batch)
-            torch.manual_seed(_mix(c.seed, step * c.accumulate + micro, self.accelerator.process_index))
-            values += self.backward(batch, step, last=micro == c.accumulate - 1)
+            fits = True
+            try:
+                batch = _to(batch, self.device)
+                self.offending.append(batch)
+                torch.manual_seed(_mix(c.seed, step * c.accumulate + micro, self.accelerator.process_index))
+                values += self.backward(batch, step, last=micro == c.accumulate - 1)
+            except (RuntimeError, MemoryError) as error:
+                fits = not _is_out_of_memory(error)
+                if fits:
+                    raise
+            if not fits:  # here, where the error no longer holds what filled the memory
+                self.forget_gradients()
+                raise OutOfMemory(self.how_to_fit(step))
         values.append({f"{n}_grad_norm": self.clip(m) for n, m in self.trained.modules.items()})
         if self.all_finite(values):
             self.skipped, self.offending = 0, []
@@ -142,8 +162,7 @@ class Run:
             self.update(step)
         else:
             self.skipped, self.skipped_since_log = self.skipped + 1, self.skipped_since_log + 1
-        for optimizer in self.trained.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+        self.forget_gradients()
         if self.skipped >= c.max_skipped:
             kept = self.out / f"non-finite-step-{step:08d}-process-{self.accelerator.process_index}.pt"
             torch.save([_to(batch, torch.device("cpu")) for batch in self.offending], kept)
@@ -152,6 +171,22 @@ class Run:
                 f" are those from before, that step's batch is in {str(kept)!r}. Lower train.optimizer.lr, or set"
                 " train.precision='no'"
             )
+
+    def forget_gradients(self) -> None:
+        """Frees the gradients."""
+        for optimizer in self.trained.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def how_to_fit(self, step: int) -> str:
+        """What to do where a step takes too much memory."""
+        c = self.config
+        if getattr(self.task, "contrasts", False):
+            way = "a smaller train.batch_size with --force (the contrast then has fewer negatives)"
+        elif c.batch_size % 2:
+            way = "a smaller train.batch_size and as much more train.accumulate"
+        else:
+            way = f"train.batch_size={c.batch_size // 2} train.accumulate={c.accumulate * 2}, the same batch in all"
+        return f"out of memory in step {step + 1} with train.batch_size={c.batch_size}; go on with {way}"
 
     def backward(self, batch: dict, step: int, last: bool) -> list[dict[str, Tensor]]:
         """Gradients of one micro-batch, synced between processes at the `last`; returns what to log, on the device."""
@@ -232,6 +267,7 @@ class Run:
 
     def look(self, done: int) -> None:
         """Validates and previews where that is due."""
+        self.improved = False
         last = done == self.config.steps
         if last or due(done, self.config.validate_every):
             self.validate(done)
@@ -240,13 +276,28 @@ class Run:
         self.looked = True
 
     def validate(self, done: int) -> None:
-        """Logs the task's numbers on held-out data."""
+        """Logs the task's numbers on held-out data; `improved` if the one that `train.best` names is the best yet."""
+        value = math.nan
         if self.main:
             with self.averaged():
                 values = {f"val/{name}": value for name, value in self.task.validate(self.device).items()}
             self.write(done, values)
             self.say(f"step {done}: " + ", ".join(f"{n[4:]} {v:.4g}" for n, v in values.items()))
+            value = self.valued(values)
         self.accelerator.wait_for_everyone()
+        if self.config.best:
+            value = float(self.accelerator.gather(torch.tensor([value], device=self.device))[0])
+            self.improved = value < (self.best["value"] if self.best else math.inf)
+            self.best = {"step": done, "value": value} if self.improved else self.best
+
+    def valued(self, values: dict[str, float]) -> float:
+        """What `train.best` looks at, the lower the better."""
+        name = self.config.best.removeprefix("-")
+        if name and f"val/{name}" not in values:
+            known = ", ".join(key[4:] for key in values)
+            warnings.warn(f"train.best is {name!r}, which is not validated; these are: {known}", stacklevel=2)
+        value = values.get(f"val/{name}", math.nan)
+        return -value if self.config.best.startswith("-") else value
 
     def preview(self, done: int) -> None:
         """Saves the task's picture as previews/step-N.png."""
@@ -278,7 +329,9 @@ class Run:
         if self.main:
             state = {"step": done, "skipped": self.skipped, "looked": looked, "sums": sums}
             state["skipped_since_log"] = self.skipped_since_log
-            with run_state.new_checkpoint(self.out, done, self.config.keep) as folder:
+            state["best"] = self.best
+            best = int(self.best["step"]) if self.best else -1
+            with run_state.new_checkpoint(self.out, done, self.config.keep, best) as folder:
                 with self.averaged():
                     self.task.export(folder, self.device, final=False)
                 run_state.write_state(folder / "state", self.trained, state)
@@ -296,6 +349,11 @@ def _optimizers(name: str, module: nn.Module, o: OptimizerConfig) -> dict[str, t
     if hidden:
         found[f"{name}-muon"] = Muon(hidden, lr=o.muon_lr, weight_decay=o.weight_decay)
     return found
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # on the CPU torch raises a plain RuntimeError
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class _Collate:

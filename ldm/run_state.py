@@ -28,9 +28,10 @@ except ImportError:  # not on Windows
     fcntl = None
 
 LOCK = ".lock"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Keys of a config that change nothing of what is trained.
 FREE = ("train.log_every", "train.validate_every", "train.preview_every", "train.save_every", "train.keep")
-FREE += ("train.workers", "train.max_skipped", "preview.", "cache", "data.max_broken")
+FREE += ("train.workers", "train.max_skipped", "preview.", "cache", "data.max_broken", "train.best")
 
 
 class Trained(NamedTuple):
@@ -44,6 +45,11 @@ class Trained(NamedTuple):
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, damaged ones too."""
     return sorted((out / "checkpoints").glob("step-????????"))
+
+
+def checkpoint(out: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return out / "checkpoints" / f"step-{step:08d}"
 
 
 def newest(out: Path) -> Path | None:
@@ -66,13 +72,14 @@ def sweep(out: Path) -> None:
 
 
 @contextmanager
-def new_checkpoint(out: Path, done: int, keep: int) -> Iterator[Path]:
+def new_checkpoint(out: Path, done: int, keep: int, best: int = -1) -> Iterator[Path]:
     """A folder to fill; after the block it is sealed and becomes `checkpoints/step-N` in one move, and once it is seen
-    to be whole, all but the newest `keep` go. What is broken off before that stays hidden and is never opened.
+    to be whole, all but the newest `keep` and that of step `best` go. What is broken off before that stays hidden and
+    is never opened.
 
     UserError where the disk is full: what was there before is still whole.
     """
-    folder = out / "checkpoints" / f"step-{done:08d}"
+    folder = checkpoint(out, done)
     hidden = folder.with_name(f".{folder.name}")
     try:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -80,9 +87,9 @@ def new_checkpoint(out: Path, done: int, keep: int) -> Iterator[Path]:
         yield hidden
         manifest.seal(hidden)
     except Exception as error:
+        full = _is_full(error, out)
         shutil.rmtree(hidden, ignore_errors=True)
-        # safetensors and torch have errors of their own for it
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or not _room(out):
+        if full:
             raise UserError(_disk_full(out, done)) from None
         raise
     shutil.rmtree(folder, ignore_errors=True)
@@ -93,7 +100,8 @@ def new_checkpoint(out: Path, done: int, keep: int) -> Iterator[Path]:
             f"the checkpoint {str(folder)!r} was not written as it should be ({wrong}); is the disk failing?"
         )
     for old in checkpoints(out)[:-keep]:
-        shutil.rmtree(old)
+        if old != checkpoint(out, best):
+            shutil.rmtree(old)
 
 
 def _room(out: Path) -> bool:
@@ -108,7 +116,8 @@ def _disk_full(out: Path, done: int) -> str:
     kept = f"the one of {before[-1].name} is whole" if before else "there was none before"
     free = shutil.disk_usage(out).free / 2**20
     return (
-        f"the disk is full, so the checkpoint of step {done} could not be written: {free:,.1f} MiB are free{need};"
+        f"the disk is full, or a file larger than allowed (ulimit -f), so the checkpoint of step {done} could not be"
+        f" written: {free:,.1f} MiB are free{need};"
         f" {kept}. Free some space and give the same command again"
     )
 
@@ -193,7 +202,8 @@ def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
             # load_state_dict moves what belongs on the device; the step counts stay on the CPU, where AdamW has them
             state = torch.load(folder / f"{name}-optimizer.pt", map_location="cpu", weights_only=True)
             optimizer.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as error:
+    # A file that is no state, or holds more than tensors, makes the unpickler raise nearly anything.
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the checkpoint {str(folder.parent)!r} is of another model than the config describes ({reason}); "
@@ -235,7 +245,9 @@ def drop_later_lines(metrics: Path, step: int) -> None:
     """Takes the lines after `step` out of metrics.jsonl: the steps are done again after a resume."""
     if metrics.is_file():
         lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        temporary = metrics.with_name(metrics.name + ".tmp")  # so that a crash now loses no line
+        temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        os.replace(temporary, metrics)
 
 
 def check_changes(file: Path, resolved: dict[str, Any], force: bool) -> None:
@@ -246,13 +258,21 @@ def check_changes(file: Path, resolved: dict[str, Any], force: bool) -> None:
     before, now = (dict(_flat(table)) for table in (weights.read_json(file), json.loads(json.dumps(resolved))))
     changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(FREE)]
     names = ", ".join(f"{key} ({before[key]!r} before, {now[key]!r} now)" for key in changed)
-    if [key for key in changed if key != "train.steps"] and not force:
+    allowed = {"train.steps"}
+    if _global_batch(before) == _global_batch(now):
+        allowed |= {"train.batch_size", "train.accumulate"}
+    if set(changed) - allowed and not force:
         raise UserError(
             f"{str(file.parent)!r} was started with another config: {names}. Give --force to go on with these values,"
             " or another --out to begin anew"
         )
     if changed:
         warnings.warn(f"resuming with other values than before of: {', '.join(changed)}", stacklevel=2)
+
+
+def _global_batch(flat: dict[str, Any]) -> int:
+    """Samples that a step of one process takes."""
+    return flat.get("train.batch_size", 1) * flat.get("train.accumulate", 1)
 
 
 def _flat(table: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ldm import run_state
 from ldm.config import UserError
 from ldm.interrupt import Interrupts, Stopped
-from ldm.run import Run, due
+from ldm.run import OutOfMemory, Run, due
 from ldm.task import Task, processes
 from ldm.train_config import OptimizerConfig, TrainConfig
 
@@ -50,7 +50,12 @@ def _steps(run: "Run", config: TrainConfig, start: int, interrupts: Interrupts) 
         tqdm(initial=start, total=config.steps, disable=not run.main, unit="step") as bar,
     ):
         for done in range(start + 1, config.steps + 1):
-            run.step(batches, done - 1)
+            try:
+                run.step(batches, done - 1)
+            except OutOfMemory:
+                if done - 1 > start and processes().num_processes == 1:  # others would wait for this one
+                    run.save(done - 1)
+                raise
             bar.update()
             last = done == config.steps
             if last or due(done, config.log_every):
@@ -61,5 +66,5 @@ def _steps(run: "Run", config: TrainConfig, start: int, interrupts: Interrupts) 
             run.look(done)
             if last:  # before the last checkpoint, which so says that all is done
                 run.export()
-            if last or due(done, config.save_every):
+            if last or run.improved or due(done, config.save_every):
                 run.save(done)

@@ -58,6 +58,7 @@ class TrainConfig:
     preview_every: int = 1000
     save_every: int = 1000
     keep: int = 2  # checkpoints
+    best: str = ""  # a validated value by which the best checkpoint is kept as well: "loss", or "-psnr", the highest
     max_skipped: int = 20  # steps in a row without a finite loss before giving up
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -68,4 +69,5 @@ class TrainConfig:
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         for name in ("clip", "ema_power"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
+        require(not self.best or self.validate_every, "train.best", self.best, "empty where validate_every is 0")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "in [0, 1)")

@@ -215,3 +215,96 @@ def test_every_start_is_noted_with_what_it_ran_on(tmp_path):
     assert second["packages"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
     assert second["time"] >= first["time"] and second["seed"] == CONFIG.seed
     time.strptime(second["time"][:19], "%Y-%m-%dT%H:%M:%S")
+
+
+class Large(tiny.Toy):
+    """Runs out of memory in one step, after the first half of it."""
+
+    def __init__(self, error: Exception, step: int) -> None:
+        super().__init__(noise=0.0)
+        self.error, self.at = error, step
+
+    def losses(self, modules, batch, step):
+        losses = super().losses(modules, batch, step)
+        yield next(losses)
+        if step == self.at:
+            raise self.error
+        yield from losses
+
+
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate"),
+]
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_out_of_memory_saves_and_half_the_micro_batch_goes_on_with_the_same_batch(tmp_path, error):
+    config = replace(CONFIG, save_every=0, log_every=1)
+    resolved = {"train": {"batch_size": 4, "accumulate": 1}}
+    train(tiny.Toy(noise=0.0), config, tmp_path / "straight", {})
+    message = "out of memory in step 4 .*batch_size=4; go on with train.batch_size=2 train.accumulate=2"
+    with pytest.raises(UserError, match=message):
+        train(Large(error, 3), config, tmp_path / "halved", resolved)
+    assert [f.name for f in run_state.checkpoints(tmp_path / "halved")] == ["step-00000003"]
+    half = {"train": {"batch_size": 2, "accumulate": 2}}
+    with pytest.warns(UserWarning, match="other values than before of: train.batch_size, train.accumulate"):
+        train(tiny.Toy(noise=0.0), replace(config, batch_size=2, accumulate=2), tmp_path / "halved", half)
+    a, b = state_of(tmp_path / "straight", 6), state_of(tmp_path / "halved", 6)
+    for name in a:  # the same samples in every step: the same weights but for rounding
+        if name.startswith("first.") or name.startswith("second."):
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+    uneven = {"train": {"batch_size": 3, "accumulate": 1}}
+    with pytest.raises(UserError, match="batch_size .2 before, 3 now.*Give --force"):
+        train(tiny.Toy(noise=0.0), replace(config, steps=7, batch_size=3), tmp_path / "halved", uneven)
+
+
+def test_other_errors_of_a_step_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(Large(RuntimeError("a bug"), 3), CONFIG, tmp_path, {})
+
+
+def test_a_contrast_is_not_told_to_split_its_batch(tmp_path):
+    toy = Large(MemoryError(), 0)
+    toy.contrasts = True
+    with pytest.raises(UserError, match="a smaller train.batch_size with --force .*fewer negatives"):
+        train(toy, CONFIG, tmp_path, {})
+    assert run_state.checkpoints(tmp_path) == []
+
+
+class Validated(tiny.Toy):
+    """Validates to these numbers, in turn."""
+
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.values = list(values)
+
+    def validate(self, device):
+        return {"loss": self.values.pop(0)}
+
+
+BEST = replace(CONFIG, save_every=2, validate_every=1, keep=1)
+
+
+@pytest.mark.parametrize("name, at", [("loss", 3), ("-loss", 1)])
+def test_the_best_checkpoint_stays_beside_the_newest(tmp_path, capsys, name, at):
+    train(Validated(9, 5, 2, 3, 4, 8), replace(BEST, best=name), tmp_path, {})
+    steps = [int(folder.name[5:]) for folder in run_state.checkpoints(tmp_path)]
+    assert steps == [at, 6] and f"was best at step {at}" in capsys.readouterr().out
+    assert not manifest.problem(run_state.checkpoint(tmp_path, at))
+
+
+def test_the_best_is_known_after_a_resume(tmp_path):
+    config = replace(BEST, best="loss")
+    train(Validated(9, 2, 5), replace(config, steps=3), tmp_path, {})
+    train(Validated(3, 4, 8), config, tmp_path, {})
+    assert [int(folder.name[5:]) for folder in run_state.checkpoints(tmp_path)] == [2, 6]
+
+
+def test_a_best_that_is_not_validated_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="train.best is 'psnr', which is not validated; these are: loss"):
+        train(Validated(*range(6)), replace(BEST, best="psnr"), tmp_path, {})
+    assert [folder.name for folder in run_state.checkpoints(tmp_path)] == ["step-00000006"]
+    with pytest.raises(UserError, match="train.best"):
+        replace(BEST, best="loss", validate_every=0)

@@ -47,6 +47,8 @@ class CLIPConfig:
 class CLIPTask:
     """One step on a batch of pairs; with many processes the contrast is over the global batch."""
 
+    contrasts = True  # the samples of a batch are compared with each other
+
     def __init__(self, config: CLIPConfig):
         self.config = config
         self.held_out = open_dataset(config.data, "val")
