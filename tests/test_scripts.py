@@ -110,6 +110,21 @@ def test_trainings_then_sampling_end_to_end(folder):
         }
 
 
+def test_the_same_commands_give_the_same_bytes(folder):
+    """Two processes each: a training from nothing, and its pictures; the log of starts has times in it."""
+    for name in ("one", "two"):
+        out = folder / "twice" / name
+        done = run("train_autoencoder.py", "--config", "autoencoder.toml", "--out", out, "train.steps=3", cwd=folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+        arguments = ("--model", "diffusion", "--prompt", "a red circle", "--steps", "2", "--out", out / "pictures")
+        done = run("sample.py", *arguments, cwd=folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (folder / "twice" / name for name in ("one", "two"))
+    files = [file.relative_to(one) for file in sorted(one.rglob("*")) if file.is_file()]
+    files = [file for file in files if file.name not in ("starts.jsonl", ".lock") and "tensorboard" not in file.parts]
+    assert len(files) > 15 and all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
+
+
 def test_the_same_command_is_finished_and_more_steps_resume(folder):
     """In processes of their own, as one can have one precision only."""
     arguments = ("--config", "clip.toml", "--out", "clip", 'train.precision="bf16"')

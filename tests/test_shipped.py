@@ -37,6 +37,26 @@ def test_shipped_model_gives_the_same_pictures_in_diffusers(name):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
 
 
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_shipped_models_picture_is_the_same_in_any_batch_on_any_number_of_threads(name):
+    """With the model's own sampler and 20 steps, long enough for rounding to grow."""
+    pipe, prompts = Pipeline.from_pretrained(name), (PROMPTS[name] * 3)[:5]
+    make = lambda prompts, seed, **options: np.stack(  # noqa: E731
+        [np.asarray(i, np.int16) for i in pipe(prompts, steps=20, guidance=3.0, seed=seed, **options)]
+    )
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = make(prompts, 3)
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert np.abs(make(prompts, 3, batch_size=2) - whole).max() <= 1
+            assert np.abs(make(prompts[3:4], 6) - whole[3:4]).max() <= 1
+    finally:
+        torch.set_num_threads(threads)
+    assert np.abs(whole[0] - whole[2]).max() > 20  # the same prompt, another seed
+
+
 def test_shipped_shapes_is_small_and_draws_what_captions_say():
     """36 cases, three of each task and half, none of them those that the README's score is of."""
     pipe, posed = Pipeline.from_pretrained("shapes"), cases(3, seed=1)
