@@ -91,9 +91,9 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     return (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
 
 
-def between(a: Tensor, b: Tensor, count: int) -> Tensor:
-    """`count` contexts from a to b, both included, in equal steps; a, b (1, L, D) -> (count, L, D)."""
-    return torch.lerp(a, b, rearrange(torch.linspace(0, 1, count, device=a.device), "n -> n 1 1"))
+def between(a: Tensor, b: Tensor, shares: Sequence[float]) -> Tensor:
+    """Contexts on the line from a (share 0) to b (share 1); a, b (1, L, D) -> (N, L, D)."""
+    return torch.lerp(a, b, rearrange(torch.tensor(shares, device=a.device), "n -> n 1 1"))
 
 
 def _read_pictures(images: Pictures, count: int) -> Tensor:

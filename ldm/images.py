@@ -1,12 +1,17 @@
-"""Pictures of pictures: grids with captions, for previews and the demo."""
+"""Pictures of pictures: grids with captions, for previews and the demo; and PNGs that say what they were made from."""
 
+import base64
+import io
 import textwrap
+from pathlib import Path
 
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ldm.config import UserError
 from ldm.data import to_uint8
 
 
@@ -22,6 +27,35 @@ def tile(x: Tensor, columns: int, scale: int = 1) -> Image.Image:
     rows = rearrange(torch.cat([x.cpu().float(), padding]), "(r c) k h w -> k (r h) (c w)", c=columns)
     (image,) = to_pil(rows[None])
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def data_url(image: Image.Image) -> str:
+    """A picture as a data URL, PNG."""
+    data = io.BytesIO()
+    image.convert("RGB").save(data, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def save_png(image: Image.Image, path: Path, about: dict[str, str]) -> None:
+    """A PNG with what it was made from in its text chunks."""
+    info = PngInfo()
+    for key, value in about.items():
+        info.add_itxt(key, value)
+    image.save(path, "PNG", pnginfo=info)
+
+
+def read_about(path: str | Path) -> dict[str, str]:
+    """What a PNG of `save_png` was made from; UserError for one that does not say, or no PNG."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()  # text may stand behind the pixels
+            texts = {str(key): str(value) for key, value in image.text.items()}
+    except Exception as error:  # decoders given broken bytes raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the file is no PNG that can be read: {reason[:200]}") from None
+    if not {"prompt", "seed"} <= texts.keys():
+        raise UserError("the PNG does not say what it was made from; those that are downloaded here do")
+    return texts
 
 
 def captioned_grid(images: list[Image.Image], captions: list[str], columns: int, cell: int = 160) -> Image.Image:

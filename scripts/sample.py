@@ -68,6 +68,9 @@ def read_prompts(path: Path) -> list[str]:
 
 def check(args: argparse.Namespace, prompts: list[str]) -> None:
     """UserError for what can be refused before a model is opened."""
+    for text in (*prompts, args.negative_prompt):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # what Python makes of other bytes in arguments
+            raise UserError(f"prompt {text!r} is not valid UTF-8; give it in the terminal's encoding, UTF-8")
     for path, kind in ((args.out, "folder"), (args.grid, "file")):
         if path and path.exists() and path.is_dir() != (kind == "folder"):
             raise UserError(f"{str(path)!r} is there and is no {kind}; give another name")
@@ -117,7 +120,7 @@ def interpolation(pipe: Pipeline, prompts: list[str], args: argparse.Namespace) 
     a, b = ImageNoise([args.seed, last], pipe.latent_shape(args.height, args.width))()
     shares = torch.linspace(0, 1, args.interpolate).tolist()
     first, second = (pipe.encode_prompt([prompt]) for prompt in prompts)
-    options = {"prompt_embeds": between(first, second, args.interpolate)}
+    options = {"prompt_embeds": between(first, second, shares)}
     options["latents"] = torch.stack([slerp(a, b, share) for share in shares])
     words = {"prompt": " -> ".join(prompts), "seed": args.seed, "seed_to": last}
     return options, [words | {"share": f"{share:.4g}"} for share in shares]
@@ -125,15 +128,12 @@ def interpolation(pipe: Pipeline, prompts: list[str], args: argparse.Namespace) 
 
 def write_pictures(folder: Path, images: list, about: list[dict[str, str]]) -> None:
     """PNGs named by number and prompt, what they were made from in their text chunks."""
-    from PIL.PngImagePlugin import PngInfo
+    from ldm.images import save_png
 
     folder.mkdir(parents=True, exist_ok=True)
     for i, (image, texts) in enumerate(zip(images, about, strict=True)):
-        info = PngInfo()
-        for key, value in texts.items():
-            info.add_itxt(key, value)
         slug = re.sub(r"[^a-z0-9]+", "-", texts["prompt"].lower())[:48].strip("-")
-        image.save(folder / f"{i:04d}-{slug or 'prompt'}.png", pnginfo=info)
+        save_png(image, folder / f"{i:04d}-{slug or 'prompt'}.png", texts)
 
 
 def main() -> None:

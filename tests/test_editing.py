@@ -164,4 +164,6 @@ def test_spherical_interpolation():
 
 def test_between_two_contexts():
     a, b = torch.zeros(1, 3, 2), torch.ones(1, 3, 2)
-    assert torch.allclose(between(a, b, 5), torch.linspace(0, 1, 5).reshape(5, 1, 1).expand(5, 3, 2))
+    assert torch.allclose(
+        between(a, b, torch.linspace(0, 1, 5).tolist()), torch.linspace(0, 1, 5).reshape(5, 1, 1).expand(5, 3, 2)
+    )

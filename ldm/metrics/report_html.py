@@ -1,13 +1,13 @@
 """What a report is made of: tables, plots and pictures as self-contained HTML."""
 
-import base64
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 from PIL import Image
+
+from ldm.images import data_url
 
 LARGEST = 256  # pixels a side of a picture in the report; larger ones are reduced
 CSS = """
@@ -129,8 +129,5 @@ def _img(picture: Image.Image, caption: str) -> str:
     if max(picture.size) > LARGEST:
         picture = picture.copy()
         picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    data = io.BytesIO()
-    picture.convert("RGB").save(data, "PNG")
     kind = ' class="small"' if picture.width < 64 else ""
-    source = base64.b64encode(data.getvalue()).decode()
-    return f'<img{kind} alt="{escape(caption)}" src="data:image/png;base64,{source}">'
+    return f'<img{kind} alt="{escape(caption)}" src="{data_url(picture)}">'

@@ -1,0 +1,26 @@
+"""The page: what is on it and what a click does. Everything it shows comes from `studio`, `looking` and `human`."""
+
+from pathlib import Path
+
+import gradio as gr
+
+from ldm.app import tab_compare, tab_edit, tab_inside, tab_judge, tab_make
+from ldm.app.parts import Desk
+from ldm.app.studio import Models
+
+THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+HEAD = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+
+
+def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
+    """The page over `models`; what it writes goes under `folder`, what it serves too."""
+    desk = Desk(models=models, folder=folder, seed=seed)
+    with gr.Blocks(title="ldm", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86_400)) as page:
+        gr.Markdown("# Pictures from words")
+        with gr.Tabs():
+            tab_make.build(desk)
+            tab_edit.build(desk)
+            tab_compare.build(desk)
+            tab_inside.build(desk)
+            tab_judge.build(desk)
+    return page.queue(default_concurrency_limit=1, max_size=32, api_open=False)

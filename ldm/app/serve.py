@@ -1,0 +1,53 @@
+"""Serves the page from this machine, with nothing fetched from outside."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI, Request, Response
+
+from ldm.app.page import HEAD, THEME, build
+from ldm.app.parts import CSS
+from ldm.app.studio import Models
+
+# The browser itself refuses whatever would come from, or go to, another machine.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline';"
+    " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:;"
+    " frame-ancestors 'none'"
+)
+
+
+def application(models: Models, folder: Path, seed: int = 0) -> FastAPI:
+    """The page as an application for a server."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.middleware("http")
+    async def stay_here(request: Request, answer: Any) -> Response:
+        response = await answer(request)
+        response.headers["Content-Security-Policy"] = POLICY
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Referrer-Policy"] = "no-referrer"
+        return response
+
+    return gr.mount_gradio_app(
+        app,
+        build(models, folder, seed),
+        path="/",
+        theme=THEME,
+        css=CSS,
+        head=HEAD,
+        show_error=False,
+        max_file_size="8mb",
+        ssr_mode=False,
+        pwa=False,
+        footer_links=[],
+        enable_monitoring=False,
+    )
+
+
+def serve(models: Models, folder: Path, host: str, port: int, seed: int = 0) -> None:
+    """Serves until the process is told to stop."""
+    config = uvicorn.Config(application(models, folder, seed), host=host, port=port, log_level="warning")
+    uvicorn.Server(config).run()

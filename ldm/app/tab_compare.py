@@ -1,0 +1,107 @@
+"""Compare: the same prompt and seed over a list of values, as one labelled picture."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from ldm.app.parts import QUEUED, Desk, controls, said, shown
+from ldm.app.studio import Models, Settings, changed, make
+from ldm.config import UserError
+from ldm.images import captioned_grid
+
+MOST = 8
+AXES: dict[str, tuple[Callable[[str], Any], str]] = {
+    "guidance": (float, "1, 2, 3, 5, 8"),
+    "steps": (int, "5, 10, 20, 40"),
+    "sampler": (str, "ddim, euler, dpmpp_2m, unipc"),
+    "model": (str, ""),
+    "guidance_rescale": (float, "0, 0.3, 0.7, 1"),
+    "seed": (int, "0, 1, 2, 3, 4, 5"),
+}
+
+
+def variants(settings: Settings, axis: str, text: str, models: Models) -> list[tuple[str, Settings]]:
+    """A label and settings for each value in a comma-separated list (UserError)."""
+    if axis not in AXES:
+        raise UserError(f"cannot compare over {axis!r}; known: {', '.join(AXES)}")
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if axis == "model" and not words:
+        words = models.names
+    if not 1 <= len(words) <= MOST:
+        raise UserError(f"{len(words)} values to compare; give 1 to {MOST}, with commas between")
+    found = []
+    for word in words:
+        try:
+            value = AXES[axis][0](word)
+        except ValueError:
+            raise UserError(f"{word[:80]!r} is no value of {axis.replace('_', ' ')}") from None
+        if axis == "model" and value not in models.names:
+            models[value]  # says which there are
+        found.append((f"{axis.replace('_', ' ')} {word}", changed(settings, **{axis: value})))
+    return found
+
+
+def build(desk: Desk) -> None:
+    """The tab, inside the page's tabs."""
+    with gr.Tab("Compare", id="compare"), gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            axis = gr.Dropdown(list(AXES), value="guidance", label="Compare over")
+            values = gr.Textbox(AXES["guidance"][1], label=f"Values, up to {MOST}, with commas between")
+            given = controls(desk, leave_out=("count", "width", "height", "strength"))
+        with gr.Column(scale=3, min_width=300):
+            with gr.Row():
+                go = gr.Button("Compare", variant="primary", elem_id="compare-go")
+                halt = gr.Button("Stop")
+            status = gr.HTML(
+                said("One picture for each value, of one prompt and seed."),
+                elem_classes="status",
+                elem_id="compare-status",
+            )
+            grid = gr.Image(
+                label="Comparison",
+                height=440,
+                format="png",
+                buttons=["fullscreen"],
+                interactive=False,
+                elem_id="compare-grid",
+                elem_classes="still",
+            )
+            download = gr.DownloadButton("Download", interactive=False, elem_id="compare-download")
+
+    def listed(name: str) -> str:
+        return ", ".join(desk.models.names[:MOST]) if name == "model" else AXES.get(name, (str, ""))[1]
+
+    def run(request: gr.Request, name: str, text: str, *rest: Any) -> Iterator[tuple]:
+        stop = desk.begin(request)
+        images, labels, seed = [], [], gr.skip()
+        try:
+            base = given.read(rest)
+            if not base.cleaned().prompt:
+                raise UserError("the prompt is empty; write what the pictures should show")
+            seed = base.seed
+            wanted = variants(base, name, text, desk.models)
+            for number, (label, settings) in enumerate(wanted, start=1):
+                for update in make(desk.models[settings.model], settings, stop):
+                    if update.stopped:
+                        yield gr.skip(), said(f"Stopped at {label}."), seed, gr.skip()
+                        return
+                    if not update.done:
+                        head = said(f"{number} of {len(wanted)}: {label}")
+                        yield gr.skip(), head + shown(update), seed, gr.skip()
+                images += update.images
+                labels.append(label)
+                sheet = captioned_grid(images, labels, columns=min(4, len(wanted)), cell=200)
+                yield sheet, said(f"{number} of {len(wanted)} done."), seed, gr.skip()
+            file = desk.keep(
+                sheet, {"prompt": base.cleaned().prompt, "seed": str(base.seed), "compared": name, "values": text}
+            )
+            ready = gr.DownloadButton(value=file, interactive=True)
+            yield gr.skip(), said(f"{len(images)} pictures of seed {base.seed}."), seed, ready
+        except UserError as error:
+            yield gr.skip(), said(str(error), wrong=True), seed, gr.skip()
+
+    axis.change(listed, axis, values, queue=False, show_progress="hidden")
+    outputs = [grid, status, given.parts["seed"], download]
+    go.click(run, [axis, values, *given.inputs], outputs, show_progress_on=[status], **QUEUED)
+    halt.click(desk.stop, None, None, queue=False, show_progress="hidden")

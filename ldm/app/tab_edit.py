@@ -1,0 +1,183 @@
+"""Edit: begin with a picture, draw a part of it anew, go from one prompt to another."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.app.parts import QUEUED, Desk, controls, finished, said, shown
+from ldm.app.studio import Settings, about_picture, changed, make
+from ldm.config import UserError
+from ldm.editing import between, slerp
+from ldm.pipeline import Pipeline
+from ldm.samplers import ImageNoise
+
+
+def build(desk: Desk) -> None:
+    """The tab, inside the page's tabs."""
+    with gr.Tab("Edit", id="edit"), gr.Tabs():
+        with gr.Tab("A picture"):
+            _picture(desk)
+        with gr.Tab("Between two prompts"):
+            _between(desk)
+
+
+def _picture(desk: Desk) -> None:
+    gr.Markdown("Upload a picture. What you brush over is drawn anew; without a stroke, all of it is.")
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            editor = gr.ImageEditor(
+                label="Picture and mask",
+                type="pil",
+                height=420,
+                sources=("upload", "clipboard"),
+                transforms=(),
+                brush=gr.Brush(colors=["#ff3b6b"], color_mode="fixed", default_size=40),
+                layers=False,
+                elem_id="edit-editor",
+            )
+            given = controls(desk, leave_out=("width", "height"), lines=1)
+        with gr.Column(scale=3, min_width=300):
+            with gr.Row():
+                go = gr.Button("Draw", variant="primary", elem_id="edit-go")
+                halt = gr.Button("Stop")
+            status = gr.HTML(said("Upload a picture and write a prompt."), elem_classes="status", elem_id="edit-status")
+            gallery = gr.Gallery(
+                label="Pictures",
+                height=440,
+                columns=4,
+                object_fit="contain",
+                format="png",
+                buttons=[],
+                elem_classes="still",
+                elem_id="edit-pictures",
+            )
+
+    def run(request: gr.Request, drawn: dict | None, *values: Any) -> Iterator[tuple]:
+        stop = desk.begin(request)
+        try:
+            settings = given.read(values)
+            pipe = desk.models[settings.model]
+            image, mask = read_drawing(drawn, side_of(pipe))
+            about = {"image": "uploaded", "mask": "drawn" if mask else "", "strength": settings.strength}
+            options = {"image": image, "strength": settings.strength} | ({"mask": mask} if mask else {})
+            for update in make(pipe, settings, stop, **options):
+                if update.done:
+                    told = [about_picture(pipe, settings, i, **about) for i in range(len(update.images))]
+                    files = [desk.keep(made, a) for made, a in zip(update.images, told, strict=True)]
+                    yield files, finished(update, settings.count, settings.seed), settings.seed
+                elif update.stopped:
+                    yield gr.skip(), finished(update, settings.count, settings.seed), settings.seed
+                else:
+                    yield update.images or gr.skip(), shown(update), settings.seed
+        except UserError as error:
+            yield gr.skip(), said(str(error), wrong=True), gr.skip()
+
+    outputs = [gallery, status, given.parts["seed"]]
+    go.click(run, [editor, *given.inputs], outputs, show_progress_on=[status], **QUEUED)
+    halt.click(desk.stop, None, None, queue=False, show_progress="hidden")
+
+
+def side_of(pipe: Pipeline) -> int:
+    """The side of the model's own pictures, in pixels."""
+    return pipe.latent_shape()[1] * pipe.vae.factor
+
+
+def read_drawing(drawn: dict | None, side: int) -> tuple[Image.Image, Image.Image | None]:
+    """The centre square of an editor's picture, resized, and the mask of what was brushed over, None for nothing
+    (UserError without a picture)."""
+    if (
+        not drawn
+        or drawn.get("background") is None
+        or not np.asarray(drawn["background"].convert("RGBA"))[..., 3].any()
+    ):
+        raise UserError("there is no picture to begin with; upload one")
+    image = square(drawn["background"].convert("RGBA"), side, Image.Resampling.BICUBIC)
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    brushed = np.zeros((side, side), bool)
+    for layer in drawn.get("layers") or []:
+        alpha = square(layer.convert("RGBA"), side, Image.Resampling.BOX)
+        brushed |= np.asarray(alpha)[..., 3] >= 128
+    return image, Image.fromarray(brushed) if brushed.any() else None
+
+
+def square(image: Image.Image, side: int, way: Image.Resampling) -> Image.Image:
+    """The centre square, `side` pixels wide."""
+    short = min(image.size)
+    left, top = (image.width - short) / 2, (image.height - short) / 2
+    return image.resize((side, side), way, box=(left, top, left + short, top + short))
+
+
+def _between(desk: Desk) -> None:
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            first = gr.Textbox(label="From this prompt")
+            second = gr.Textbox(label="To this prompt")
+            with gr.Row():
+                seed_a = gr.Number(0, label="Seed of the first", precision=0, minimum=0, maximum=2**32 - 17)
+                seed_b = gr.Number(1, label="Seed of the last", precision=0, minimum=0, maximum=2**32 - 17)
+            share = gr.Slider(0, 1, 0.5, step=0.05, label="Where between them", elem_id="between-share")
+            given = controls(desk, leave_out=("prompt", "seed", "count", "width", "height", "strength"))
+        with gr.Column(scale=3, min_width=300):
+            with gr.Row():
+                go = gr.Button("Picture there", variant="primary", elem_id="between-go")
+                strip = gr.Button("Strip of 7", elem_id="between-strip")
+                halt = gr.Button("Stop")
+            status = gr.HTML(said("Write two prompts."), elem_classes="status", elem_id="between-status")
+            gallery = gr.Gallery(
+                label="Pictures",
+                height=300,
+                columns=7,
+                object_fit="contain",
+                format="png",
+                buttons=[],
+                elem_classes="still",
+                elem_id="between-pictures",
+            )
+
+    def run(request: gr.Request, shares: list[float], a: str, b: str, seeds: tuple, values: tuple) -> Iterator[tuple]:
+        stop = desk.begin(request)
+        try:
+            settings = changed(given.read(values), prompt=a, seed=int(seeds[0] or 0), count=len(shares))
+            last = changed(settings, prompt=b, seed=int(seeds[1] or 0))
+            pipe = desk.models[settings.model]
+            for update in make(pipe, settings, stop, **on_the_way(pipe, settings, last, shares)):
+                if update.done:
+                    texts = {"prompt": f"{a} -> {b}", "seed_to": last.seed}
+                    told = [about_picture(pipe, settings, 0, **texts, share=f"{s:.4g}") for s in shares]
+                    files = [desk.keep(made, t) for made, t in zip(update.images, told, strict=True)]
+                    labels = [f"{s:.2f}" for s in shares]
+                    yield list(zip(files, labels, strict=True)), said(f"Done in {update.seconds:.1f} s.")
+                elif update.stopped:
+                    yield gr.skip(), said(f"Stopped at step {update.step}.")
+                else:
+                    yield update.images or gr.skip(), shown(update)
+        except UserError as error:
+            yield gr.skip(), said(str(error), wrong=True)
+
+    def one(request: gr.Request, at: float, a: str, b: str, sa: float, sb: float, *values: Any) -> Iterator[tuple]:
+        yield from run(request, [float(at)], a, b, (sa, sb), values)
+
+    def many(request: gr.Request, at: float, a: str, b: str, sa: float, sb: float, *values: Any) -> Iterator[tuple]:
+        yield from run(request, torch.linspace(0, 1, 7).tolist(), a, b, (sa, sb), values)
+
+    inputs, outputs = [share, first, second, seed_a, seed_b, *given.inputs], [gallery, status]
+    for trigger, fn in ((go.click, one), (share.release, one), (strip.click, many)):
+        trigger(fn, inputs, outputs, show_progress_on=[status], **QUEUED)
+    halt.click(desk.stop, None, None, queue=False, show_progress="hidden")
+
+
+def on_the_way(pipe: Pipeline, a: Settings, b: Settings, shares: list[float]) -> dict[str, torch.Tensor]:
+    """What the pipeline takes for pictures between the prompts and seeds of two settings (UserError)."""
+    a, b = a.cleaned(), b.cleaned()
+    if not a.prompt or not b.prompt:
+        raise UserError("there are two prompts to write: where to begin and where to end")
+    noise = ImageNoise([a.seed, b.seed], pipe.latent_shape())()
+    first, second = (pipe.encode_prompt([s.prompt]) for s in (a, b))
+    return {
+        "prompt_embeds": between(first, second, shares),
+        "latents": torch.stack([slerp(noise[0], noise[1], share) for share in shares]),
+    }

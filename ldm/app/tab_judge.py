@@ -1,0 +1,259 @@
+"""Judge: people say which pictures are real and which fit their caption; what they said is kept and added up."""
+
+import math
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from ldm.app.human import Rate, Staircase
+from ldm.app.parts import QUEUED, Desk, said, shown
+from ldm.app.pools import Pool, data_of, prepare
+from ldm.app.questions import Question, questions
+from ldm.app.store import Judgement, Store
+from ldm.config import UserError
+from ldm.images import data_url
+
+MODES = {
+    "Real or generated?": ("single", False),
+    "Real or generated? In flashes": ("single", True),
+    "Which one is real?": ("pair", False),
+    "Which one is real? In flashes": ("pair", True),
+    "Which fits the caption better?": ("preference", False),
+}
+ANSWERS = {"single": ("real", "generated", ""), "pair": ("left", "right", ""), "preference": ("left", "right", "tie")}
+LABELS = {"real": "Real", "generated": "Generated", "left": "Left", "right": "Right", "tie": "Neither"}
+ASKED = {"single": "Is this picture real or generated?", "pair": "Which picture is real?"}
+NONE = "none"
+WAIT = 900  # ms before a flash, in which a cross says where to look
+
+
+@dataclass
+class Study:
+    """One person's way through the questions of one kind."""
+
+    session: str
+    kind: str
+    flash: bool
+    asked: list[Question]
+    pools: dict[str, Pool]
+    staircase: Staircase = field(default_factory=Staircase)
+    at: int = 0
+
+    @property
+    def question(self) -> Question | None:
+        """The one to answer next."""
+        return self.asked[self.at] if self.at < len(self.asked) else None
+
+
+def begin(kind: str, flash: bool, count: int, pools: dict[str, Pool], seed: int) -> Study:
+    """A study with `count` questions over the pictures of pools, by model; pictures are named by (model, i), real ones
+    by ("", i)."""
+    (first, *_) = pools.values()
+    numbers = range(len(first.captions))
+    made = {model: [(model, i) for i in numbers] for model in pools}
+    asked = questions(seed, kind, count, made, [("", i) for i in numbers])
+    return Study(session=uuid.uuid4().hex[:12], kind=kind, flash=flash, asked=asked, pools=pools)
+
+
+def file_of(study: Study, picture: tuple[str, int]) -> Path:
+    """Where a picture of a question is."""
+    model, i = picture
+    pool = study.pools[model or next(iter(study.pools))]
+    return pool.made[i] if model else pool.real[i]
+
+
+def caption_of(study: Study, question: Question) -> str:
+    """The caption that the (first) picture of a question is of."""
+    return next(iter(study.pools.values())).captions[question.pictures[0][1]]
+
+
+def judge(study: Study, answer: str, folder: Path) -> Judgement:
+    """What an answer to the study's question is worth, and on to the next one."""
+    question = study.question
+    if question is None or answer not in ANSWERS[study.kind]:
+        raise UserError(f"there is no question to answer with {answer!r:.40}")
+    right = None if question.truth is None else answer == question.truth
+    number = question.pictures[0][1]
+    seed = next(iter(study.pools.values())).seeds[number]
+    files = [file_of(study, picture).relative_to(folder).as_posix() for picture in question.pictures]
+    found = Judgement(
+        kind="flash" if study.flash else study.kind,
+        session=study.session,
+        model=question.model,
+        other_model=question.other_model,
+        prompt=caption_of(study, question),
+        seed=seed,
+        exposure_ms=study.staircase.exposure if study.flash else None,
+        answer=answer,
+        right=right,
+        extra={"pictures": files},
+    )
+    if study.flash:
+        study.staircase = study.staircase.answer(bool(right))
+    study.at += 1
+    return found
+
+
+def ask(study: Study) -> str:
+    """The question as HTML; pictures go along as data, as a name could tell which is which."""
+    question = study.question
+    if question is None:
+        return said("That was the last one. Thank you.")
+    images = [Image.open(file_of(study, picture)) for picture in question.pictures]
+    text = ASKED.get(study.kind, f"Which fits better: {caption_of(study, question)}?")
+    head = f'<p role="status"><b>{escape(text)}</b> ({study.at + 1} of {len(study.asked)})</p>'
+    names = ("left picture", "right picture") if len(images) > 1 else ("picture",)
+    if not study.flash:
+        parts = [f'<img alt="{n}" src="{data_url(i)}">' for n, i in zip(names, images, strict=True)]
+        return f'{head}<div class="judged">{"".join(parts)}</div>'
+    return head + flashed(names, images, study.staircase.exposure, study.at)
+
+
+def flashed(names: tuple[str, ...], images: list[Image.Image], exposure: int, number: int) -> str:
+    """Pictures that are seen for `exposure` ms and then covered, by the browser's own clock: a cross, the picture, a
+    mask. The names of the animations change with `number`, so that each question begins anew."""
+    on, off = f"on{number}", f"off{number}"
+    style = (
+        f"<style>@keyframes {on} {{ from, to {{ visibility: visible }} }}"
+        f"@keyframes {off} {{ from, to {{ visibility: visible }} }}"
+        f".judged .shot {{ visibility: hidden; animation: {on} {exposure}ms step-end {WAIT}ms 1 }}"
+        f".judged .mask {{ visibility: hidden; animation: {off} 1ms step-end {WAIT + exposure}ms 1 forwards }}"
+        f".judged .cross {{ animation: {on} {WAIT}ms step-end 1; visibility: hidden }}</style>"
+    )
+    cells = [
+        f'<div class="cell"><span class="cross">+</span><img class="shot" alt="{name}, shown for {exposure} ms"'
+        f' src="{data_url(image)}"><span class="mask"></span></div>'
+        for name, image in zip(names, images, strict=True)
+    ]
+    return f'{style}<div class="judged">{"".join(cells)}</div><p>shown for {exposure} ms</p>'
+
+
+def share(rate: Rate) -> str:
+    """A share with its interval, in words."""
+    if math.isnan(rate.rate):
+        return "no answers yet"
+    return f"{rate.rate:.0%} [{rate.low:.0%}, {rate.high:.0%}]"
+
+
+def milliseconds(rate: Rate, sessions: int) -> str:
+    """A median threshold with its interval, in words."""
+    if not sessions:
+        return f"needs {Staircase().enough} flashes of one person"
+    interval = f" [{rate.low:.0f}, {rate.high:.0f}]" if math.isfinite(rate.low) else ""
+    return f"{rate.rate:.0f} ms{interval}, {sessions} {'session' if sessions == 1 else 'sessions'}"
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """All results as HTML: for each model how often people were fooled."""
+    if not results:
+        return said("Nothing has been judged yet.")
+    parts = []
+    for model, found in results.items():
+        rows = [
+            ("judgements", ", ".join(f"{count} {kind}" for kind, count in found["judgements"].items())),
+            ("people's sessions", str(found["sessions"])),
+            ("generated taken for real, single", share(found["single"].fakes)),
+            ("real taken for generated, single", share(found["single"].reals)),
+            ("wrong of all, single (HYPE-infinity)", share(found["single"].hype_infinity)),
+            ("generated chosen as real, pairs", share(found["pair"])),
+            ("median threshold, single", milliseconds(found["threshold_ms"], found["thresholds"])),
+            ("median threshold, pairs", milliseconds(found["pair_threshold_ms"], found["pair_thresholds"])),
+        ]
+        for other, win in found["preference"].items():
+            counts = f"{win.wins} won, {win.ties} ties, {win.losses} lost, p = {win.p:.2g}"
+            rows.append((f"preferred to {other}", f"{share(Rate(*win[:3]))}: {counts}"))
+        body = "".join(f"<tr><th scope='row'>{escape(a)}</th><td>{escape(b)}</td></tr>" for a, b in rows)
+        parts.append(f"<table><caption>{escape(model)}</caption>{body}</table>")
+    note = "At 50% people cannot tell generated pictures from real ones. Intervals are 95%."
+    return f'<div class="results">{"".join(parts)}<p>{note}</p></div>'
+
+
+def build(desk: Desk) -> None:
+    """The tab, inside the page's tabs."""
+    store = Store(desk.folder / "judgements.sqlite")
+    names = desk.models.names
+    with gr.Tab("Judge", id="judge") as tab:
+        gr.Markdown(
+            "Can you tell real held-out pictures from generated ones? Answers are kept in a file on this machine;"
+            " a first start makes the model's pictures, which takes a while."
+        )
+        with gr.Row():
+            mode = gr.Dropdown(list(MODES), value="Real or generated?", label="What to judge")
+            model = gr.Dropdown(names, value=names[0], label="Model")
+            other = gr.Dropdown([NONE, *names], value=NONE, label="Other model (for captions)")
+            count = gr.Slider(4, 200, 20, step=1, label="Questions")
+            pictures = gr.Slider(4, 200, 24, step=1, label="Pictures a side")
+        with gr.Row():
+            go = gr.Button("Start", variant="primary", elem_id="judge-go")
+            halt = gr.Button("Stop preparing")
+        view = gr.HTML(said("Choose what to judge and press Start."), min_height=330, elem_id="judge-view")
+        with gr.Row():
+            buttons = [
+                gr.Button(LABELS.get(answer, ""), interactive=False, visible=bool(answer), elem_id=f"judge-answer-{i}")
+                for i, answer in enumerate(ANSWERS["single"])
+            ]
+        with gr.Accordion("Results", open=False) as results:
+            report = gr.HTML(table(store.results()), elem_id="judge-results")
+            export = gr.DownloadButton("Download preferences (JSONL)", interactive=False, elem_id="judge-export")
+        study = gr.State(None)
+
+        def labelled(now: Study) -> list[Any]:
+            return [
+                gr.Button(LABELS.get(a, ""), interactive=now.question is not None, visible=bool(a))
+                for a in ANSWERS[now.kind]
+            ]
+
+        def reported() -> list[Any]:
+            file = desk.folder / "judged" / "preferences.jsonl"
+            there = store.export_preferences(file) if store.judgements("preference") else 0
+            download = gr.DownloadButton(value=str(file) if there else None, interactive=bool(there))
+            return [table(store.results()), download]
+
+        def start(request: gr.Request, asked: str, one: str, two: str, n: float, each: float) -> Iterator[tuple]:
+            still = (gr.skip(),) * 4
+            stop = desk.begin(request)
+            try:
+                kind, flash = MODES[asked]
+                wanted = [one] if kind != "preference" else [one, two]
+                if kind == "preference" and two in (NONE, one):
+                    raise UserError("to compare how captions fit, choose another model as well")
+                data = data_of(one, desk.models[one])
+                pools = {}
+                for name in wanted:
+                    for found in prepare(desk.models, name, data, int(each), desk.seed, desk.folder, stop):
+                        if isinstance(found, Pool):
+                            pools[name] = found
+                        else:
+                            yield said(f"Making pictures of {name}") + shown(found), *still
+                if len(pools) < len(wanted):
+                    yield said("Stopped; what was made is kept."), *still
+                    return
+                sessions = len({j.session for j in store.judgements()})
+                now = begin(kind, flash, int(n), pools, desk.seed + sessions)
+                yield ask(now), now, *labelled(now)
+            except UserError as error:
+                yield said(str(error), wrong=True), *still
+
+        def answered(number: int, now: Study | None) -> list[Any]:
+            if now is None or now.question is None:
+                return [gr.skip()] * 7
+            store.add(judge(now, ANSWERS[now.kind][number], desk.folder))
+            last = reported() if now.question is None else [gr.skip()] * 2
+            return [ask(now), now, *labelled(now), *last]
+
+        quiet = {"queue": False, "show_progress": "hidden"}
+        go.click(
+            start, [mode, model, other, count, pictures], [view, study, *buttons], show_progress_on=[view], **QUEUED
+        )
+        halt.click(desk.stop, None, None, **quiet)
+        for number, button in enumerate(buttons):
+            press = lambda now, number=number: answered(number, now)  # noqa: E731
+            button.click(press, study, [view, study, *buttons, report, export], **quiet)
+        results.expand(reported, None, [report, export], **quiet)
+        tab.select(reported, None, [report, export], **quiet)

@@ -1,0 +1,100 @@
+"""Make: a prompt becomes pictures that appear while they denoise."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from ldm.app.parts import QUEUED, Desk, controls, finished, said, shown
+from ldm.app.studio import about_picture, changed, make, restore
+from ldm.config import UserError
+
+KEPT = 60  # pictures of a session's history
+
+
+def build(desk: Desk) -> None:
+    """The tab, inside the page's tabs."""
+    with gr.Tab("Make", id="make"):
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                given = controls(desk, leave_out=("strength",))
+                with gr.Row():
+                    go = gr.Button("Make", variant="primary", elem_id="make-go")
+                    halt = gr.Button("Stop", elem_id="make-stop")
+                file = gr.File(
+                    label="Drop a PNG that was made here to restore its settings",
+                    file_types=[".png"],
+                    height=160,
+                    elem_id="make-file",
+                )
+            with gr.Column(scale=3, min_width=300):
+                status = gr.HTML(said("Write a prompt and press Make."), elem_classes="status", elem_id="make-status")
+                gallery = _gallery("Pictures (click one to reuse its settings)", "make-pictures", 440)
+                download = gr.DownloadButton("Download the chosen picture", interactive=False, elem_id="make-download")
+                history = gr.State([])
+                past = _gallery("History of this session", "make-history", 220, columns=6)
+
+        def run(request: gr.Request, history: list[str], *values: Any) -> Iterator[tuple]:
+            still = (gr.skip(),) * 3
+            stop = desk.begin(request)
+            try:
+                settings = given.read(values)
+                if not settings.cleaned().prompt:
+                    raise UserError("the prompt is empty; write what the picture should show")
+                pipe = desk.models[settings.model]
+                for update in make(pipe, settings, stop):
+                    if not (update.done or update.stopped):
+                        yield (update.images or gr.skip(), shown(update), settings.seed, *still)
+                        continue
+                    about = [about_picture(pipe, settings, i) for i in range(len(update.images))]
+                    files = [desk.keep(image, a) for image, a in zip(update.images, about, strict=True)]
+                    history = (files + history)[:KEPT]
+                    text = finished(update, settings.count, settings.seed)
+                    first = gr.DownloadButton(value=files[0], interactive=True) if files else gr.skip()
+                    yield files or gr.skip(), text, settings.seed, history, history, first
+            except UserError as error:
+                yield gr.skip(), said(str(error), wrong=True), gr.skip(), *still
+
+        def _restored(path: str) -> list[Any]:
+            try:
+                settings, notes = restore(path, desk.models)
+            except UserError as error:
+                return [said(str(error), wrong=True), *([gr.skip()] * len(given.inputs))]
+            kept = changed(settings, count=1)
+            text = "".join(said(note) for note in notes)
+            return [said("These are the settings of that picture.") + text, *given.show(kept)]
+
+        def choose(chosen: gr.SelectData) -> list[Any]:
+            try:
+                path = desk.own(str(chosen.value["image"]["path"]))
+            except UserError as error:
+                return [said(str(error), wrong=True), *([gr.skip()] * (1 + len(given.inputs)))]
+            return [*_restored(path), gr.DownloadButton(value=path, interactive=True)]
+
+        def dropped(path: str | None) -> list[Any]:
+            return _restored(path) if path else [gr.skip()] * (1 + len(given.inputs))
+
+        outputs = [gallery, status, given.parts["seed"], history, past, download]
+        begin = {"fn": run, "inputs": [history, *given.inputs], "outputs": outputs, "show_progress_on": [status]}
+        go.click(**begin, **QUEUED)
+        given.parts["prompt"].submit(**begin, **QUEUED)
+        halt.click(desk.stop, None, None, queue=False, show_progress="hidden")
+        quiet = {"queue": False, "show_progress": "hidden"}
+        for pictures in (gallery, past):
+            pictures.select(choose, None, [status, *given.inputs, download], **quiet)
+        file.upload(dropped, file, [status, *given.inputs], **quiet)
+
+
+def _gallery(label: str, name: str, height: int, columns: int = 4) -> gr.Gallery:
+    return gr.Gallery(
+        label=label,
+        elem_id=name,
+        elem_classes="still",
+        height=height,
+        columns=columns,
+        object_fit="contain",
+        format="png",
+        interactive=False,
+        allow_preview=False,
+        buttons=[],
+    )

@@ -1,0 +1,386 @@
+"""The real page in a headless browser, as people use it: `make test-page`. The model is the shipped one of shapes."""
+
+import io
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "a red circle above a blue square"
+SHOTS = os.environ.get("SHOTS")  # a folder: every tab's picture at both widths goes there
+TABS = ("Make", "Edit", "Compare", "Look inside", "Judge")
+
+
+@pytest.fixture(scope="session")
+def address(tmp_path_factory) -> Iterator[str]:
+    """The page, served by its script."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = tmp_path_factory.mktemp("app")
+    command = [sys.executable, str(ROOT / "scripts/app.py"), "--model", "shapes", "--model", "emoji"]
+    command += ["--port", str(port), "--out", str(out)]
+    with (out / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        try:
+            wait(lambda: reachable(port) or process.poll() is not None, 180)
+            assert process.poll() is None, (out / "log.txt").read_text()
+            yield f"http://127.0.0.1:{port}"
+            assert "Traceback" not in (out / "log.txt").read_text()
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address) -> Iterator[Page]:
+    yield from opened(browser, address)
+
+
+@pytest.fixture
+def another(browser, address) -> Iterator[Page]:
+    yield from opened(browser, address)
+
+
+def opened(browser: Browser, address: str, width: int = 1440, **options) -> Iterator[Page]:
+    """A page that asks for nothing from outside, complains of nothing, and opens no dialog."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    outside, wrong = [], []
+    page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else outside.append(r.url))
+    # what a reload breaks off is no mistake of the page
+    broken_off = ("AbortError", "Connection errored out")
+    complain = lambda text: None if any(words in text for words in broken_off) else wrong.append(text)  # noqa: E731
+    page.on("console", lambda m: complain(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda e: complain(str(e)))
+    page.on("dialog", lambda d: (wrong.append("dialog"), d.dismiss()))
+    page.goto(address)
+    page.wait_for_selector("#make-go")
+    yield page
+    context.close()
+    assert outside == [] and wrong == []
+
+
+def reachable(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait(true: Callable[[], bool], seconds: float = 60) -> None:
+    """Until it is true; fails when it never is."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def until(page: Page, where: str, words: str, seconds: float = 90) -> str:
+    """Until an element says something; gives its text."""
+    wait(lambda: re.search(words, page.inner_text(where)) is not None, seconds)
+    return page.inner_text(where)
+
+
+def turn_to(page: Page, tab: str) -> None:
+    """Opens a tab, which a narrow page has in a menu."""
+    button = page.get_by_role("tab", name=tab, exact=True).first
+    if not button.is_visible():
+        page.locator(".overflow-menu > button").first.click()
+        button = page.locator(".overflow-dropdown button", has_text=tab).first
+    button.click()
+    page.wait_for_timeout(400)
+
+
+def field(page: Page, label: str):
+    """A control of the open tab, by its label."""
+    return page.locator("[role=tabpanel]:visible").get_by_label(label, exact=True).first
+
+
+def number(page: Page, label: str, value: float) -> None:
+    """Types a value into a slider's own number field."""
+    box = page.locator("[role=tabpanel]:visible").locator(f'input[type=number][aria-label*="{label}"]').first
+    box.fill(str(value))
+    box.blur()
+
+
+def served(page: Page, where: str, index: int = 0) -> Image.Image:
+    """A picture of a gallery, as its file is served."""
+    source = page.locator(f"{where} img").nth(index).get_attribute("src")
+    return Image.open(io.BytesIO(page.request.get(source).body()))
+
+
+def make(page: Page, prompt: str, steps: int = 20, pictures: int = 1) -> str:
+    """Fills in and presses Make; what the page says at the end."""
+    field(page, "Prompt").fill(prompt)
+    number(page, "Steps", steps)
+    number(page, "Pictures", pictures)
+    page.click("#make-go")
+    return until(page, "#make-status", r"pictures? in|empty|at most")
+
+
+def test_a_picture_appears_while_it_denoises_and_is_the_scripts_own(page, tmp_path):
+    field(page, "Prompt").fill(PROMPT)
+    number(page, "Steps", 100)
+    number(page, "Pictures", 2)
+    field(page, "Seed").fill("11")
+    box = page.locator("#make-pictures").bounding_box()
+    page.click("#make-go")
+    seen, moved = [], []
+
+    def done() -> bool:
+        source = page.locator("#make-pictures img").first
+        if source.count() and (found := source.get_attribute("src")) not in seen:
+            seen.append(found)
+        moved.append(page.locator("#make-pictures").bounding_box() != box)
+        return "pictures in" in page.inner_text("#make-status")
+
+    wait(done, 120)
+    assert len(seen) >= 4 and not any(moved), (len(seen), sum(moved))  # three previews and the picture; nothing jumps
+    command = [sys.executable, "scripts/sample.py", "--model", "shapes", "--prompt", PROMPT, "--prompt", PROMPT]
+    command += ["--seed", "11", "--guidance", "3", "--steps", "100", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    for i in range(2):
+        own, theirs = (
+            served(page, "#make-pictures", i),
+            Image.open(tmp_path / f"{i:04d}-{PROMPT.replace(' ', '-')}.png"),
+        )
+        assert np.array_equal(np.asarray(own), np.asarray(theirs))
+        assert {k: v for k, v in own.text.items()} == {k: v for k, v in theirs.text.items()}
+    assert "seeds 11 to 12" in page.inner_text("#make-status")
+
+
+def test_stop_stops_and_making_goes_on(page):
+    field(page, "Prompt").fill(PROMPT)
+    number(page, "Steps", 100)
+    number(page, "Pictures", 16)
+    page.click("#make-go")
+    until(page, "#make-status", "step [3-9]")
+    page.click("#make-stop")
+    assert int(re.search(r"Stopped at step (\d+)", until(page, "#make-status", "Stopped"))[1]) < 60
+    assert "1 picture in" in make(page, PROMPT)
+
+
+def test_settings_come_back_from_a_click_and_from_a_file(page, tmp_path):
+    field(page, "Negative prompt (what to keep away from)").fill("green")
+    field(page, "Seed").fill("77")
+    make(page, PROMPT, steps=7, pictures=2)
+    page.locator("#make-download").wait_for()
+    page.locator("#make-history .thumbnail-item").nth(1).click()
+    until(page, "#make-status", "settings of that picture")
+    assert field(page, "Seed").input_value() == "78"
+    with page.expect_download() as download:
+        page.click("#make-download")
+    file = tmp_path / "mine.png"
+    download.value.save_as(file)
+    assert Image.open(file).text["seed"] == "78"
+    page.reload()
+    page.wait_for_selector("#make-go")
+    page.locator("#make-file input[type=file]").set_input_files(file)
+    until(page, "#make-status", "settings of that picture")
+    assert field(page, "Prompt").input_value() == PROMPT and field(page, "Seed").input_value() == "78"
+    assert field(page, "Negative prompt (what to keep away from)").input_value() == "green"
+    plain = tmp_path / "plain.png"
+    Image.new("RGB", (8, 8)).save(plain)
+    page.reload()
+    page.wait_for_selector("#make-go")
+    page.locator("#make-file input[type=file]").set_input_files(plain)
+    until(page, "#make-status", "does not say what it was made from")
+
+
+def test_only_what_was_brushed_over_is_drawn_anew(page, tmp_path):
+    turn_to(page, "Edit")
+    start = Image.new("RGB", (320, 320), (128, 128, 128))
+    start.paste((255, 0, 0), (40, 40, 130, 130))
+    start.save(tmp_path / "start.png")
+    page.locator("#edit-editor input[type=file]").first.set_input_files(tmp_path / "start.png")
+    page.wait_for_timeout(2500)
+    page.locator('#edit-editor button[aria-label="Brush"]').click()
+    page.wait_for_timeout(500)
+    box = page.locator("#edit-editor canvas").first.bounding_box()
+    for y in (0.68, 0.76, 0.84):
+        page.mouse.move(box["x"] + box["width"] * 0.62, box["y"] + box["height"] * y)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.86, box["y"] + box["height"] * y, steps=8)
+        page.mouse.up()
+    field(page, "Prompt").fill("a red square and a blue circle")
+    number(page, "Strength", 1.0)
+    number(page, "Pictures", 1)
+    field(page, "Seed").fill("2")
+    page.click("#edit-go")
+    until(page, "#edit-status", "picture in")
+    found = served(page, "#edit-pictures")
+    assert found.text["mask"] == "drawn"
+    before = np.asarray(start.resize((32, 32), Image.Resampling.BICUBIC), np.float64)
+    change = abs(np.asarray(found, np.float64) - before).mean(2)
+    assert change[:14, :14].mean() < 25 and change[20:, 18:].max() > 60
+    if SHOTS:
+        page.screenshot(path=f"{SHOTS}/inpainting.png", full_page=True)
+
+
+def test_between_two_prompts(page):
+    turn_to(page, "Edit")
+    page.get_by_role("tab", name="Between two prompts").click()
+    field(page, "From this prompt").fill("a red circle")
+    field(page, "To this prompt").fill("a blue square")
+    page.click("#between-strip")
+    until(page, "#between-status", "Done")
+    assert page.locator("#between-pictures img").count() == 7
+    first, last = (np.asarray(served(page, "#between-pictures", i), np.float64).mean((0, 1)) for i in (0, 6))
+    assert first[0] > first[2] and last[2] > last[0]
+
+
+def test_a_comparison_is_a_labelled_picture_to_download(page, tmp_path):
+    turn_to(page, "Compare")
+    field(page, "Prompt").fill(PROMPT)
+    field(page, "Values, up to 8, with commas between").fill("1, 3")
+    number(page, "Steps", 8)
+    page.click("#compare-go")
+    until(page, "#compare-status", "2 pictures of seed")
+    with page.expect_download() as download:
+        page.click("#compare-download")
+    download.value.save_as(tmp_path / "grid.png")
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.width > 400 and grid.text["values"] == "1, 3"
+    field(page, "Values, up to 8, with commas between").fill("many")
+    page.click("#compare-go")
+    until(page, "#compare-status", "'many' is no value of guidance")
+
+
+def test_looking_inside_shows_the_way_the_words_and_the_schedule(page):
+    turn_to(page, "Look inside")
+    field(page, "Prompt").fill(PROMPT)
+    page.click("#inside-go")
+    until(page, "#inside-status", "Seed 0")
+    assert page.locator("#inside-way img").count() == 8 and page.locator("#inside-plots svg").count() == 2
+    words = page.locator("#inside-words figcaption").all_inner_texts()
+    assert words == ["the picture", *PROMPT.split()]
+
+
+def test_twenty_judgements_lead_to_a_result(page):
+    turn_to(page, "Judge")
+    number(page, "Pictures a side", 10)
+    page.click("#judge-go")
+    for i in range(20):
+        until(page, "#judge-view", f"\\({i + 1} of 20\\)", 120)
+        assert page.locator("#judge-view img").count() == 1
+        page.click("#judge-answer-1")
+    until(page, "#judge-view", "last one")
+    page.get_by_text("Results", exact=True).click()
+    text = until(page, "#judge-results", "single")
+    assert "20 single" in text and "0% [0%, 28%]" in text  # who calls all of them generated is never fooled
+
+
+def test_a_flash_is_seen_for_its_time_and_then_covered(page):
+    turn_to(page, "Judge")
+    number(page, "Pictures a side", 10)
+    field(page, "What to judge").click()
+    page.get_by_role("option", name="Real or generated? In flashes").click()
+    page.click("#judge-go")
+    until(page, "#judge-view", "1 of 20", 120)
+    script = """() => new Promise(done => { const seen = []; const begin = performance.now(); (function look() {
+      const [shot, mask] = ['shot', 'mask'].map(name => document.querySelector('#judge-view .' + name));
+      if (shot) seen.push([performance.now() - begin, ...[shot, mask].map(e => getComputedStyle(e).visibility)]);
+      performance.now() - begin < 3000 ? requestAnimationFrame(look) : done(seen); })(); })"""
+    page.click("#judge-answer-0")
+    seen = page.evaluate(script)
+    shown = [t for t, shot, _ in seen if shot == "visible"]
+    assert 300 < shown[-1] - shown[0] < 700  # 500 ms, give or take what a busy browser does to its frames
+    assert seen[-1][1:] == ["hidden", "visible"] and all(
+        mask == "hidden" for _, shot, mask in seen if shot == "visible"
+    )
+
+
+def test_two_tabs_wait_for_each_other(page, another):
+    for tab, prompt in ((page, "a red circle"), (another, "a blue square")):
+        field(tab, "Prompt").fill(prompt)
+        number(tab, "Steps", 60)
+        tab.click("#make-go")
+    until(another, "#make-status", "queue", 20)
+    for tab, channel in ((page, 0), (another, 2)):
+        until(tab, "#make-status", "pictures in")
+        colour = np.asarray(served(tab, "#make-pictures"), np.float64).mean((0, 1))
+        assert colour[channel] == colour.max()
+
+
+def test_a_reload_while_it_makes_leaves_a_page_that_works(page):
+    field(page, "Prompt").fill(PROMPT)
+    number(page, "Steps", 100)
+    page.click("#make-go")
+    until(page, "#make-status", "step [2-9]")
+    page.reload()
+    page.wait_for_selector("#make-go")
+    assert "1 picture in" in make(page, PROMPT)
+
+
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        ("", "the prompt is empty"),
+        (" \n\t ", "the prompt is empty"),
+        ("x" * 2**20, "1,048,576 characters; at most 1,000"),
+        ("<img src=x onerror=alert(1)><script>alert(2)</script>", "picture in"),
+        ("\u202eدائرة حمراء\u202c שלום", "picture in"),
+        ("a\0b\x07 circle", "picture in"),
+        ("../../../etc/passwd", "picture in"),
+        ("'; DROP TABLE judgements; --", "picture in"),
+        ("🟥🔵 " * 50, "picture in"),
+    ],
+)
+def test_hostile_prompts_are_answered_in_the_page(page, prompt, words):
+    assert words in make(page, prompt, steps=2)
+    assert page.locator("#make-status img").count() == 0
+
+
+def test_files_of_the_machine_are_not_served(page, address):
+    for path in ("/etc/passwd", str(ROOT / "README.md"), "../../etc/passwd"):
+        assert page.request.get(f"{address}/gradio_api/file={path}").status in (403, 404)
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_tab_fits_and_every_control_has_a_name(browser, address, width, scheme):
+    for page in opened(browser, address, width, color_scheme=scheme):
+        for tab in TABS:
+            turn_to(page, tab)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            nameless = page.evaluate("""() => [...document.querySelectorAll('input, textarea, select, button, canvas')]
+              .filter(e => e.offsetParent && e.type !== 'file' && e.tagName !== 'CANVAS')
+              .filter(e => !(e.ariaLabel || e.title || e.innerText?.trim() || e.labels?.length ||
+                e.getAttribute('aria-labelledby'))).map(e => e.outerHTML.slice(0, 200))""")
+            assert nameless == [], tab
+            if SHOTS:
+                page.screenshot(path=f"{SHOTS}/{tab.replace(' ', '-')}-{width}-{scheme}.png", full_page=True)
+
+
+def test_the_keyboard_is_enough(page):
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.tagName") == "TEXTAREA":
+            break
+    page.keyboard.type(PROMPT)
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "make-go":
+            break
+    page.keyboard.press("Enter")
+    until(page, "#make-status", "pictures in")

@@ -1,0 +1,350 @@
+"""What the page does, without a browser: bounds, previews, stops, settings in PNGs, studies; and the server itself."""
+
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import tiny_parts
+
+pytest.importorskip("gradio")
+
+from ldm.app import looking, pools, studio, tab_compare, tab_edit, tab_judge
+from ldm.app.parts import OWN, Desk, controls, said
+from ldm.app.store import Store
+from ldm.app.studio import LONGEST, Models, Settings, about_picture, make, restore
+from ldm.config import UserError
+from ldm.data import DataConfig
+from ldm.images import read_about, save_png
+from ldm.pipeline import Pipeline
+
+PROMPT = "a red circle above a blue square"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline(tiny_parts())
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Models:
+    return Models(["shapes"])
+
+
+def settings(**changes) -> Settings:
+    return Settings(**{"model": "tiny", "prompt": PROMPT, "steps": 6, "count": 2, "seed": 5} | changes)
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image, np.int16)
+
+
+def test_updates_end_with_the_pipelines_own_pictures(pipe, monkeypatch):
+    monkeypatch.setattr(studio, "PREVIEW_EVERY", 0.0)
+    found = list(make(pipe, settings(), threading.Event()))
+    assert [u.step for u in found] == [1, 2, 3, 4, 5, 6, 6] and [u.done for u in found] == [False] * 6 + [True]
+    previews = [pixels(u.images[0]) for u in found[:5]]
+    assert all(len(u.images) == 2 for u in found[:5]) and len({p.tobytes() for p in previews}) == 5
+    own = pipe([PROMPT] * 2, steps=6, guidance=3.0, seed=5)
+    assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(found[-1].images, own, strict=True))
+
+
+def test_previews_are_few_where_steps_are_quick(pipe, monkeypatch):
+    monkeypatch.setattr(studio, "PREVIEW_EVERY", 1e9)
+    assert [len(u.images) for u in make(pipe, settings(), threading.Event())] == [0] * 6 + [2]
+
+
+def test_a_stop_stops_within_a_step_and_going_away_too(pipe):
+    stop, found = threading.Event(), []
+    for update in make(pipe, settings(steps=100), stop):
+        found.append(update)
+        if update.step == 3:
+            stop.set()
+    assert found[-1].stopped and not found[-1].images and found[-1].step < 100
+    reader = make(pipe, settings(steps=100), threading.Event())
+    next(reader)
+    reader.close()
+    assert not [t for t in threading.enumerate() if t.name == "sampling"]
+    again = threading.Event()  # an event that was not set serves for more than one sampling
+    assert [list(make(pipe, settings(steps=2), again))[-1].done for _ in range(2)] == [True, True]
+
+
+def test_mistakes_of_the_model_and_cut_prompts_are_said(pipe):
+    with pytest.raises(UserError, match="multiples of"):
+        list(make(pipe, settings(width=17), threading.Event()))
+    (*_, last) = make(pipe, settings(prompt=PROMPT * 9), threading.Event())
+    assert last.done and len(last.notes) == 1 and "was cut off" in last.notes[0]
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"prompt": "x" * (LONGEST + 1)}, "the prompt has 1,001 characters; at most 1,000"),
+        ({"negative_prompt": "x" * 10**6}, "the negative prompt has 1,000,000 characters"),
+        ({"steps": 0}, "steps is 0; it must be from 1 to 150"),
+        ({"steps": 10**9}, "steps is 1000000000"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"count": 17}, "count is 17"),
+        ({"width": 4096}, "width is 4096"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": None}, "seed is None"),
+        ({"sampler": "../etc"}, "unknown sampler"),
+    ],
+)
+def test_settings_out_of_bounds_are_refused_by_name(values, words):
+    with pytest.raises(UserError, match=words) as caught:
+        settings(**values)
+    assert len(str(caught.value)) < 200
+
+
+def test_prompts_are_cleaned_and_messages_are_text():
+    assert settings(prompt="a\0b\n\tc \ud800").cleaned().prompt == "a b c ?"
+    assert "<script>" not in said("<script>alert(1)</script>") and "&lt;script&gt;" in said("<script>")
+
+
+def test_models_are_those_that_are_offered(shapes):
+    assert shapes["shapes"] is shapes["shapes"]
+    for name in ("../../etc", "emoji", "", "/etc/passwd" * 100):
+        with pytest.raises(UserError, match="there is no model .* known: shapes$"):
+            shapes[name]
+
+
+def test_only_the_last_models_stay_open(monkeypatch):
+    opened = []
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda name, device: opened.append(name) or name)
+    models = Models(["a", "b", "c", "a"], keep=2)
+    assert models.names == ["a", "b", "c"]
+    [models[name] for name in "abacab"]
+    assert opened == ["a", "b", "c", "b"]
+
+
+def test_a_png_says_all_that_making_it_again_takes(pipe, tmp_path):
+    models = Models(["tiny"])
+    first = settings(
+        negative_prompt="blau <b>", guidance=2.5, guidance_rescale=0.3, sampler="euler", width=32, height=16
+    )
+    (*_, last) = make(pipe, first, threading.Event())
+    save_png(last.images[1], tmp_path / "a.png", about_picture(pipe, first, 1))
+    again, notes = restore(tmp_path / "a.png", models)
+    assert notes == [] and again == studio.changed(first, seed=6, count=1)
+    (*_, other) = make(pipe, again, threading.Event())
+    assert abs(pixels(other.images[0]) - pixels(last.images[1])).max() <= 1
+    own, _ = restore(tmp_path / "a.png", Models(["other"]))
+    assert own.model == "other"
+
+
+def test_pngs_that_say_nothing_or_nonsense_are_refused(tmp_path):
+    models = Models(["tiny"])
+    plain = Image.new("RGB", (4, 4))
+    plain.save(tmp_path / "plain.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    plain.save(tmp_path / "photo.png", "JPEG")
+    for name in ("plain.png", "text.png", "photo.png", "gone.png"):
+        with pytest.raises(UserError, match="PNG"):
+            restore(tmp_path / name, models)
+    for key, value in (
+        ("steps", "many"),
+        ("seed", "1e999"),
+        ("guidance", "99"),
+        ("sampler", "rm -rf"),
+        ("prompt", "x" * 5000),
+    ):
+        save_png(plain, tmp_path / "bad.png", {"prompt": "a", "seed": "1", "model": "tiny", key: value})
+        with pytest.raises(UserError, match=key):
+            restore(tmp_path / "bad.png", models)
+
+
+def test_controls_give_settings_and_show_them():
+    import gradio as gr
+
+    desk = Desk(models=Models(["tiny", "other"]), folder=Path("."))
+    with gr.Blocks():
+        given = controls(desk)
+    shown = given.show(settings(model="other", sampler=""))
+    assert shown[given.names.index("sampler")] == OWN and len(shown) == len(given.inputs)
+    assert given.read(tuple(shown)) == settings(model="other")
+    drawn = {given.read((*shown[:-1], True)).seed for _ in range(4)}
+    assert len(drawn) == 4  # the last one says that the seed is to be drawn
+
+
+def test_the_desk_gives_out_only_its_own_pictures(tmp_path):
+    desk = Desk(models=Models(["tiny"]), folder=tmp_path / "app")
+    path = desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a"})
+    assert desk.own(path) == path and read_about(desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a", "seed": "1"}))
+    (tmp_path / "x.png").write_bytes(b"")
+    (tmp_path / "app/pictures/link.png").symlink_to(tmp_path / "x.png")
+    for bad in (
+        "/etc/passwd",
+        str(tmp_path / "x.png"),
+        f"{tmp_path}/app/../x.png",
+        str(tmp_path / "app/pictures/link.png"),
+    ):
+        with pytest.raises(UserError, match="no longer here"):
+            desk.own(bad)
+
+
+def test_comparisons_are_read_from_a_list():
+    models = Models(["a", "b"])
+    found = tab_compare.variants(settings(), "guidance", "1, 2.5,, 2.5", models)
+    assert [(label, s.guidance) for label, s in found] == [("guidance 1", 1.0), ("guidance 2.5", 2.5)]
+    assert [s.model for _, s in tab_compare.variants(settings(), "model", "", models)] == ["a", "b"]
+    for axis, text, words in (
+        ("guidance", "", "0 values"),
+        ("steps", "1,2,3,4,5,6,7,8,9", "9 values"),
+        ("steps", "ten", "'ten' is no value of steps"),
+        ("sampler", "none", "unknown sampler"),
+        ("model", "/etc", "there is no model"),
+        ("prompt", "x", "cannot compare over"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tab_compare.variants(settings(), axis, text, models)
+
+
+def test_a_drawing_becomes_a_picture_and_a_mask():
+    background = Image.new("RGBA", (300, 200), (0, 0, 255, 255))
+    layer = Image.new("RGBA", (300, 200))
+    layer.paste((255, 0, 0, 255), (50, 0, 150, 200))  # the left half of the centre square
+    image, mask = tab_edit.read_drawing({"background": background, "layers": [layer]}, 16)
+    assert image.size == (16, 16) and image.getpixel((3, 3)) == (0, 0, 255)
+    assert np.array_equal(np.asarray(mask), np.tile(np.arange(16) < 8, (16, 1)))
+    assert tab_edit.read_drawing({"background": background, "layers": []}, 16)[1] is None
+    for nothing in (None, {}, {"background": None}, {"background": Image.new("RGBA", (9, 9))}):
+        with pytest.raises(UserError, match="no picture to begin with"):
+            tab_edit.read_drawing(nothing, 16)
+
+
+def test_between_two_prompts_the_ends_are_the_prompts_own_pictures(pipe):
+    a, b = settings(count=3, seed=1), settings(prompt="a blue square", seed=9)
+    options = tab_edit.on_the_way(pipe, a, b, [0.0, 0.4, 1.0])
+    (*_, last) = make(pipe, a, threading.Event(), **options)
+    for image, s in ((last.images[0], a), (last.images[2], b)):
+        (own,) = pipe(s.prompt, steps=6, guidance=3.0, seed=s.seed)
+        assert abs(pixels(image) - pixels(own)).max() <= 1
+    with pytest.raises(UserError, match="two prompts"):
+        tab_edit.on_the_way(pipe, a, settings(prompt=" "), [0.5])
+
+
+def test_attention_of_words_is_a_distribution_over_tokens(pipe):
+    with looking.attention(pipe) as seen:
+        pipe(PROMPT, steps=2, guidance=3.0)
+    maps = torch.stack(seen)
+    assert maps.shape[1:] == (12, 8, 8) and len(seen) % 2 == 0
+    torch.testing.assert_close(maps.sum(1), torch.ones_like(maps[:, 0]))
+    assert not any(m._forward_pre_hooks for m in pipe.unet.modules())
+
+
+def test_words_have_the_places_of_their_tokens(pipe):
+    found = looking.words_of(pipe.tokenizer, "a red   circlecircle")
+    ids = pipe.tokenizer.encode("a red circlecircle")
+    assert [word for word, _ in found] == ["a", "red", "circlecircle"]
+    assert [place for _, places in found for place in places] == list(range(1, len(ids) - 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(looking.words_of(pipe.tokenizer, "red " * 40)) < 12
+
+
+def test_a_word_looks_where_its_object_is(shapes):
+    """On the shipped model: the noun's map is brighter on its object than on the other one."""
+    told = []
+    ask = Settings(model="shapes", prompt=PROMPT, steps=12, seed=0)
+    inside = looking.look(shapes["shapes"], ask, threading.Event(), lambda *step: told.append(step))
+    assert told == [(i + 1, 12) for i in range(12)] and len(inside.way) == looking.STRIP
+    picture, heat = pixels(inside.image), dict(inside.words)
+    red, blue = picture[..., 0] > 180, picture[..., 2] > 180
+    assert red.sum() > 20 and blue.sum() > 20
+    assert heat["circle"][red].mean() > heat["circle"][blue].mean() + 0.2
+    assert heat["square"][blue].mean() > heat["square"][red].mean() + 0.2
+    assert all(m.min() == 0 and m.max() == 1 for m in heat.values())
+    bright = looking.overlay(inside.image, np.ones((32, 32)))
+    assert pixels(bright).mean() > pixels(looking.overlay(inside.image, np.zeros((32, 32)))).mean() + 20
+    html = looking.schedule_plots(shapes["shapes"].schedule, "ddim", 12)
+    assert html.count("<svg") == 2 and "the 12 steps" in html
+
+
+@pytest.fixture(scope="module")
+def pool(shapes, tmp_path_factory) -> tuple[pools.Pool, Path]:
+    folder = tmp_path_factory.mktemp("app")
+    data = DataConfig(name="shapes")
+    *updates, found = pools.prepare(shapes, "shapes", data, 10, 0, folder, threading.Event())
+    assert [u.step for u in updates] == sorted(u.step for u in updates) and updates[-1].step == updates[-1].steps
+    assert [type(f) for f in pools.prepare(shapes, "shapes", data, 10, 0, folder, threading.Event())] == [pools.Pool]
+    return found, folder
+
+
+def test_a_pool_has_real_and_made_pictures_of_the_same_captions(pool, shapes):
+    found, folder = pool
+    assert len(found.real) == len(found.made) == len(found.captions) == 10 and found.seeds == list(range(10))
+    about = read_about(found.made[9])
+    assert about["prompt"] == found.captions[9] and about["seed"] == "9"
+    (own,) = shapes["shapes"](found.captions[9], seed=9, guidance=3.0)
+    assert abs(pixels(own) - pixels(Image.open(found.made[9]))).max() <= 1
+    assert all(file.is_relative_to(folder) for file in (*found.real, *found.made))
+    assert pools.data_of("shapes", shapes["shapes"]).name == "shapes"
+
+
+def test_a_stopped_preparation_ends_without_a_pool(shapes, tmp_path):
+    stop = threading.Event()
+    stop.set()
+    found = list(pools.prepare(shapes, "shapes", DataConfig(name="shapes"), 10, 1, tmp_path, stop))
+    assert not any(isinstance(f, pools.Pool) for f in found)
+
+
+@pytest.mark.parametrize("kind, flash", [("single", False), ("single", True), ("pair", False), ("pair", True)])
+def test_a_study_runs_from_its_questions_to_the_results(pool, tmp_path, kind, flash):
+    """A judge who is always right is never fooled; one who is always wrong, always."""
+    found, folder = pool
+    store = Store(tmp_path / "judgements.sqlite")
+    for wrong in (False, True):
+        study = tab_judge.begin(kind, flash, 20, {"shapes": found}, seed=3)
+        while (question := study.question) is not None:
+            html = tab_judge.ask(study)
+            assert html.count("<img") == len(question.pictures) and str(folder) not in html
+            assert ("shown for" in html) == flash and f"{study.at + 1} of 20" in html
+            answers = [a for a in tab_judge.ANSWERS[kind] if a]
+            answer = next(a for a in answers if (a == question.truth) != wrong)
+            kept = store.add(tab_judge.judge(study, answer, folder))
+            assert kept.right != wrong and (kept.exposure_ms is not None) == flash
+        with pytest.raises(UserError, match="no question"):
+            tab_judge.judge(study, answer, folder)
+        assert "last one" in tab_judge.ask(study)
+        assert (study.staircase.exposure < 500) == (flash and not wrong)
+    result = store.results()["shapes"]
+    name = ("flash_" if flash else "") + kind
+    rate = result[name].hype_infinity if kind == "single" else result[name]
+    assert rate.rate == 0.5 and result["judgements"] == {"flash" if flash else kind: 40}
+    assert ("50% [" in tab_judge.table(store.results())) != flash  # what a staircase sets is no result
+
+
+def test_preferences_name_the_files_that_were_shown(pool, tmp_path):
+    found, folder = pool
+    store = Store(folder / "judgements.sqlite")
+    study = tab_judge.begin("preference", False, 6, {"one": found, "two": found}, seed=0)
+    sides = []
+    while (question := study.question) is not None:
+        assert question.truth is None and tab_judge.caption_of(study, question) in tab_judge.ask(study).replace(
+            "&#x27;", "'"
+        )
+        sides.append((question.model, question.other_model))
+        store.add(tab_judge.judge(study, "left" if question.model == "one" else "right", folder))
+    assert {("one", "two"), ("two", "one")} == set(sides)
+    win = store.results()["one"]["preference"]["two"]
+    assert (win.wins, win.losses) == (6, 0)
+    assert store.export_preferences(tmp_path / "p.jsonl") == 6
+
+
+def test_the_page_and_its_server_stay_on_this_machine(tmp_path, monkeypatch):
+    from fastapi.testclient import TestClient
+
+    from ldm.app.serve import application
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "served"))
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    client = TestClient(application(Models(["shapes"]), tmp_path))
+    page = client.get("/")
+    assert page.status_code == 200 and "default-src 'self'" in page.headers["Content-Security-Policy"]
+    for path in ("/etc/passwd", str(Path(__file__).resolve()), f"{tmp_path}/judgements.sqlite"):
+        assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
+    assert (tmp_path / "judgements.sqlite").is_file()
