@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 SHAPES := runs/shapes
 
-.PHONY: demo test lint train-shapes clean
+.PHONY: demo app test test-page soak lint train-shapes clean
 
 demo: .venv/.ready
 	$(RUN) scripts/sample.py --model shapes --prompts configs/shapes/demo.txt --guidance 3 --guidance-rescale 0.7 --out outputs/demo --grid outputs/demo.png
@@ -13,6 +13,19 @@ test: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(RUN) -m pytest
+
+# The long check: kills, full disks, damaged and malicious files; some 15 minutes. GROUPS="kill disk" runs some of it.
+soak: .venv/.ready
+	PYTHONPATH=tests $(RUN) -m soak $(GROUPS)
+
+app: .venv/.ready
+	$(RUN) scripts/app.py
+
+# The page in a headless browser: a chromium that is there, or else the one that playwright fetches.
+test-page: .venv/.ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check playwright==1.65.2 greenlet==3.5.6
+	command -v chromium || command -v google-chrome || $(RUN) -m playwright install --with-deps chromium
+	$(RUN) -m pytest tests/page/check_page.py
 
 lint: .venv/.ready
 	.venv/bin/ruff check --fix .

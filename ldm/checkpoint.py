@@ -166,7 +166,7 @@ def read_schedule(folder: Path) -> ScheduleConfig:
     table = weights.read_json(path)
     name, names = table.get("_class_name"), {f.name for f in fields(ScheduleConfig)} - {"sampler"}
     samplers = {cls: sampler for sampler, cls in SCHEDULERS.items()}
-    if name not in samplers:
+    if not isinstance(name, str) or name not in samplers:
         raise UserError(f"scheduler {name!r} in {str(folder)!r} is not supported; known: {', '.join(samplers)}")
     table = _class_defaults(name) | table
     unused = UNUSED if name == SCHEDULERS["pndm"] else UNUSED | {"skip_prk_steps"}

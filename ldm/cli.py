@@ -14,6 +14,13 @@ from ldm.config import UserError, load, to_dict
 if TYPE_CHECKING:
     import torch
 
+UNUSABLE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ELOOP, errno.EROFS)  # a name that was given
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file may not become so large here (ulimit -f)",
+}
+
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs `main`; a UserError becomes one line on stderr and exit code 2, a warning a line. Told to stop by a signal:
@@ -25,10 +32,13 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in UNUSABLE:
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            sys.exit(2)
+        if error.errno not in FULL:
             raise
         print(
-            f"error: the disk is full ({_one_line(error)}); free some space, the same command goes on", file=sys.stderr
+            f"error: {FULL[error.errno]} ({_one_line(error)}); with more room the same command goes on", file=sys.stderr
         )
         sys.exit(2)
     except KeyboardInterrupt as stop:

@@ -55,12 +55,12 @@ class TextEncoder(nn.Module):
         table = _read_config(folder, "clip_text_model", "clip")
         if table.get("model_type") == "clip":
             table = _part_config(table, "text")
-        encoder = cls(TextConfig.from_dict(table, f"{folder}/config.json: "))
+        config = TextConfig.from_dict(table, f"{folder}/config.json: ")
         tensors = _without_positions(weights.read_tensors(folder))
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHER_PARTS)}
         if not any(name.startswith(TEXT_PART) for name in tensors):
             tensors = {TEXT_PART + name: tensor for name, tensor in tensors.items()}
-        return weights.load_weights(encoder, folder, tensors).eval()
+        return weights.load_model(lambda: cls(config), folder, tensors, config)
 
 
 class CLIP(nn.Module):
@@ -168,9 +168,10 @@ class CLIP(nn.Module):
         pixels = weights.read_json(folder / "preprocessor_config.json")
         if "image_mean" not in pixels or "image_std" not in pixels:
             raise UserError(f"{folder}/preprocessor_config.json says no image_mean and image_std")
-        configs = (replace(config, projection_dim=width) for config in (text, vision))
-        model = cls(*configs, pixels["image_mean"], pixels["image_std"])
-        return weights.load_weights(model, folder, _without_positions(weights.read_tensors(folder))).eval()
+        configs = [replace(config, projection_dim=width) for config in (text, vision)]
+        tensors = _without_positions(weights.read_tensors(folder))
+        mean, std = pixels["image_mean"], pixels["image_std"]
+        return weights.load_model(lambda: cls(*configs, mean, std), folder, tensors, *configs)
 
 
 def _read_config(folder: Path, *kinds: str) -> dict:

@@ -40,7 +40,7 @@ def read_toml(path: str | Path) -> dict:
         raise UserError(f"config file {str(path)!r} does not exist; the shipped ones are in configs/")
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of its text, or a number of too many digits, or too deep
         raise UserError(f"config file {str(path)!r} is not valid TOML: {error}") from None
 
 
@@ -50,7 +50,7 @@ def _override(table: dict, item: str) -> None:
         raise UserError(f"override {item!r} is not of the form key.path=value, e.g. train.steps=1000")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     *parents, last = (part.strip() for part in key.split("."))
     for name in parents:

@@ -21,6 +21,7 @@ from ldm.samplers import SAMPLERS, ImageNoise, OnStep, get_sampler, make_grid
 
 # What every sampler takes, the pipeline gives; what else is in one's signature are its options.
 COMMON = frozenset(inspect.signature(SAMPLERS["euler"]).parameters)
+LARGEST = 2**14  # pixels of a side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +184,11 @@ class Pipeline:
         multiple = factor * 2 ** (len(config.block_out_channels) - 1)
         sides = [side if side is not None else config.sample_size * factor for side in (height, width)]
         for side in sides:
-            if side <= 0 or side % multiple:
-                raise UserError(f"size {side} px cannot be made: height and width must be multiples of {multiple} px")
+            if not 0 < side <= LARGEST or side % multiple:
+                raise UserError(
+                    f"size {side} px cannot be made: height and width must be multiples of {multiple} px, at most"
+                    f" {LARGEST}"
+                )
         return config.in_channels, sides[0] // factor, sides[1] // factor
 
     def _on_step(self, callback: Callable[[Progress], None] | None, first: int, steps: int) -> OnStep | None:

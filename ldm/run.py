@@ -82,7 +82,7 @@ class Run:
             if start:
                 run_state.check_changes(self.out / "config.json", resolved, force)
                 self.say(f"resuming {self.out} at step {start} of {self.config.steps}")
-                run_state.drop_later_lines(self.out / "metrics.jsonl", start)
+            run_state.drop_later_lines(self.out / "metrics.jsonl", start, self.looked)
             weights.write_json(self.out / "config.json", resolved)
             run_state.note_start(self.out, self.config.seed)
         self.accelerator.wait_for_everyone()

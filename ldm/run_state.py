@@ -99,13 +99,17 @@ def new_checkpoint(out: Path, done: int, keep: int, best: int = -1) -> Iterator[
         raise UserError(
             f"the checkpoint {str(folder)!r} was not written as it should be ({wrong}); is the disk failing?"
         )
-    for old in checkpoints(out)[:-keep]:
+    # one that is newer than this one is damaged, and was passed over
+    for old in [found for found in checkpoints(out) if found.name <= folder.name][:-keep]:
         if old != checkpoint(out, best):
             shutil.rmtree(old)
 
 
-def _room(out: Path) -> bool:
-    return shutil.disk_usage(out).free >= 2**20
+def _is_full(error: Exception, out: Path) -> bool:
+    """Whether writing failed for want of room: torch has errors of its own for it, which do not say why."""
+    words = ("No space left", "unexpected pos", "file write failed", "iostream error")
+    full = getattr(error, "errno", None) in FULL or any(word in str(error) for word in words)
+    return full or shutil.disk_usage(out).free < 2**20
 
 
 def _disk_full(out: Path, done: int) -> str:
@@ -241,12 +245,15 @@ class LeftOut:
         return len(lines) + len(more)
 
 
-def drop_later_lines(metrics: Path, step: int) -> None:
-    """Takes the lines after `step` out of metrics.jsonl: the steps are done again after a resume."""
+def drop_later_lines(metrics: Path, step: int, looked: bool = True) -> None:
+    """Takes the lines after `step` out of metrics.jsonl: the steps are done again after a resume. So is the validation
+    of `step` itself, unless it was `looked` at before its checkpoint was saved."""
     if metrics.is_file():
         lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        last = step if looked else step - 0.5
+        kept = [line for line in lines if json.loads(line)["step"] <= (last if '"val/' in line else step)]
         temporary = metrics.with_name(metrics.name + ".tmp")  # so that a crash now loses no line
-        temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        temporary.write_text("".join(kept))
         os.replace(temporary, metrics)
 
 

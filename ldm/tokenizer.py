@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import regex
 import torch
@@ -150,31 +151,46 @@ class Tokenizer:
         """The tokenizer in a folder, or in `tokenizer/` within it: `tokenizer.json`, or `vocab.json` and
         `merges.txt`, read as transformers' CLIPTokenizer does. UserError names what is not supported."""
         folder = _find(folder)
-        vocab, merges, listed = _read_model(folder)
-        config, listed = _read_config(folder, listed)
-        names, tokens = _special_tokens(config, listed)
-        for key in ("bos_token", "eos_token"):
-            if names[key] != ROLES[key]:
-                raise UserError(f"{folder}: {key} {names[key]!r} is not supported; CLIP's is {ROLES[key]!r}")
-        for content, token in tokens.items():
-            if any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
-                raise UserError(f"{folder}: token {content!r} with lstrip, rstrip or single_word is not supported")
-            if "id" in token:
-                vocab.setdefault(content, token["id"])
-        length = config.get("model_max_length", CONTEXT_LENGTH)
-        return cls(
-            vocab,
-            merges,
-            context_length=int(length) if length < 1e6 else CONTEXT_LENGTH,  # 1e30 there means "not known"
-            pad_token=names["pad_token"],
-            unk_token=names["unk_token"],
-            added={content: bool(token.get("normalized", False)) for content, token in tokens.items()},
-            special=[content for content, token in tokens.items() if token.get("special")],
-        )
+        try:
+            return cls(**_read(folder))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"[:200]
+            raise UserError(f"a file of the tokenizer in {str(folder)!r} is not as it should be ({reason})") from None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What a folder's tokenizer is made of. UserError names what is not supported; files with values of other types
+    make it raise nearly anything."""
+    vocab, merges, listed = _read_model(folder)
+    config, listed = _read_config(folder, listed)
+    names, tokens = _special_tokens(config, listed)
+    for key in ("bos_token", "eos_token"):
+        if names[key] != ROLES[key]:
+            raise UserError(f"{folder}: {key} {names[key]!r} is not supported; CLIP's is {ROLES[key]!r}")
+    for content, token in tokens.items():
+        if any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
+            raise UserError(f"{folder}: token {content!r} with lstrip, rstrip or single_word is not supported")
+        if "id" in token:
+            vocab.setdefault(content, token["id"])
+    length = config.get("model_max_length", CONTEXT_LENGTH)
+    return {
+        "vocab": vocab,
+        "merges": merges,
+        "context_length": int(length) if length < 1e6 else CONTEXT_LENGTH,  # 1e30 there means "not known"
+        "pad_token": names["pad_token"],
+        "unk_token": names["unk_token"],
+        "added": {content: bool(token.get("normalized", False)) for content, token in tokens.items()},
+        "special": [content for content, token in tokens.items() if token.get("special")],
+    }
 
 
 def _check(tokenizer: Tokenizer) -> None:
     vocab = tokenizer.vocab
+    for token, number in vocab.items():
+        if not isinstance(token, str) or type(number) is not int or not 0 <= number < 2**31:
+            raise UserError(
+                f"token {token!r} of the vocabulary has the id {number!r}; it must be a whole number from 0"
+            )
     for token in tokenizer.added:
         if token not in vocab:
             raise UserError(f"the vocabulary has no token {token!r}, which the tokenizer's config names")

@@ -230,8 +230,8 @@ class UNet(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "UNet":
         """The U-Net in a folder: its own, a `unet` folder inside a run or a Stable Diffusion folder (UserError)."""
         folder = weights.find_part(folder, "unet")
-        unet = cls(weights.read_config(folder, UNetConfig, "UNet2DConditionModel", SUPPORTED))
-        return weights.load_weights(unet, folder).eval()
+        config = weights.read_config(folder, UNetConfig, "UNet2DConditionModel", SUPPORTED)
+        return weights.load_model(lambda: cls(config), folder, weights.read_tensors(folder), config)
 
 
 def _check(config: UNetConfig) -> None:

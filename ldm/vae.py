@@ -228,9 +228,9 @@ class VAE(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "VAE":
         """The VAE in a folder: its own, a `vae` folder inside a run or a Stable Diffusion folder (UserError)."""
         folder = weights.find_part(folder, "vae")
-        vae = cls(weights.read_config(folder, VAEConfig, "AutoencoderKL", SUPPORTED))
+        config = weights.read_config(folder, VAEConfig, "AutoencoderKL", SUPPORTED)
         tensors = {_renamed(name): tensor for name, tensor in weights.read_tensors(folder).items()}
-        return weights.load_weights(vae, folder, tensors).eval()
+        return weights.load_model(lambda: cls(config), folder, tensors, config)
 
 
 def _renamed(name: str) -> str:

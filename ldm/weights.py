@@ -5,6 +5,8 @@ import hashlib
 import itertools
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,11 +14,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ldm.config import UserError, build
+from ldm.config import UserError, build, require
 
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_FILE = "model.safetensors"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers', transformers', and its older one
+LARGEST = 2**20  # of all numbers in the config of a model
 ASSETS = Path(__file__).parent / "assets" / "models"
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -36,7 +39,7 @@ def read_json(path: Path) -> dict:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{str(path)!r} does not exist; is {str(path.parent)!r} a model folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of its text, or a number of too many digits, or too deep
         raise UserError(f"{str(path)!r} is not valid JSON: {error}") from None
     if not isinstance(table, dict):
         raise UserError(f"{str(path)!r} holds a JSON {type(table).__name__}; it must be an object")
@@ -123,10 +126,16 @@ def save_model(folder: str | Path, model: nn.Module, config: dict, file: str) ->
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes safetensors (contiguous, from any device) beside `path` and renames them into place."""
+    """Writes safetensors (contiguous, from any device) beside `path` and renames them into place. OSError where the
+    disk is full, as from other files."""
     temporary = path.with_name(path.name + ".tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    try:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        number = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error) from None
     os.replace(temporary, path)
 
 
@@ -181,11 +190,46 @@ def _shards(index: Path) -> list[Path]:
     return [index.with_name(name) for name in sorted(set(names))]
 
 
+def load_model(make: Callable[[], Model], folder: Path, tensors: dict[str, Tensor], *configs: Any) -> Model:
+    """The model that `make` builds of `configs`, with a folder's weights, in evaluation mode (UserError).
+
+    A config may name any sizes: it is built without memory first, and no further than there are weights.
+    """
+    for config in configs:
+        for key, value in dataclasses.asdict(config).items():
+            for entry in value if isinstance(value, tuple) else [value]:
+                require(not isinstance(entry, int) or abs(entry) <= LARGEST, key, value, f"at most {LARGEST}")
+    count = itertools.count(1)
+
+    def counted(*parameter: Any) -> None:
+        if next(count) > 2 * len(tensors) + 100:
+            raise UserError(f"{str(folder / 'config.json')!r} is of a model with far more weights than the folder has")
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(counted)
+    try:
+        with torch.device("meta"):
+            _check_fit(make().state_dict(), folder, tensors)
+    except UserError:
+        raise
+    except Exception as error:  # sizes that no model has raise nearly anything
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{str(folder / 'config.json')!r} describes no model that can be built ({reason})") from None
+    finally:
+        hook.remove()
+    return load_weights(make(), folder, tensors).eval()
+
+
 def load_weights(model: Model, folder: Path, tensors: dict[str, Tensor] | None = None) -> Model:
     """Loads a folder's weights (or `tensors`, already read from it) as float32, every name and shape exactly as
     the model has them; otherwise UserError, and the model stays as it was."""
     tensors = read_tensors(folder) if tensors is None else tensors
-    expected = model.state_dict()
+    _check_fit(model.state_dict(), folder, tensors)
+    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()}, strict=True)
+    return model
+
+
+def _check_fit(expected: dict[str, Tensor], folder: Path, tensors: dict[str, Tensor]) -> None:
+    """UserError unless names and shapes are the expected ones."""
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     shapes = {name: (tuple(tensors[name].shape), tuple(e.shape)) for name, e in expected.items() if name in tensors}
     wrong = [f"{name} is {found}, not {wanted}" for name, (found, wanted) in shapes.items() if found != wanted]
@@ -193,5 +237,3 @@ def load_weights(model: Model, folder: Path, tensors: dict[str, Tensor] | None =
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"the weights in {str(folder)!r} do not fit its config.json: {problem}: {names[0]}{more}")
-    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()}, strict=True)
-    return model

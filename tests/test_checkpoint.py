@@ -212,7 +212,7 @@ def test_parts_that_do_not_fit(saved, tmp_path, monkeypatch, part, key, value, m
     path = folder / part / ("tokenizer_config.json" if part == "tokenizer" else "config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     # The sizes are looked at after the weights, which would not fit either.
-    monkeypatch.setattr("ldm.weights.load_weights", lambda model, folder, tensors=None: model)
+    monkeypatch.setattr("ldm.weights.load_model", lambda make, folder, tensors, *configs: make())
     with pytest.raises(UserError, match=message):
         checkpoint.load_parts(folder)
 

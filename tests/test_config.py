@@ -64,10 +64,13 @@ def test_override_values_are_toml_or_plain_strings():
         ("widths=3", "'widths' is 3 .int."),
         ("heads=[1, true]", "'heads' is"),
         ("inner=3", "'inner' is 3; it must be a table"),
+        ("steps=" + "9" * 5000, "'steps' is '999"),
+        ("steps=" + "[" * 100_000, r"'steps' is '\[\["),
         ("steps", "override 'steps' is not of the form"),
         ("=1", "is not of the form"),
         ("inner..rate=1", "is not of the form"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_mistakes_are_named(override, message):
     with pytest.raises(UserError, match=message) as error:
@@ -88,9 +91,10 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "broken.toml").write_text("steps = = 3")
     with pytest.raises(UserError, match="not valid TOML"):
         load(Config, tmp_path / "broken.toml")
-    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not valid TOML"):
-        load(Config, tmp_path / "binary.toml")
+    for data in (b"\xff\xfe\x00", b"steps = " + b"9" * 5000, b"steps = " + b"[" * 100_000):
+        (tmp_path / "broken.toml").write_bytes(data)
+        with pytest.raises(UserError, match="not valid TOML"):
+            load(Config, tmp_path / "broken.toml")
 
 
 def test_none_and_lists_of_json_are_read():

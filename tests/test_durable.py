@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,7 +95,13 @@ def test_what_a_crash_left_is_swept_and_old_checkpoints_wait_for_the_new_one(tmp
     assert len(run_state.checkpoints(tmp_path)) == 3  # none was deleted for one that is not whole
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("No space left")])
+FULL = [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EFBIG, "File too large")]
+FULL += [
+    RuntimeError(text) for text in ("No space left", "unexpected pos 640 vs 598", "basic_ios::clear: iostream error")
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=str)
 def test_a_full_disk_leaves_the_old_checkpoint_whole_and_says_what_is_needed(tmp_path, monkeypatch, error):
     train(tiny.Toy(), replace(EVERY, steps=2), tmp_path, {"train": {"steps": 2}})
     monkeypatch.setattr(run_state, "write_state", lambda *a: (_ for _ in ()).throw(error))
@@ -108,12 +116,73 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole_and_says_what_is_needed(tmp
     assert not manifest.problem(tmp_path / "checkpoints/step-00000002")
 
 
-def test_a_full_disk_anywhere_else_is_one_line_too(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.EDQUOT, "quota"),
+        (errno.ENAMETOOLONG, "too long"),
+    ],
+)
+def test_a_full_disk_anywhere_else_is_one_line_too(capsys, monkeypatch, number, words):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # run_script sets it for good
     with pytest.raises(SystemExit) as stop:
-        run_script(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")))
+        run_script(lambda: (_ for _ in ()).throw(OSError(number, os.strerror(number), "metrics.jsonl")))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "disk is full" in error and "metrics.jsonl" in error
+    assert stop.value.code == 2 and error.count("\n") == 1 and words in error and "metrics.jsonl" in error
+
+
+def test_a_checkpoint_outlives_a_newer_one_that_is_damaged(tmp_path):
+    train(tiny.Toy(), EVERY, tmp_path, {})
+    flip_a_bit(tmp_path / "checkpoints/step-00000006/state/first.safetensors")
+    with run_state.new_checkpoint(tmp_path, 5, keep=1) as folder:
+        (folder / "file").touch()
+    assert [f.name for f in run_state.checkpoints(tmp_path)] == ["step-00000005", "step-00000006"]
+
+
+def test_a_log_that_is_being_shortened_is_never_half_there(tmp_path, monkeypatch):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    before = metrics.read_text()
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(RuntimeError("killed")))
+    with pytest.raises(RuntimeError, match="killed"):
+        run_state.drop_later_lines(metrics, 1)
+    assert metrics.read_text() == before
+    monkeypatch.undo()
+    run_state.drop_later_lines(metrics, 1)
+    assert metrics.read_text() == '{"step": 1}\n'
+
+
+def test_a_validation_that_is_to_be_done_again_is_taken_out_of_the_log(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 1}\n', '{"step": 1, "val/loss": 1.0}\n', '{"step": 2}\n', '{"step": 2, "val/loss": 1.0}\n']
+    for step, looked, kept in ((2, True, lines), (2, False, lines[:3]), (1, False, lines[:1]), (0, True, [])):
+        metrics.write_text("".join(lines))
+        run_state.drop_later_lines(metrics, step, looked)
+        assert metrics.read_text() == "".join(kept)
+
+
+class Trap:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return (self.mark.touch, ())
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda trap, path: path.write_bytes(pickle.dumps(trap)), None])
+def test_what_is_pickled_in_a_sealed_state_is_not_run(tmp_path, write):
+    train(tiny.Toy(), EVERY, tmp_path, {})
+    folder = run_state.checkpoints(tmp_path)[-1]
+    path = folder / "state/first-optimizer.pt"
+    write({"state": Trap(tmp_path / "mark")}, path) if write else path.write_bytes(b"\x80\x02\x00")
+    manifest.seal(folder)
+    with pytest.raises(UserError, match="is of another model than the config describes"):
+        train(tiny.Toy(), replace(EVERY, steps=8), tmp_path, {})
+    assert not (tmp_path / "mark").exists()
 
 
 class Signalled(tiny.Toy):
@@ -308,3 +377,20 @@ def test_a_best_that_is_not_validated_is_said(tmp_path):
     assert [folder.name for folder in run_state.checkpoints(tmp_path)] == ["step-00000006"]
     with pytest.raises(UserError, match="train.best"):
         replace(BEST, best="loss", validate_every=0)
+
+
+def test_lines_logged_before_a_kill_stand_once(tmp_path):
+    """Killed before the first checkpoint, and stopped where a validation is due, then killed before the next one."""
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/metrics.jsonl").write_text('{"step": 2, "lr": 1.0}\n{"step": 4, "lr": 1.0}\n{"step": 5, "l')
+    train(tiny.Toy(), CONFIG, tmp_path / "killed", {})
+    train(tiny.Toy(), CONFIG, tmp_path / "straight", {})
+    assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "straight")
+    config = replace(CONFIG, validate_every=2, save_every=0)
+    with pytest.raises(Stopped):
+        train(Signalled(signal.SIGTERM, 1), config, tmp_path / "stopped", {})
+    for toy in (tiny.Toy(stop_at=4), tiny.Toy()):  # the first validates the step again and dies without a trace
+        with suppress(KeyboardInterrupt):
+            train(toy, config, tmp_path / "stopped", {})
+    train(tiny.Toy(), config, tmp_path / "plain", {})
+    assert lines_of(tmp_path / "stopped") == lines_of(tmp_path / "plain")

@@ -169,6 +169,15 @@ def test_what_does_not_open_is_one_line(name, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_damaged_weights_are_one_line(file, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_bytes(b"\x80\x02cos\nsystem\n.")
+    with pytest.raises(UserError, match="cannot be opened") as error:
+        feature_extractor(f"dinov2:{tmp_path}")
+    assert "\n" not in str(error.value)
+
+
 def test_effnet_lite0_knows_classes():
     extractor = feature_extractor("effnet-lite0")
     found = extractor.probabilities(extractor(pictures()))

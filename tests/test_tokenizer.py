@@ -233,7 +233,7 @@ def test_broken_folders_are_explained(tokenizer, tmp_path):
         tokenizer.save_pretrained(tmp_path / "t")
         (tmp_path / "t" / name).unlink(missing_ok=True)
         if content is not None:
-            (tmp_path / "t" / name).write_text(content)
+            (tmp_path / "t" / name).write_bytes(content.encode(errors="surrogatepass"))
         with pytest.raises(UserError) as error:
             Tokenizer.from_pretrained(tmp_path / "t")
         assert "\n" not in str(error.value)
@@ -248,6 +248,17 @@ def test_broken_folders_are_explained(tokenizer, tmp_path):
     assert "bos_token '<s>'" in broken(
         "tokenizer_config.json", json.dumps({"bos_token": "<s>", "added_tokens_decoder": {}})
     )
+    for name, content in (
+        ("merges.txt", "a\x00\ud800"),
+        ("vocab.json", '{"a": [1]}'),
+        ("vocab.json", '{"a": -1}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 7}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": "x"}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {}}}'),
+        ("tokenizer_config.json", '{"model_max_length": [3], "added_tokens_decoder": {}}'),
+        ("tokenizer.json", '{"model": {"end_of_word_suffix": "</w>", "vocab": {}, "merges": 5}}'),
+    ):
+        assert any(words in broken(name, content) for words in ("is not as it should be", "a whole number from 0"))
     with pytest.raises(UserError, match="has no token"):
         Tokenizer({}, [])
     with pytest.raises(UserError, match="nowhere"):

@@ -1,7 +1,10 @@
 """Model folders: found, read strictly, written whole."""
 
+import dataclasses
+import errno
 import itertools
 import json
+import resource
 
 import pytest
 import safetensors.torch
@@ -131,7 +134,12 @@ def test_missing_and_damaged_files(tmp_path):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UserError, match="missing or damaged"):
         weights.load_weights(model(), tmp_path)
-    for text, message in (("{", "not valid JSON"), ("[1]", "holds a JSON list")):
+    for text, message in (
+        ("{", "not valid JSON"),
+        ("[" * 200_000, "not valid JSON"),
+        ("9" * 5000, "not valid JSON"),
+        ("[1]", "holds a JSON list"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=message):
             weights.read_json(tmp_path / "config.json")
@@ -196,3 +204,46 @@ def test_files_are_plain_safetensors_and_json(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == {"_class_name": "Thing"}
     tensors = safetensors.torch.load_file(tmp_path / weights.DIFFUSERS_FILE)
     assert tensors.keys() == saved.state_dict().keys()
+
+
+def test_a_file_that_may_not_become_so_large_is_an_error_of_the_system_and_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.safetensors"
+    weights.save_tensors(path, {"a": torch.ones(2)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="a.safetensors") as caught:
+            weights.save_tensors(path, {"a": torch.ones(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and len(weights.load_tensors(path)["a"]) == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a chain of linear layers."""
+
+    width: int = 2
+    layers: int = 1
+
+    def make(self) -> nn.Module:
+        return nn.Sequential(*(nn.Linear(self.width, self.width) for _ in range(self.layers)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (Sizes(3), "of another shape"),
+        (Sizes(2**20), "of another shape"),  # 4 TB
+        (Sizes(2**40), "'width' is 1099511627776; it must be at most 1048576"),
+        (Sizes(-5), "describes no model that can be built"),
+        (Sizes(2, 2**20), "far more weights than the folder has"),
+    ],
+)
+def test_a_config_of_any_size_takes_no_memory_before_its_weights_fit(tmp_path, sizes, message):
+    tensors = Sizes().make().state_dict()
+    assert torch.equal(weights.load_model(Sizes().make, tmp_path, tensors, Sizes())[0].weight, tensors["0.weight"])
+    with pytest.raises(UserError, match=message):
+        weights.load_model(sizes.make, tmp_path, tensors, sizes)
+    assert not nn.modules.module._global_parameter_registration_hooks

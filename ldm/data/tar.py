@@ -110,9 +110,10 @@ def scan(file: Path, faults: Faults) -> tuple[dict[str, dict[str, Span]], str]:
     else:  # tarfile stops at a broken header without a word
         cut = end + BLOCK > size or read_span(file, Span(end, BLOCK)) != bytes(BLOCK)
         broken = f"shard {str(file)!r} is cut short or damaged after {end} bytes; write it again" if cut else ""
-    if not broken:
-        _check_complete(samples, file, faults)
-    return {key: spans for key, spans in samples.items() if not broken or _complete(spans)}, broken
+    if broken and samples and not _complete(samples[next(reversed(samples))]):
+        samples.popitem()  # the cut went through it
+    _check_complete(samples, file, faults)
+    return samples, broken
 
 
 def read_span(file: Path, span: Span) -> bytes:

@@ -136,7 +136,7 @@ def pretrained(kind: Any, where: str, name: str, **options: Any) -> Any:
         raise UserError(f"features {name!r} need a folder or a hub's name: {name}:FOLDER")
     try:
         return kind.from_pretrained(where, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # broken files make it raise nearly anything
         reason = " ".join(str(error).split())[:160]
         way_out = "put the model into a folder and name that"
         raise UserError(f"{name}:{where} cannot be opened ({reason}); {way_out}") from None
