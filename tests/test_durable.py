@@ -301,14 +301,14 @@ class Large(tiny.Toy):
         yield from losses
 
 
-FULL = [
+OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
     MemoryError(),
     RuntimeError("DefaultCPUAllocator: can't allocate"),
 ]
 
 
-@pytest.mark.parametrize("error", FULL)
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_out_of_memory_saves_and_half_the_micro_batch_goes_on_with_the_same_batch(tmp_path, error):
     config = replace(CONFIG, save_every=0, log_every=1)
     resolved = {"train": {"batch_size": 4, "accumulate": 1}}
