@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 SHAPES := runs/shapes
 
-.PHONY: demo app test test-page soak lint train-shapes clean
+.PHONY: demo app test test-page soak lint train-shapes train-emoji clean
 
 demo: .venv/.ready
 	$(RUN) scripts/sample.py --model shapes --prompts configs/shapes/demo.txt --guidance 3 --guidance-rescale 0.7 --out outputs/demo --grid outputs/demo.png
@@ -38,6 +38,15 @@ train-shapes: .venv/.ready
 	$(RUN) scripts/train_diffusion.py --config configs/shapes/diffusion.toml --out $(SHAPES)/diffusion
 	$(RUN) scripts/sample.py --model $(SHAPES)/diffusion --prompts configs/shapes/demo.txt --guidance 3 --guidance-rescale 0.7 --out $(SHAPES)/samples
 	$(RUN) scripts/evaluate.py --model $(SHAPES)/diffusion --data shapes --num 480 --guidance 3 --guidance-rescale 0.7 --steps 20 --judge none --train-num 480 --out $(SHAPES)/evaluation
+
+# The same for emoji, on CPU cores; EMOJI= takes the configs for a GPU.
+EMOJI ?= -cpu
+train-emoji: .venv/.ready
+	$(RUN) scripts/train_autoencoder.py --config configs/emoji/autoencoder$(EMOJI).toml --out runs/emoji/autoencoder
+	$(RUN) scripts/train_clip.py --config configs/emoji/clip$(EMOJI).toml --out runs/emoji/clip
+	$(RUN) scripts/train_diffusion.py --config configs/emoji/diffusion$(EMOJI).toml --out runs/emoji/diffusion
+	$(RUN) scripts/sample.py --model runs/emoji/diffusion --prompts configs/emoji/demo.txt --guidance 3 --out runs/emoji/samples
+	$(RUN) scripts/evaluate.py --model runs/emoji/diffusion --data emoji --out runs/emoji/evaluation
 
 .venv/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

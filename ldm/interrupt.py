@@ -15,7 +15,7 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-GRACE = 30  # seconds that a loader's process outlives a SIGTERM
+GRACE = 120  # seconds that a loader's process outlives a SIGTERM
 
 
 def leave_to_the_main_process(worker: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,11 @@ def due(done: int, every: int) -> bool:
 
 
 class OutOfMemory(UserError):
-    """A step did not fit in memory; the weights are those from before."""
+    """A step did not fit in memory; `whole`: the weights are those from before."""
+
+    def __init__(self, text: str, whole: bool) -> None:
+        super().__init__(text)
+        self.whole = whole
 
 
 class Run:
@@ -55,7 +60,7 @@ class Run:
         self.sums: dict[str, list[Tensor]] = {}
         self.offending: list[dict] = []  # the micro-batches of the last step that was left out
         self.looked = True  # whether the step resumed from was validated and previewed, where that was due
-        self.best: dict[str, float] | None = None  # the step validated best so far, and its value
+        self.best: dict[str, Any] | None = None  # the step validated best so far, its value and what that is of
         self.improved = False  # whether the last validation was the best so far
         self.left_out = run_state.LeftOut(out, [task.dataset, getattr(task, "held_out", None)])
 
@@ -68,7 +73,9 @@ class Run:
             return 0
         state = run_state.read_state(found / "state", self.trained)
         self.skipped, self.looked = state["skipped"], state.get("looked", True)
-        self.skipped_since_log, self.best = state.get("skipped_since_log", 0), state.get("best")
+        self.skipped_since_log = state.get("skipped_since_log", 0)
+        best = state.get("best")
+        self.best = best if best and best["of"] == self.config.best else None
         # those of this process; with more processes than before, the new ones have none and the means begin anew
         sums, rank = state.get("sums", []), self.accelerator.process_index
         mine = sums[rank] if len(sums) == self.accelerator.num_processes else {}
@@ -96,6 +103,7 @@ class Run:
         new = self.left_out.new()
         if self.accelerator.num_processes > 1:
             new = {name: why for table in gather_object([new]) for name, why in table.items()}
+            self.left_out.add(new)  # so that they are too many in all processes at once
         if self.main and new:
             self.say(f"{self.left_out.write(new)} samples are left out, listed in {self.left_out.file}")
 
@@ -138,6 +146,25 @@ class Run:
 
     def step(self, batches: Iterator[tuple[dict, dict]], step: int) -> None:
         """One optimizer step: every micro-batch backward, then each module moves unless something is non-finite."""
+        values = self.gradients(batches, step)
+        try:
+            self.move(values, step)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemory(self.how_to_fit(step), whole=False) from None
+        self.forget_gradients()
+        if self.skipped >= self.config.max_skipped:
+            kept = self.out / f"non-finite-step-{step:08d}-process-{self.accelerator.process_index}.pt"
+            torch.save([_to(batch, torch.device("cpu")) for batch in self.offending], kept)
+            raise UserError(
+                f"{self.skipped} steps in a row had a non-finite loss or gradient, the last at step {step}; the weights"
+                f" are those from before, that step's batch is in {str(kept)!r}. Lower train.optimizer.lr, or set"
+                " train.precision='no'"
+            )
+
+    def gradients(self, batches: Iterator[tuple[dict, dict]], step: int) -> list[dict[str, Tensor]]:
+        """Every micro-batch backward; what to log. OutOfMemory where one does not fit."""
         c, values, self.offending = self.config, [], []
         for micro in range(c.accumulate):
             batch, faults = next(batches)
@@ -154,7 +181,11 @@ class Run:
                     raise
             if not fits:  # here, where the error no longer holds what filled the memory
                 self.forget_gradients()
-                raise OutOfMemory(self.how_to_fit(step))
+                raise OutOfMemory(self.how_to_fit(step), whole=True)
+        return values
+
+    def move(self, values: list[dict[str, Tensor]], step: int) -> None:
+        """Each module moves, unless something is non-finite."""
         values.append({f"{n}_grad_norm": self.clip(m) for n, m in self.trained.modules.items()})
         if self.all_finite(values):
             self.skipped, self.offending = 0, []
@@ -162,15 +193,6 @@ class Run:
             self.update(step)
         else:
             self.skipped, self.skipped_since_log = self.skipped + 1, self.skipped_since_log + 1
-        self.forget_gradients()
-        if self.skipped >= c.max_skipped:
-            kept = self.out / f"non-finite-step-{step:08d}-process-{self.accelerator.process_index}.pt"
-            torch.save([_to(batch, torch.device("cpu")) for batch in self.offending], kept)
-            raise UserError(
-                f"{self.skipped} steps in a row had a non-finite loss or gradient, the last at step {step}; the weights"
-                f" are those from before, that step's batch is in {str(kept)!r}. Lower train.optimizer.lr, or set"
-                " train.precision='no'"
-            )
 
     def forget_gradients(self) -> None:
         """Frees the gradients."""
@@ -182,6 +204,8 @@ class Run:
         c = self.config
         if getattr(self.task, "contrasts", False):
             way = "a smaller train.batch_size with --force (the contrast then has fewer negatives)"
+        elif c.batch_size == 1:
+            way = "smaller pictures or a smaller model with another --out, or train.precision='bf16' with --force"
         elif c.batch_size % 2:
             way = "a smaller train.batch_size and as much more train.accumulate"
         else:
@@ -288,7 +312,7 @@ class Run:
         if self.config.best:
             value = float(self.accelerator.gather(torch.tensor([value], device=self.device))[0])
             self.improved = value < (self.best["value"] if self.best else math.inf)
-            self.best = {"step": done, "value": value} if self.improved else self.best
+            self.best = {"step": done, "value": value, "of": self.config.best} if self.improved else self.best
 
     def valued(self, values: dict[str, float]) -> float:
         """What `train.best` looks at, the lower the better."""
@@ -353,7 +377,8 @@ def _optimizers(name: str, module: nn.Module, o: OptimizerConfig) -> dict[str, t
 
 def _is_out_of_memory(error: Exception) -> bool:
     # on the CPU torch raises a plain RuntimeError
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    words = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 class _Collate:

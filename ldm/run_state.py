@@ -225,7 +225,7 @@ class LeftOut:
         self.told: set[str] = set()
 
     def add(self, found: dict[str, str]) -> None:
-        """Notes what another process found in the first data set; UserError where they are too many."""
+        """Notes what other processes found in the first data set; UserError where they are too many."""
         for name, why in found.items():
             self.faults[0].add(name, why)
 
@@ -237,11 +237,13 @@ class LeftOut:
 
     def write(self, found: dict[str, str]) -> int:
         """Adds those to the list that are not in it yet; returns how many it has."""
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        text = self.file.read_text() if self.file.is_file() else ""
+        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]  # a crash may leave a half one
         listed = {json.loads(line)["sample"] for line in lines}
         more = [{"sample": name, "why": why} for name, why in found.items() if name not in listed]
-        with self.file.open("a") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in more)
+        temporary = self.file.with_name(self.file.name + ".tmp")
+        temporary.write_text("".join(lines) + "".join(json.dumps(entry) + "\n" for entry in more))
+        os.replace(temporary, self.file)
         return len(lines) + len(more)
 
 

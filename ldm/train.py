@@ -52,8 +52,9 @@ def _steps(run: "Run", config: TrainConfig, start: int, interrupts: Interrupts) 
         for done in range(start + 1, config.steps + 1):
             try:
                 run.step(batches, done - 1)
-            except OutOfMemory:
-                if done - 1 > start and processes().num_processes == 1:  # others would wait for this one
+            except OutOfMemory as error:
+                # the optimizer may have moved some weights; other processes would wait for this one
+                if error.whole and done - 1 > start and processes().num_processes == 1:
                     run.save(done - 1)
                 raise
             bar.update()
@@ -61,6 +62,7 @@ def _steps(run: "Run", config: TrainConfig, start: int, interrupts: Interrupts) 
             if last or due(done, config.log_every):
                 bar.set_postfix_str(run.log(done))
             if number := run.told_to_stop(interrupts):
+                batches.close()  # its processes may have been told as well
                 run.save(done, looked=False)
                 raise Stopped(number, done)
             run.look(done)

@@ -23,7 +23,7 @@ from ldm import manifest, run_state
 from ldm.cli import run_script
 from ldm.config import UserError
 from ldm.interrupt import Stopped
-from ldm.train import train
+from ldm.train import Run, train
 from ldm.weights import read_json, write_json
 
 EVERY = replace(CONFIG, save_every=2, keep=3)
@@ -218,7 +218,7 @@ WORKER = """
 import sys, time, tiny
 from dataclasses import replace
 from ldm.cli import run_script
-from ldm.train import train
+from ldm.train import Run, train
 class Slow(tiny.Toy):
     def losses(self, modules, batch, step):
         print("step", step, flush=True)
@@ -329,6 +329,18 @@ def test_out_of_memory_saves_and_half_the_micro_batch_goes_on_with_the_same_batc
         train(tiny.Toy(noise=0.0), replace(config, steps=7, batch_size=3), tmp_path / "halved", uneven)
 
 
+def test_out_of_memory_in_the_optimizer_saves_nothing(tmp_path, monkeypatch):
+    """Some of the weights may have moved."""
+    update = Run.update
+    fail = lambda self, step: update(self, step) if step < 3 else (_ for _ in ()).throw(MemoryError())  # noqa: E731
+    monkeypatch.setattr(Run, "update", fail)
+    with pytest.raises(UserError, match="out of memory in step 4"):
+        train(tiny.Toy(), replace(CONFIG, save_every=2), tmp_path, {})
+    assert [f.name for f in run_state.checkpoints(tmp_path)] == ["step-00000002"]
+    with pytest.raises(UserError, match="smaller pictures or a smaller model"):
+        train(Large(MemoryError(), 0), replace(CONFIG, batch_size=1), tmp_path / "one", {})
+
+
 def test_other_errors_of_a_step_stay_what_they_are(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"):
         train(Large(RuntimeError("a bug"), 3), CONFIG, tmp_path, {})
@@ -369,6 +381,12 @@ def test_the_best_is_known_after_a_resume(tmp_path):
     train(Validated(9, 2, 5), replace(config, steps=3), tmp_path, {})
     train(Validated(3, 4, 8), config, tmp_path, {})
     assert [int(folder.name[5:]) for folder in run_state.checkpoints(tmp_path)] == [2, 6]
+
+
+def test_a_best_of_another_value_is_forgotten(tmp_path):
+    train(Validated(1, 5, 2), replace(BEST, best="-loss", steps=3), tmp_path, {})
+    train(Validated(7, 9, 8), replace(BEST, best="loss"), tmp_path, {})
+    assert [int(folder.name[5:]) for folder in run_state.checkpoints(tmp_path)] == [4, 6]
 
 
 def test_a_best_that_is_not_validated_is_said(tmp_path):

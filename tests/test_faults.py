@@ -1,6 +1,8 @@
 """Data with mistakes in it: what cannot be used is passed over, counted exactly and listed."""
 
+import errno
 import json
+import shutil
 import tarfile
 import zlib
 from dataclasses import replace
@@ -21,6 +23,7 @@ from ldm.data.folder import Folder
 from ldm.data.latents import CachedLatents, cache_latents, data_hash
 from ldm.data.order import EpochBatches
 from ldm.data.shards import Shards, write_shards
+from ldm.run_state import LeftOut
 from ldm.tasks.autoencoder import AutoencoderTask
 from ldm.tasks.clip import CLIPTask
 from ldm.tasks.diffusion import DiffusionTask
@@ -95,6 +98,27 @@ def test_every_kind_of_mistake_is_left_out_and_said(folder):
     assert readable([1, 2, 3], [0, 2]) == [0, 2]
 
 
+def test_one_mistake_counts_once_and_splits_have_names_of_their_own(folder):
+    lines = [{"file_name": f"{i:03d}.png", "text": "x"} for i in range(60)]
+    for file in folder.glob("*.txt"):
+        file.unlink()
+    texts = [json.dumps(line) for line in lines]
+    texts[5], texts[9] = '{"file_name": "005', '{"file_name": "gone.png", "text": "x"}'
+    (folder / "metadata.jsonl").write_text("\n".join(texts))
+    data = Folder(folder, 32, val=0, test=0, max_broken=0.2)
+    assert data.faults.found.keys() == {"005.png", "009.png"} and data.faults.total == 60
+    assert "line 6 is not valid JSON" in data.faults.found["005.png"]
+    with pytest.warns(UserWarning, match="2 lines of metadata are passed over: .*line 6"):
+        bare = Folder(folder, 32, val=0, test=0, max_broken=0, need_captions=False)
+    assert len(bare) == 60 and not bare.faults.found
+    for split in ("train", "val"):
+        (folder / split).mkdir()
+        for name in ("000.png", "001.png"):
+            shutil.copy(folder / name, folder / split / name)
+        (folder / split / "001.txt").write_text("x")
+        assert Folder(folder, 32, split, max_broken=1).faults.found.keys() == {f"{split}/000.png"}
+
+
 def test_whoever_reads_gets_the_same(folder):
     spoil(folder)
     batches = EpochBatches(57, 8, 0, steps=9)
@@ -137,6 +161,25 @@ def test_each_is_counted_once_and_travels_between_processes():
         faults.add("b", "other")
 
 
+def test_a_disk_that_fails_spoils_no_sample(folder, monkeypatch):
+    data = Folder(folder, 32, val=0, test=0)
+    for error in (
+        OSError(errno.EIO, "Input/output error"),
+        OSError(errno.EMFILE, "Too many open files"),
+        MemoryError(),
+    ):
+        monkeypatch.setattr(Image, "open", lambda *a, error=error, **k: (_ for _ in ()).throw(error))
+        with pytest.raises((UserError, MemoryError), match="cannot be read now|^$"):
+            data[0]
+    assert not data.faults.found
+
+
+def test_a_list_that_a_crash_left_half_written_is_mended(tmp_path):
+    left = LeftOut(tmp_path, [])
+    left.file.write_text('{"sample": "a", "why": "x"}\n{"sample": "b", "w')
+    assert left.write({"a": "x", "b": "y"}) == 2 and listed(tmp_path) == {"a": "x", "b": "y"}
+
+
 def listed(run: Path) -> dict[str, str]:
     lines = [json.loads(line) for line in (run / "left_out.jsonl").read_text().splitlines()]
     assert len({line["sample"] for line in lines}) == len(lines)
@@ -163,7 +206,7 @@ def test_the_three_trainings_share_what_a_spoiled_folder_has_left(folder, tmp_pa
     data = open_dataset(config_of(folder), "train")
     names = {name for name in wrong if name in AT_OPENING or name in dict(data.samples)}
     judged = CLIPTask(replace(clip, judge=True))
-    assert judged.dataset.faults.found.keys() == AT_OPENING and judged.dataset.faults.total == 120
+    assert judged.dataset.faults.found.keys() == AT_OPENING and judged.dataset.faults.total == 60
     task = DiffusionTask(
         tiny.diffusion(tmp_path / "vae", tmp_path / "clip", data=config_of(folder), cache=str(tmp_path / "cache"))
     )

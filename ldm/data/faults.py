@@ -52,9 +52,10 @@ class Faults:
 class Tolerant:
     """A map-style data set in whose place of a sample that cannot be read the next one stands that can.
 
-    So it stays a function of the index, whoever reads it: `data[i]` of such a sample has, beside those of the other
-    one, "faults": {name: why}. They are also noted in `faults` of this process. A subclass gives `__len__`, and
-    `read(index)` and `read_captions(index)`, which raise SampleError.
+    So it stays a function of the index, whoever reads it: `data[i]` of such a sample has, beside what the other one
+    has, "faults": {name: why}; `captions(i)` is still its own where only its picture is broken. They are also noted in
+    `faults` of this process. A subclass gives `__len__`, and `read(index)` and `read_captions(index)`, which raise
+    SampleError.
     """
 
     faults: Faults

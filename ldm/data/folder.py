@@ -1,6 +1,7 @@
 """A user's folder of captioned pictures."""
 
 import os
+import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -50,7 +51,7 @@ class Folder(Tolerant):
             raise UserError(f"{str(path)!r} has sub-folders {', '.join(named)} but no {split!r}; add it")
         root = self.path / split if named else self.path
         self.faults = Faults(max_broken)
-        found = captioned(root, need_captions, self.faults)
+        found = captioned(root, need_captions, self.faults, f"{split}/" if named else "")
         if not named:
             splits = assign([caption_group(captions) or key for key, captions in found.items()], seed, val, test)
             found = {key: found[key] for key, name in zip(found, splits, strict=True) if name == split}
@@ -78,34 +79,51 @@ class Folder(Tolerant):
         return list(self.samples[index][1])
 
 
-def captioned(root: Path, need_captions: bool = True, faults: Faults | None = None) -> dict[str, list[str]]:
+def captioned(
+    root: Path, need_captions: bool = True, faults: Faults | None = None, prefix: str = ""
+) -> dict[str, list[str]]:
     """{name relative to `root`: captions} of every picture under a folder, in order of name.
 
-    Pictures without a caption, where captions are needed, and broken lines of metadata are left out and noted in
-    `faults` (without it, none may be). UserError for no pictures, or more faults than allowed.
+    Where captions are needed, pictures without one and broken lines of metadata are left out and noted in `faults`
+    (without it, none may be) under their name after `prefix`. A line that does not tell its picture is noted with a
+    picture that has no caption, where there is one: one mistake counts once. UserError for no pictures, or more faults
+    than allowed.
     """
     faults = Faults(share=0) if faults is None else faults
-    captions = read_metadata(root / METADATA, faults) if (root / METADATA).is_file() else {}
+    captions, broken = read_metadata(root / METADATA) if (root / METADATA).is_file() else ({}, {})
     names = sorted(captions.keys() | set(_pictures(root)))
-    if not names and not faults.found:
+    if not names and not broken:
         raise UserError(f"no pictures in {str(root)!r}; known kinds: {' '.join(SUFFIXES)}")
+    without: dict[str, str] = {}
     for name in names:
         try:
             captions[name] = captions.get(name) or _beside(root / name)
-            if need_captions and not captions[name]:
+            if not captions[name]:
                 text = PurePosixPath(name).with_suffix(".txt")
-                raise UserError(f"picture {str(root / name)!r} has no caption; write {str(text)!r} or add {METADATA}")
+                without[name] = f"picture {str(root / name)!r} has no caption; write {str(text)!r} or add {METADATA}"
         except UserError as error:
-            captions[name] = []
-            if need_captions:
-                faults.add(name, str(error))
-    faults.settle(len(faults.found.keys() | set(names)))
-    return {name: captions[name] for name in names if name not in faults.found}
+            captions[name], without[name] = [], str(error)
+    if not need_captions:
+        if broken:
+            warnings.warn(
+                f"{len(broken)} lines of metadata are passed over: {next(iter(broken.values()))}", stacklevel=2
+            )
+        faults.settle(len(names))
+        return {name: captions[name] for name in names}
+    unread = list(broken.items())
+    for name, why in without.items():
+        line = f" ({unread.pop(0)[1]})" if unread else ""
+        faults.add(prefix + name, why + line)
+    for name, why in unread:
+        faults.add(prefix + name, why)
+    faults.settle(len(names) + len(unread))
+    return {name: captions[name] for name in names if name not in without}
 
 
-def read_metadata(file: Path, faults: Faults) -> dict[str, list[str]]:
-    """{file_name: captions} of a `metadata.jsonl`; lines that are wrong are noted in `faults`, by their number."""
+def read_metadata(file: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """{file_name: captions} of a `metadata.jsonl`, and {line: why} of lines that are wrong."""
     found: dict[str, list[str]] = {}
+    broken: dict[str, str] = {}
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             where = f"{str(file)!r} line {number}"
@@ -114,8 +132,8 @@ def read_metadata(file: Path, faults: Faults) -> dict[str, list[str]]:
                     name, captions = _entry(parse_object(text, where), file.parent, where)
                     found[name] = list(dict.fromkeys(found.get(name, []) + captions))
             except UserError as error:
-                faults.add(f"{METADATA} line {number}", str(error))
-    return found
+                broken[f"{METADATA} line {number}"] = str(error)
+    return found, broken
 
 
 def _entry(fields: dict[str, Any], folder: Path, where: str) -> tuple[str, list[str]]:

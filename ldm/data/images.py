@@ -1,5 +1,6 @@
 """Reading one picture of any common kind as a square RGB tensor."""
 
+import errno
 import io
 import warnings
 from pathlib import Path
@@ -10,10 +11,14 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
+from ldm.config import UserError
+
 LIMIT = 16_000_000  # pixels; a header that claims more is refused before anything is decoded
 # Formats decoded inside Pillow itself. Others are left out on purpose: EPS, for one, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # with "JPEG" go MPO files, as phones write
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Of the disk, the network or the process and not of the picture: it must not count as broken.
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 ORIENTATION = 0x0112  # EXIF 2.3, table 4
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,9 +61,13 @@ def read_image(source: str | Path | bytes, size: int, limit: int = LIMIT, name: 
         raise ImageError(
             f"image {name!r} claims to have far more pixels than the limit of {limit / 1e6:g} million"
         ) from None
+    except MemoryError:
+        raise
     # Decoders given broken bytes raise nearly anything: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if getattr(error, "errno", None) in PASSING:
+            raise UserError(f"image {name!r} cannot be read now ({reason}); give the same command again") from None
         raise ImageError(f"image {name!r} cannot be read: {reason}") from None
     return torch.from_numpy(rearrange(np.array(picture), "h w c -> c h w").copy())
 

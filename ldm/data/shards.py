@@ -26,6 +26,7 @@ from ldm.data.tar import (
     IMAGES,
     INDEX,
     LARGEST,
+    ShardError,
     Span,
     find_samples,
     find_shards,
@@ -104,6 +105,8 @@ class Shards(Tolerant):
         number, key, spans = self._row(index)
         try:
             return self._captions(number, key, spans)
+        except ShardError:
+            raise
         except UserError as error:
             raise SampleError(f"{key} in {self.files[number].name}", str(error)) from None
 
@@ -144,6 +147,8 @@ class Shards(Tolerant):
             try:
                 groups.append(caption_group(self._captions(*row)))
                 kept.append(row)
+            except ShardError:
+                raise
             except UserError as error:
                 self.faults.add(f"{row[1]} in {self.files[row[0]].name}", str(error))
         return kept, groups

@@ -116,16 +116,20 @@ def scan(file: Path, faults: Faults) -> tuple[dict[str, dict[str, Span]], str]:
     return samples, broken
 
 
+class ShardError(UserError):
+    """A shard that has become shorter, is gone or cannot be read now: no mistake of one sample."""
+
+
 def read_span(file: Path, span: Span) -> bytes:
-    """The bytes of a member; UserError when the shard has become shorter or is gone."""
+    """The bytes of a member (ShardError)."""
     try:
         with file.open("rb") as stream:
             stream.seek(span.offset)
             data = stream.read(span.size)
     except OSError as error:
-        raise UserError(f"shard {str(file)!r} cannot be read: {error.strerror}") from None
+        raise ShardError(f"shard {str(file)!r} cannot be read: {error.strerror}") from None
     if len(data) != span.size:
-        raise UserError(f"shard {str(file)!r} is cut short at {span.offset + len(data)} bytes; write it again")
+        raise ShardError(f"shard {str(file)!r} is cut short at {span.offset + len(data)} bytes; write it again")
     return data
 
 
@@ -173,4 +177,6 @@ def check_bytes(file: Path, index: dict[str, dict[str, Any]]) -> str:
 
 def _is_entry(entry: Any) -> bool:
     kinds = {"samples": int, "bytes": int, "sha256": str}
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+        return False
+    return 0 <= entry["samples"] <= entry["bytes"] // (2 * BLOCK)  # a member is a header and a block or more

@@ -152,7 +152,8 @@ class Joined(ConcatDataset):
     def __init__(self, datasets: list[Any]) -> None:
         super().__init__(datasets)
         parts = [d.faults for d in datasets if hasattr(d, "faults")]
-        self.faults = Faults(parts[0].share, sum(faults.total for faults in parts)) if parts else None
+        totals = {(faults.total, *faults.found): faults.total for faults in parts}  # one folder, split by a hash, once
+        self.faults = Faults(parts[0].share, sum(totals.values())) if parts else None
         for faults in parts:
             self.faults.found |= faults.found
 

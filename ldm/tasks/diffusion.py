@@ -186,15 +186,20 @@ class DiffusionTask:
         """Nothing to hold."""
 
     def validate(self, device: torch.device) -> dict[str, float]:
-        """The loss on held-out pairs at fixed, evenly spread timesteps and fixed noise."""
-        total, count = 0.0, 0
-        for batch in batches(self.held_out, spread(self.held_out, self.config.held_out), self.at_once):
+        """The loss on held-out pairs, each at a fixed timestep, all of them evenly spread, and with fixed noise."""
+        chosen = spread(self.held_out, self.config.held_out)
+        fixed = torch.Generator().manual_seed(self.config.train.seed)
+        order = torch.randperm(len(chosen), generator=fixed)  # the data may be sorted
+        timesteps = torch.linspace(0, len(self.schedule) - 1, len(chosen)).long()[order]
+        total, done = 0.0, 0
+        for batch in batches(self.held_out, chosen, self.at_once):
             z0 = self.latents({"image": batch["image"]}, device)
-            t = torch.linspace(0, len(self.schedule) - 1, len(z0)).long().to(device)
+            t = timesteps[done : done + len(z0)].to(device)
+            eps = torch.stack([torch.randn(z0.shape[1:], generator=fixed) for _ in z0]).to(device)
             captions = [c[0] for c in batch["captions"]]
-            total += float(self.loss(self.modules, z0, captions, t, torch.randn_like(z0))) * len(z0)
-            count += len(z0)
-        return {"loss": total / count}
+            total += float(self.loss(self.modules, z0, captions, t, eps)) * len(z0)
+            done += len(z0)
+        return {"loss": total / done}
 
     def preview(self, device: torch.device) -> Image.Image:
         """A captioned grid of samples from fixed prompts and seeds."""

@@ -99,6 +99,8 @@ def open_bench(config: EvaluateConfig, out: Path, device: str = "") -> Bench:
         raise UserError(f"--num {num} is not possible: {have}, and {FEWEST} or more are needed, best 1000")
     indices = readable(dataset, sample_indices(len(dataset), num, config.seed))
     num = len(indices)
+    if num < FEWEST:
+        raise UserError(f"only {num} of the held-out pictures can be read; {FEWEST} or more are needed")
     captions = [choose_caption(dataset.captions(i), config.seed, i) for i in indices]
     sets = {"pictures": PictureSet(folder=out / "pictures", captions=captions)}
     posed = pose(num, config.seed) if config.data == "shapes" else []
@@ -129,7 +131,8 @@ def trained_on(model: str, name: str, path: str, size: int) -> DataConfig:
     root = weights.find_root(model)
     run = root.parent.parent if root.parent.name == "checkpoints" else root
     told = weights.read_json(run / "config.json").get("data", {}) if (run / "config.json").is_file() else {}
-    own = {key: told[key] for key in ("length", "seed") if told.get("name") == name and told.get(key) is not None}
+    keys = ("length", "seed", "max_pixels", "max_broken")
+    own = {key: told[key] for key in keys if told.get("name") == name and told.get(key) is not None}
     return DataConfig(name=name, path=path, size=size, **own)
 
 
@@ -222,7 +225,8 @@ def train_sample(data: DataConfig, config: EvaluateConfig, num: int) -> tuple[An
         return None, [], str(error)
     if len(train) < num:
         return None, [], f"the training split has only {len(train)} pictures"
-    return train, sample_indices(len(train), min(max(config.train_num, num), len(train)), config.seed), ""
+    bank = sample_indices(len(train), min(max(config.train_num, num), len(train)), config.seed)
+    return train, readable(train, bank), ""
 
 
 def parameters(model: torch.nn.Module) -> int:
