@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.config import UserError
 from ldm.data import to_uint8
+from ldm.data.images import LIMIT
 
 
 def to_pil(x: Tensor) -> list[Image.Image]:
@@ -40,7 +41,7 @@ def save_png(image: Image.Image, path: Path, about: dict[str, str]) -> None:
     """A PNG with what it was made from in its text chunks."""
     info = PngInfo()
     for key, value in about.items():
-        info.add_itxt(key, value)
+        info.add_itxt(key, value.encode("utf-8", "replace").decode())  # no lone surrogates
     image.save(path, "PNG", pnginfo=info)
 
 
@@ -48,6 +49,8 @@ def read_about(path: str | Path) -> dict[str, str]:
     """What a PNG of `save_png` was made from; UserError for one that does not say, or no PNG."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
+            if image.width * image.height > LIMIT:
+                raise ValueError(f"it has more than {LIMIT / 1e6:g} million pixels")
             image.load()  # text may stand behind the pixels
             texts = {str(key): str(value) for key, value in image.text.items()}
     except Exception as error:  # decoders given broken bytes raise nearly anything

@@ -150,7 +150,7 @@ class Run:
         try:
             self.move(values, step)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(self.how_to_fit(step), whole=False) from None
         self.forget_gradients()
@@ -176,7 +176,7 @@ class Run:
                 torch.manual_seed(_mix(c.seed, step * c.accumulate + micro, self.accelerator.process_index))
                 values += self.backward(batch, step, last=micro == c.accumulate - 1)
             except (RuntimeError, MemoryError) as error:
-                fits = not _is_out_of_memory(error)
+                fits = not is_out_of_memory(error)
                 if fits:
                     raise
             if not fits:  # here, where the error no longer holds what filled the memory
@@ -375,7 +375,8 @@ def _optimizers(name: str, module: nn.Module, o: OptimizerConfig) -> dict[str, t
     return found
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
     # on the CPU torch raises a plain RuntimeError
     words = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)

@@ -58,12 +58,16 @@ def main() -> None:
     folder = args.out.resolve()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "served")  # all that is served lies here
+    from PIL import Image
+
     from ldm.app.serve import serve
     from ldm.app.studio import Models, find_models
+    from ldm.data.images import LIMIT
 
+    Image.MAX_IMAGE_PIXELS = LIMIT // 2  # Pillow refuses twice as many
     models = Models(find_models(args.model), find_device(args.device))
     models[models.names[0]]  # a name that is none is said now, not in the page
-    for name in args.model:
+    for name in models.names if args.model else ():
         models[name]
     folder.mkdir(parents=True, exist_ok=True)
     if args.host not in ("127.0.0.1", "localhost", "::1"):

@@ -31,11 +31,15 @@ def pipe() -> Pipeline:
 
 @pytest.fixture(scope="module")
 def shapes() -> Models:
-    return Models(["shapes"])
+    return offered("shapes")
 
 
 def settings(**changes) -> Settings:
     return Settings(**{"model": "tiny", "prompt": PROMPT, "steps": 6, "count": 2, "seed": 5} | changes)
+
+
+def offered(*names: str, **options) -> Models:
+    return Models({name: name for name in names}, **options)
 
 
 def pixels(image) -> np.ndarray:
@@ -66,8 +70,14 @@ def test_a_stop_stops_within_a_step_and_going_away_too(pipe):
     assert found[-1].stopped and not found[-1].images and found[-1].step < 100
     reader = make(pipe, settings(steps=100), threading.Event())
     next(reader)
-    reader.close()
-    assert not [t for t in threading.enumerate() if t.name == "sampling"]
+    reader.close()  # does not wait: who else uses the page must not either
+    for thread in [t for t in threading.enumerate() if t.name == "sampling"]:
+        thread.join(60)
+        assert not thread.is_alive()
+    waiting = threading.Event()
+    waiting.set()  # stopped before its turn came
+    assert [(u.stopped, u.step) for u in make(pipe, settings(steps=100), waiting)] == [(True, 0)]
+    assert not any(m._forward_pre_hooks for m in pipe.unet.modules())
     again = threading.Event()  # an event that was not set serves for more than one sampling
     assert [list(make(pipe, settings(steps=2), again))[-1].done for _ in range(2)] == [True, True]
 
@@ -75,6 +85,10 @@ def test_a_stop_stops_within_a_step_and_going_away_too(pipe):
 def test_mistakes_of_the_model_and_cut_prompts_are_said(pipe):
     with pytest.raises(UserError, match="multiples of"):
         list(make(pipe, settings(width=17), threading.Event()))
+    with pytest.raises(UserError, match="is more than 64x64"):
+        list(make(pipe, settings(width=128, height=16), threading.Event()))
+    with pytest.raises(UserError, match="2 pictures of that size are too many at once; at most 1"):
+        list(make(pipe, settings(width=64, height=64), threading.Event()))
     (*_, last) = make(pipe, settings(prompt=PROMPT * 9), threading.Event())
     assert last.done and len(last.notes) == 1 and "was cut off" in last.notes[0]
 
@@ -105,6 +119,23 @@ def test_prompts_are_cleaned_and_messages_are_text():
     assert "<script>" not in said("<script>alert(1)</script>") and "&lt;script&gt;" in said("<script>")
 
 
+def test_running_out_of_memory_is_said(pipe, monkeypatch):
+    monkeypatch.setattr(Pipeline, "__call__", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    with pytest.raises(UserError, match="not enough memory"):
+        list(make(pipe, settings(), threading.Event()))
+
+
+def test_models_are_found_and_folders_elsewhere_go_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run in ("runs/one", "runs/two/diffusion"):
+        Path(run).mkdir(parents=True)
+        Path(run, "model_index.json").touch()
+    assert studio.find_models([]) == {n: n for n in ("emoji", "shapes", "runs/one", "runs/two/diffusion")}
+    given = ["emoji", "/home/me/sd", "/home/you/sd", "runs/one", "../sd"]
+    names = ["emoji", "sd", "sd (2)", "runs/one", "sd (3)"]
+    assert studio.find_models(given) == dict(zip(names, given, strict=True))
+
+
 def test_models_are_those_that_are_offered(shapes):
     assert shapes["shapes"] is shapes["shapes"]
     for name in ("../../etc", "emoji", "", "/etc/passwd" * 100):
@@ -115,14 +146,14 @@ def test_models_are_those_that_are_offered(shapes):
 def test_only_the_last_models_stay_open(monkeypatch):
     opened = []
     monkeypatch.setattr(Pipeline, "from_pretrained", lambda name, device: opened.append(name) or name)
-    models = Models(["a", "b", "c", "a"], keep=2)
+    models = offered("a", "b", "c", "a", keep=2)
     assert models.names == ["a", "b", "c"]
     [models[name] for name in "abacab"]
     assert opened == ["a", "b", "c", "b"]
 
 
 def test_a_png_says_all_that_making_it_again_takes(pipe, tmp_path):
-    models = Models(["tiny"])
+    models = offered("tiny")
     first = settings(
         negative_prompt="blau <b>", guidance=2.5, guidance_rescale=0.3, sampler="euler", width=32, height=16
     )
@@ -132,12 +163,12 @@ def test_a_png_says_all_that_making_it_again_takes(pipe, tmp_path):
     assert notes == [] and again == studio.changed(first, seed=6, count=1)
     (*_, other) = make(pipe, again, threading.Event())
     assert abs(pixels(other.images[0]) - pixels(last.images[1])).max() <= 1
-    own, _ = restore(tmp_path / "a.png", Models(["other"]))
+    own, _ = restore(tmp_path / "a.png", offered("other"))
     assert own.model == "other"
 
 
 def test_pngs_that_say_nothing_or_nonsense_are_refused(tmp_path):
-    models = Models(["tiny"])
+    models = offered("tiny")
     plain = Image.new("RGB", (4, 4))
     plain.save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("not a picture")
@@ -160,7 +191,7 @@ def test_pngs_that_say_nothing_or_nonsense_are_refused(tmp_path):
 def test_controls_give_settings_and_show_them():
     import gradio as gr
 
-    desk = Desk(models=Models(["tiny", "other"]), folder=Path("."))
+    desk = Desk(models=offered("tiny", "other"), folder=Path("."))
     with gr.Blocks():
         given = controls(desk)
     shown = given.show(settings(model="other", sampler=""))
@@ -171,7 +202,7 @@ def test_controls_give_settings_and_show_them():
 
 
 def test_the_desk_gives_out_only_its_own_pictures(tmp_path):
-    desk = Desk(models=Models(["tiny"]), folder=tmp_path / "app")
+    desk = Desk(models=offered("tiny"), folder=tmp_path / "app")
     path = desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a"})
     assert desk.own(path) == path and read_about(desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a", "seed": "1"}))
     (tmp_path / "x.png").write_bytes(b"")
@@ -187,7 +218,7 @@ def test_the_desk_gives_out_only_its_own_pictures(tmp_path):
 
 
 def test_comparisons_are_read_from_a_list():
-    models = Models(["a", "b"])
+    models = offered("a", "b")
     found = tab_compare.variants(settings(), "guidance", "1, 2.5,, 2.5", models)
     assert [(label, s.guidance) for label, s in found] == [("guidance 1", 1.0), ("guidance 2.5", 2.5)]
     assert [s.model for _, s in tab_compare.variants(settings(), "model", "", models)] == ["a", "b"]
@@ -248,10 +279,9 @@ def test_words_have_the_places_of_their_tokens(pipe):
 
 def test_a_word_looks_where_its_object_is(shapes):
     """On the shipped model: the noun's map is brighter on its object than on the other one."""
-    told = []
     ask = Settings(model="shapes", prompt=PROMPT, steps=12, seed=0)
-    inside = looking.look(shapes["shapes"], ask, threading.Event(), lambda *step: told.append(step))
-    assert told == [(i + 1, 12) for i in range(12)] and len(inside.way) == looking.STRIP
+    *told, inside = looking.watch(shapes["shapes"], ask, threading.Event())
+    assert [(u.step, u.steps) for u in told] == [(i + 1, 12) for i in range(12)] and len(inside.way) == looking.STRIP
     picture, heat = pixels(inside.image), dict(inside.words)
     red, blue = picture[..., 0] > 180, picture[..., 2] > 180
     assert red.sum() > 20 and blue.sum() > 20
@@ -305,10 +335,10 @@ def test_a_study_runs_from_its_questions_to_the_results(pool, tmp_path, kind, fl
             assert ("shown for" in html) == flash and f"{study.at + 1} of 20" in html
             answers = [a for a in tab_judge.ANSWERS[kind] if a]
             answer = next(a for a in answers if (a == question.truth) != wrong)
-            kept = store.add(tab_judge.judge(study, answer, folder))
+            kept = tab_judge.judge(study, answer, folder, store)
             assert kept.right != wrong and (kept.exposure_ms is not None) == flash
         with pytest.raises(UserError, match="no question"):
-            tab_judge.judge(study, answer, folder)
+            tab_judge.judge(study, answer, folder, store)
         assert "last one" in tab_judge.ask(study)
         assert (study.staircase.exposure < 500) == (flash and not wrong)
     result = store.results()["shapes"]
@@ -316,6 +346,18 @@ def test_a_study_runs_from_its_questions_to_the_results(pool, tmp_path, kind, fl
     rate = result[name].hype_infinity if kind == "single" else result[name]
     assert rate.rate == 0.5 and result["judgements"] == {"flash" if flash else kind: 40}
     assert ("50% [" in tab_judge.table(store.results())) != flash  # what a staircase sets is no result
+
+
+def test_a_flash_is_answered_after_it_was_seen_and_the_staircase_goes_on(pool, tmp_path):
+    found, folder = pool
+    study = tab_judge.begin("single", True, 4, {"shapes": found}, 0, "me", [True] * 6)
+    assert study.session == "me" and study.staircase.exposure == 440 and study.wait == pytest.approx(1.34)
+    assert tab_judge.begin("single", False, 4, {"shapes": found}, 0).wait == 0
+    store = Store(tmp_path / "judgements.sqlite")
+    store.add = lambda judgement: (_ for _ in ()).throw(UserError("the disk is full"))
+    with pytest.raises(UserError, match="full"):
+        tab_judge.judge(study, "real", folder, store)
+    assert study.at == 0 and len(study.staircase.answers) == 6  # what was not kept was not answered
 
 
 def test_preferences_name_the_files_that_were_shown(pool, tmp_path):
@@ -328,11 +370,24 @@ def test_preferences_name_the_files_that_were_shown(pool, tmp_path):
             "&#x27;", "'"
         )
         sides.append((question.model, question.other_model))
-        store.add(tab_judge.judge(study, "left" if question.model == "one" else "right", folder))
+        tab_judge.judge(study, "left" if question.model == "one" else "right", folder, store)
     assert {("one", "two"), ("two", "one")} == set(sides)
     win = store.results()["one"]["preference"]["two"]
     assert (win.wins, win.losses) == (6, 0)
     assert store.export_preferences(tmp_path / "p.jsonl") == 6
+
+
+def test_a_picture_between_prompts_is_not_taken_for_one_prompts_own(tmp_path):
+    about = {"prompt": "a -> b", "seed": "1", "model": "tiny", "share": "0.5", "seed_to": "2"}
+    save_png(Image.new("RGB", (4, 4)), tmp_path / "a.png", about)
+    with pytest.raises(UserError, match="lies between two prompts"):
+        restore(tmp_path / "a.png", offered("tiny"))
+    save_png(
+        Image.new("RGB", (4, 4)), tmp_path / "b.png", {"prompt": "a", "seed": "1", "model": "tiny", "compared": "steps"}
+    )
+    assert restore(tmp_path / "b.png", offered("tiny"))[1] == [
+        "compared over steps: these are the settings that they share"
+    ]
 
 
 def test_the_page_and_its_server_stay_on_this_machine(tmp_path, monkeypatch):
@@ -342,9 +397,19 @@ def test_the_page_and_its_server_stay_on_this_machine(tmp_path, monkeypatch):
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "served"))
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    client = TestClient(application(Models(["shapes"]), tmp_path))
+    secret = tmp_path / "elsewhere" / "secret.png"
+    secret.parent.mkdir()
+    save_png(Image.new("RGB", (4, 4)), secret, {"prompt": "a secret", "seed": "1"})
+    app = tmp_path / "app"
+    client = TestClient(application(offered("shapes"), app, hosts=["testserver"]))
     page = client.get("/")
     assert page.status_code == 200 and "default-src 'self'" in page.headers["Content-Security-Policy"]
-    for path in ("/etc/passwd", str(Path(__file__).resolve()), f"{tmp_path}/judgements.sqlite"):
+    assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+    assert (app / "judgements.sqlite").is_file()
+    for path in ("/etc/passwd", str(Path(__file__).resolve()), str(secret), f"{app}/judgements.sqlite"):
         assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
-    assert (tmp_path / "judgements.sqlite").is_file()
+        # as if it had been uploaded
+        data = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        answer = client.post("/gradio_api/run/dropped", json={"data": [data]})
+        assert answer.status_code >= 400 and "a secret" not in answer.text
+    assert not [file for file in (tmp_path / "served").rglob("*") if file.is_file()]

@@ -1,9 +1,11 @@
 """Looking inside a sampling: where each word's cross-attention goes, the way of z0, the noise schedule."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from einops import rearrange, reduce
 from PIL import Image
 from torch import Tensor
 
-from ldm.app.studio import Settings, Stopped
+from ldm.app.studio import Settings, Update, check_size, interruptible, sampling_of, threaded
 from ldm.diffusion import Schedule
 from ldm.layers import TransformerBlock
 from ldm.metrics.report_plots import Line, plot
@@ -32,30 +34,32 @@ class Inside:
     words: list[tuple[str, np.ndarray]]
 
 
-def look(pipe: Pipeline, settings: Settings, stop: threading.Event, told: Callable[[int, int], None]) -> Inside:
-    """Makes one picture and notes what is on the way; `told(step, steps)` hears of each step. Raises Stopped."""
+def watch(pipe: Pipeline, settings: Settings, stop: threading.Event) -> Iterator[Update | Inside]:
+    """Updates of the sampling of one picture, then what was seen on the way, unless it was stopped (UserError)."""
+    check_size(pipe, settings)
+
+    def work(put: Callable[[Any], None], stopped: Callable[[], bool]) -> None:
+        began = time.monotonic()
+        told = lambda step, n: put(Update(images=[], step=step, steps=n, seconds=time.monotonic() - began))  # noqa: E731
+        with interruptible(pipe, stopped):
+            put(look(pipe, settings, told))
+
+    yield from threaded(work, stop)
+
+
+def look(pipe: Pipeline, settings: Settings, told: Callable[[int, int], None]) -> Inside:
+    """Makes one picture and notes what is on the way; `told(step, steps)` hears of each step."""
     settings = settings.cleaned()
     way: list[tuple[float, Image.Image]] = []
 
     def on_step(progress: Progress) -> None:
-        if stop.is_set():
-            raise Stopped
         told(progress.step + 1, progress.steps)
         seen = np.unique(np.linspace(0, progress.steps - 1, STRIP).round().astype(int))
         if progress.step in seen:
             way.append((progress.t, progress.decode()[0]))
 
     with attention(pipe) as seen:
-        (image,) = pipe(
-            settings.prompt,
-            negative_prompt=settings.negative_prompt,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            guidance_rescale=settings.guidance_rescale,
-            sampler=settings.sampler or None,
-            seed=settings.seed,
-            callback=on_step,
-        )
+        (image,) = pipe(settings.prompt, callback=on_step, **sampling_of(settings))
     maps = torch.stack(seen).mean(0)
     size = (image.height, image.width)
     words = []

@@ -23,4 +23,5 @@ def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
             tab_compare.build(desk)
             tab_inside.build(desk)
             tab_judge.build(desk)
+        page.unload(desk.forget)
     return page.queue(default_concurrency_limit=1, max_size=32, api_open=False)

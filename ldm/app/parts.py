@@ -20,6 +20,7 @@ from ldm.samplers import SAMPLERS
 OWN = "the model's own"
 # One sampling at a time, whichever tab asks; the page shows the place in the queue.
 QUEUED: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "minimal"}
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 CSS = """
 .status { height: 4.6em; overflow-y: auto; }
 .status progress { width: 100%; height: .6em; }
@@ -55,18 +56,29 @@ class Desk:
     models: Models
     folder: Path
     seed: int = 0  # of the order of questions
-    stops: dict[str, threading.Event] = field(default_factory=dict)
+    stops: dict[tuple[str, str], threading.Event] = field(default_factory=dict)
 
-    def begin(self, request: gr.Request) -> threading.Event:
-        """The event that stops what this tab of a browser begins now; what it began before is stopped."""
-        self.stop(request)
-        event = self.stops[str(request.session_hash)] = threading.Event()
-        return event
+    def arm(self, tab: str) -> Callable[[gr.Request], None]:
+        """For a click, before its work is queued: from here on a stop is meant for that work."""
+        return lambda request: self.stops.update({(str(request.session_hash), tab): threading.Event()})
 
-    def stop(self, request: gr.Request) -> None:
-        """Stops what this tab of a browser began."""
-        if event := self.stops.pop(str(request.session_hash), None):
-            event.set()
+    def event(self, request: gr.Request, tab: str) -> threading.Event:
+        """What stops the work of a tab of the page, in one browser's tab."""
+        return self.stops.setdefault((str(request.session_hash), tab), threading.Event())
+
+    def stop(self, tab: str) -> Callable[[gr.Request], str]:
+        """For a stop button: stops the tab's work, also where it still waits in the queue; what to say of it."""
+
+        def stop(request: gr.Request) -> str:
+            self.event(request, tab).set()
+            return said("Stopped.")
+
+        return stop
+
+    def forget(self, request: gr.Request) -> None:
+        """For a browser's tab that is closed: stops all that it began."""
+        for key in [key for key in self.stops if key[0] == str(request.session_hash)]:
+            self.stops.pop(key).set()
 
     def own(self, path: str) -> str:
         """A path that the page was told of, as long as it is one of a file that the page serves (UserError)."""
@@ -82,6 +94,17 @@ class Desk:
         path = pictures / f"{uuid.uuid4().hex}.png"
         save_png(image, path, about)
         return str(path)
+
+
+def begins(desk: Desk, tab: str, triggers: list[Any], work: dict[str, Any], status: gr.HTML) -> None:
+    """Wires what begins a tab's work, which waits in the queue for its turn."""
+    for trigger in triggers:
+        trigger(desk.arm(tab), None, None, **QUIET).then(**work, show_progress_on=[status], **QUEUED)
+
+
+def stops(desk: Desk, tab: str, halt: gr.Button, status: gr.HTML) -> None:
+    """Wires the button that stops a tab's work."""
+    halt.click(desk.stop(tab), None, status, **QUIET)
 
 
 def said(text: str, wrong: bool = False) -> str:
@@ -147,7 +170,7 @@ class Controls:
 def controls(desk: Desk, leave_out: tuple[str, ...] = (), lines: int = 2) -> Controls:
     """The controls of a sampling, all but those left out."""
     slider = lambda name, label, value, step: gr.Slider(  # noqa: E731
-        BOUNDS[name][0] if name != "steps" else 1, min(BOUNDS[name][1], 100), value, step=step, label=label
+        *BOUNDS[name], value, step=step, label=label
     )
     make: dict[str, Callable[[], Any]] = {
         "prompt": lambda: gr.Textbox(label="Prompt", lines=lines, placeholder="a red circle above a blue square"),

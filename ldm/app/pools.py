@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ldm import weights
 from ldm.app.studio import Models, Settings, Update, about_picture, make
 from ldm.config import UserError, build
 from ldm.data import DATASETS, DataConfig, open_dataset
 from ldm.data.faults import readable
+from ldm.data.latents import data_hash
 from ldm.images import save_png, to_pil
 from ldm.pipeline import Pipeline
 
@@ -33,10 +35,11 @@ def data_of(model: str, pipe: Pipeline) -> DataConfig:
     """What a model was trained on, at the size of its pictures: as its run says, or by a shipped model's name
     (UserError where neither tells)."""
     size = pipe.latent_shape()[1] * pipe.vae.factor
-    file = weights.find_root(model) / "config.json"
+    root = weights.find_root(model)
+    file = (root.parent.parent if root.parent.name == "checkpoints" else root) / "config.json"
     told = weights.read_json(file).get("data") if file.is_file() else None
     if told is None and model not in DATASETS:
-        raise UserError(f"nothing says which pictures {model!r} was trained on; choose a shipped model or a run here")
+        raise UserError("nothing says which pictures that model was trained on; choose a shipped one or a run of yours")
     return replace(build(DataConfig, told or {"name": model}), size=size)
 
 
@@ -55,13 +58,15 @@ def prepare(
         raise UserError(f"only {len(order)} held-out pictures can be read; judging needs 4 or more")
     captions = [dataset.captions(i)[0] for i in order]
     root = folder / "judged"
-    real = [root / f"real-{_slug(data.name)}-{data.size}-{seed}" / f"{i:04d}.png" for i in range(len(order))]
+    mark = f"{_slug(data.name)}-{data_hash(dataset)[:12]}-{seed}"  # of what, and which part of it
+    real = [root / f"real-{mark}" / f"{i:04d}.png" for i in range(len(order))]
     for file, index in zip(real, order, strict=True):
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             _save(to_pil(dataset[index]["image"][None] / 127.5 - 1)[0], file, {})
     settings = Settings(model=model, guidance=3.0, guidance_rescale=0.0, steps=30, seed=seed)
-    home = root / f"{_slug(model)}-{weights.module_hash(pipe.unet)[:12]}-{_slug(data.name)}-{seed}"
+    parts = nn.ModuleList([pipe.vae, pipe.text_encoder, pipe.unet])
+    home = root / f"{_slug(model)}-{weights.module_hash(parts)[:12]}-{mark}"
     made = [home / f"{i:04d}.png" for i in range(len(order))]
     home.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(order), BATCH):

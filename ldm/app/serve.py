@@ -1,11 +1,13 @@
 """Serves the page from this machine, with nothing fetched from outside."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 
 from ldm.app.page import HEAD, THEME, build
 from ldm.app.parts import CSS
@@ -19,9 +21,13 @@ POLICY = (
 )
 
 
-def application(models: Models, folder: Path, seed: int = 0) -> FastAPI:
-    """The page as an application for a server."""
+def application(models: Models, folder: Path, seed: int = 0, hosts: Sequence[str] = ()) -> FastAPI:
+    """The page as an application for a server that answers to `hosts`, by default to anyone who asks by any name."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if hosts:  # or another site's name that leads here could read the page
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    page = build(models, folder, seed)
+    page.has_launched = True  # without it gradio takes any file of the machine for an upload
 
     @app.middleware("http")
     async def stay_here(request: Request, answer: Any) -> Response:
@@ -33,8 +39,9 @@ def application(models: Models, folder: Path, seed: int = 0) -> FastAPI:
 
     return gr.mount_gradio_app(
         app,
-        build(models, folder, seed),
+        page,
         path="/",
+        allowed_paths=[str(folder / name) for name in ("pictures", "exported")],
         theme=THEME,
         css=CSS,
         head=HEAD,
@@ -49,5 +56,7 @@ def application(models: Models, folder: Path, seed: int = 0) -> FastAPI:
 
 def serve(models: Models, folder: Path, host: str, port: int, seed: int = 0) -> None:
     """Serves until the process is told to stop."""
-    config = uvicorn.Config(application(models, folder, seed), host=host, port=port, log_level="warning")
+    local = ("127.0.0.1", "localhost", "[::1]", "::1")
+    app = application(models, folder, seed, local if host in local else ())
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
     uvicorn.Server(config).run()

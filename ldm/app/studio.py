@@ -5,7 +5,8 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,19 @@ from PIL import Image
 
 from ldm.config import UserError
 from ldm.images import read_about
+from ldm.layers import ResnetBlock
 from ldm.pipeline import Pipeline, Progress
+from ldm.run import is_out_of_memory
 from ldm.samplers import SAMPLERS
 from ldm.weights import ASSETS
 
 LONGEST = 1000  # characters of a prompt
 BOUNDS = {"steps": (1, 150), "guidance": (0.0, 30.0), "guidance_rescale": (0.0, 1.0), "count": (1, 16)}
-BOUNDS |= {"seed": (0, 2**32 - 1), "strength": (0.05, 1.0), "width": (0, 1024), "height": (0, 1024)}
+BOUNDS |= {"seed": (0, 2**32 - 17), "strength": (0.05, 1.0), "width": (0, 1024), "height": (0, 1024)}
 PREVIEW_EVERY = 0.3  # seconds
+SIDES = 4  # times the model's own side
+ONE = threading.Lock()  # a sampling that was left may still be within a step when the next one begins
+FULL = "there is not enough memory for that; make fewer or smaller pictures"
 
 
 class Stopped(Exception):
@@ -84,8 +90,9 @@ class Update:
 class Models:
     """Models by the names they are offered under, the last few of them open."""
 
-    def __init__(self, names: list[str], device: Any = "cpu", keep: int = 2) -> None:
-        self.names = list(dict.fromkeys(names))
+    def __init__(self, found: Mapping[str, str], device: Any = "cpu", keep: int = 2) -> None:
+        self.places = dict(found)
+        self.names = list(found)
         self.device, self.keep = device, keep
         self._open: OrderedDict[str, Pipeline] = OrderedDict()
         self._lock = threading.Lock()
@@ -96,84 +103,125 @@ class Models:
             raise UserError(f"there is no model {str(name)[:80]!r} here; known: {', '.join(self.names)}")
         with self._lock:
             if name not in self._open:
-                self._open[name] = Pipeline.from_pretrained(name, self.device)
+                self._open[name] = Pipeline.from_pretrained(self.places[name], self.device)
                 while len(self._open) > self.keep:
                     self._open.popitem(last=False)
             self._open.move_to_end(name)
             return self._open[name]
 
 
-def find_models(given: list[str]) -> list[str]:
-    """Those given, or the shipped ones; then finished runs under runs/."""
+def find_models(given: list[str]) -> dict[str, str]:
+    """{name to offer: what to open} of those given, or of the shipped ones and finished runs under runs/. A folder
+    elsewhere goes by its own name: the page says no path of the machine."""
     shipped = sorted(folder.name for folder in ASSETS.iterdir() if folder.is_dir())
-    runs = sorted(str(file.parent) for file in Path("runs").glob("*/*/model_index.json"))
-    return given or [*shipped, *runs]
+    runs = sorted(str(f.parent) for pattern in ("*", "*/*") for f in Path("runs").glob(f"{pattern}/model_index.json"))
+    found: dict[str, str] = {}
+    for where in dict.fromkeys(given or [*shipped, *runs]):
+        name = where if not Path(where).is_absolute() and ".." not in Path(where).parts else Path(where).resolve().name
+        taken = [n for n in found if n == name or n.startswith(f"{name} (")]
+        found[f"{name} ({len(taken) + 1})" if taken else name] = where
+    return found
 
 
-def size_of(pipe: Pipeline, settings: Settings) -> tuple[int | None, int | None]:
-    """Height and width to ask the pipeline for; None is the model's own."""
-    return settings.height or None, settings.width or None
+def check_size(pipe: Pipeline, settings: Settings) -> None:
+    """UserError for more than a machine should be asked for at once: sides of `SIDES` times the model's own, and as
+    much in all as 16 pictures of its own size."""
+    _, height, width = pipe.latent_shape(settings.height or None, settings.width or None)
+    _, own_height, own_width = pipe.latent_shape()
+    if height > SIDES * own_height or width > SIDES * own_width:
+        most = f"{SIDES * own_width * pipe.vae.factor}x{SIDES * own_height * pipe.vae.factor}"
+        raise UserError(f"{settings.width}x{settings.height} px is more than {most}, the most this model is asked for")
+    most = BOUNDS["count"][1] * own_height * own_width // (height * width)
+    if settings.count > most:
+        raise UserError(f"{settings.count} pictures of that size are too many at once; at most {max(most, 1)}")
+
+
+def threaded(work: Callable[[Callable[[Any], None], Callable[[], bool]], None], stop: threading.Event) -> Iterator[Any]:
+    """Runs `work(put, stopped)` in a thread of its own and yields what it puts, until it ends; one such at a time.
+
+    An error of it is raised here, but for Stopped. `stopped()` is true once `stop` is set or the reader has gone away,
+    who does not wait for it.
+    """
+    heard: queue.Queue = queue.Queue()
+    left = threading.Event()
+
+    def run() -> None:
+        try:
+            with ONE:
+                work(heard.put, lambda: stop.is_set() or left.is_set())
+            heard.put(None)
+        except BaseException as error:  # handed to whoever reads
+            heard.put(error)
+
+    threading.Thread(target=run, name="sampling", daemon=True).start()
+    try:
+        while (found := heard.get()) is not None:
+            if isinstance(found, Stopped):
+                return
+            if isinstance(found, BaseException):
+                raise UserError(FULL) if is_out_of_memory(found) else found
+            yield found
+    finally:
+        left.set()
+
+
+@contextmanager
+def interruptible(pipe: Pipeline, stopped: Callable[[], bool]) -> Iterator[None]:
+    """While entered, the U-Net raises Stopped in the middle of a step as soon as `stopped()`."""
+
+    def look(*_: Any) -> None:
+        if stopped():
+            raise Stopped
+
+    handles = [m.register_forward_pre_hook(look) for m in pipe.unet.modules() if isinstance(m, ResnetBlock)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def make(pipe: Pipeline, settings: Settings, stop: threading.Event, **options: Any) -> Iterator[Update]:
-    """Samples in a thread of its own and yields updates: previews a few times a second, then the pictures.
+    """Yields updates of a sampling: previews a few times a second, then the pictures.
 
-    The last update is `done`, or `stopped` after `stop` was set, which ends the sampling within one step. `options`
-    go to the pipeline, in place of the prompt where they give embeddings. UserError of the pipeline is raised here.
+    The last update is `done`, or `stopped` after `stop` was set. `options` go to the pipeline, in place of the prompt
+    where they give embeddings. UserError for what is too much, and of the pipeline.
     """
     settings = settings.cleaned()
-    updates: queue.Queue = queue.Queue()
-    left = threading.Event()  # whoever read the updates went away
+    check_size(pipe, settings)
     began = last = time.monotonic()
 
-    def on_step(progress: Progress) -> None:
-        nonlocal last
-        if stop.is_set() or left.is_set():
-            raise Stopped
-        now, number = time.monotonic(), progress.step + 1
-        seen = now - last >= PREVIEW_EVERY and number < progress.steps
-        images = progress.decode() if seen else []
-        last = time.monotonic() if seen else last
-        updates.put(Update(images=images, step=number, steps=progress.steps, seconds=now - began))
+    def work(put: Callable[[Any], None], stopped: Callable[[], bool]) -> None:
+        def on_step(progress: Progress) -> None:
+            nonlocal last
+            now, number = time.monotonic(), progress.step + 1
+            seen = now - last >= PREVIEW_EVERY and number < progress.steps
+            images = progress.decode() if seen else []
+            last = time.monotonic() if seen else last
+            put(Update(images=images, step=number, steps=progress.steps, seconds=now - began))
 
-    def work() -> None:
-        height, width = size_of(pipe, settings)
-        about = {"negative_prompt": settings.negative_prompt, "steps": settings.steps, "guidance": settings.guidance}
-        about |= {"guidance_rescale": settings.guidance_rescale, "sampler": settings.sampler or None}
-        about |= {"seed": settings.seed, "height": height, "width": width, "batch_size": settings.count}
-        if "prompt_embeds" not in options:
-            about["prompt"] = [settings.prompt] * settings.count
-        try:
-            with warnings.catch_warnings(record=True) as heard:
-                warnings.simplefilter("always", UserWarning)
-                images = pipe(callback=on_step, **about, **options)
-            notes = list(dict.fromkeys(str(w.message) for w in heard if issubclass(w.category, UserWarning)))
-            updates.put((images, notes))
-        except BaseException as error:  # handed to whoever reads the updates
-            updates.put(error)
+        own = {} if "prompt_embeds" in options else {"prompt": [settings.prompt] * settings.count}
+        with warnings.catch_warnings(record=True) as heard, interruptible(pipe, stopped):
+            warnings.simplefilter("always", UserWarning)
+            images = pipe(callback=on_step, **sampling_of(settings), **own, **options)
+        notes = list(dict.fromkeys(str(w.message) for w in heard if issubclass(w.category, UserWarning)))
+        seconds = time.monotonic() - began
+        put(Update(images=images, step=settings.steps, steps=settings.steps, seconds=seconds, done=True, notes=notes))
 
-    thread = threading.Thread(target=work, name="sampling", daemon=True)
-    thread.start()
-    step, steps = 0, settings.steps
-    try:
-        while True:
-            found = updates.get()
-            if isinstance(found, Update):
-                step, steps = found.step, found.steps
-                yield found
-                continue
-            seconds = time.monotonic() - began
-            if isinstance(found, Stopped):
-                yield Update(images=[], step=step, steps=steps, seconds=seconds, stopped=True)
-            elif isinstance(found, BaseException):
-                raise found
-            else:
-                images, notes = found
-                yield Update(images=images, step=steps, steps=steps, seconds=seconds, done=True, notes=notes)
-            return
-    finally:
-        left.set()
-        thread.join()
+    update = Update(images=[], step=0, steps=settings.steps, seconds=0.0)
+    for update in threaded(work, stop):
+        yield update
+    if not update.done:
+        yield replace(update, images=[], stopped=True)
+
+
+def sampling_of(settings: Settings) -> dict[str, Any]:
+    """What the pipeline takes of settings, beside the prompt."""
+    about = {
+        name: getattr(settings, name) for name in ("negative_prompt", "steps", "guidance", "guidance_rescale", "seed")
+    }
+    about |= {"sampler": settings.sampler or None, "batch_size": settings.count}
+    return about | {"height": settings.height or None, "width": settings.width or None}
 
 
 def about_picture(pipe: Pipeline, settings: Settings, index: int, **more: Any) -> dict[str, str]:
@@ -193,7 +241,11 @@ def restore(file: str | Path, models: Models) -> tuple[Settings, list[str]]:
     UserError for a file that is no such PNG, and for settings that are out of bounds.
     """
     texts = read_about(file)
-    notes = []
+    if "share" in texts:
+        raise UserError("that picture lies between two prompts; Edit makes such pictures")
+    notes = (
+        [f"compared over {texts['compared']}: these are the settings that they share"] if "compared" in texts else []
+    )
     kinds = {f.name: f.type for f in Settings.__dataclass_fields__.values()}
     found: dict[str, Any] = {"model": texts.get("model", "")}
     for name in kinds.keys() & texts.keys():

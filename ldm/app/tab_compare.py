@@ -5,8 +5,8 @@ from typing import Any
 
 import gradio as gr
 
-from ldm.app.parts import QUEUED, Desk, controls, said, shown
-from ldm.app.studio import Models, Settings, changed, make
+from ldm.app.parts import QUIET, Desk, begins, controls, said, shown, stops
+from ldm.app.studio import Models, Settings, about_picture, changed, clean, make
 from ldm.config import UserError
 from ldm.images import captioned_grid
 
@@ -73,7 +73,7 @@ def build(desk: Desk) -> None:
         return ", ".join(desk.models.names[:MOST]) if name == "model" else AXES.get(name, (str, ""))[1]
 
     def run(request: gr.Request, name: str, text: str, *rest: Any) -> Iterator[tuple]:
-        stop = desk.begin(request)
+        stop = desk.event(request, "compare")
         images, labels, seed = [], [], gr.skip()
         try:
             base = given.read(rest)
@@ -93,15 +93,15 @@ def build(desk: Desk) -> None:
                 labels.append(label)
                 sheet = captioned_grid(images, labels, columns=min(4, len(wanted)), cell=200)
                 yield sheet, said(f"{number} of {len(wanted)} done."), seed, gr.skip()
-            file = desk.keep(
-                sheet, {"prompt": base.cleaned().prompt, "seed": str(base.seed), "compared": name, "values": text}
-            )
+            about = about_picture(desk.models[base.model], base, 0, compared=name, values=clean(text))
+            file = desk.keep(sheet, about)
             ready = gr.DownloadButton(value=file, interactive=True)
             yield gr.skip(), said(f"{len(images)} pictures of seed {base.seed}."), seed, ready
         except UserError as error:
             yield gr.skip(), said(str(error), wrong=True), seed, gr.skip()
 
-    axis.change(listed, axis, values, queue=False, show_progress="hidden")
+    axis.change(listed, axis, values, **QUIET)
     outputs = [grid, status, given.parts["seed"], download]
-    go.click(run, [axis, values, *given.inputs], outputs, show_progress_on=[status], **QUEUED)
-    halt.click(desk.stop, None, None, queue=False, show_progress="hidden")
+    work = {"fn": run, "inputs": [axis, values, *given.inputs], "outputs": outputs}
+    begins(desk, "compare", [go.click], work, status)
+    stops(desk, "compare", halt, status)

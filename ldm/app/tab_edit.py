@@ -1,6 +1,6 @@
 """Edit: begin with a picture, draw a part of it anew, go from one prompt to another."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.app.parts import QUEUED, Desk, controls, finished, said, shown
-from ldm.app.studio import Settings, about_picture, changed, make
+from ldm.app.parts import QUIET, Desk, begins, controls, finished, said, shown, stops
+from ldm.app.studio import Settings, about_picture, changed, clean, make
 from ldm.config import UserError
 from ldm.editing import between, slerp
 from ldm.pipeline import Pipeline
@@ -55,9 +55,10 @@ def _picture(desk: Desk) -> None:
                 elem_classes="still",
                 elem_id="edit-pictures",
             )
+            download = gr.DownloadButton("Download the chosen picture", interactive=False, elem_id="edit-download")
 
     def run(request: gr.Request, drawn: dict | None, *values: Any) -> Iterator[tuple]:
-        stop = desk.begin(request)
+        stop = desk.event(request, "edit")
         try:
             settings = given.read(values)
             pipe = desk.models[settings.model]
@@ -68,17 +69,31 @@ def _picture(desk: Desk) -> None:
                 if update.done:
                     told = [about_picture(pipe, settings, i, **about) for i in range(len(update.images))]
                     files = [desk.keep(made, a) for made, a in zip(update.images, told, strict=True)]
-                    yield files, finished(update, settings.count, settings.seed), settings.seed
+                    ready = gr.DownloadButton(value=files[0], interactive=True)
+                    yield files, finished(update, settings.count, settings.seed), settings.seed, ready
                 elif update.stopped:
-                    yield gr.skip(), finished(update, settings.count, settings.seed), settings.seed
+                    yield gr.skip(), finished(update, settings.count, settings.seed), settings.seed, gr.skip()
                 else:
-                    yield update.images or gr.skip(), shown(update), settings.seed
+                    yield update.images or gr.skip(), shown(update), settings.seed, gr.skip()
         except UserError as error:
-            yield gr.skip(), said(str(error), wrong=True), gr.skip()
+            yield gr.skip(), said(str(error), wrong=True), gr.skip(), gr.skip()
 
-    outputs = [gallery, status, given.parts["seed"]]
-    go.click(run, [editor, *given.inputs], outputs, show_progress_on=[status], **QUEUED)
-    halt.click(desk.stop, None, None, queue=False, show_progress="hidden")
+    work = {"fn": run, "inputs": [editor, *given.inputs], "outputs": [gallery, status, given.parts["seed"], download]}
+    begins(desk, "edit", [go.click], work, status)
+    stops(desk, "edit", halt, status)
+    gallery.select(chosen(desk), None, download, **QUIET)
+
+
+def chosen(desk: Desk) -> Callable[[gr.SelectData], Any]:
+    """What a click on a picture of a gallery makes of the download button beside it."""
+
+    def choose(found: gr.SelectData) -> Any:
+        try:
+            return gr.DownloadButton(value=desk.own(str(found.value["image"]["path"])), interactive=True)
+        except UserError:
+            return gr.DownloadButton(value=None, interactive=False)
+
+    return choose
 
 
 def side_of(pipe: Pipeline) -> int:
@@ -137,26 +152,28 @@ def _between(desk: Desk) -> None:
                 elem_classes="still",
                 elem_id="between-pictures",
             )
+            download = gr.DownloadButton("Download the chosen picture", interactive=False, elem_id="between-download")
 
     def run(request: gr.Request, shares: list[float], a: str, b: str, seeds: tuple, values: tuple) -> Iterator[tuple]:
-        stop = desk.begin(request)
+        stop = desk.event(request, "between")
         try:
             settings = changed(given.read(values), prompt=a, seed=int(seeds[0] or 0), count=len(shares))
             last = changed(settings, prompt=b, seed=int(seeds[1] or 0))
             pipe = desk.models[settings.model]
             for update in make(pipe, settings, stop, **on_the_way(pipe, settings, last, shares)):
                 if update.done:
-                    texts = {"prompt": f"{a} -> {b}", "seed_to": last.seed}
+                    texts = {"prompt": f"{clean(a)} -> {clean(b)}", "seed_to": last.seed}
                     told = [about_picture(pipe, settings, 0, **texts, share=f"{s:.4g}") for s in shares]
                     files = [desk.keep(made, t) for made, t in zip(update.images, told, strict=True)]
                     labels = [f"{s:.2f}" for s in shares]
-                    yield list(zip(files, labels, strict=True)), said(f"Done in {update.seconds:.1f} s.")
+                    ready = gr.DownloadButton(value=files[0], interactive=True)
+                    yield list(zip(files, labels, strict=True)), said(f"Done in {update.seconds:.1f} s."), ready
                 elif update.stopped:
-                    yield gr.skip(), said(f"Stopped at step {update.step}.")
+                    yield gr.skip(), finished(update, len(shares), settings.seed), gr.skip()
                 else:
-                    yield update.images or gr.skip(), shown(update)
+                    yield update.images or gr.skip(), shown(update), gr.skip()
         except UserError as error:
-            yield gr.skip(), said(str(error), wrong=True)
+            yield gr.skip(), said(str(error), wrong=True), gr.skip()
 
     def one(request: gr.Request, at: float, a: str, b: str, sa: float, sb: float, *values: Any) -> Iterator[tuple]:
         yield from run(request, [float(at)], a, b, (sa, sb), values)
@@ -164,10 +181,15 @@ def _between(desk: Desk) -> None:
     def many(request: gr.Request, at: float, a: str, b: str, sa: float, sb: float, *values: Any) -> Iterator[tuple]:
         yield from run(request, torch.linspace(0, 1, 7).tolist(), a, b, (sa, sb), values)
 
-    inputs, outputs = [share, first, second, seed_a, seed_b, *given.inputs], [gallery, status]
-    for trigger, fn in ((go.click, one), (share.release, one), (strip.click, many)):
-        trigger(fn, inputs, outputs, show_progress_on=[status], **QUEUED)
-    halt.click(desk.stop, None, None, queue=False, show_progress="hidden")
+    inputs, outputs = [share, first, second, seed_a, seed_b, *given.inputs], [gallery, status, download]
+    work = {"fn": one, "inputs": inputs, "outputs": outputs}
+    begins(desk, "between", [go.click], work, status)
+    begins(
+        desk, "between", [share.release], work | {"trigger_mode": "always_last"}, status
+    )  # of a drag, the last place
+    begins(desk, "between", [strip.click], work | {"fn": many}, status)
+    stops(desk, "between", halt, status)
+    gallery.select(chosen(desk), None, download, **QUIET)
 
 
 def on_the_way(pipe: Pipeline, a: Settings, b: Settings, shares: list[float]) -> dict[str, torch.Tensor]:

@@ -1,20 +1,16 @@
 """Look inside: the noise schedule, the way of z0, and where each word looks in the picture."""
 
-import queue
-import threading
-import time
 from collections.abc import Iterator
 from html import escape
 from typing import Any
 
 import gradio as gr
 
-from ldm.app.looking import Inside, look, overlay, schedule_plots
-from ldm.app.parts import QUEUED, Desk, controls, said, shown
-from ldm.app.studio import Settings, Stopped, Update
+from ldm.app.looking import Inside, overlay, schedule_plots, watch
+from ldm.app.parts import Desk, begins, controls, said, shown, stops
+from ldm.app.studio import Update
 from ldm.config import UserError
 from ldm.images import data_url
-from ldm.pipeline import Pipeline
 
 
 def build(desk: Desk) -> None:
@@ -40,54 +36,27 @@ def build(desk: Desk) -> None:
 
     def run(request: gr.Request, *values: Any) -> Iterator[tuple]:
         still = (gr.skip(),) * 3
-        stop = desk.begin(request)
+        stop = desk.event(request, "inside")
         try:
             settings = given.read(values)
             if not settings.cleaned().prompt:
                 raise UserError("the prompt is empty; write what the picture should show")
             pipe = desk.models[settings.model]
-            for found in watched(pipe, settings, stop):
+            found = None
+            for found in watch(pipe, settings, stop):
                 if isinstance(found, Update):
-                    yield (shown(found) if not found.stopped else said("Stopped."), settings.seed, *still)
-                    continue
+                    yield shown(found), settings.seed, *still
+            if not isinstance(found, Inside):
+                yield said("Stopped."), settings.seed, *still
+            else:
                 drawn = schedule_plots(pipe.schedule, settings.sampler or pipe.schedule.config.sampler, settings.steps)
                 yield said(f"Seed {settings.seed}."), settings.seed, way_of(found), words_of(found), drawn
         except UserError as error:
             yield said(str(error), wrong=True), gr.skip(), *still
 
-    go.click(run, given.inputs, [status, given.parts["seed"], way, words, plots], show_progress_on=[status], **QUEUED)
-    halt.click(desk.stop, None, None, queue=False, show_progress="hidden")
-
-
-def watched(pipe: Pipeline, settings: Settings, stop: threading.Event) -> Iterator[Update | Inside]:
-    """`look` in a thread of its own: updates, then what was seen."""
-    heard: queue.Queue = queue.Queue()
-    began = time.monotonic()
-
-    def told(step: int, steps: int) -> None:
-        heard.put(Update(images=[], step=step, steps=steps, seconds=time.monotonic() - began))
-
-    def work() -> None:
-        try:
-            heard.put(look(pipe, settings, stop, told))
-        except Stopped:
-            heard.put(Update(images=[], step=0, steps=0, seconds=0, stopped=True))
-        except BaseException as error:  # handed to whoever reads
-            heard.put(error)
-
-    thread = threading.Thread(target=work, name="looking", daemon=True)
-    thread.start()
-    try:
-        while True:
-            found = heard.get()
-            if isinstance(found, BaseException):
-                raise found
-            yield found
-            if isinstance(found, Inside) or found.stopped:
-                return
-    finally:
-        stop.set()
-        thread.join()
+    work = {"fn": run, "inputs": given.inputs, "outputs": [status, given.parts["seed"], way, words, plots]}
+    begins(desk, "inside", [go.click], work, status)
+    stops(desk, "inside", halt, status)
 
 
 def way_of(inside: Inside) -> str:

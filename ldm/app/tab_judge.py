@@ -1,8 +1,9 @@
 """Judge: people say which pictures are real and which fit their caption; what they said is kept and added up."""
 
 import math
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -12,7 +13,7 @@ import gradio as gr
 from PIL import Image
 
 from ldm.app.human import Rate, Staircase
-from ldm.app.parts import QUEUED, Desk, said, shown
+from ldm.app.parts import QUIET, Desk, begins, said, shown, stops
 from ldm.app.pools import Pool, data_of, prepare
 from ldm.app.questions import Question, questions
 from ldm.app.store import Judgement, Store
@@ -44,6 +45,12 @@ class Study:
     pools: dict[str, Pool]
     staircase: Staircase = field(default_factory=Staircase)
     at: int = 0
+    asked_at: float = 0.0  # when the question was sent, by time.monotonic
+
+    @property
+    def wait(self) -> float:
+        """Seconds until the picture of a flash has been seen, and an answer is one."""
+        return (WAIT + self.staircase.exposure) / 1000 if self.flash else 0.0
 
     @property
     def question(self) -> Question | None:
@@ -51,14 +58,18 @@ class Study:
         return self.asked[self.at] if self.at < len(self.asked) else None
 
 
-def begin(kind: str, flash: bool, count: int, pools: dict[str, Pool], seed: int) -> Study:
+def begin(
+    kind: str, flash: bool, count: int, pools: dict[str, Pool], seed: int, session: str = "", past: Sequence[bool] = ()
+) -> Study:
     """A study with `count` questions over the pictures of pools, by model; pictures are named by (model, i), real ones
-    by ("", i)."""
+    by ("", i). `past` are the session's earlier answers to such flashes: the staircase goes on where it was."""
     (first, *_) = pools.values()
     numbers = range(len(first.captions))
     made = {model: [(model, i) for i in numbers] for model in pools}
     asked = questions(seed, kind, count, made, [("", i) for i in numbers])
-    return Study(session=uuid.uuid4().hex[:12], kind=kind, flash=flash, asked=asked, pools=pools)
+    session = session or uuid.uuid4().hex[:12]
+    stairs = Staircase.replay(past)
+    return Study(session=session, kind=kind, flash=flash, asked=asked, pools=pools, staircase=stairs)
 
 
 def file_of(study: Study, picture: tuple[str, int]) -> Path:
@@ -73,8 +84,8 @@ def caption_of(study: Study, question: Question) -> str:
     return next(iter(study.pools.values())).captions[question.pictures[0][1]]
 
 
-def judge(study: Study, answer: str, folder: Path) -> Judgement:
-    """What an answer to the study's question is worth, and on to the next one."""
+def judge(study: Study, answer: str, folder: Path, store: Store) -> Judgement:
+    """Keeps an answer to the study's question, and on to the next one (UserError, and still at this one)."""
     question = study.question
     if question is None or answer not in ANSWERS[study.kind]:
         raise UserError(f"there is no question to answer with {answer!r:.40}")
@@ -82,17 +93,19 @@ def judge(study: Study, answer: str, folder: Path) -> Judgement:
     number = question.pictures[0][1]
     seed = next(iter(study.pools.values())).seeds[number]
     files = [file_of(study, picture).relative_to(folder).as_posix() for picture in question.pictures]
-    found = Judgement(
-        kind="flash" if study.flash else study.kind,
-        session=study.session,
-        model=question.model,
-        other_model=question.other_model,
-        prompt=caption_of(study, question),
-        seed=seed,
-        exposure_ms=study.staircase.exposure if study.flash else None,
-        answer=answer,
-        right=right,
-        extra={"pictures": files},
+    found = store.add(
+        Judgement(
+            kind="flash" if study.flash else study.kind,
+            session=study.session,
+            model=question.model,
+            other_model=question.other_model,
+            prompt=caption_of(study, question),
+            seed=seed,
+            exposure_ms=study.staircase.exposure if study.flash else None,
+            answer=answer,
+            right=right,
+            extra={"pictures": files},
+        )
     )
     if study.flash:
         study.staircase = study.staircase.answer(bool(right))
@@ -102,7 +115,7 @@ def judge(study: Study, answer: str, folder: Path) -> Judgement:
 
 def ask(study: Study) -> str:
     """The question as HTML; pictures go along as data, as a name could tell which is which."""
-    question = study.question
+    question, study.asked_at = study.question, time.monotonic()
     if question is None:
         return said("That was the last one. Thank you.")
     images = [Image.open(file_of(study, picture)) for picture in question.pictures]
@@ -202,6 +215,7 @@ def build(desk: Desk) -> None:
             report = gr.HTML(table(store.results()), elem_id="judge-results")
             export = gr.DownloadButton("Download preferences (JSONL)", interactive=False, elem_id="judge-export")
         study = gr.State(None)
+        session = gr.State(lambda: uuid.uuid4().hex[:12])
 
         def labelled(now: Study) -> list[Any]:
             return [
@@ -210,20 +224,22 @@ def build(desk: Desk) -> None:
             ]
 
         def reported() -> list[Any]:
-            file = desk.folder / "judged" / "preferences.jsonl"
+            file = desk.folder / "exported" / "preferences.jsonl"
             there = store.export_preferences(file) if store.judgements("preference") else 0
             download = gr.DownloadButton(value=str(file) if there else None, interactive=bool(there))
             return [table(store.results()), download]
 
-        def start(request: gr.Request, asked: str, one: str, two: str, n: float, each: float) -> Iterator[tuple]:
+        def start(
+            request: gr.Request, who: str, asked: str, one: str, two: str, n: float, each: float
+        ) -> Iterator[tuple]:
             still = (gr.skip(),) * 4
-            stop = desk.begin(request)
+            stop = desk.event(request, "judge")
             try:
                 kind, flash = MODES[asked]
                 wanted = [one] if kind != "preference" else [one, two]
                 if kind == "preference" and two in (NONE, one):
                     raise UserError("to compare how captions fit, choose another model as well")
-                data = data_of(one, desk.models[one])
+                data = data_of(desk.models.places[one], desk.models[one])
                 pools = {}
                 for name in wanted:
                     for found in prepare(desk.models, name, data, int(each), desk.seed, desk.folder, stop):
@@ -234,26 +250,28 @@ def build(desk: Desk) -> None:
                 if len(pools) < len(wanted):
                     yield said("Stopped; what was made is kept."), *still
                     return
-                sessions = len({j.session for j in store.judgements()})
-                now = begin(kind, flash, int(n), pools, desk.seed + sessions)
+                mine = [j for j in store.judgements("flash", one, who) if j.answer in ANSWERS[kind]]
+                past = [bool(j.right) for j in mine] if flash else []
+                now = begin(kind, flash, int(n), pools, desk.seed + len(store.judgements()), who, past)
                 yield ask(now), now, *labelled(now)
             except UserError as error:
                 yield said(str(error), wrong=True), *still
 
         def answered(number: int, now: Study | None) -> list[Any]:
-            if now is None or now.question is None:
+            if now is None or now.question is None or time.monotonic() < now.asked_at + now.wait:
                 return [gr.skip()] * 7
-            store.add(judge(now, ANSWERS[now.kind][number], desk.folder))
+            try:
+                judge(now, ANSWERS[now.kind][number], desk.folder, store)
+            except UserError as error:
+                return [said(str(error), wrong=True), *([gr.skip()] * 6)]
             last = reported() if now.question is None else [gr.skip()] * 2
             return [ask(now), now, *labelled(now), *last]
 
-        quiet = {"queue": False, "show_progress": "hidden"}
-        go.click(
-            start, [mode, model, other, count, pictures], [view, study, *buttons], show_progress_on=[view], **QUEUED
-        )
-        halt.click(desk.stop, None, None, **quiet)
+        inputs = [session, mode, model, other, count, pictures]
+        begins(desk, "judge", [go.click], {"fn": start, "inputs": inputs, "outputs": [view, study, *buttons]}, view)
+        stops(desk, "judge", halt, view)
         for number, button in enumerate(buttons):
             press = lambda now, number=number: answered(number, now)  # noqa: E731
-            button.click(press, study, [view, study, *buttons, report, export], **quiet)
-        results.expand(reported, None, [report, export], **quiet)
-        tab.select(reported, None, [report, export], **quiet)
+            button.click(press, study, [view, study, *buttons, report, export], **QUIET)
+        results.expand(reported, None, [report, export], **QUIET)
+        tab.select(reported, None, [report, export], **QUIET)

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from ldm.app.parts import QUEUED, Desk, controls, finished, said, shown
+from ldm.app.parts import QUIET, Desk, begins, controls, finished, said, shown, stops
 from ldm.app.studio import about_picture, changed, make, restore
 from ldm.config import UserError
 
@@ -36,7 +36,7 @@ def build(desk: Desk) -> None:
 
         def run(request: gr.Request, history: list[str], *values: Any) -> Iterator[tuple]:
             still = (gr.skip(),) * 3
-            stop = desk.begin(request)
+            stop = desk.event(request, "make")
             try:
                 settings = given.read(values)
                 if not settings.cleaned().prompt:
@@ -75,14 +75,12 @@ def build(desk: Desk) -> None:
             return _restored(path) if path else [gr.skip()] * (1 + len(given.inputs))
 
         outputs = [gallery, status, given.parts["seed"], history, past, download]
-        begin = {"fn": run, "inputs": [history, *given.inputs], "outputs": outputs, "show_progress_on": [status]}
-        go.click(**begin, **QUEUED)
-        given.parts["prompt"].submit(**begin, **QUEUED)
-        halt.click(desk.stop, None, None, queue=False, show_progress="hidden")
-        quiet = {"queue": False, "show_progress": "hidden"}
+        work = {"fn": run, "inputs": [history, *given.inputs], "outputs": outputs}
+        begins(desk, "make", [go.click, given.parts["prompt"].submit], work, status)
+        stops(desk, "make", halt, status)
         for pictures in (gallery, past):
-            pictures.select(choose, None, [status, *given.inputs, download], **quiet)
-        file.upload(dropped, file, [status, *given.inputs], **quiet)
+            pictures.select(choose, None, [status, *given.inputs, download], **QUIET)
+        file.upload(dropped, file, [status, *given.inputs], **QUIET)
 
 
 def _gallery(label: str, name: str, height: int, columns: int = 4) -> gr.Gallery:

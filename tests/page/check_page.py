@@ -322,6 +322,49 @@ def test_two_tabs_wait_for_each_other(page, another):
         assert colour[channel] == colour.max()
 
 
+def test_a_stop_while_waiting_in_the_queue(page, another):
+    field(page, "Prompt").fill(PROMPT)
+    number(page, "Steps", 100)
+    page.click("#make-go")
+    until(page, "#make-status", "step [2-9]")
+    field(another, "Prompt").fill(PROMPT)
+    another.click("#make-go")
+    until(another, "#make-status", "queue", 20)
+    another.click("#make-stop")
+    page.click("#make-stop")
+    until(page, "#make-status", "Stopped at step")
+    until(another, "#make-status", "Stopped at step 0")
+    assert another.locator("#make-pictures img").count() == 0
+
+
+def test_it_ends_when_told_with_a_page_open(browser, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts/app.py"),
+        "--model",
+        "shapes",
+        "--port",
+        str(port),
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait(lambda: reachable(port), 180)
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{port}")
+        page.wait_for_selector("#make-go")
+        process.terminate()
+        assert process.wait(timeout=60) is not None
+        context.close()
+    finally:
+        process.kill()
+
+
 def test_a_reload_while_it_makes_leaves_a_page_that_works(page):
     field(page, "Prompt").fill(PROMPT)
     number(page, "Steps", 100)
