@@ -60,7 +60,11 @@ class Desk:
 
     def arm(self, tab: str) -> Callable[[gr.Request], None]:
         """For a click, before its work is queued: from here on a stop is meant for that work."""
-        return lambda request: self.stops.update({(str(request.session_hash), tab): threading.Event()})
+
+        def arm(request: gr.Request) -> None:  # gradio goes by the annotation
+            self.stops[str(request.session_hash), tab] = threading.Event()
+
+        return arm
 
     def event(self, request: gr.Request, tab: str) -> threading.Event:
         """What stops the work of a tab of the page, in one browser's tab."""
