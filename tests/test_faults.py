@@ -223,6 +223,9 @@ def test_a_cache_holds_what_the_data_set_gives(folder, tmp_path):
     cache_latents(vae, data, tmp_path / "cache", workers=2)
     assert len(data.faults.found) == 8  # found by the loading processes
     cached = CachedLatents(tmp_path / "cache", module_hash(vae), data_hash(data), data.faults)
+    again = Folder(folder, 32, val=0, test=0, max_broken=0.2)
+    CachedLatents(tmp_path / "cache", module_hash(vae), data_hash(again), again.faults)
+    assert again.faults.found == data.faults.found  # from the list beside the cache
     assert [cached[i]["key"] for i in range(len(cached))] == [data[i]["key"] for i in range(len(data))]
     assert all(
         value.isfinite().all() for name, value in load_file(tmp_path / "cache").items() if name in ("mean", "std")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ldm.config import UserError
 from ldm.data.faults import Faults
-from ldm.weights import module_hash
+from ldm.weights import module_hash, read_json, write_json
 
 FORMAT = "ldm-latents-1"
 HEADER = 4096  # bytes kept for the header, written last and filled up with spaces as the format allows
@@ -80,6 +80,9 @@ def cache_latents(
             _write(file, vae, bar, len(dataset), about, device, getattr(dataset, "faults", None))
             os.fsync(file.fileno())
         os.replace(part, path)
+        _left_out(path).unlink(missing_ok=True)
+        if found := getattr(getattr(dataset, "faults", None), "found", {}):
+            write_json(_left_out(path), found)
     except OSError as error:
         raise UserError(f"cannot write the latent cache {str(path)!r}: {error.strerror or error}") from None
     finally:
@@ -102,6 +105,9 @@ class CachedLatents:
         self.path = Path(path)
         self._file, self._process = None, -1
         self.faults = faults
+        if faults is not None and _left_out(self.path).is_file():
+            for name, why in read_json(_left_out(self.path)).items():
+                faults.add(name, why)
         if not self.path.is_file():
             raise UserError(f"latent cache {str(path)!r} does not exist; write it first")
         about = self._open().metadata() or {}
@@ -141,6 +147,11 @@ class CachedLatents:
                 raise UserError(f"latent cache {str(self.path)!r} is damaged ({error}); write it again") from None
             self._process = os.getpid()
         return self._file
+
+
+def _left_out(path: Path) -> Path:
+    """Where a cache lists what was left out when it was written."""
+    return path.with_name(f"{path.name}.left_out.json")
 
 
 @torch.inference_mode()
