@@ -176,7 +176,7 @@ def test_stop_stops_and_making_goes_on(page):
     page.click("#make-go")
     until(page, "#make-status", "step [3-9]")
     page.click("#make-stop")
-    assert int(re.search(r"Stopped at step (\d+)", until(page, "#make-status", "Stopped"))[1]) < 60
+    assert int(re.search(r"Stopped at step (\d+)", until(page, "#make-status", "Stopped at step"))[1]) < 60
     assert "1 picture in" in make(page, PROMPT)
 
 
