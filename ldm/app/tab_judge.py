@@ -187,9 +187,70 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return f'<div class="results">{"".join(parts)}<p>{note}</p></div>'
 
 
+class Judging:
+    """What the tab does."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk, self.store = desk, Store(desk.folder / "judgements.sqlite")
+
+    def labelled(self, now: Study) -> list[Any]:
+        """The answer buttons of a question."""
+        return [
+            gr.Button(LABELS.get(a, ""), interactive=now.question is not None, visible=bool(a))
+            for a in ANSWERS[now.kind]
+        ]
+
+    def reported(self) -> list[Any]:
+        """The results, and the preferences to download."""
+        file = self.desk.folder / "exported" / "preferences.jsonl"
+        there = self.store.export_preferences(file) if self.store.judgements("preference") else 0
+        download = gr.DownloadButton(value=str(file) if there else None, interactive=bool(there))
+        return [table(self.store.results()), download]
+
+    def start(
+        self, request: gr.Request, who: str, asked: str, one: str, two: str, n: float, each: float
+    ) -> Iterator[tuple]:
+        """Makes what pictures are missing, then asks the first question."""
+        still = (gr.skip(),) * 4
+        stop = self.desk.event(request, "judge")
+        try:
+            kind, flash = MODES[asked]
+            wanted = [one] if kind != "preference" else [one, two]
+            if kind == "preference" and two in (NONE, one):
+                raise UserError("to compare how captions fit, choose another model as well")
+            data = data_of(self.desk.models.places[one], self.desk.models[one])
+            pools = {}
+            for name in wanted:
+                for found in prepare(self.desk.models, name, data, int(each), self.desk.seed, self.desk.folder, stop):
+                    if isinstance(found, Pool):
+                        pools[name] = found
+                    else:
+                        yield said(f"Making pictures of {name}") + shown(found), *still
+            if len(pools) < len(wanted):
+                yield said("Stopped; what was made is kept."), *still
+                return
+            mine = [j for j in self.store.judgements("flash", one, who) if j.answer in ANSWERS[kind]]
+            past = [bool(j.right) for j in mine] if flash else []
+            now = begin(kind, flash, int(n), pools, self.desk.seed + len(self.store.judgements()), who, past)
+            yield ask(now), now, *self.labelled(now)
+        except UserError as error:
+            yield said(str(error), wrong=True), *still
+
+    def answered(self, number: int, now: Study | None) -> list[Any]:
+        """Keeps an answer and shows the next question; one before the picture was seen is none."""
+        if now is None or now.question is None or time.monotonic() < now.asked_at + now.wait:
+            return [gr.skip()] * 7
+        try:
+            judge(now, ANSWERS[now.kind][number], self.desk.folder, self.store)
+        except UserError as error:
+            return [said(str(error), wrong=True), *([gr.skip()] * 6)]
+        last = self.reported() if now.question is None else [gr.skip()] * 2
+        return [ask(now), now, *self.labelled(now), *last]
+
+
 def build(desk: Desk) -> None:
     """The tab, inside the page's tabs."""
-    store = Store(desk.folder / "judgements.sqlite")
+    judging = Judging(desk)
     names = desk.models.names
     with gr.Tab("Judge", id="judge") as tab:
         gr.Markdown(
@@ -212,66 +273,18 @@ def build(desk: Desk) -> None:
                 for i, answer in enumerate(ANSWERS["single"])
             ]
         with gr.Accordion("Results", open=False) as results:
-            report = gr.HTML(table(store.results()), elem_id="judge-results")
+            report = gr.HTML(table(judging.store.results()), elem_id="judge-results")
             export = gr.DownloadButton("Download preferences (JSONL)", interactive=False, elem_id="judge-export")
         study = gr.State(None)
         session = gr.State(lambda: uuid.uuid4().hex[:12])
 
-        def labelled(now: Study) -> list[Any]:
-            return [
-                gr.Button(LABELS.get(a, ""), interactive=now.question is not None, visible=bool(a))
-                for a in ANSWERS[now.kind]
-            ]
-
-        def reported() -> list[Any]:
-            file = desk.folder / "exported" / "preferences.jsonl"
-            there = store.export_preferences(file) if store.judgements("preference") else 0
-            download = gr.DownloadButton(value=str(file) if there else None, interactive=bool(there))
-            return [table(store.results()), download]
-
-        def start(
-            request: gr.Request, who: str, asked: str, one: str, two: str, n: float, each: float
-        ) -> Iterator[tuple]:
-            still = (gr.skip(),) * 4
-            stop = desk.event(request, "judge")
-            try:
-                kind, flash = MODES[asked]
-                wanted = [one] if kind != "preference" else [one, two]
-                if kind == "preference" and two in (NONE, one):
-                    raise UserError("to compare how captions fit, choose another model as well")
-                data = data_of(desk.models.places[one], desk.models[one])
-                pools = {}
-                for name in wanted:
-                    for found in prepare(desk.models, name, data, int(each), desk.seed, desk.folder, stop):
-                        if isinstance(found, Pool):
-                            pools[name] = found
-                        else:
-                            yield said(f"Making pictures of {name}") + shown(found), *still
-                if len(pools) < len(wanted):
-                    yield said("Stopped; what was made is kept."), *still
-                    return
-                mine = [j for j in store.judgements("flash", one, who) if j.answer in ANSWERS[kind]]
-                past = [bool(j.right) for j in mine] if flash else []
-                now = begin(kind, flash, int(n), pools, desk.seed + len(store.judgements()), who, past)
-                yield ask(now), now, *labelled(now)
-            except UserError as error:
-                yield said(str(error), wrong=True), *still
-
-        def answered(number: int, now: Study | None) -> list[Any]:
-            if now is None or now.question is None or time.monotonic() < now.asked_at + now.wait:
-                return [gr.skip()] * 7
-            try:
-                judge(now, ANSWERS[now.kind][number], desk.folder, store)
-            except UserError as error:
-                return [said(str(error), wrong=True), *([gr.skip()] * 6)]
-            last = reported() if now.question is None else [gr.skip()] * 2
-            return [ask(now), now, *labelled(now), *last]
-
         inputs = [session, mode, model, other, count, pictures]
-        begins(desk, "judge", [go.click], {"fn": start, "inputs": inputs, "outputs": [view, study, *buttons]}, view)
+        begins(
+            desk, "judge", [go.click], {"fn": judging.start, "inputs": inputs, "outputs": [view, study, *buttons]}, view
+        )
         stops(desk, "judge", halt, view)
         for number, button in enumerate(buttons):
-            press = lambda now, number=number: answered(number, now)  # noqa: E731
+            press = lambda now, number=number: judging.answered(number, now)  # noqa: E731
             button.click(press, study, [view, study, *buttons, report, export], **QUIET)
-        results.expand(reported, None, [report, export], **QUIET)
-        tab.select(reported, None, [report, export], **QUIET)
+        results.expand(judging.reported, None, [report, export], **QUIET)
+        tab.select(judging.reported, None, [report, export], **QUIET)
