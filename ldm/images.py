@@ -54,8 +54,7 @@ def read_about(path: str | Path) -> dict[str, str]:
             image.load()  # text may stand behind the pixels
             texts = {str(key): str(value) for key, value in image.text.items()}
     except Exception as error:  # decoders given broken bytes raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"the file is no PNG that can be read: {reason[:200]}") from None
+        raise UserError(f"the file is no PNG that can be read ({type(error).__name__})") from None
     if not {"prompt", "seed"} <= texts.keys():
         raise UserError("the PNG does not say what it was made from; those that are downloaded here do")
     return texts

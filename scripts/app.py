@@ -23,13 +23,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", action="append", metavar="NAME_OR_FOLDER", default=[], help="may be given several times"
     )
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens it to everyone who can reach this machine")
     parser.add_argument(
-        "--out", type=Path, default=Path("outputs/app"), metavar="DIR", help="for pictures and judgements"
+        "--out",
+        type=Path,
+        default=Path("outputs/app"),
+        metavar="DIR",
+        help="for pictures and judgements; default: outputs/app",
     )
     parser.add_argument("--device", default="", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of the order in which pictures are judged")
+    parser.add_argument("--seed", type=int, default=0, help="of the order in which pictures are judged; default: 0")
     return parser.parse_args()
 
 
@@ -69,14 +73,18 @@ def main() -> None:
     models[models.names[0]]  # a name that is none is said now, not in the page
     for name in models.names if args.model else ():
         models[name]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {str(args.out)!r} cannot be made ({error.strerror}); give another folder") from None
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         print(
             f"warning: listening on {args.host}: everyone who can reach this machine can use the page and see"
             " what others make in it; there is no password",
             file=sys.stderr,
         )
-    print(f"http://{args.host}:{args.port}  (models: {', '.join(models.names)}; ctrl-C ends it)", flush=True)
+    shown = "<address of this machine>" if args.host in ("0.0.0.0", "::") else args.host
+    print(f"open http://{shown}:{args.port}  (models: {', '.join(models.names)}; ctrl-C ends it)", flush=True)
     serve(models, folder, args.host, args.port, args.seed)
 
 

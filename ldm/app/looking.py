@@ -2,9 +2,10 @@
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from einops import rearrange, reduce
 from PIL import Image
 from torch import Tensor
 
-from ldm.app.studio import Settings, Update, check_size, interruptible, sampling_of, threaded
+from ldm.app.studio import Settings, Update, check_size, interruptible, notes_of, sampling_of, threaded
 from ldm.diffusion import Schedule
 from ldm.layers import TransformerBlock
 from ldm.metrics.report_plots import Line, plot
@@ -32,6 +33,7 @@ class Inside:
     image: Image.Image
     way: list[tuple[float, Image.Image]]
     words: list[tuple[str, np.ndarray]]
+    notes: list[str] = field(default_factory=list)
 
 
 def watch(pipe: Pipeline, settings: Settings, stop: threading.Event) -> Iterator[Update | Inside]:
@@ -41,8 +43,10 @@ def watch(pipe: Pipeline, settings: Settings, stop: threading.Event) -> Iterator
     def work(put: Callable[[Any], None], stopped: Callable[[], bool]) -> None:
         began = time.monotonic()
         told = lambda step, n: put(Update(images=[], step=step, steps=n, seconds=time.monotonic() - began))  # noqa: E731
-        with interruptible(pipe, stopped):
-            put(look(pipe, settings, told))
+        with warnings.catch_warnings(record=True) as heard, interruptible(pipe, stopped):
+            warnings.simplefilter("always", UserWarning)
+            seen = look(pipe, settings, told)
+        put(replace(seen, notes=notes_of(heard)))
 
     yield from threaded(work, stop)
 

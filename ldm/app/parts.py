@@ -24,8 +24,9 @@ QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 CSS = """
 .status { height: 4.6em; overflow-y: auto; }
 .status progress { width: 100%; height: .6em; }
-.status .wrong { color: #b00020; font-weight: 600; }
-.dark .status .wrong { color: #ff9aa8; }
+.wrong { color: #b00020; font-weight: 600; }
+.dark .wrong { color: #ff9aa8; }
+input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px solid #2f6fde; outline-offset: 2px; }
 .still .grid-wrap, .still .image-container { padding-top: 2.2em; }
 .still .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 160px)) !important; }
 .plots { display: flex; flex-wrap: wrap; gap: 1em; --accent: #2f6fde; --warm: #d9822b; --soft: #888; --line: #8884; }
@@ -44,7 +45,8 @@ CSS = """
 .results { display: flex; flex-wrap: wrap; gap: 1.5em; }
 .results table { border-collapse: collapse; } .results caption { font-weight: 600; text-align: left; }
 .results p { flex-basis: 100%; }
-.results th { font-weight: 400; text-align: left; padding: .15em 1em .15em 0; } .results td { text-align: right; }
+.results th, .results td { border: 0; border-bottom: 1px solid #8884; padding: .2em .6em; }
+.results th { font-weight: 400; text-align: left; } .results td { text-align: right; }
 footer { display: none !important; }
 """
 
@@ -171,23 +173,25 @@ class Controls:
         return [*values, *([False] if self.random else [])]
 
 
-def controls(desk: Desk, leave_out: tuple[str, ...] = (), lines: int = 2) -> Controls:
+def controls(desk: Desk, leave_out: tuple[str, ...] = ()) -> Controls:
     """The controls of a sampling, all but those left out."""
     slider = lambda name, label, value, step: gr.Slider(  # noqa: E731
         *BOUNDS[name], value, step=step, label=label
     )
     make: dict[str, Callable[[], Any]] = {
-        "prompt": lambda: gr.Textbox(label="Prompt", lines=lines, placeholder="a red circle above a blue square"),
+        "prompt": lambda: gr.Textbox(
+            label="Prompt", lines=1, max_lines=4, placeholder="a red circle above a blue square"
+        ),
         "negative_prompt": lambda: gr.Textbox(label="Negative prompt (what to keep away from)", lines=1),
         "model": lambda: gr.Dropdown(desk.models.names, value=desk.models.names[0], label="Model"),
         "sampler": lambda: gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Sampler"),
         "steps": lambda: slider("steps", "Steps", 30, 1),
-        "guidance": lambda: slider("guidance", "Guidance (1 is none)", 3.0, 0.5),
+        "guidance": lambda: slider("guidance", "Guidance", 3.0, 0.5),
         "guidance_rescale": lambda: slider("guidance_rescale", "Guidance rescale", 0.0, 0.1),
         "count": lambda: slider("count", "Pictures", 4, 1),
-        "seed": lambda: gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 17),
-        "width": lambda: gr.Number(0, label="Width in pixels (0: the model's)", precision=0, minimum=0, maximum=1024),
-        "height": lambda: gr.Number(0, label="Height in pixels (0: the model's)", precision=0, minimum=0, maximum=1024),
+        "seed": lambda: gr.Number(0, label="Seed", precision=0),
+        "width": lambda: gr.Number(0, label="Width in pixels (0: the model's)", precision=0),
+        "height": lambda: gr.Number(0, label="Height in pixels (0: the model's)", precision=0),
         "strength": lambda: slider("strength", "Strength (how much is drawn anew)", 0.6, 0.05),
     }
     parts: dict[str, Any] = {}

@@ -58,5 +58,5 @@ def serve(models: Models, folder: Path, host: str, port: int, seed: int = 0) -> 
     """Serves until the process is told to stop."""
     local = ("127.0.0.1", "localhost", "[::1]", "::1")
     app = application(models, folder, seed, local if host in local else ())
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, host=host, port=port, log_level="critical", timeout_graceful_shutdown=2)
     uvicorn.Server(config).run()

@@ -204,7 +204,7 @@ def make(pipe: Pipeline, settings: Settings, stop: threading.Event, **options: A
         with warnings.catch_warnings(record=True) as heard, interruptible(pipe, stopped):
             warnings.simplefilter("always", UserWarning)
             images = pipe(callback=on_step, **sampling_of(settings), **own, **options)
-        notes = list(dict.fromkeys(str(w.message) for w in heard if issubclass(w.category, UserWarning)))
+        notes = notes_of(heard)
         seconds = time.monotonic() - began
         put(Update(images=images, step=settings.steps, steps=settings.steps, seconds=seconds, done=True, notes=notes))
 
@@ -213,6 +213,16 @@ def make(pipe: Pipeline, settings: Settings, stop: threading.Event, **options: A
         yield update
     if not update.done:
         yield replace(update, images=[], stopped=True)
+
+
+def notes_of(heard: list[warnings.WarningMessage]) -> list[str]:
+    """What was warned of, each once; of a prompt that is too long only what was cut off."""
+    notes = []
+    for text in dict.fromkeys(str(w.message) for w in heard if issubclass(w.category, UserWarning)):
+        _, cut, rest = text.partition("this was cut off: ")
+        rest = rest if len(rest) <= 80 else f"{rest[:80]}...'"
+        notes.append(f"The prompt is longer than this model reads; it was cut off before {rest}" if cut else text)
+    return notes
 
 
 def sampling_of(settings: Settings) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def build(desk: Desk) -> None:
             about = about_picture(desk.models[base.model], base, 0, compared=name, values=clean(text))
             file = desk.keep(sheet, about)
             ready = gr.DownloadButton(value=file, interactive=True)
-            yield gr.skip(), said(f"{len(images)} pictures of seed {base.seed}."), seed, ready
+            yield gr.skip(), said(f"Done, with seed {base.seed}: {', '.join(labels)}."), seed, ready
         except UserError as error:
             yield gr.skip(), said(str(error), wrong=True), seed, gr.skip()
 

@@ -35,11 +35,11 @@ def _picture(desk: Desk) -> None:
                 height=420,
                 sources=("upload", "clipboard"),
                 transforms=(),
-                brush=gr.Brush(colors=["#ff3b6b"], color_mode="fixed", default_size=40),
+                brush=gr.Brush(colors=["rgba(255, 59, 107, 0.6)"], color_mode="fixed", default_size="auto"),
                 layers=False,
                 elem_id="edit-editor",
             )
-            given = controls(desk, leave_out=("width", "height"), lines=1)
+            given = controls(desk, leave_out=("width", "height"))
         with gr.Column(scale=3, min_width=300):
             with gr.Row():
                 go = gr.Button("Draw", variant="primary", elem_id="edit-go")
@@ -115,7 +115,7 @@ def read_drawing(drawn: dict | None, side: int) -> tuple[Image.Image, Image.Imag
     brushed = np.zeros((side, side), bool)
     for layer in drawn.get("layers") or []:
         alpha = square(layer.convert("RGBA"), side, Image.Resampling.BOX)
-        brushed |= np.asarray(alpha)[..., 3] >= 128
+        brushed |= np.asarray(alpha)[..., 3] >= 64  # the brush is not opaque
     return image, Image.fromarray(brushed) if brushed.any() else None
 
 
@@ -132,8 +132,8 @@ def _between(desk: Desk) -> None:
             first = gr.Textbox(label="From this prompt")
             second = gr.Textbox(label="To this prompt")
             with gr.Row():
-                seed_a = gr.Number(0, label="Seed of the first", precision=0, minimum=0, maximum=2**32 - 17)
-                seed_b = gr.Number(1, label="Seed of the last", precision=0, minimum=0, maximum=2**32 - 17)
+                seed_a = gr.Number(0, label="Seed of the first", precision=0)
+                seed_b = gr.Number(1, label="Seed of the last", precision=0)
             share = gr.Slider(0, 1, 0.5, step=0.05, label="Where between them", elem_id="between-share")
             given = controls(desk, leave_out=("prompt", "seed", "count", "width", "height", "strength"))
         with gr.Column(scale=3, min_width=300):
@@ -144,7 +144,7 @@ def _between(desk: Desk) -> None:
             status = gr.HTML(said("Write two prompts."), elem_classes="status", elem_id="between-status")
             gallery = gr.Gallery(
                 label="Pictures",
-                height=300,
+                height=380,
                 columns=7,
                 object_fit="contain",
                 format="png",

@@ -50,7 +50,8 @@ def build(desk: Desk) -> None:
                 yield said("Stopped."), settings.seed, *still
             else:
                 drawn = schedule_plots(pipe.schedule, settings.sampler or pipe.schedule.config.sampler, settings.steps)
-                yield said(f"Seed {settings.seed}."), settings.seed, way_of(found), words_of(found), drawn
+                text = said(f"Seed {settings.seed}.") + "".join(said(note) for note in found.notes)
+                yield text, settings.seed, way_of(found), words_of(found), drawn
         except UserError as error:
             yield said(str(error), wrong=True), gr.skip(), *still
 

@@ -157,9 +157,9 @@ def share(rate: Rate) -> str:
 def milliseconds(rate: Rate, sessions: int) -> str:
     """A median threshold with its interval, in words."""
     if not sessions:
-        return f"needs {Staircase().enough} flashes of one person"
+        return f"after {Staircase().enough} flashes in one visit"
     interval = f" [{rate.low:.0f}, {rate.high:.0f}]" if math.isfinite(rate.low) else ""
-    return f"{rate.rate:.0f} ms{interval}, {sessions} {'session' if sessions == 1 else 'sessions'}"
+    return f"{rate.rate:.0f} ms{interval}, {sessions} {'visit' if sessions == 1 else 'visits'}"
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -170,20 +170,23 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for model, found in results.items():
         rows = [
             ("judgements", ", ".join(f"{count} {kind}" for kind, count in found["judgements"].items())),
-            ("people's sessions", str(found["sessions"])),
+            ("visits", str(found["sessions"])),
             ("generated taken for real, single", share(found["single"].fakes)),
             ("real taken for generated, single", share(found["single"].reals)),
-            ("wrong of all, single (HYPE-infinity)", share(found["single"].hype_infinity)),
+            ("wrong of all, single", share(found["single"].hype_infinity)),
             ("generated chosen as real, pairs", share(found["pair"])),
-            ("median threshold, single", milliseconds(found["threshold_ms"], found["thresholds"])),
-            ("median threshold, pairs", milliseconds(found["pair_threshold_ms"], found["pair_thresholds"])),
+            ("how long a flash fools, single", milliseconds(found["threshold_ms"], found["thresholds"])),
+            ("how long a flash fools, pairs", milliseconds(found["pair_threshold_ms"], found["pair_thresholds"])),
         ]
         for other, win in found["preference"].items():
             counts = f"{win.wins} won, {win.ties} ties, {win.losses} lost, p = {win.p:.2g}"
             rows.append((f"preferred to {other}", f"{share(Rate(*win[:3]))}: {counts}"))
         body = "".join(f"<tr><th scope='row'>{escape(a)}</th><td>{escape(b)}</td></tr>" for a, b in rows)
         parts.append(f"<table><caption>{escape(model)}</caption>{body}</table>")
-    note = "At 50% people cannot tell generated pictures from real ones. Intervals are 95%."
+    note = (
+        "At 50% people cannot tell generated pictures from real ones. The median time of a flash at which they begin to"
+        " (HYPE, Zhou et al. 2019) is in milliseconds: longer is better for the model. Intervals are 95%."
+    )
     return f'<div class="results">{"".join(parts)}<p>{note}</p></div>'
 
 
@@ -211,13 +214,16 @@ class Judging:
         self, request: gr.Request, who: str, asked: str, one: str, two: str, n: float, each: float
     ) -> Iterator[tuple]:
         """Makes what pictures are missing, then asks the first question."""
-        still = (gr.skip(),) * 4
+        # whatever was asked before is no longer shown, and must not be answered
+        still = (None, *(gr.Button(interactive=False) for _ in range(3)))
         stop = self.desk.event(request, "judge")
         try:
             kind, flash = MODES[asked]
             wanted = [one] if kind != "preference" else [one, two]
             if kind == "preference" and two in (NONE, one):
-                raise UserError("to compare how captions fit, choose another model as well")
+                raise UserError(
+                    "this takes two models: choose another one as well, or start the page with a second --model"
+                )
             data = data_of(self.desk.models.places[one], self.desk.models[one])
             pools = {}
             for name in wanted:
@@ -258,11 +264,11 @@ def build(desk: Desk) -> None:
             " a first start makes the model's pictures, which takes a while."
         )
         with gr.Row():
-            mode = gr.Dropdown(list(MODES), value="Real or generated?", label="What to judge")
+            mode = gr.Dropdown(list(MODES), value="Real or generated?", label="What to judge", scale=2)
             model = gr.Dropdown(names, value=names[0], label="Model")
-            other = gr.Dropdown([NONE, *names], value=NONE, label="Other model (for captions)")
+            other = gr.Dropdown([NONE, *names], value=NONE, label="Other model (which fits better)")
             count = gr.Slider(4, 200, 20, step=1, label="Questions")
-            pictures = gr.Slider(4, 200, 24, step=1, label="Pictures a side")
+            pictures = gr.Slider(4, 200, 24, step=1, label="Pictures of each kind")
         with gr.Row():
             go = gr.Button("Start", variant="primary", elem_id="judge-go")
             halt = gr.Button("Stop preparing")

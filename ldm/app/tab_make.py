@@ -48,7 +48,7 @@ class Making:
             return [said(str(error), wrong=True), *([gr.skip()] * len(self.given.inputs))]
         kept = changed(settings, count=1)
         text = "".join(said(note) for note in notes)
-        return [said("These are the settings of that picture.") + text, *self.given.show(kept)]
+        return [said("These are the settings of that picture, for one picture.") + text, *self.given.show(kept)]
 
     def choose(self, chosen: gr.SelectData) -> list[Any]:
         """Restores a picture that was clicked on, and offers it for download."""
@@ -72,6 +72,7 @@ def build(desk: Desk) -> None:
                 with gr.Row():
                     go = gr.Button("Make", variant="primary", elem_id="make-go")
                     halt = gr.Button("Stop", elem_id="make-stop")
+                status = gr.HTML(said("Write a prompt and press Make."), elem_classes="status", elem_id="make-status")
                 file = gr.File(
                     label="Drop a PNG that was made here to restore its settings",
                     file_types=[".png"],
@@ -79,7 +80,6 @@ def build(desk: Desk) -> None:
                     elem_id="make-file",
                 )
             with gr.Column(scale=3, min_width=300):
-                status = gr.HTML(said("Write a prompt and press Make."), elem_classes="status", elem_id="make-status")
                 gallery = _gallery("Pictures (click one to reuse its settings)", "make-pictures", 440)
                 download = gr.DownloadButton("Download the chosen picture", interactive=False, elem_id="make-download")
                 history = gr.State([])

@@ -255,7 +255,7 @@ def test_a_comparison_is_a_labelled_picture_to_download(page, tmp_path):
     field(page, "Values, up to 8, with commas between").fill("1, 3")
     number(page, "Steps", 8)
     page.click("#compare-go")
-    until(page, "#compare-status", "2 pictures of seed")
+    until(page, "#compare-status", "Done, with seed")
     with page.expect_download() as download:
         page.click("#compare-download")
     download.value.save_as(tmp_path / "grid.png")
@@ -278,7 +278,7 @@ def test_looking_inside_shows_the_way_the_words_and_the_schedule(page):
 
 def test_twenty_judgements_lead_to_a_result(page):
     turn_to(page, "Judge")
-    number(page, "Pictures a side", 10)
+    number(page, "Pictures of each kind", 10)
     page.click("#judge-go")
     for i in range(20):
         until(page, "#judge-view", f"\\({i + 1} of 20\\)", 120)
@@ -292,7 +292,7 @@ def test_twenty_judgements_lead_to_a_result(page):
 
 def test_a_flash_is_seen_for_its_time_and_then_covered(page):
     turn_to(page, "Judge")
-    number(page, "Pictures a side", 10)
+    number(page, "Pictures of each kind", 10)
     field(page, "What to judge").click()
     page.get_by_role("option", name="Real or generated? In flashes").click()
     page.click("#judge-go")
