@@ -1,11 +1,12 @@
 """The page: what is on it and what a click does. Everything it shows comes from `studio`, `looking` and `human`."""
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 from ldm.app import tab_compare, tab_edit, tab_inside, tab_judge, tab_make
-from ldm.app.parts import Desk
+from ldm.app.parts import QUIET, Desk
 from ldm.app.studio import Models
 
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -17,11 +18,18 @@ def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
     desk = Desk(models=models, folder=folder, seed=seed)
     with gr.Blocks(title="ldm", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86_400)) as page:
         gr.Markdown("# Pictures from words")
-        with gr.Tabs():
-            tab_make.build(desk)
-            tab_edit.build(desk)
+        with gr.Tabs() as tabs:
+            edit, chosen = tab_make.build(desk)
+            editor = tab_edit.build(desk)
             tab_compare.build(desk)
             tab_inside.build(desk)
             tab_judge.build(desk)
+        edit.click(to_edit, chosen, [editor, tabs], **QUIET)
         page.unload(desk.forget)
     return page.queue(default_concurrency_limit=1, max_size=32, api_open=False)
+
+
+def to_edit(path: str | None) -> list[Any]:
+    """Puts a picture, if one was chosen, into the editor, and turns to it."""
+    drawn = {"background": path, "layers": [], "composite": path} if path else gr.skip()
+    return [drawn, gr.Tabs(selected="edit")]

@@ -16,16 +16,17 @@ from ldm.pipeline import Pipeline
 from ldm.samplers import ImageNoise
 
 
-def build(desk: Desk) -> None:
-    """The tab, inside the page's tabs."""
+def build(desk: Desk) -> gr.ImageEditor:
+    """The tab, inside the page's tabs; gives what a picture can be put into."""
     with gr.Tab("Edit", id="edit"), gr.Tabs():
         with gr.Tab("A picture"):
-            _picture(desk)
+            editor = _picture(desk)
         with gr.Tab("Between two prompts"):
             _between(desk)
+    return editor
 
 
-def _picture(desk: Desk) -> None:
+def _picture(desk: Desk) -> gr.ImageEditor:
     gr.Markdown("Upload a picture. What you brush over is drawn anew; without a stroke, all of it is.")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -82,6 +83,7 @@ def _picture(desk: Desk) -> None:
     begins(desk, "edit", [go.click], work, status)
     stops(desk, "edit", halt, status)
     gallery.select(chosen(desk), None, download, **QUIET)
+    return editor
 
 
 def chosen(desk: Desk) -> Callable[[gr.SelectData], Any]:

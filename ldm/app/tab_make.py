@@ -63,8 +63,8 @@ class Making:
         return self.restored(path) if path else [gr.skip()] * (1 + len(self.given.inputs))
 
 
-def build(desk: Desk) -> None:
-    """The tab, inside the page's tabs."""
+def build(desk: Desk) -> tuple[gr.Button, gr.DownloadButton]:
+    """The tab, inside the page's tabs; gives the button that takes the chosen picture to Edit, and what holds that."""
     with gr.Tab("Make", id="make"):
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -81,7 +81,11 @@ def build(desk: Desk) -> None:
                 )
             with gr.Column(scale=3, min_width=300):
                 gallery = _gallery("Pictures (click one to reuse its settings)", "make-pictures", 440)
-                download = gr.DownloadButton("Download the chosen picture", interactive=False, elem_id="make-download")
+                with gr.Row():
+                    download = gr.DownloadButton(
+                        "Download the chosen picture", interactive=False, elem_id="make-download"
+                    )
+                    edit = gr.Button("Edit it", elem_id="make-edit")
                 history = gr.State([])
                 past = _gallery("History of this session", "make-history", 220, columns=6)
 
@@ -93,6 +97,7 @@ def build(desk: Desk) -> None:
         for pictures in (gallery, past):
             pictures.select(making.choose, None, [status, *given.inputs, download], **QUIET)
         file.upload(making.dropped, file, [status, *given.inputs], **QUIET)
+    return edit, download
 
 
 def _gallery(label: str, name: str, height: int, columns: int = 4) -> gr.Gallery:

@@ -237,6 +237,20 @@ def test_only_what_was_brushed_over_is_drawn_anew(page, tmp_path):
         page.screenshot(path=f"{SHOTS}/inpainting.png", full_page=True)
 
 
+def test_a_picture_goes_from_make_to_edit(page):
+    make(page, PROMPT)
+    page.click("#make-edit")
+    page.locator("#edit-go").wait_for()
+    page.wait_for_timeout(2500)
+    field(page, "Prompt").fill("a green square")
+    number(page, "Strength", 0.3)
+    number(page, "Pictures", 1)
+    page.click("#edit-go")
+    until(page, "#edit-status", "picture in")
+    made, edited = (np.asarray(served(page, where), np.float64) for where in ("#make-pictures", "#edit-pictures"))
+    assert 0.1 < abs(made - edited).mean() < 40  # begun from it
+
+
 def test_between_two_prompts(page):
     turn_to(page, "Edit")
     page.get_by_role("tab", name="Between two prompts").click()

@@ -73,7 +73,7 @@ def main() -> int:
             print(f"{name}: {', '.join(row.outcome for row in found)}, {time.monotonic() - start:.0f} s", flush=True)
             rows += found
     print(f"\nSeed {args.seed}, {(time.monotonic() - begin) / 60:.1f} minutes.\n")
-    print("| what | how many | outcome | |\n|---|---|---|---|")
+    print("| what | cases | outcome | in detail |\n|---|---|---|---|")
     print("\n".join(row.line() for row in rows))
     return int(any(row.wrong for row in rows))
 
