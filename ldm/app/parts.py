@@ -134,6 +134,22 @@ def finished(update: Update, count: int, seed: int) -> str:
     return done + "".join(said(note) for note in update.notes)
 
 
+def pictures(label: str, name: str, height: int, columns: int = 4) -> gr.Gallery:
+    """A place for pictures, of a height that stays while they come."""
+    return gr.Gallery(
+        label=label,
+        elem_id=name,
+        elem_classes="still",
+        height=height,
+        columns=columns,
+        object_fit="contain",
+        format="png",
+        interactive=False,
+        allow_preview=False,
+        buttons=[],
+    )
+
+
 @dataclass
 class Controls:
     """The controls of a sampling, in the order of `names`."""

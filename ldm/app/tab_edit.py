@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.app.parts import QUIET, Desk, begins, controls, finished, said, shown, stops
+from ldm.app.parts import QUIET, Desk, begins, controls, finished, pictures, said, shown, stops
 from ldm.app.studio import Settings, about_picture, changed, clean, make
 from ldm.config import UserError
 from ldm.editing import between, slerp
@@ -46,16 +46,7 @@ def _picture(desk: Desk) -> gr.ImageEditor:
                 go = gr.Button("Draw", variant="primary", elem_id="edit-go")
                 halt = gr.Button("Stop")
             status = gr.HTML(said("Upload a picture and write a prompt."), elem_classes="status", elem_id="edit-status")
-            gallery = gr.Gallery(
-                label="Pictures",
-                height=440,
-                columns=4,
-                object_fit="contain",
-                format="png",
-                buttons=[],
-                elem_classes="still",
-                elem_id="edit-pictures",
-            )
+            gallery = pictures("Pictures", "edit-pictures", 440)
             download = gr.DownloadButton("Download the chosen picture", interactive=False, elem_id="edit-download")
 
     def run(request: gr.Request, drawn: dict | None, *values: Any) -> Iterator[tuple]:
@@ -144,16 +135,7 @@ def _between(desk: Desk) -> None:
                 strip = gr.Button("Strip of 7", elem_id="between-strip")
                 halt = gr.Button("Stop")
             status = gr.HTML(said("Write two prompts."), elem_classes="status", elem_id="between-status")
-            gallery = gr.Gallery(
-                label="Pictures",
-                height=380,
-                columns=7,
-                object_fit="contain",
-                format="png",
-                buttons=[],
-                elem_classes="still",
-                elem_id="between-pictures",
-            )
+            gallery = pictures("Pictures", "between-pictures", 380)
             download = gr.DownloadButton("Download the chosen picture", interactive=False, elem_id="between-download")
 
     def run(request: gr.Request, shares: list[float], a: str, b: str, seeds: tuple, values: tuple) -> Iterator[tuple]:

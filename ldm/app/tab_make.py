@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from ldm.app.parts import QUIET, Controls, Desk, begins, controls, finished, said, shown, stops
+from ldm.app.parts import QUIET, Controls, Desk, begins, controls, finished, pictures, said, shown, stops
 from ldm.app.studio import about_picture, changed, make, restore
 from ldm.config import UserError
 
@@ -80,36 +80,21 @@ def build(desk: Desk) -> tuple[gr.Button, gr.DownloadButton]:
                     elem_id="make-file",
                 )
             with gr.Column(scale=3, min_width=300):
-                gallery = _gallery("Pictures (click one to reuse its settings)", "make-pictures", 440)
+                gallery = pictures("Pictures (click one to reuse its settings)", "make-pictures", 440)
                 with gr.Row():
                     download = gr.DownloadButton(
                         "Download the chosen picture", interactive=False, elem_id="make-download"
                     )
                     edit = gr.Button("Edit it", elem_id="make-edit")
                 history = gr.State([])
-                past = _gallery("History of this session", "make-history", 220, columns=6)
+                past = pictures("History of this session", "make-history", 220, columns=6)
 
         making = Making(desk, given)
         outputs = [gallery, status, given.parts["seed"], history, past, download]
         work = {"fn": making.run, "inputs": [history, *given.inputs], "outputs": outputs}
         begins(desk, "make", [go.click, given.parts["prompt"].submit], work, status)
         stops(desk, "make", halt, status)
-        for pictures in (gallery, past):
-            pictures.select(making.choose, None, [status, *given.inputs, download], **QUIET)
+        for shelf in (gallery, past):
+            shelf.select(making.choose, None, [status, *given.inputs, download], **QUIET)
         file.upload(making.dropped, file, [status, *given.inputs], **QUIET)
     return edit, download
-
-
-def _gallery(label: str, name: str, height: int, columns: int = 4) -> gr.Gallery:
-    return gr.Gallery(
-        label=label,
-        elem_id=name,
-        elem_classes="still",
-        height=height,
-        columns=columns,
-        object_fit="contain",
-        format="png",
-        interactive=False,
-        allow_preview=False,
-        buttons=[],
-    )
