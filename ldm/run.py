@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,14 +14,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm import run_state, weights
 from ldm.config import UserError
 from ldm.data.order import EpochBatches
 from ldm.ema import EMA
-from ldm.interrupt import Interrupts, leave_to_the_main_process
+from ldm.interrupt import Interrupts
+from ldm.loading import load
+from ldm.memory import OutOfMemory, is_out_of_memory
 from ldm.muon import Muon, hidden_weights
 from ldm.task import Task, processes
 from ldm.train_config import OptimizerConfig, TrainConfig
@@ -30,14 +31,6 @@ from ldm.train_config import OptimizerConfig, TrainConfig
 def due(done: int, every: int) -> bool:
     """Whether something that happens `every` so many steps, 0 for never, happens after step `done`."""
     return every > 0 and done % every == 0
-
-
-class OutOfMemory(UserError):
-    """A step did not fit in memory; `whole`: the weights are those from before."""
-
-    def __init__(self, text: str, whole: bool) -> None:
-        super().__init__(text)
-        self.whole = whole
 
 
 class Run:
@@ -133,16 +126,8 @@ class Run:
             steps=c.steps * c.accumulate,
             blocks=getattr(self.task.dataset, "lengths", None),
         )
-        loader = DataLoader(
-            self.task.dataset,
-            batch_sampler=order,
-            num_workers=c.workers,
-            collate_fn=_Collate(self.task.collate),
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=leave_to_the_main_process,
-            generator=torch.Generator().manual_seed(c.seed),  # leaves the global generator alone
-        )
-        return _plain_errors(loader)
+        pin = self.device.type == "cuda"
+        return load(self.task.dataset, order, self.task.collate, workers=c.workers, seed=c.seed, pin_memory=pin)
 
     def step(self, batches: Iterator[tuple[dict, dict]], step: int) -> None:
         """One optimizer step: every micro-batch backward, then each module moves unless something is non-finite."""
@@ -373,40 +358,6 @@ def _optimizers(name: str, module: nn.Module, o: OptimizerConfig) -> dict[str, t
     if hidden:
         found[f"{name}-muon"] = Muon(hidden, lr=o.muon_lr, weight_decay=o.weight_decay)
     return found
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
-    # on the CPU torch raises a plain RuntimeError
-    words = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
-
-
-class _Collate:
-    """A task's collate, with what the samples say of those in whose place they stand."""
-
-    def __init__(self, collate: Callable[[list[dict]], dict]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list[dict]) -> tuple[dict, dict]:
-        faults = {name: why for sample in samples for name, why in sample.get("faults", {}).items()}
-        return self.collate(samples), faults
-
-
-def _plain_errors(loader: DataLoader) -> Generator[tuple[dict, dict], None, None]:
-    """The loader's batches; a UserError of a loading process comes without that process's traceback in its text.
-
-    However it ends, the loading processes end with it. Left to the garbage collector they may outlive an error whose
-    traceback refers to them, to the end of the program.
-    """
-    batches = iter(loader)
-    try:
-        yield from batches
-    except UserError as error:
-        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
-    finally:
-        if loader.num_workers:
-            batches._shutdown_workers()
 
 
 def _mix(*numbers: int) -> int:

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from ldm import run_state
 from ldm.config import UserError
 from ldm.interrupt import Interrupts, Stopped
-from ldm.run import OutOfMemory, Run, due
+from ldm.memory import OutOfMemory
+from ldm.run import Run, due
 from ldm.task import Task, processes
 from ldm.train_config import OptimizerConfig, TrainConfig
 

@@ -169,7 +169,7 @@ class Controls:
 
     def read(self, values: tuple) -> Settings:
         """Settings from what the page sent (UserError)."""
-        found = dict(zip(self.names, values, strict=False))
+        found = dict(zip(self.names, values[: len(self.names)], strict=True))
         if self.random and values[len(self.names)]:
             found["seed"] = secrets.randbelow(2**32 - 16)
         if found.get("sampler") == OWN:

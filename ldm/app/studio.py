@@ -16,8 +16,8 @@ from PIL import Image
 from ldm.config import UserError
 from ldm.images import read_about
 from ldm.layers import ResnetBlock
+from ldm.memory import is_out_of_memory
 from ldm.pipeline import Pipeline, Progress
-from ldm.run import is_out_of_memory
 from ldm.samplers import SAMPLERS
 from ldm.weights import ASSETS
 
