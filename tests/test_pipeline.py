@@ -73,7 +73,7 @@ def test_one_model_call_a_step_and_text_once_a_picture(pipe, guidance, batch):
     batches, texts, projections = [], [], []
     crosses = [m for name, m in pipe.unet.named_modules() if name.endswith("attn2") and isinstance(m, Attention)]
     hooks = [
-        pipe.unet.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0]))),
+        pipe.unet.register_forward_hook(lambda module, inputs, output: batches.append(len(output))),
         pipe.text_encoder.register_forward_pre_hook(lambda module, inputs: texts.append(len(inputs[0]))),
         *(m.to_k.register_forward_pre_hook(lambda _, inputs: projections.append(len(inputs[0]))) for m in crosses),
     ]
