@@ -119,3 +119,17 @@ else:
 """
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
+
+
+def test_opening_a_model_and_sampling_need_no_compiler():
+    """They are most of what `import torch` may leave out, a second or more at every start."""
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+from ldm import Pipeline
+Pipeline.from_pretrained("shapes")("a red circle", steps=1, guidance=2.0)
+sys.exit(", ".join({"sympy", "torch._dynamo", "torchvision", "scipy"} & (sys.modules.keys() - before)) or 0)
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (out.returncode, out.stderr) == (0, "")

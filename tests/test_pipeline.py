@@ -88,6 +88,15 @@ def test_one_model_call_a_step_and_text_once_a_picture(pipe, guidance, batch):
     assert projections == [3] * passes * len(crosses)
 
 
+def test_compiled_pictures_are_the_same():
+    """As one graph each, and not anew for every batch; the compiler itself, a minute a model, is left out."""
+    plain, compiled = Pipeline(tiny_parts()), Pipeline(tiny_parts()).compile(backend="eager")
+    for count in (1, 3):
+        assert np.array_equal(arrays(compiled(PROMPTS[:count], steps=2)), arrays(plain(PROMPTS[:count], steps=2)))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 2 <= graphs <= 4, graphs
+
+
 def test_callback_sees_every_step_and_decodes_on_demand(pipe):
     seen, decoded = [], []
     original = pipe.decode
