@@ -399,3 +399,24 @@ def test_a_judge_learns_from_validation_too_and_cannot_condition(tmp_path, vae_r
     train(task, replace(tiny.TRAIN, steps=1), tmp_path / "run", {})  # finished: nothing more is done
     with pytest.raises(UserError, match="text_encoder|tokenizer"):
         DiffusionTask(tiny.diffusion(vae_run, tmp_path / "run"))
+
+
+def layout(tensor: torch.Tensor) -> list[int]:
+    """Strides of the axes that have any."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def test_weights_gradients_and_moments_lie_alike_in_memory(unet_task, tmp_path):
+    """torch's fused AdamW on a CPU takes them for that, without a look (2.15); after a resume, too."""
+    tasks = (AutoencoderTask(tiny.autoencoder()), CLIPTask(tiny.clip()), unet_task)
+    for i, task in enumerate(tasks):
+        run = tiny.steps(task, tiny.TRAIN, tmp_path / f"{i}", count=1)
+        run.save(1)
+        run.resume()
+        run.gradients(run.batches(1), 1)
+        optimizers = run.trained.optimizers.values()
+        assert all(optimizer.defaults["fused"] for optimizer in optimizers)
+        for optimizer in optimizers:
+            for weight, moments in optimizer.state.items():
+                for other in (weight.grad, moments["exp_avg"], moments["exp_avg_sq"]):
+                    assert other is None or layout(other) == layout(weight)
