@@ -234,6 +234,12 @@ def test_every_number_is_what_the_kept_pictures_give(done, model):
     assert floor["value"] == pytest.approx(frechet_distance(net(rows), net(real)), rel=1e-4)
 
 
+def test_every_number_has_an_interval_but_counts_and_costs(done):
+    plain = {"blank_pictures", "seconds_per_picture", "parameters", "peak_memory_bytes", "scene_accuracy"}
+    without = {r["metric"] for r in results_of(done) if r["value"] is not None and "interval" not in r}
+    assert without <= plain
+
+
 def test_every_alignment_is_what_the_kept_pictures_give(done):
     judge, real = KnowsAll(), real_pictures()
     captions = [json.loads(line)["text"] for line in (done / "pictures/g1/metadata.jsonl").read_text().splitlines()]
@@ -353,6 +359,7 @@ def test_groups_that_captions_name_are_reported_apart(tmp_path):
         mine = [r for r in results if r.get("group") == tone and r["of"] == "real held-out"]
         assert {r["metric"] for r in mine} == {"group_clip_cosine", "group_paired", "group_diversity"}
         assert mine[0]["n"] == sum(r["skin_tone"] == tone for r in records)
+        assert all(r["interval"][0] <= r["value"] <= r["interval"][1] for r in mine)
     (open_,) = [r for r in results if r["metric"] == "left_open" and r["attribute"] == "skin tone"]
     assert sum(open_["value"].values()) == pytest.approx(1)
     prompts = [json.loads(line)["text"] for line in (tmp_path / "out/open/skin-tone/g1/metadata.jsonl").open()]

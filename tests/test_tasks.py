@@ -20,7 +20,7 @@ from ldm.pipeline import Pipeline
 from ldm.samplers import SAMPLERS
 from ldm.tasks import diffusion
 from ldm.tasks.autoencoder import AutoencoderTask
-from ldm.tasks.clip import CLIPConfig, CLIPTask, sharing
+from ldm.tasks.clip import CLIPConfig, CLIPTask, Joined, sharing
 from ldm.tasks.diffusion import DiffusionTask, check_normalized, drop_captions
 from ldm.tokenizer import Tokenizer
 from ldm.train import train
@@ -420,3 +420,13 @@ def test_weights_gradients_and_moments_lie_alike_in_memory(unet_task, tmp_path):
             for weight, moments in optimizer.state.items():
                 for other in (weight.grad, moments["exp_avg"], moments["exp_avg_sq"]):
                     assert other is None or layout(other) == layout(weight)
+
+
+def test_joined_data_sets_keep_shards_together():
+    class Part(list):
+        pass
+
+    shards, plain = Part(range(5)), Part(range(3))
+    shards.lengths = [2, 3]
+    assert Joined([shards, plain]).lengths == [2, 3, 3]
+    assert not hasattr(Joined([plain, plain]), "lengths")

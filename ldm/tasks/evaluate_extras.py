@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.metrics.alignment import cosine
 from ldm.metrics.attributes import ATTRIBUTES, Attribute, paired, typos
 from ldm.metrics.diversity import nearest
+from ldm.metrics.intervals import mean_interval, resampled_interval
 from ldm.metrics.records import Record, mean_record
 from ldm.tasks.evaluate_bench import Bench, Measured, Source, source_of
 from ldm.tasks.evaluate_pictures import PictureSet
@@ -110,7 +111,9 @@ def _group(bench: Bench, source: Source, attribute: Attribute, mine: list[int], 
     found = [mean_record("group_clip_cosine", source.of, cosines, **about)]
     found.append(mean_record("group_paired", source.of, shares, chance=0.5, **about))
     features = bench.features(source)[mine] if bench.extractor else images
-    variety = about | (bench.extractor or bench.judge).about | {"value": _spread(features), "n": len(mine)}
+    value = _spread(features)
+    interval = resampled_interval(_spread, (features,), value, bench.settings["seed"])
+    variety = about | (bench.extractor or bench.judge).about | {"value": value, "interval": interval, "n": len(mine)}
     return [*found, {"metric": "group_diversity", "of": source.of, **variety}]
 
 
@@ -130,8 +133,9 @@ def _opened(bench: Bench, measured: Measured, g: float, attribute: Attribute) ->
         seen.append(values[int((options @ image).argmax())])
     counts = Counter(seen)
     value = {name: counts[name] / len(seen) for name in values}
+    spread = {name: mean_interval(torch.tensor([name == v for v in seen])) for name in values}
     about = {"attribute": attribute.name, "n": len(seen), "guidance": g, **bench.about, **bench.judge.about}
-    measured.results.append({"metric": "left_open", "of": "samples", "value": value, **about})
+    measured.results.append({"metric": "left_open", "of": "samples", "value": value, "interval": spread, **about})
     measured.opened.append((attribute.name, made, seen))
 
 
