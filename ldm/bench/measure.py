@@ -41,7 +41,7 @@ def measure(case: Case, sides: dict[str, Side], start: Start, settings: Settings
         row = _alternated(case, present, case.rounds(settings.rounds), tick)
         if case.memory and not settings.quick:
             for name in present:
-                row["sides"][name]["memory"] = _memory(case, start(name))
+                row["sides"][name]["memory"] = _memory(case, start(name), row["sides"][name]["about"])
     busy = machine.others(before, machine.ticks(), perf_counter() - began)
     row |= {"load": [load, machine.load()], "others": busy, "took": perf_counter() - began}
     return row | finish(case, row)
@@ -95,10 +95,12 @@ def _compared(case: Case, sides: dict[str, Side]) -> dict | None:
     return stats.difference(*tables, case.tolerance, relative=case.tolerance != PICTURE)
 
 
-def _memory(case: Case, side: Side) -> dict[str, int]:
-    """Peak bytes of a fresh process that runs only this case: as a whole, and beyond what it held when built."""
+def _memory(case: Case, side: Side, about: dict[str, Any]) -> dict[str, int]:
+    """Peak bytes of a fresh process that runs only this case: as a whole, and beyond what it held when built, in the
+    layouts found before."""
+    layouts = {name: about[name] for name in ("layout", "vae_layout") if name in about}
     try:
-        built = side.ask("setup", case={"kind": case.kind, "params": case.params})["built"]
+        built = side.ask("setup", case={"kind": case.kind, "params": case.params | layouts})["built"]
         side.ask("warm")
         peak = side.ask("memory")["peak"]
     finally:
@@ -110,14 +112,14 @@ def finish(case: Case, row: dict[str, Any]) -> dict[str, Any]:
     """The figures of a row's raw times: medians, quartiles, ratio, floor, and whether the targets are met."""
     sides = row["sides"]
     for side in sides.values():
-        side["median"], side["quartiles"] = median(side["seconds"]), stats.quartiles(side["seconds"])
+        side["median"], side["quartiles"] = median(side["seconds"]), list(stats.quartiles(side["seconds"]))
         if row.get("rates") and (side.get("flops") or side.get("bytes")):
             side["floor"] = stats.floor(side["flops"], side["bytes"], row["rates"])
     names = [name for name in case.sides if name in sides]
     pair = [sides[name] for name in names]
     both = len(pair) == 2
     more = {"name": case.name, "workload": case.workload, "note": case.note, "items": case.items}
-    more |= {"point": case.point, "order": names}
+    more |= {"point": case.point, "order": names, "compiled": bool(case.params.get("compile"))}
     more["ratio"] = stats.ratio(pair[1]["seconds"], pair[0]["seconds"]) if both else None
     more["share"] = beside_the_model(pair[0]["parts"]) if pair[0].get("parts") else None
     figures = {"ratio": more["ratio"] and more["ratio"]["value"], "share": more["share"]}

@@ -1,45 +1,26 @@
 """Rows of whole fresh processes: imports, and from a cold start to the first picture."""
 
-import os
+import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-from ldm.bench import stats
+from ldm.bench import launch, stats
 from ldm.bench.cases import Case
 from ldm.bench.sides import WorkerFailed, alternate, environment
 
-UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
-
 
 def timed(command: Sequence[str], threads: int) -> dict[str, float]:
-    """Seconds and peak bytes of one process. WorkerFailed where it fails."""
-    start = perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=environment(threads),
-        text=True,
-    )
-    try:
-        complaint = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    finally:
-        process.stderr.close()
-    seconds = perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise WorkerFailed(" ".join((complaint.strip().splitlines() or ["no message"])[-1].split())[:500])
-    return {"seconds": seconds, "peak": usage.ru_maxrss * UNIT}
+    """Seconds and peak bytes of one Python process with these arguments. WorkerFailed where it fails."""
+    line = [sys.executable, launch.__file__, sys.executable, *command]
+    found = subprocess.run(line, capture_output=True, text=True, env=environment(threads), check=True)
+    took = json.loads(found.stdout)
+    if took["code"]:
+        raise WorkerFailed(" ".join(took["error"].split())[:500])
+    return took
 
 
 def measure_processes(case: Case, rounds: int, threads: int, tick: Callable[[str], None]) -> dict[str, Any]:

@@ -41,7 +41,10 @@ def cells(row: Row) -> list[str]:
         texts = [f"{text}, {row['items'] / side['median']:.0f}/s" for text, side in zip(texts, sides, strict=True)]
     if len(sides) == 2 and row["order"][1] != "diffusers":
         texts[1] = f"{row['order'][1]}: {texts[1]}"
-    name = f"{row['name']} ({row['note']})" if row["note"] else row["name"]
+    note = row["note"]
+    if row["compiled"]:
+        note += ": " + " / ".join(seconds(side["first"]) for side in sides)
+    name = f"{row['name']} ({note})" if note else row["name"]
     memory = " / ".join(megabytes(side.get("memory")) for side in sides)
     return [
         name,
@@ -102,10 +105,18 @@ def remarks(table: dict[str, Any]) -> list[str]:
     ]
     if "diffusers" not in table["sides"]:
         found.append("diffusers is not installed: only our side was run.")
+    plain = [row["name"] for row in table["rows"] if _layout(row) == "contiguous"]
+    if plain:
+        found.append(f"Channels-last but where diffusers was faster with its weights contiguous: {', '.join(plain)}.")
     busy = [row["name"] for row in table["rows"] if (row.get("others") or 0) > BUSY]
     if busy:
         found.append(f"WARNING: other programs took over {BUSY:g} cores while these were measured: {', '.join(busy)}.")
     return found
+
+
+def _layout(row: Row) -> str | None:
+    """Which diffusers' networks ran in."""
+    return row.get("sides", {}).get("diffusers", {}).get("about", {}).get("layout")
 
 
 def widths(rows: Sequence[Sequence[str]]) -> list[int]:

@@ -23,10 +23,11 @@ def build(case: dict, home: Path, device: torch.device) -> Job:
     return BUILDERS[case["kind"]](case["kind"], case["params"], home, device)
 
 
-def at_best_layout(model: nn.Module, call: Callable[[], Any]) -> dict[str, Any]:
-    """Leaves the model's weights in the layout in which `call` is faster; which, and the seconds of both."""
+def at_best_layout(model: nn.Module, call: Callable[[], Any], known: str | None = None) -> dict[str, Any]:
+    """Leaves the model's weights in the layout in which `call` is faster, or the one `known` to be; which it is, and
+    the seconds of those tried."""
     seconds = {}
-    for name, layout in LAYOUTS.items():
+    for name, layout in LAYOUTS.items() if known is None else ():
         model.to(memory_format=layout)
         found = []
         for _ in range(1 + TRIES):  # the first one prepares
@@ -35,7 +36,7 @@ def at_best_layout(model: nn.Module, call: Callable[[], Any]) -> dict[str, Any]:
             synchronize()
             found.append(perf_counter() - start)
         seconds[name] = min(found[1:])
-    best = min(seconds, key=seconds.__getitem__)
+    best = known or min(seconds, key=seconds.__getitem__)
     model.to(memory_format=LAYOUTS[best])
     return {"layout": best, "layouts": seconds}
 
@@ -53,7 +54,7 @@ def unet(kind: str, params: Params, home: Path, device: torch.device) -> Job:
         both = torch.cat([z_t, z_t]) if params["guided"] else z_t
         return {"prediction": model(both, t, encoder_hidden_states=context, return_dict=False)[0]}
 
-    about = at_best_layout(model, run)
+    about = at_best_layout(model, run, params.get("layout"))
     if params.get("compile"):
         model.compile()
     moved = size_of(model) + z_t.nbytes * (1 + len(context) // len(z_t)) + context.nbytes
@@ -79,14 +80,14 @@ def sampling(kind: str, params: Params, home: Path, device: torch.device) -> Job
     inputs = params | {"guided": True}
     z_t, t, context = models.unet_inputs(inputs, pipe.unet.config, home, device)
     with torch.inference_mode():
-        about = at_best_layout(pipe.unet, lambda: pipe.unet(torch.cat([z_t, z_t]), t, context))
-        layout = at_best_layout(pipe.vae, lambda: pipe.vae.decode(z_t))
+        about = at_best_layout(pipe.unet, lambda: pipe.unet(torch.cat([z_t, z_t]), t, context), params.get("layout"))
+        decoded = at_best_layout(pipe.vae, lambda: pipe.vae.decode(z_t), params.get("vae_layout"))
     if params.get("compile"):
         pipe.unet.compile()
         pipe.vae.decoder.compile()
     moved = params["steps"] * size_of(pipe.unet) + size_of(pipe.vae.decoder, pipe.text_encoder)
     job = sampling_job(sample, params["steps"], moved)
-    job.about = about | {"vae_layout": layout["layout"]}
+    job.about = about | {f"vae_{name}": value for name, value in decoded.items()}
     return job
 
 
@@ -109,7 +110,7 @@ def vae(kind: str, params: Params, home: Path, device: torch.device) -> Job:
         return {"x": model.decode(z).sample}
 
     half = model.encoder if encodes else model.decoder
-    about = at_best_layout(model, run)
+    about = at_best_layout(model, run, params.get("layout"))
     if params.get("compile"):
         half.compile()
     return Job(run=run, bytes_moved=size_of(half) + x.nbytes + z.nbytes, about=about)
@@ -151,7 +152,7 @@ def train(kind: str, params: Params, home: Path, device: torch.device) -> Job:
         _loss(kind, model, batch).backward()
         model.zero_grad(set_to_none=True)
 
-    about = at_best_layout(model, both_ways)
+    about = at_best_layout(model, both_ways, params.get("layout"))
     fixed = {"lr": models.LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
     optimizer = torch.optim.AdamW(parameters, **fixed, fused=True)
     average = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
