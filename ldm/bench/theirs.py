@@ -15,7 +15,7 @@ from ldm.bench.worker import Job, sampling_job, size_of, synchronize
 
 Params = dict[str, Any]
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
-TRIES = 3  # of a layout
+TRIES = 2  # of a layout
 
 
 def build(case: dict, home: Path, device: torch.device) -> Job:
