@@ -70,7 +70,8 @@ def _alternated(case: Case, sides: dict[str, Side], rounds: int, tick: Tick) -> 
         tick(case.name)
     for name, side in sides.items():
         found[name] |= _ask(name, side, "parts")
-        found[name] |= {} if found[name]["parts"] else _ask(name, side, "count")
+        countable = not found[name]["parts"] and not case.params.get("compile")  # the counter sees no compiled code
+        found[name] |= _ask(name, side, "count") if countable else {}
     best = {rate: max(values) for rate, values in rates.items()}
     return {"sides": found, "repeats": repeats, "rates": best, "difference": differs}
 
