@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fake_benchmark import ENV, SETTINGS, Workers, case, measured
 from torch import nn
 
-from ldm.bench import bench, cases, machine, measure, processes, report, stats
+from ldm.bench import bench, cases, machine, measure, processes, report, stats, worker
 from ldm.bench.cases import Case, Target
 from ldm.bench.measure import Settings
 from ldm.bench.sides import WorkerFailed, alternate
@@ -65,6 +65,7 @@ def test_alternation():
 @pytest.mark.parametrize(("off", "agrees"), [(0.0, True), (1e-4, True), (3e-4, False), (float("nan"), False)])
 def test_outputs_that_differ_are_told(off, agrees, monkeypatch):
     monkeypatch.setattr(measure, "MOST", 1)
+    monkeypatch.setattr(worker, "measure_rates", lambda: {"flops": 1.0, "bytes": 1.0})
     sides = {"ldm": Here(), "diffusers": Here(off)}  # of values of 2: 1e-4 is 5e-5 of them, 3e-4 is 1.5e-4
     found = measure.measure(case(tolerance=cases.NETWORK), sides, None, SETTINGS, lambda name: None)
     assert found["difference"]["agrees"] is agrees
@@ -96,7 +97,7 @@ def test_failures_are_one_line_with_the_side(fake):
 def test_memory_is_of_a_process_of_its_own(fake):
     found = row(fake, case(memory=True, params={"fills": "ldm"}, targets=(cases.AT_MOST_THEIRS,)))
     ours, theirs = (found["sides"][name]["memory"] for name in ("ldm", "diffusers"))
-    assert ours["grown"] > 190 * 2**20 > 100 * 2**20 > theirs["grown"]
+    assert ours["grown"] > 190 * 2**20 and 10 * 2**20 > theirs["grown"]
     (target,) = found["targets"]
     assert target["value"] == ours["peak"] / theirs["peak"] and target["met"] is False
 
