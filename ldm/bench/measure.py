@@ -116,12 +116,11 @@ def finish(case: Case, row: dict[str, Any]) -> dict[str, Any]:
     sides = row["sides"]
     for side in sides.values():
         side["median"], side["quartiles"] = median(side["seconds"]), list(stats.quartiles(side["seconds"]))
-        if row.get("rates") and (side.get("flops") or side.get("bytes")):
-            side["floor"] = stats.floor(side["flops"], side["bytes"], row["rates"])
     names = [name for name in case.sides if name in sides]
     pair = [sides[name] for name in names]
     both = len(pair) == 2
     more = {"name": case.name, "workload": case.workload, "note": case.note, "items": case.items}
+    more["floor"] = least(pair, row["rates"])
     more |= {"point": case.point, "order": names, "compiled": bool(case.params.get("compile"))}
     more["ratio"] = stats.ratio(pair[1]["seconds"], pair[0]["seconds"]) if both else None
     more["share"] = beside_the_model(pair[0]["parts"]) if pair[0].get("parts") else None
@@ -131,6 +130,15 @@ def finish(case: Case, row: dict[str, Any]) -> dict[str, Any]:
     figures["memory"] = memory[0] / memory[1] if len(memory) == 2 else None
     more["targets"] = [_judged(target, figures[target.figure]) for target in case.targets]
     return more
+
+
+def least(sides: list[dict], rates: dict[str, float] | None) -> dict | None:
+    """The floor of a row: of the fewest FLOPs and bytes that any side took, as those are enough; None where nothing
+    was counted."""
+    counted = [side for side in sides if side.get("flops") or side.get("bytes")]
+    if not counted or not rates:
+        return None
+    return stats.floor(min(side["flops"] for side in counted), min(side["bytes"] for side in counted), rates)
 
 
 def _judged(target: Any, value: float | None) -> dict:

@@ -51,7 +51,7 @@ def cells(row: Row) -> list[str]:
         texts[0],
         texts[1] if len(texts) == 2 else "-",
         ratio(row),
-        " / ".join(f"{s['median'] / s['floor']['seconds']:.1f}" if "floor" in s else "-" for s in sides),
+        " / ".join(f"{s['median'] / row['floor']['seconds']:.1f}" for s in sides) if row["floor"] else "-",
         memory if any("memory" in side for side in sides) else "-",
         difference(row),
         "; ".join(judged(target) for target in row["targets"]) or "-",
@@ -99,8 +99,8 @@ def remarks(table: dict[str, Any]) -> list[str]:
         f" {' '.join(about['flags'])}; {settings['threads']} threads, {settings['device']}; {versions}.",
         "Median [quartiles] of one run; ratio of the medians, theirs over ours, with its 95% bootstrap interval over"
         " the rounds; memory in MB, ours / theirs, the peak of a fresh process (and beyond what it held when built)."
-        " Times the floor: over the least time for the counted FLOPs and for the bytes of weights, inputs and outputs,"
-        " at the rates measured in between, ours / theirs, each of its own FLOPs.",
+        " Times the floor: over the least time for the counted FLOPs (of the side that takes fewer) or for the bytes of"
+        " weights, inputs and outputs, at the rates measured in between, ours / theirs.",
         f"Load average {load.get('start')} at the start, {load.get('end')} at the end (the benchmark's own included).",
     ]
     if "diffusers" not in table["sides"]:
