@@ -14,10 +14,10 @@ from tqdm import tqdm
 from ldm.bench import machine
 from ldm.bench.cases import Case
 from ldm.bench.measure import Settings, measure
+from ldm.bench.report import FILE
 from ldm.bench.sides import Side, WorkerFailed, command, environment
 from ldm.config import UserError
 
-FILE = "benchmark.json"
 NAMES = ("ldm", "diffusers")
 
 

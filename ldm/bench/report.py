@@ -7,6 +7,7 @@ from typing import Any
 
 from ldm.bench.machine import BUSY
 
+FILE = "benchmark.json"
 HEAD = ("", "ldm", "diffusers", "ratio", "times the floor", "memory", "largest difference", "target")
 Row = dict[str, Any]
 
@@ -107,11 +108,16 @@ def remarks(table: dict[str, Any]) -> list[str]:
         found.append("diffusers is not installed: only our side was run.")
     plain = [row["name"] for row in table["rows"] if _layout(row) == "contiguous"]
     if plain:
-        found.append(f"Channels-last but where diffusers was faster with its weights contiguous: {', '.join(plain)}.")
+        found.append(f"Channels-last but where diffusers was faster with its weights contiguous: {named(plain)}.")
     busy = [row["name"] for row in table["rows"] if (row.get("others") or 0) > BUSY]
     if busy:
-        found.append(f"WARNING: other programs took over {BUSY:g} cores while these were measured: {', '.join(busy)}.")
+        found.append(f"WARNING: other programs took over {BUSY:g} cores while these were measured: {named(busy)}.")
     return found
+
+
+def named(rows: Sequence[str], most: int = 6) -> str:
+    """A few names, or how many there are."""
+    return ", ".join(rows) if len(rows) <= most else f"{len(rows)} rows, see {FILE}"
 
 
 def _layout(row: Row) -> str | None:
