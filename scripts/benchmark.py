@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ldm.bench.cases import WORKLOADS, choose
+from ldm.bench.workloads import WORKLOADS, choose
 from ldm.cli import argument_parser, find_device, run_script
 from ldm.config import UserError
 

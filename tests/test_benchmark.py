@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fake_benchmark import ENV, SETTINGS, Workers, case, measured
 from torch import nn
 
-from ldm.bench import bench, cases, machine, measure, processes, report, stats, worker
+from ldm.bench import bench, cases, machine, measure, processes, report, stats, worker, workloads
 from ldm.bench.cases import Case, Target
 from ldm.bench.measure import Settings
 from ldm.bench.sides import WorkerFailed, alternate
@@ -95,7 +95,7 @@ def test_failures_are_one_line_with_the_side(fake):
 
 
 def test_memory_is_of_a_process_of_its_own(fake):
-    found = row(fake, case(memory=True, params={"fills": "ldm"}, targets=(cases.AT_MOST_THEIRS,)))
+    found = row(fake, case(memory=True, params={"fills": "ldm"}, targets=(workloads.AT_MOST_THEIRS,)))
     ours, theirs = (found["sides"][name]["memory"] for name in ("ldm", "diffusers"))
     assert ours["grown"] > 190 * 2**20 and theirs["grown"] < 10 * 2**20
     (target,) = found["targets"]
@@ -201,9 +201,9 @@ def test_every_case_is_known_and_has_its_own_name():
 
     from ldm.bench import ours, theirs
 
-    found = cases.all_cases(compile=True)
+    found = workloads.all_cases(compile=True)
     assert len({c.name for c in found}) == len(found)
-    assert {c.workload for c in found} == set(cases.WORKLOADS)
+    assert {c.workload for c in found} == set(workloads.WORKLOADS)
     for c in found:
         assert bool(c.kind) != bool(c.commands)
         if c.kind:
@@ -214,13 +214,13 @@ def test_every_case_is_known_and_has_its_own_name():
 
 
 def test_choice():
-    assert {c.workload for c in cases.choose("data, features")} == {"data", "features"}
-    assert {c.workload for c in cases.choose(None, quick=True)} == set(cases.WORKLOADS)
-    assert len(cases.choose("sampling", quick=True)) == 1
-    assert any("compiled" in c.name for c in cases.choose("sampling", compile=True))
+    assert {c.workload for c in workloads.choose("data, features")} == {"data", "features"}
+    assert {c.workload for c in workloads.choose(None, quick=True)} == set(workloads.WORKLOADS)
+    assert len(workloads.choose("sampling", quick=True)) == 1
+    assert any("compiled" in c.name for c in workloads.choose("sampling", compile=True))
     for name in ("nothing", "", "sampling,nothing"):
         with pytest.raises(UserError, match="is unknown; known: import, cold-start"):
-            cases.choose(name)
+            workloads.choose(name)
 
 
 def test_rounds_of_what_takes_long():
@@ -299,10 +299,12 @@ def test_report(fake, tmp_path):
     table = {"settings": bench.settings_table(SETTINGS), "sides": ["ldm"], "rows": rows, "load": {}}
     for number, each in enumerate(rows):
         each["others"] = 1.0 if number == 0 else 0.1
+    rows.append({"name": "sampling/other", "workload": "sampling", "failed": "ldm: no"})
     report.write(tmp_path, table, rows)
     text = (tmp_path / "benchmark.md").read_text()
     lines = text.splitlines()
-    assert lines[0].count("|") == len(report.HEAD) + 1 and len([n for n in lines if n.startswith("|")]) == 3
+    assert lines[0].count("|") == len(report.HEAD) + 1 and len([n for n in lines if n.startswith("|")]) == 4
+    assert "| sampling/other | failed | ldm: no |" in text
     assert "a \\| b" in text and "at least 1000000000.0x: MISSED" in text
     assert "diffusers is not installed" in text
     assert "WARNING: other programs took over 0.15 cores while these were measured: sampling/fake." in text

@@ -1,7 +1,7 @@
 """Speed and memory of this project beside diffusers', by `scripts/benchmark.py`: two processes, one a side, in
 alternation on the same weights and inputs.
 
-cases: what is measured and what is aimed at    models: weights and inputs that both sides get
+cases, workloads: what is measured and aimed at    models: weights and inputs that both sides get
 ours, training, feeding: our side's work        theirs: diffusers'
 worker: the process of one side                 sides: how it is spoken to
 measure: one row                                processes: rows of whole fresh processes

@@ -9,6 +9,9 @@ from ldm.bench.machine import BUSY
 
 FILE = "benchmark.json"
 HEAD = ("", "ldm", "diffusers", "ratio", "times the floor", "memory", "largest difference", "target")
+WIDE = (
+    "body { max-width: 1400px } td { white-space: normal } td + td { min-width: 90px } td small { white-space: nowrap }"
+)
 Row = dict[str, Any]
 
 
@@ -161,7 +164,10 @@ def page(table: dict[str, Any], rows: Sequence[Row]) -> str:
     from ldm.metrics.report_html import table as html_table
     from ldm.metrics.report_plots import Line, plot
 
-    parts = ["<h1>Speed beside diffusers</h1>", *(f'<p class="soft">{escape(r)}</p>' for r in remarks(table))]
+    machine, reading, *more = (f'<p class="soft">{escape(text)}</p>' for text in remarks(table))
+    judged_ = [target["met"] for row in rows for target in row.get("targets", ()) if target["met"] is not None]
+    met = f"<p>{sum(judged_)} of {len(judged_)} targets are met.</p>"
+    parts = ["<h1>Speed beside diffusers</h1>", machine, *more, met if judged_ else ""]
     parts.append(html_table(HEAD, [cells(row) for row in rows if not row.get("point")]))
     drawn = [
         plot(f"Seconds by {axis}", axis, [Line(name=name, points=points) for name, points in sides.items()])
@@ -176,8 +182,9 @@ def page(table: dict[str, Any], rows: Sequence[Row]) -> str:
         names = sorted({name for row in spent for name in row["sides"]["ldm"]["parts"]})
         lines = [[row["name"], *(_part(row, name) for name in names)] for row in spent]
         parts.append("<h2>What a training step consists of</h2>" + html_table(["", *names], lines))
+    parts.append(f"<h2>How to read this</h2>{reading}")
     title = "<title>Speed beside diffusers</title><meta name=viewport content='width=device-width'>"
-    head = f"<meta charset=utf-8>{title}<style>{CSS}</style>"
+    head = f"<meta charset=utf-8>{title}<style>{CSS}{WIDE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>"
 
 
