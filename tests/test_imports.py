@@ -21,10 +21,10 @@ ROWS = (
     ("ldm.checkpoint", "ldm.metrics"),
     ("ldm.pipeline",),
     ("ldm.tasks",),
-    ("ldm.app",),
+    ("ldm.app", "ldm.bench"),
     ("scripts",),
 )
-PACKAGES = ("ldm.data", "ldm.metrics", "ldm.tasks", "ldm.app")
+PACKAGES = ("ldm.data", "ldm.metrics", "ldm.tasks", "ldm.app", "ldm.bench")
 MODELS = {"ldm.layers", "ldm.vae", "ldm.unet", "ldm.clip", "ldm.clip_towers", "ldm.discriminator", "ldm.perceptual"}
 MODELS |= {"ldm.grounding", "ldm.checkpoint", "ldm.pipeline", "ldm.tasks"}
 HEAVY = {"transformers", "diffusers", "lpips", "tensorboard", "sklearn", "scipy", "skimage", "torchmetrics", "gradio"}
