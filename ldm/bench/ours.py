@@ -49,8 +49,7 @@ def sampling(kind: str, params: Params, home: Path, device: torch.device) -> Job
     """Prompts to pictures through the pipeline."""
     pipe = Pipeline.from_pretrained(models.folder(params["model"], home), device)
     if params.get("compile"):
-        pipe.unet.compile()
-        pipe.vae.decoder.compile()
+        pipe.compile()
     side = params["side"] * pipe.vae.factor
     fixed = {"guidance": params["guidance"], "sampler": "ddim", "seed": 0, "height": side, "width": side}
 
