@@ -27,6 +27,7 @@ from ldm.metrics.records import Record, frechet_records, mean_record, picture_re
 from ldm.metrics.report_autoencoder import write_autoencoder_report
 from ldm.metrics.report_html import Gallery, Row
 from ldm.perceptual import perceptual_network
+from ldm.task import processes
 from ldm.tasks.evaluate import FEWEST, SMALLEST, USUAL, check_numbers, sample_indices, trained_on
 from ldm.tasks.evaluate_features import FeatureCache
 from ldm.tasks.evaluate_latents import representation
@@ -93,8 +94,9 @@ def evaluate_autoencoder(config: AutoencoderEvaluation, out: Path, device: str =
         warnings.warn(
             "what the latents say is left out: it needs scikit-learn (pip install scikit-learn)", stacklevel=2
         )
-    weights.write_json(out / "metrics.json", {"format": FORMAT, "settings": settings, "results": results})
-    write_autoencoder_report(out / "report.html", settings, results, galleries(coded))
+    if processes().is_main_process:
+        weights.write_json(out / "metrics.json", {"format": FORMAT, "settings": settings, "results": results})
+        write_autoencoder_report(out / "report.html", settings, results, galleries(coded))
     return [
         f"PSNR: {results[0]['value']:.2f} dB, SSIM: {results[1]['value']:.4f} (N={num})",
         *(f"{r['metric']}: {r['value']:.4g}" for r in results if r["metric"] in HEADLINES),
@@ -127,7 +129,8 @@ def feature_records(
     device, size = next(vae.parameters()).device, config.batch_size
     cache = FeatureCache(out / "features", extractor.name, extractor.sha256, extractor.to(device), device)
     batches = -(-len(coded.pixels) // size)
-    real, fake = (cache(p.split(size), batches, "features") for p in (coded.pixels, coded.decoded))
+    sets = (pictures.split(size) for pictures in (coded.pixels, coded.decoded))
+    real, fake = (cache(parts.__getitem__, batches, "features") for parts in sets)
     about = (fake, real, "reconstructions", extractor.about, config.seed)
     return [*frechet_records(*about), *picture_records(*about)]
 

@@ -28,6 +28,7 @@ from ldm.metrics.records import (
     picture_records,
 )
 from ldm.pipeline import Pipeline
+from ldm.task import processes
 from ldm.tasks.evaluate_bench import Bench, Measured, Source, blank_record
 from ldm.tasks.evaluate_extras import efficiency, groups, memorization, robustness
 
@@ -63,7 +64,8 @@ def measure(bench: Bench) -> Measured:
         groups(bench, measured, best)
     if bench.extractor and bench.train is not None:
         memorization(bench, measured, best)
-    measured.results += efficiency(bench, best)
+    if processes().is_main_process:  # in the others nothing is written
+        measured.results += efficiency(bench, best)
     return measured
 
 
