@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Error, Page, Request, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle above a blue square"
 SHOTS = os.environ.get("SHOTS")  # a folder: every tab's picture at both widths goes there
+# Where this machine has things, and what kinds of answers could say so
+MACHINE = (str(ROOT), str(Path.home()) + "/", tempfile.gettempdir() + "/", sys.prefix)
+TALKING = ("document", "fetch", "xhr", "eventsource", "script", "image")
 TABS = ("Make", "Edit", "Compare", "Look inside", "Judge")
 
 
@@ -67,19 +71,30 @@ def opened(browser: Browser, address: str, width: int = 1440, **options) -> Iter
     context = browser.new_context(viewport={"width": width, "height": 900}, **options)
     page = context.new_page()
     page.set_default_timeout(20_000)
-    outside, wrong = [], []
+    outside, wrong, told = [], [], []
     page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else outside.append(r.url))
     # what a reload breaks off is no mistake of the page
     broken_off = ("AbortError", "Connection errored out")
     complain = lambda text: None if any(words in text for words in broken_off) else wrong.append(text)  # noqa: E731
+    page.on("requestfinished", lambda r: told.append(r) if r.resource_type in TALKING else None)
     page.on("console", lambda m: complain(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda e: complain(str(e)))
     page.on("dialog", lambda d: (wrong.append("dialog"), d.dismiss()))
     page.goto(address)
     page.wait_for_selector("#make-go")
     yield page
+    leaks = [path for asked in told for path in MACHINE if path in asked.url + body(asked)]
+    leaks += [path for path in MACHINE if path in page.content()]
     context.close()
-    assert outside == [] and wrong == []
+    assert outside == [] and wrong == [] and leaks == []
+
+
+def body(asked: Request) -> str:
+    """The text that answered a request, as far as there is one and the browser still has it."""
+    try:
+        return asked.response().text()
+    except (Error, UnicodeDecodeError, AttributeError):
+        return ""
 
 
 def reachable(port: int) -> bool:
