@@ -21,7 +21,7 @@ class Veil:
     """An ASGI application around another one, in whose texts folders have other names.
 
     Folders that the page serves files of (`folder`, and gradio's for uploads) are "/page" and "/uploads", in answers
-    and back again in what is asked for; the package, the working folder and the home are "ldm", "." and "~", in answers.
+    and back again in what is asked for; in answers the package is "ldm", the working folder "." and the home "~".
     """
 
     def __init__(self, app: Application, folder: Path) -> None:
