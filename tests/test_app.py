@@ -1,5 +1,6 @@
 """What the page does, without a browser: bounds, previews, stops, settings in PNGs, studies; and the server itself."""
 
+import html
 import threading
 import warnings
 from pathlib import Path
@@ -118,6 +119,21 @@ def test_settings_out_of_bounds_are_refused_by_name(values, words):
 def test_prompts_are_cleaned_and_messages_are_text():
     assert settings(prompt="a\0b\n\tc \ud800").cleaned().prompt == "a b c ?"
     assert "<script>" not in said("<script>alert(1)</script>") and "&lt;script&gt;" in said("<script>")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("no model in '/home/me/my models/mine'", "No model in 'mine'"),
+        ("'/srv/a/unet/config.json' is missing", "'config.json' is missing"),
+        ("cannot read /srv/a/b.json: no", "Cannot read b.json: no"),
+        ("'/srv/a/' is no folder", "'a' is no folder"),
+        ("see https://example.org/a/b, at 3/4 or runs/mine", "See https://example.org/a/b, at 3/4 or runs/mine"),
+        ("", ""),
+    ],
+)
+def test_messages_are_sentences_without_the_paths_of_the_machine(text, words):
+    assert html.unescape(said(text, wrong=True)) == f'<p role="status" class="wrong">{words}</p>'
 
 
 def test_running_out_of_memory_is_said(pipe, monkeypatch):
@@ -427,6 +443,7 @@ def test_the_page_and_its_server_stay_on_this_machine(tmp_path, monkeypatch):
 
 def test_no_path_of_the_machine_leaves_and_files_are_found_by_other_names(tmp_path, monkeypatch):
     from fastapi import FastAPI, Request, Response
+    from fastapi.middleware.gzip import GZipMiddleware
     from fastapi.responses import StreamingResponse
     from fastapi.testclient import TestClient
 
@@ -435,6 +452,7 @@ def test_no_path_of_the_machine_leaves_and_files_are_found_by_other_names(tmp_pa
     uploads, folder, here = tmp_path / "up loads", tmp_path / "app ö", str(Path.cwd())
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(uploads))
     app, heard = FastAPI(), []
+    app.add_middleware(GZipMiddleware, minimum_size=1)
 
     @app.get("/text")
     def text():
@@ -463,6 +481,9 @@ def test_no_path_of_the_machine_leaves_and_files_are_found_by_other_names(tmp_pa
     assert int(answer.headers["content-length"]) == len(answer.content)
     assert client.get("/stream").text == "".join(f"data: /page/{i}.png\n\n" for i in range(3))
     assert client.get("/bytes").content == str(folder).encode()
+    assert Veil(app, folder).veiled(f"{folder}er {here}-x {here}".encode()) == f"{folder}er {here}-x .".encode()
+    compressed = client.get("/text", headers={"Accept-Encoding": "gzip"})  # or the paths in it could not be found
+    assert compressed.json() == answer.json() and "content-encoding" not in compressed.headers
     client.get("/gradio_api/file=/page/pictures/x.png")
     client.get("/gradio_api/file=/uploads/y z.png")
     client.get("/page/x.png")  # not asked for as a file

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
+from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,7 +16,9 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
-TEXTS = (b"text/", b"application/json", b"application/javascript")
+# What says where files are. Scripts and styles are gradio's own files, which stay as they are.
+TEXTS = (b"text/html", b"text/plain", b"text/event-stream", b"application/json")
+FIXED = ("/assets/", "/static/")
 
 
 class Veil:
@@ -30,21 +34,17 @@ class Veil:
         self.served = {"/page": str(folder.resolve()), "/uploads": str(Path(uploads).resolve())}
         others = {"ldm": str(Path(ldm.__file__).parent), ".": os.getcwd(), "~": str(Path.home())}
         found = {path: name for name, path in (*others.items(), *self.served.items()) if len(path) > 1}
-        # the longest first: a folder's name before that of one around it
-        self.names = [
-            (spelt.encode(), name.encode())
-            for path, name in sorted(found.items(), key=lambda pair: -len(pair[0]))
-            for spelt in dict.fromkeys((path, json.dumps(path)[1:-1], quote(path)))
-        ]
+        spelt = {way.encode(): name.encode() for path, name in found.items() for way in _spellings(path)}
+        # the longest first: a folder's name before that of one around it; and whole names, not the half of another one
+        ways = b"|".join(re.escape(way) for way in sorted(spelt, key=len, reverse=True))
+        self.names, self.ways = spelt, re.compile(rb"(?:" + ways + rb")(?![\w-])")
 
     def veiled(self, text: bytes) -> bytes:
         """A text of an answer, without the machine's paths."""
-        for path, name in self.names:
-            text = text.replace(path, name)
-        return text
+        return self.ways.sub(lambda found: self.names[found[0]], text)
 
     def path(self, asked: str) -> str:
-        """The path that a request means, which is of a file under a folder that is served, or none of the machine's."""
+        """The path that a request means, by the names that the page knows. Gradio refuses what it does not serve."""
         for marker in ("/file=", "/file/"):
             before, found, file = asked.partition(marker)
             if found:
@@ -73,6 +73,8 @@ class Veil:
             return
         path = self.path(scope["path"])
         scope = {**scope, "path": path, "raw_path": quote(path).encode()}
+        if not path.startswith(FIXED):  # what is compressed cannot be read here
+            scope["headers"] = [(k, v) for k, v in scope["headers"] if k != b"accept-encoding"]
         headers = dict(scope["headers"])
         if headers.get(b"content-type", b"").startswith(b"application/json"):
             body = await _whole(receive)
@@ -121,6 +123,11 @@ class _Answer:
         if not first.get("more_body"):
             headers.append((b"content-length", str(len(first["body"])).encode()))
         return {**start, "headers": headers}
+
+
+def _spellings(path: str) -> tuple[str, ...]:
+    """How a path looks in plain text, in JSON, in an address and in HTML."""
+    return path, json.dumps(path)[1:-1], quote(path), escape(path)
 
 
 async def _whole(receive: Receive) -> bytes:
