@@ -1,8 +1,10 @@
 """What the page does, without a browser: bounds, previews, stops, settings in PNGs, studies; and the server itself."""
 
+import html
 import threading
 import warnings
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -117,6 +119,21 @@ def test_settings_out_of_bounds_are_refused_by_name(values, words):
 def test_prompts_are_cleaned_and_messages_are_text():
     assert settings(prompt="a\0b\n\tc \ud800").cleaned().prompt == "a b c ?"
     assert "<script>" not in said("<script>alert(1)</script>") and "&lt;script&gt;" in said("<script>")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("no model in '/home/me/my models/mine'", "No model in 'mine'"),
+        ("'/srv/a/unet/config.json' is missing", "'config.json' is missing"),
+        ("cannot read /srv/a/b.json: no", "Cannot read b.json: no"),
+        ("'/srv/a/' is no folder", "'a' is no folder"),
+        ("see https://example.org/a/b, at 3/4 or runs/mine", "See https://example.org/a/b, at 3/4 or runs/mine"),
+        ("", ""),
+    ],
+)
+def test_messages_are_sentences_without_the_paths_of_the_machine(text, words):
+    assert html.unescape(said(text, wrong=True)) == f'<p role="status" class="wrong">{words}</p>'
 
 
 def test_running_out_of_memory_is_said(pipe, monkeypatch):
@@ -406,10 +423,72 @@ def test_the_page_and_its_server_stay_on_this_machine(tmp_path, monkeypatch):
     assert page.status_code == 200 and "default-src 'self'" in page.headers["Content-Security-Policy"]
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
     assert (app / "judgements.sqlite").is_file()
-    for path in ("/etc/passwd", str(Path(__file__).resolve()), str(secret), f"{app}/judgements.sqlite"):
+    kept = Desk(models=offered("shapes"), folder=app).keep(Image.new("RGB", (4, 4)), {"prompt": "a"})
+    served = client.get(f"/gradio_api/file=/page/pictures/{Path(kept).name}")
+    assert served.status_code == 200 and served.content == Path(kept).read_bytes()
+    for path in (
+        "/etc/passwd",
+        str(secret),
+        f"{app}/judgements.sqlite",
+        "/page/judgements.sqlite",
+        "/page/../elsewhere/secret.png",
+    ):
         assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
         # as if it had been uploaded
         data = {"path": path, "meta": {"_type": "gradio.FileData"}}
         answer = client.post("/gradio_api/run/dropped", json={"data": [data]})
         assert answer.status_code >= 400 and "a secret" not in answer.text
     assert not [file for file in (tmp_path / "served").rglob("*") if file.is_file()]
+
+
+def test_no_path_of_the_machine_leaves_and_files_are_found_by_other_names(tmp_path, monkeypatch):
+    from fastapi import FastAPI, Request, Response
+    from fastapi.middleware.gzip import GZipMiddleware
+    from fastapi.responses import StreamingResponse
+    from fastapi.testclient import TestClient
+
+    from ldm.app.veil import Veil
+
+    uploads, folder, here = tmp_path / "up loads", tmp_path / "app ö", str(Path.cwd())
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(uploads))
+    app, heard = FastAPI(), []
+    app.add_middleware(GZipMiddleware, minimum_size=1)
+
+    @app.get("/text")
+    def text():
+        return {"path": f"{folder}/a.png", "url": f"/file={quote(str(uploads))}/b.png", "said": f"{here}/c is missing"}
+
+    @app.get("/stream")
+    def stream():
+        parts = (f"data: {folder}/{i}.png\n\n" for i in range(3))
+        return StreamingResponse(parts, media_type="text/event-stream")
+
+    @app.get("/bytes")
+    def bytes_():
+        return Response(str(folder).encode(), media_type="image/png")
+
+    @app.post("/api/{rest:path}")
+    async def api(request: Request):
+        heard.append((request.url.path, await request.json()))
+
+    @app.get("/{rest:path}")
+    def file(request: Request):
+        heard.append(request.scope["path"])
+
+    client = TestClient(Veil(app, folder))
+    answer = client.get("/text")
+    assert answer.json() == {"path": "/page/a.png", "url": "/file=/uploads/b.png", "said": "./c is missing"}
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    assert client.get("/stream").text == "".join(f"data: /page/{i}.png\n\n" for i in range(3))
+    assert client.get("/bytes").content == str(folder).encode()
+    assert Veil(app, folder).veiled(f"{folder}er {here}-x {here}".encode()) == f"{folder}er {here}-x .".encode()
+    compressed = client.get("/text", headers={"Accept-Encoding": "gzip"})  # or the paths in it could not be found
+    assert compressed.json() == answer.json() and "content-encoding" not in compressed.headers
+    client.get("/gradio_api/file=/page/pictures/x.png")
+    client.get("/gradio_api/file=/uploads/y z.png")
+    client.get("/page/x.png")  # not asked for as a file
+    assert heard == [f"/gradio_api/file={folder}/pictures/x.png", f"/gradio_api/file={uploads}/y z.png", "/page/x.png"]
+    sent = {"data": [{"path": "/page/pictures/x.png"}, "/page/x.png", None], "event_data": {"path": "/etc/passwd"}}
+    client.post("/api/x", json=sent)
+    assert heard[-1] == ("/api/x", sent | {"data": [{"path": f"{folder}/pictures/x.png"}, "/page/x.png", None]})
+    assert Veil(app, folder).asked(b"{") == b"{"  # for the page to refuse

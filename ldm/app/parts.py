@@ -1,5 +1,6 @@
 """What the tabs share: the controls, how things are said, where pictures are kept."""
 
+import re
 import secrets
 import threading
 import uuid
@@ -114,8 +115,15 @@ def stops(desk: Desk, tab: str, halt: gr.Button, status: gr.HTML) -> None:
 
 
 def said(text: str, wrong: bool = False) -> str:
-    """A message as HTML; whatever is in it is text."""
-    return f'<p role="status" class="{"wrong" if wrong else ""}">{escape(text)}</p>'
+    """A message as HTML: a sentence that begins as one, without the machine's paths; whatever is in it is text."""
+    text = placeless(text)
+    return f'<p role="status" class="{"wrong" if wrong else ""}">{escape(text[:1].upper() + text[1:])}</p>'
+
+
+def placeless(text: str) -> str:
+    """A message in which files and folders go by their own names alone, without the path to them."""
+    quoted = re.sub(r"""(['"])/(?:[^'"]*/)?([^'"/]+)/?\1""", r"\1\2\1", text)
+    return re.sub(r"(?<![\w./<])/(?:[^\s/'\"<>]+/)+", "", quoted)
 
 
 def shown(update: Update) -> str:
