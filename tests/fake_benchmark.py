@@ -2,6 +2,7 @@
 `python fake_benchmark.py run OUT` measures two cases with such, of which the second hangs."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -80,4 +81,5 @@ def main(side: str, place: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     main(sys.argv[1], sys.argv[2])

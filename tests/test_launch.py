@@ -2,9 +2,11 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from launching import launch
 from PIL import Image
 from test_scripts import AUTOENCODER, CLIP, DIFFUSION, in_process
@@ -59,7 +61,16 @@ def test_two_processes_have_the_loss_curve_of_one_at_the_same_global_batch(folde
             assert math.isclose(a[key], b[key], rel_tol=TOLERANCE, abs_tol=1e-6), (a["step"], key, a[key], b[key])
 
 
-def test_two_processes_measure_what_one_measures(folder, capsys, monkeypatch):
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many as each process of a launch has: with others, sums differ in their last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_processes_measure_what_one_measures(folder, capsys, monkeypatch, one_thread):
     """The same pictures to the bit, and all numbers but time and memory."""
     arguments = ["--model", "two/diffusion", "--data", "shapes", *MEASURED]
     done = launch("scripts/evaluate.py", *arguments, "--out", "both", cwd=folder)
