@@ -9,8 +9,8 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 
-from ldm.app.page import HEAD, THEME, build
-from ldm.app.parts import CSS
+from ldm.app.front import CSS, HEAD, THEME
+from ldm.app.page import build
 from ldm.app.studio import Models
 from ldm.app.veil import Veil
 

@@ -74,15 +74,15 @@ def another(browser, address) -> Iterator[Page]:
     yield from opened(browser, address)
 
 
-def opened(browser: Browser, address: str, width: int = 1440, **options) -> Iterator[Page]:
-    """A page that asks for nothing from outside, complains of nothing, and opens no dialog."""
+def opened(browser: Browser, address: str, width: int = 1440, known: str = "", **options) -> Iterator[Page]:
+    """A page that asks for nothing from outside, complains of nothing but what is `known`, and opens no dialog."""
     context = browser.new_context(viewport={"width": width, "height": 900}, **options)
     page = context.new_page()
     page.set_default_timeout(20_000)
     outside, wrong, told = [], [], []
     page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else outside.append(r.url))
     # what a reload breaks off is no mistake of the page
-    broken_off = ("AbortError", "Connection errored out")
+    broken_off = ("AbortError", "Connection errored out", *filter(None, [known]))
     complain = lambda text: None if any(words in text for words in broken_off) else wrong.append(text)  # noqa: E731
     page.on("requestfinished", lambda r: told.append(r) if r.resource_type in TALKING else None)
     page.on("console", lambda m: complain(m.text) if m.type == "error" else None)
@@ -146,10 +146,20 @@ def number(page: Page, label: str, value: float) -> None:
     box.blur()
 
 
+def sources(page: Page, where: str) -> list[str]:
+    """Where the pictures of a shelf come from, all at one time."""
+    return page.locator(where).evaluate_all("found => found.map(image => image.src)")
+
+
 def served(page: Page, where: str, index: int = 0) -> Image.Image:
     """A picture of a gallery, as its file is served."""
     source = page.locator(f"{where} img").nth(index).get_attribute("src")
     return Image.open(io.BytesIO(page.request.get(source).body()))
+
+
+def places(page: Page, where: str) -> list[dict[str, float]]:
+    """Where elements are in the window."""
+    return page.locator(where).evaluate_all("found => found.map(e => e.getBoundingClientRect().toJSON())")
 
 
 def make(page: Page, prompt: str, steps: int = 20, pictures: int = 1) -> str:
@@ -235,6 +245,64 @@ def test_settings_come_back_from_a_click_and_from_a_file(page, tmp_path):
     until(page, "#make-status", "does not say what it was made from")
 
 
+def test_the_history_outlives_a_reload_and_is_of_one_browsers_tab(page, another):
+    shown = lambda tab: [name.split("/")[-1] for name in sources(tab, "#make-history img")]  # noqa: E731
+    make(page, PROMPT, steps=3, pictures=2)
+    wait(lambda: len(shown(page)) == 2)
+    made = shown(page)
+    page.reload()
+    wait(lambda: shown(page) == made)
+    make(page, PROMPT, steps=3)
+    wait(lambda: len(shown(page)) == 3)
+    assert shown(page)[1:] == made
+    page.locator("#make-history .thumbnail-item").last.click()
+    until(page, "#make-status", "settings of that picture")
+    make(another, PROMPT, steps=3)
+    wait(lambda: len(shown(another)) == 1)
+    page.reload()
+    wait(lambda: len(shown(page)) == 3)
+
+
+def test_a_stop_is_answered_and_a_second_click_changes_nothing(page):
+    page.click("#make-stop")
+    until(page, "#make-status", "Nothing is running")
+    field(page, "Prompt").fill(PROMPT)
+    number(page, "Steps", 150)
+    number(page, "Pictures", 16)
+    page.click("#make-go")
+    until(page, "#make-status", r"step \d")
+    page.click("#make-go")
+    page.click("#make-go")
+    page.click("#make-stop")
+    until(page, "#make-status", "Stopped at step")
+    page.click("#make-stop")
+    until(page, "#make-status", "Nothing is running")
+
+
+def test_numbers_out_of_range_are_answered(page):
+    field(page, "Prompt").fill(PROMPT)
+    number(page, "Steps", 5000)
+    field(page, "Seed").fill("-3")
+    assert page.locator('input[aria-label*="Steps"]').first.input_value() == "150"  # the slider's own end
+    page.click("#make-go")
+    until(page, "#make-status", "Seed is -3; it must be from 0 to 4,294,967,279")
+
+
+def test_a_file_that_is_no_picture_is_answered_and_a_picture_still_taken(browser, address, tmp_path):
+    (tmp_path / "no.png").write_bytes(b"no picture" * 99)
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "yes.png")
+    for page in opened(browser, address, known="could not be decoded"):
+        turn_to(page, "Edit")
+        page.locator("#edit-editor input[type=file]").first.set_input_files(tmp_path / "no.png")
+        until(page, "#edit-status", "That file cannot be read as a picture")
+        page.locator("#edit-editor input[type=file]").first.set_input_files(tmp_path / "yes.png")
+        drawable(page)
+        field(page, "Prompt").fill(PROMPT)
+        number(page, "Pictures", 1)
+        page.click("#edit-go")
+        until(page, "#edit-status", "picture in")
+
+
 def test_only_what_was_brushed_over_is_drawn_anew(page, tmp_path):
     turn_to(page, "Edit")
     start = Image.new("RGB", (320, 320), (128, 128, 128))
@@ -297,6 +365,11 @@ def test_a_comparison_is_a_labelled_picture_to_download(page, tmp_path):
     number(page, "Steps", 8)
     page.click("#compare-go")
     until(page, "#compare-status", "Done, with seed")
+    assert page.locator("#compare-grid figcaption").all_inner_texts() == ["guidance 1", "guidance 3"]
+    page.set_viewport_size({"width": 360, "height": 800})
+    label, (first, second) = page.locator("#compare-grid figcaption").first, places(page, "#compare-grid img")
+    assert float(label.evaluate("e => parseFloat(getComputedStyle(e).fontSize)")) >= 12  # legible, two in a row
+    assert first["y"] == second["y"] and first["width"] >= 100
     with page.expect_download() as download:
         page.click("#compare-download")
     download.value.save_as(tmp_path / "grid.png")
@@ -351,6 +424,22 @@ FLASH = """() => { const view = document.querySelector('#judge-view'), old = vie
   }).observe(view, {subtree: true, childList: true})); }"""
 COVERED = """() => ['shot', 'mask'].map(name =>
   getComputedStyle(document.querySelector('#judge-view .' + name)).visibility).join() === 'hidden,visible'"""
+
+
+@pytest.mark.parametrize("mode", ["Real or generated?", "Which one is real?"])
+def test_what_is_judged_stands_by_its_buttons_on_a_telephone(browser, address, mode):
+    for page in opened(browser, address, 360):
+        turn_to(page, "Judge")
+        number(page, "Pictures of each kind", 10)
+        field(page, "What to judge").click()
+        page.get_by_role("option", name=mode, exact=True).click()
+        page.click("#judge-go")
+        until(page, "#judge-view", r"\(1 of 20\)", 120)
+        picture, left, right = (
+            places(page, where)[0] for where in ("#judge-view img", *map("#judge-answer-{}".format, "01"))
+        )
+        assert 0 <= left["top"] - picture["bottom"] < 60 and left["top"] == right["top"]
+        assert left["bottom"] - picture["top"] < 400  # both in sight at once
 
 
 def test_a_flash_is_seen_for_its_time_and_then_covered(page):
