@@ -264,7 +264,7 @@ def guided(
     def denoise(z_t: Tensor, t: Tensor) -> Tensor:
         if not interval[0] <= float(t) <= interval[1]:
             return denoiser(z_t, t, context)
-        off, on = denoiser.predict(torch.cat([z_t, z_t]), t, both).chunk(2)
+        off, on = denoiser.predict(z_t, t, both).chunk(2)
         prediction = off + guidance * (on - off)
         if rescale:
             prediction = rescale_guidance(prediction, on, rescale)

@@ -363,7 +363,8 @@ def _optimizers(name: str, module: nn.Module, o: OptimizerConfig) -> dict[str, t
     rest = [p for p in module.parameters() if p.requires_grad and p not in apart]
     found: dict[str, torch.optim.Optimizer] = {}
     if rest:
-        found[name] = torch.optim.AdamW(rest, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        options = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
+        found[name] = torch.optim.AdamW(rest, fused=True, **options)
     if hidden:
         found[f"{name}-muon"] = Muon(hidden, lr=o.muon_lr, weight_decay=o.weight_decay)
     return found

@@ -203,7 +203,7 @@ def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
         for name, optimizer in trained.optimizers.items():
             if not (folder / f"{name}-optimizer.pt").is_file():
                 raise ValueError(f"it has no optimizer {name}")
-            # load_state_dict moves what belongs on the device; the step counts stay on the CPU, where AdamW has them
+            # load_state_dict moves what belongs on the device
             state = torch.load(folder / f"{name}-optimizer.pt", map_location="cpu", weights_only=True)
             optimizer.load_state_dict(state)
     # A file that is no state, or holds more than tensors, makes the unpickler raise nearly anything.

@@ -4,7 +4,7 @@ parameter names (Rombach et al. 2022; Ho et al. 2020)."""
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 
 import torch
@@ -16,11 +16,12 @@ from ldm.config import UserError
 from ldm.layers import (
     Attention,
     Downsample,
-    KeyValue,
+    GroupNorm,
+    Prepared,
     ResnetBlock,
     SpatialTransformer,
     Upsample,
-    repeat_context,
+    widen,
 )
 
 # Keys of diffusers' config that change nothing here, and the values that this code supports.
@@ -169,7 +170,7 @@ class UpLevel(nn.Module):
     def forward(self, h: Tensor, temb: Tensor, contexts: Iterator, skips: list[Tensor]) -> Tensor:
         """h (B, above, H, W), temb (B, T) -> (B, width, 2H, 2W), at the first level (B, width, H, W)."""
         for i, resnet in enumerate(self.resnets):
-            h = resnet(torch.cat([h, skips.pop()], dim=1), temb)
+            h = resnet(torch.cat([h, widen(skips.pop(), len(h))], dim=1), temb)
             if hasattr(self, "attentions"):
                 h = self.attentions[i](h, contexts)
         return h if self.upsamplers is None else self.upsamplers[0](h)
@@ -188,26 +189,27 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList(DownLevel(config, i) for i in range(len(widths)))
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpLevel(config, i) for i in range(len(widths)))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def prepare(self, context: Tensor) -> tuple[KeyValue, ...]:
-        """The keys and values of every cross-attention for a context (B, L, D), in the order of `forward`:
-        computed once a picture and given to `forward` in place of the context."""
+    def prepare(self, context: Tensor) -> tuple[Prepared, ...]:
+        """What every cross-attention needs of a context (B, L, D), in the order of `forward`: computed once a picture
+        and given to `forward` in place of the context."""
         crosses = [m for name, m in self.named_modules() if name.endswith("attn2") and isinstance(m, Attention)]
-        return tuple(attention.project(context) for attention in crosses)
+        return tuple(attention.prepare(context) for attention in crosses)
 
-    def forward(self, z_t: Tensor, t: Tensor, context: Tensor | tuple[KeyValue, ...]) -> Tensor:
-        """z_t (B, C, h, w), t (B,) or a scalar, a context (B, L, D) or what `prepare` made of it -> (B, C, h, w).
+    def forward(self, z_t: Tensor, t: Tensor, context: Tensor | tuple[Prepared, ...]) -> Tensor:
+        """z_t (B, C, h, w), t (B,) or a scalar, a context (R, L, D) or what `prepare` made of it -> (R, C, h, w).
 
-        UserError where h or w is no multiple of 2^(levels - 1).
+        R is B; with a scalar t it may be a multiple, for several contexts of the same latents [z_t, z_t, ...], and
+        what does not depend on the context is done once. UserError where h or w is no multiple of 2^(levels - 1).
         """
         smallest = 2 ** (len(self.config.block_out_channels) - 1)
         if z_t.shape[-2] % smallest or z_t.shape[-1] % smallest:
             raise UserError(f"latent size {tuple(z_t.shape[-2:])} must be a multiple of {smallest} both ways")
-        contexts, skips = repeat_context(context), []
+        contexts, skips = repeat(context) if isinstance(context, Tensor) else iter(context), []
         temb = timestep_embedding(
-            t.expand(z_t.shape[0]),
+            t.reshape(-1),
             self.config.block_out_channels[0],
             flip_sin_to_cos=self.config.flip_sin_to_cos,
             freq_shift=self.config.freq_shift,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm import weights
 from ldm.config import UserError
-from ldm.layers import Attention, Downsample, ResnetBlock, Upsample
+from ldm.layers import Attention, Downsample, GroupNorm, ResnetBlock, Upsample
 
 # Keys of diffusers' config that change nothing here, and the values that this code supports.
 SUPPORTED: dict[str, tuple] = {
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
             for a, b, step in zip((widths[0], *widths), widths, steps, strict=False)
         )
         self.mid_block = MidBlock(widths[-1], config)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
             Level(a, b, config.layers_per_block + 1, groups, step)
             for a, b, step in zip((widths[0], *widths), widths, steps, strict=False)
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm.config import UserError, build, require
 
@@ -207,7 +208,7 @@ def load_model(make: Callable[[], Model], folder: Path, tensors: dict[str, Tenso
 
     hook = nn.modules.module.register_module_parameter_registration_hook(counted)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             _check_fit(make().state_dict(), folder, tensors)
     except UserError:
         raise
@@ -216,7 +217,20 @@ def load_model(make: Callable[[], Model], folder: Path, tensors: dict[str, Tenso
         raise UserError(f"{str(folder / 'config.json')!r} describes no model that can be built ({reason})") from None
     finally:
         hook.remove()
-    return load_weights(make(), folder, tensors).eval()
+    with _Undrawn():
+        model = make()
+    return load_weights(model, folder, tensors).eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Within it, new weights stay as they were allocated, to be loaded: drawing them takes time, and on the meta
+    device it imports torch's compiler."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def load_weights(model: Model, folder: Path, tensors: dict[str, Tensor] | None = None) -> Model:

@@ -50,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--height", type=int, help="pixels; default: the model's own")
     parser.add_argument("--width", type=int, help="pixels; default: the model's own")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--compile", action="store_true", help="minutes more at first, for hundreds of pictures")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="captioned grid; default: DIR/grid.png")
     parser.add_argument("--device", default="", help="default: cuda where there is one, else cpu")
     return parser.parse_args()
@@ -147,6 +148,7 @@ def main() -> None:
     from ldm.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(args.model, find_device(args.device))
+    pipe = pipe.compile() if args.compile else pipe
     options = {name: getattr(args, name) for name in OPTIONS}
     options |= read_squares(args, pipe.latent_shape()[1] * pipe.vae.factor)
     if args.interpolate:

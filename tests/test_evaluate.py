@@ -234,6 +234,12 @@ def test_every_number_is_what_the_kept_pictures_give(done, model):
     assert floor["value"] == pytest.approx(frechet_distance(net(rows), net(real)), rel=1e-4)
 
 
+def test_every_number_has_an_interval_but_counts_and_costs(done):
+    plain = {"blank_pictures", "seconds_per_picture", "parameters", "peak_memory_bytes", "scene_accuracy"}
+    without = {r["metric"] for r in results_of(done) if r["value"] is not None and "interval" not in r}
+    assert without <= plain
+
+
 def test_every_alignment_is_what_the_kept_pictures_give(done):
     judge, real = KnowsAll(), real_pictures()
     captions = [json.loads(line)["text"] for line in (done / "pictures/g1/metadata.jsonl").read_text().splitlines()]
@@ -353,6 +359,7 @@ def test_groups_that_captions_name_are_reported_apart(tmp_path):
         mine = [r for r in results if r.get("group") == tone and r["of"] == "real held-out"]
         assert {r["metric"] for r in mine} == {"group_clip_cosine", "group_paired", "group_diversity"}
         assert mine[0]["n"] == sum(r["skin_tone"] == tone for r in records)
+        assert all(r["interval"][0] <= r["value"] <= r["interval"][1] for r in mine)
     (open_,) = [r for r in results if r["metric"] == "left_open" and r["attribute"] == "skin tone"]
     assert sum(open_["value"].values()) == pytest.approx(1)
     prompts = [json.loads(line)["text"] for line in (tmp_path / "out/open/skin-tone/g1/metadata.jsonl").open()]
@@ -566,6 +573,23 @@ def test_a_folder_without_training_pictures_has_no_floor(model, tmp_path):
     assert not find(results_of(tmp_path / "out"), "compositional_score", "samples")
     text = (tmp_path / "out" / "report.html").read_text()
     assert "Link by link" not in text and "floor at this N: unknown" in text and "noise 3" in text
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+def test_held_out_pictures_that_were_trained_on_are_told(model, tmp_path, recwarn, shared):
+    for split, seed, suffix in (("test", 100, "png"), ("train", 200, "bmp")):  # the same pixels in other files
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for i in range(N):
+            name = f"{i}" if i < shared else f"{i} {split}"
+            rng = np.random.default_rng(i if i < shared else seed + i)
+            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"data/{split}/{name}.{suffix}")
+            (tmp_path / f"data/{split}/{name}.txt").write_text(f"noise {name}")
+    config = config_for(model, data="folder", data_path=str(tmp_path / "data"), guidance=(2.0,), judge="")
+    evaluate(config, tmp_path / "out", "cpu")
+    assert one(tmp_path / "out", "memorized", "samples", guidance=2.0)["held_out_in_train"] == shared
+    told = [str(w.message) for w in recwarn if "held-out pictures are in the training set" in str(w.message)]
+    assert [text[:9] for text in told] == [f"{shared} of the "] * (shared > 0)
 
 
 def test_the_script_says_the_headline(done, model, tmp_path, monkeypatch, capsys):

@@ -105,7 +105,11 @@ def test_the_autoencoders_report_is_whole(measured):
     for label in ("colour", "shape", "size", "x", "y"):
         probe = record(measured, "linear_probe", "latents", label=label)
         assert 0 <= probe["value"] <= 1 and probe["classes"] > 1
-    assert 0 <= record(measured, "mig", "latents")["value"] <= 1
+        for metric in ("linear_probe", "homogeneity", "completeness", "v_measure"):
+            found = record(measured, metric, "latents", label=label)
+            assert found["interval"][0] <= found["value"] <= found["interval"][1]
+    gap = record(measured, "mig", "latents")
+    assert 0 <= gap["value"] <= 1 and gap["interval"][0] < gap["value"] < gap["interval"][1]
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ ROWS = (
     ("ldm.checkpoint", "ldm.metrics"),
     ("ldm.pipeline",),
     ("ldm.tasks",),
-    ("ldm.app", "ldm.plan"),
+    ("ldm.app", "ldm.bench", "ldm.plan"),
     ("scripts",),
 )
-PACKAGES = ("ldm.data", "ldm.metrics", "ldm.tasks", "ldm.app")
+PACKAGES = ("ldm.data", "ldm.metrics", "ldm.tasks", "ldm.app", "ldm.bench")
 MODELS = {"ldm.layers", "ldm.vae", "ldm.unet", "ldm.clip", "ldm.clip_towers", "ldm.discriminator", "ldm.perceptual"}
 MODELS |= {"ldm.grounding", "ldm.checkpoint", "ldm.pipeline", "ldm.tasks"}
 HEAVY = {"transformers", "diffusers", "lpips", "tensorboard", "sklearn", "scipy", "skimage", "torchmetrics", "gradio"}
@@ -95,7 +95,7 @@ def test_the_rows_name_what_exists():
 
 
 def test_importing_everything_is_silent_and_light():
-    with_gradio = ("ldm.app.page", "ldm.app.parts", "ldm.app.serve", "ldm.app.tab_")
+    with_gradio = tuple(f"ldm.app.{name}" for name in ("desk", "front", "page", "parts", "serve", "tab"))
     modules = [module for module in SOURCES if module.startswith("ldm") and not module.startswith(with_gradio)]
     code = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\n"
     code += f"sys.exit(', '.join({HEAVY!r} & set(sys.modules)) or 0)"
@@ -119,3 +119,17 @@ else:
 """
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
+
+
+def test_opening_a_model_and_sampling_need_no_compiler():
+    """They are most of what `import torch` may leave out, a second or more at every start."""
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+from ldm import Pipeline
+Pipeline.from_pretrained("shapes")("a red circle", steps=1, guidance=2.0)
+sys.exit(", ".join({"sympy", "torch._dynamo", "torchvision", "scipy"} & (sys.modules.keys() - before)) or 0)
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (out.returncode, out.stderr) == (0, "")

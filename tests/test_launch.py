@@ -3,9 +3,11 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -113,7 +115,16 @@ def test_accelerate_reads_the_example_files_as_they_are_meant(file, nodes, each,
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no" and "ACCELERATE_USE_FSDP" not in environment
 
 
-def test_two_processes_measure_what_one_measures(folder, capsys, monkeypatch):
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many as each process of a launch has: with others, sums differ in their last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_processes_measure_what_one_measures(folder, capsys, monkeypatch, one_thread):
     """The same pictures to the bit, and all numbers but time and memory."""
     arguments = ["--model", "two/diffusion", "--data", "shapes", *MEASURED]
     done = launch("scripts/evaluate.py", *arguments, "--out", "both", cwd=folder)

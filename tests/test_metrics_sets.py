@@ -20,7 +20,7 @@ from ldm.metrics import (
 )
 from ldm.metrics.diversity import nearest, neighbourhoods
 from ldm.metrics.intervals import kernel_interval, mean_interval, resampled_interval
-from ldm.metrics.records import alignment_records, frechet_records, picture_records, ratio
+from ldm.metrics.records import alignment_records, class_records, frechet_records, picture_records, ratio
 
 
 def normal(count: int, dimensions: int, seed: int, mean: float = 0.0, deviation: float = 1.0) -> torch.Tensor:
@@ -165,16 +165,26 @@ def test_intervals_of_distances_hold_the_spread_over_new_samples():
 
     kid = lambda x, y: kernel_distance(x, y, 1, len(x))[0]  # noqa: E731
     new = [sample(seed) for seed in range(60)]
-    for distance, kind in ((kid, "kid"), (cmmd, "cmmd"), (frechet_distance, "")):
+    kinds = ((kid, "kid"), (cmmd, "cmmd"), (frechet_distance, ""), (frechet_distance_infinite, "few"))
+    for distance, kind in kinds:
         x, y = new[0]
         value = distance(x, y)
-        if kind:
+        if kind in ("kid", "cmmd"):
             low, high = kernel_interval(x, y, kind, value)
         else:
-            low, high = resampled_interval(frechet_distance, x, y, value)
+            low, high = resampled_interval(distance, (x, y), value, few=kind == "few")
         spread = np.quantile([distance(a, b) for a, b in new], [0.025, 0.975])
         assert low < value < high
         assert 0.6 < (high - low) / (spread[1] - spread[0]) < 1.7
+
+
+def test_interval_of_the_inception_score_holds_its_spread_over_new_samples():
+    new = [(2 * normal(200, 10, seed)).softmax(1) for seed in range(60)]
+    (record,) = class_records(new[0], "samples", {})
+    low, high = record["interval"]
+    spread = np.quantile([inception_score(p)[0] for p in new], [0.025, 0.975])
+    assert low < record["value"] < high
+    assert 0.6 < (high - low) / (spread[1] - spread[0]) < 1.7
 
 
 def test_records_say_what_they_are_of_and_unlike_ones_are_not_compared():

@@ -73,7 +73,7 @@ def test_one_model_call_a_step_and_text_once_a_picture(pipe, guidance, batch):
     batches, texts, projections = [], [], []
     crosses = [m for name, m in pipe.unet.named_modules() if name.endswith("attn2") and isinstance(m, Attention)]
     hooks = [
-        pipe.unet.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0]))),
+        pipe.unet.register_forward_hook(lambda module, inputs, output: batches.append(len(output))),
         pipe.text_encoder.register_forward_pre_hook(lambda module, inputs: texts.append(len(inputs[0]))),
         *(m.to_k.register_forward_pre_hook(lambda _, inputs: projections.append(len(inputs[0]))) for m in crosses),
     ]
@@ -86,6 +86,15 @@ def test_one_model_call_a_step_and_text_once_a_picture(pipe, guidance, batch):
     assert batches == [batch] * 4
     assert texts == [3] * passes
     assert projections == [3] * passes * len(crosses)
+
+
+def test_compiled_pictures_are_the_same():
+    """As one graph each, and not anew for every batch; the compiler itself, a minute a model, is left out."""
+    plain, compiled = Pipeline(tiny_parts()), Pipeline(tiny_parts()).compile(backend="eager")
+    for count in (1, 3):
+        assert np.array_equal(arrays(compiled(PROMPTS[:count], steps=2)), arrays(plain(PROMPTS[:count], steps=2)))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 2 <= graphs <= 4, graphs
 
 
 def test_callback_sees_every_step_and_decodes_on_demand(pipe):

@@ -20,7 +20,7 @@ from ldm.pipeline import Pipeline
 from ldm.samplers import SAMPLERS
 from ldm.tasks import diffusion
 from ldm.tasks.autoencoder import AutoencoderTask
-from ldm.tasks.clip import CLIPConfig, CLIPTask, sharing
+from ldm.tasks.clip import CLIPConfig, CLIPTask, Joined, sharing
 from ldm.tasks.diffusion import DiffusionTask, check_normalized, drop_captions
 from ldm.tokenizer import Tokenizer
 from ldm.train import train
@@ -76,7 +76,7 @@ def test_generator_and_discriminator_steps_leave_each_other_alone():
 
 
 def test_discriminator_is_idle_then_learns_then_counts():
-    task = AutoencoderTask(tiny.autoencoder(loss=replace(tiny.LOSS, gan_start=4, gan_ramp=2)))
+    task = AutoencoderTask(tiny.autoencoder(replace(tiny.TRAIN, steps=8), replace(tiny.LOSS, gan_start=4, gan_ramp=2)))
     batch = stack_images(tiny.samples(2))
     seen = [[(name, "gan_weight" in v) for name, _, v in task.losses(task.modules, batch, step)] for step in (1, 2, 4)]
     assert seen == [
@@ -84,6 +84,28 @@ def test_discriminator_is_idle_then_learns_then_counts():
         [("vae", False), ("discriminator", False)],
         [("vae", True), ("discriminator", False)],
     ]
+
+
+@pytest.mark.parametrize(("gan_start", "gan", "warned"), [(4, 0.5, True), (3, 0.5, False), (4, 0.0, False)])
+def test_a_discriminator_that_would_never_count_is_said(recwarn, gan_start, gan, warned):
+    AutoencoderTask(tiny.autoencoder(loss=replace(tiny.LOSS, gan_start=gan_start, gan=gan)))  # of 4 steps
+    assert [("never counts" in str(w.message)) for w in recwarn] == [True] * warned
+
+
+def test_autoencoder_starts_from_other_weights(vae_run):
+    there = VAE.from_pretrained(vae_run)
+    model = replace(there.config, block_out_channels=(4, 4), norm_num_groups=4)
+    config = replace(tiny.autoencoder(), vae=str(vae_run), model=model, data=replace(tiny.DATA, size=64))
+    task = AutoencoderTask(config)
+    vae = task.modules["vae"]
+    assert tiny.same(vae.state_dict(), there.state_dict())
+    assert vae.config == replace(there.config, sample_size=64)
+    batch = stack_images([task.dataset[i] for i in range(2)])
+    _, loss, _ = next(task.losses(task.modules, batch, step=0))
+    loss.backward()
+    assert all(gradients(vae))
+    with pytest.raises(UserError, match="unknown model 'nowhere'"):
+        AutoencoderTask(replace(config, vae="nowhere"))
 
 
 def test_perceptual_gradient_reaches_the_decoder_and_not_its_own_network():
@@ -399,3 +421,34 @@ def test_a_judge_learns_from_validation_too_and_cannot_condition(tmp_path, vae_r
     train(task, replace(tiny.TRAIN, steps=1), tmp_path / "run", {})  # finished: nothing more is done
     with pytest.raises(UserError, match="text_encoder|tokenizer"):
         DiffusionTask(tiny.diffusion(vae_run, tmp_path / "run"))
+
+
+def layout(tensor: torch.Tensor) -> list[int]:
+    """Strides of the axes that have any."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def test_weights_gradients_and_moments_lie_alike_in_memory(unet_task, tmp_path):
+    """torch's fused AdamW on a CPU takes them for that, without a look (2.15); after a resume, too."""
+    tasks = (AutoencoderTask(tiny.autoencoder()), CLIPTask(tiny.clip()), unet_task)
+    for i, task in enumerate(tasks):
+        run = tiny.steps(task, tiny.TRAIN, tmp_path / f"{i}", count=1)
+        run.save(1)
+        run.resume()
+        run.gradients(run.batches(1), 1)
+        optimizers = run.trained.optimizers.values()
+        assert all(optimizer.defaults["fused"] for optimizer in optimizers)
+        for optimizer in optimizers:
+            for weight, moments in optimizer.state.items():
+                for other in (weight.grad, moments["exp_avg"], moments["exp_avg_sq"]):
+                    assert other is None or layout(other) == layout(weight)
+
+
+def test_joined_data_sets_keep_shards_together():
+    class Part(list):
+        pass
+
+    shards, plain = Part(range(5)), Part(range(3))
+    shards.lengths = [2, 3]
+    assert Joined([shards, plain]).lengths == [2, 3, 3]
+    assert not hasattr(Joined([plain, plain]), "lengths")

@@ -17,6 +17,7 @@ from tiny_models import (
 )
 
 from ldm.config import UserError, load
+from ldm.layers import TransformerBlock
 from ldm.tasks.diffusion import DiffusionConfig
 from ldm.unet import UNet, UNetConfig, timestep_embedding
 
@@ -86,12 +87,40 @@ def test_equals_diffusers(config):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", [5, 40])  # folded into the projections, or keys and values
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
-def test_prepared_context_changes_nothing(config):
+def test_prepared_context_changes_nothing(config, length):
     unet = randomize(UNet(config))
-    z_t, t, context = inputs(config)
+    z_t, t, _ = inputs(config)
+    context = normal(2, length, config.cross_attention_dim, seed=2)
+    assert (3 in {part[0].ndim for part in unet.prepare(context)}) == (length == 5)
     torch.testing.assert_close(unet(z_t, t, unet.prepare(context)), unet(z_t, t, context))
     assert not torch.allclose(unet(z_t, t, unet.prepare(2 * context)), unet(z_t, t, context))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [5, 40])
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_several_contexts_of_the_same_latents(config, length):
+    unet = randomize(UNet(config))
+    z_t, t = inputs(config)[0], torch.tensor(40)
+    context = normal(6, length, config.cross_attention_dim, seed=2)
+    expected = unet(z_t.repeat(3, 1, 1, 1), t, context)
+    torch.testing.assert_close(unet(z_t, t, context), expected)
+    torch.testing.assert_close(unet(z_t, t, unet.prepare(context)), expected)
+
+
+@torch.no_grad()
+def test_what_guidance_shares_is_done_once():
+    """Before the first cross-attention there is the batch of the latents, after it that of the contexts."""
+    unet = randomize(UNet(unet_config()))
+    seen = []
+    for block in unet.modules():
+        if isinstance(block, TransformerBlock):
+            for attention in (block.attn1, block.attn2):
+                attention.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    unet(inputs(unet.config)[0], torch.tensor(40), normal(4, 5, unet.config.cross_attention_dim))
+    assert seen == [2] + [4] * (len(seen) - 1)
 
 
 @torch.no_grad()

@@ -85,11 +85,9 @@ def attention(pipe: Pipeline) -> Iterator[list[Tensor]]:
 
     def listen(module: torch.nn.Module, given: tuple) -> None:
         x, context = given
-        keys = context[0] if isinstance(context, tuple) else module.project(context)[0]
-        query = module.split(module.to_q(x[-1:]))
-        weights = (query @ keys[-1:].transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
-        side = round((weights.shape[2] * high / wide) ** 0.5)
-        heat = rearrange(reduce(weights, "1 h n l -> n l", "mean"), "(a b) l -> 1 l a b", a=side)
+        weights = module.weights(x[-1:], context[0][-1:])[..., : pipe.tokenizer.context_length]
+        side = round((weights.shape[1] * high / wide) ** 0.5)
+        heat = rearrange(reduce(weights, "1 n h l -> n l", "mean"), "(a b) l -> 1 l a b", a=side)
         found.append(F.interpolate(heat.float().cpu(), (high, wide), mode="bilinear")[0])
 
     blocks = [m for m in pipe.unet.modules() if isinstance(m, TransformerBlock)]

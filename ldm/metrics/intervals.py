@@ -1,6 +1,6 @@
 """How far a number would move on other captions of the same kind: bootstrap intervals (Efron 1979)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,23 +26,23 @@ def mean_interval(values: Tensor | np.ndarray, seed: int = 0) -> Interval:
 
 
 def resampled_interval(
-    distance: Callable[[Tensor, Tensor], float], x: Tensor, y: Tensor, value: float, seed: int = 0
+    statistic: Callable[..., float], sets: Sequence[Tensor], value: float, seed: int = 0, few: bool = False
 ) -> Interval:
-    """95% interval of a distance between x (N, D) and y (M, D), the rows of each drawn with replacement, around the
+    """95% interval of a statistic of one or more sets of rows, (N, D) or (N,), each drawn with replacement, around the
     `value` of all rows.
 
     Repeated rows bias a distance up as fewer rows do, so only the spread of the replicates is used, laid around
-    `value`: the interval is of the distance at this N, bias included. 100 replicates; 20 of large sets, and then as
-    a normal distribution of their deviation.
+    `value`: the interval is of the statistic at this N, bias included. 100 replicates; 20 of large sets, and where
+    `few` are asked for as each takes long, and then as a normal distribution of their deviation.
     """
     generator = torch.Generator().manual_seed(seed)
-    large = min(len(x), len(y), x.shape[1]) > SMALL
+    few = few or min(min(len(rows), rows[0].numel()) for rows in sets) > SMALL
     found = []
-    for _ in tqdm(range(FEWEST if large else FEW), desc="interval", leave=False, disable=not large):
-        rows = (part[torch.randint(len(part), (len(part),), generator=generator)] for part in (x, y))
-        found.append(distance(*rows))
+    for _ in tqdm(range(FEWEST if few else FEW), desc="interval", leave=False, disable=not few):
+        drawn = (rows[torch.randint(len(rows), (len(rows),), generator=generator)] for rows in sets)
+        found.append(statistic(*drawn))
     values = torch.tensor(found, dtype=torch.float64)
-    if large:
+    if few:
         half = 1.96 * float(values.std())
         return value - half, value + half
     return _bounds(values - values.mean() + value)

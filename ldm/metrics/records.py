@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,11 +58,14 @@ def frechet_records(fake: Tensor, real: Tensor, of: str, about: Record, seed: in
     n, dimensions = min(len(fake), len(real)), fake.shape[1]
     base = {"of": of, "n": n, "against": "real held-out", **about}
     value = frechet_distance(fake, real)
-    spread = resampled_interval(frechet_distance, fake, real, value, seed)
+    spread = resampled_interval(frechet_distance, (fake, real), value, seed)
     size = {"dimensions": dimensions, "biased": n <= dimensions}
     yield {"metric": "frechet_distance", "value": value, "interval": spread, **base, **size}
     if n >= 2 * dimensions:
-        yield {"metric": "frechet_distance_infinite", "value": frechet_distance_infinite(fake, real, seed), **base}
+        extrapolated = partial(frechet_distance_infinite, seed=seed)
+        value = extrapolated(fake, real)
+        spread = resampled_interval(extrapolated, (fake, real), value, seed, few=True)
+        yield {"metric": "frechet_distance_infinite", "value": value, "interval": spread, **base}
     else:
         note = f"needs {2 * dimensions} pictures, twice the features"
         yield {"metric": "frechet_distance_infinite", "value": None, "note": note, **base}
@@ -82,11 +86,12 @@ def picture_records(fake: Tensor, real: Tensor, of: str, about: Record, seed: in
         yield {"metric": name, "value": float(values.mean()), "interval": spread, **base, "k": NEIGHBOURS}
 
 
-def class_records(probabilities: Tensor | None, of: str, about: Record) -> Iterator[Record]:
-    """The Inception Score, where the network knows classes."""
+def class_records(probabilities: Tensor | None, of: str, about: Record, seed: int = 0) -> Iterator[Record]:
+    """The Inception Score with its 95% interval, where the network knows classes."""
     if probabilities is not None:
         value, deviation = inception_score(probabilities)
-        base = {"of": of, "n": len(probabilities), **about, "splits": 10}
+        spread = resampled_interval(lambda rows: inception_score(rows)[0], (probabilities,), value, seed)
+        base = {"of": of, "n": len(probabilities), "interval": spread, **about, "splits": 10}
         yield {"metric": "inception_score", "value": value, "deviation": deviation, **base}
 
 
@@ -99,9 +104,10 @@ def alignment_records(
     cosines = cosine(images, texts)
     spread = mean_interval(cosines, seed)
     yield {"metric": "clip_cosine", "value": float(cosines.mean()), "interval": spread, **base}
-    score = cosines.clamp_min(0)
     for name, weight in (("clip_score_100", 100), ("clip_score", 2.5)):
-        yield {"metric": name, "value": weight * float(score.mean()), "weight": weight, **base}
+        score = weight * cosines.clamp_min(0)
+        spread = mean_interval(score, seed)
+        yield {"metric": name, "value": float(score.mean()), "interval": spread, "weight": weight, **base}
     right = float(same.double().sum(1).mean())  # partners a picture
     for name, hits in retrieval_hits(images, texts, (1, 5), same).items():
         chance = min(int(name[-1]) * right / len(images), 1.0)

@@ -103,12 +103,12 @@ def _representation(results: Sequence[Record]) -> str:
         scores = [
             find(results, m, "latents", label=r["label"])[0] for m in ("homogeneity", "completeness", "v_measure")
         ]
-        row = [r["label"], str(r["classes"]), percent(r["value"]), percent(r["chance"])]
-        rows.append([*row, *(f"{s['value']:.3f}" for s in scores), str(r["n"])])
-    head = ["label", "classes", "linear probe", "chance", "homogeneity", "completeness", "V", "N"]
+        row = [r["label"], str(r["classes"]), number(r, 100), f"{100 * r['chance']:.1f}"]
+        rows.append([*row, *(number(s) for s in scores), str(r["n"])])
+    head = ["label", "classes", "linear probe, %", "chance, %", "homogeneity", "completeness", "V", "N"]
     text = "What can be read from the latents by a line, and which labels k-means finds in them alone."
     found = [r for r in results if r["metric"] in DISENTANGLED]
-    whole = [f"{r['metric'].replace('_', ' ').replace('dci', 'DCI')} {r['value']:.3f}" for r in found]
+    whole = [f"{r['metric'].replace('_', ' ').replace('dci', 'DCI')} {number(r)}" for r in found]
     note = f"<p>Against the true factors, value by value: {', '.join(whole)}.</p>" if whole else ""
     return f"<h2>What the latents say</h2><p>{text}</p>{table(head, rows)}{note}"
 

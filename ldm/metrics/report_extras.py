@@ -75,9 +75,10 @@ def _left_open(results: Sequence[Record]) -> str:
     found = [r for r in results if r["metric"] == "left_open"]
     parts = []
     for r in found:
-        rows = [[name, percent(share)] for name, share in r["value"].items()]
+        shares = [(name, {"value": share, "interval": r["interval"][name]}) for name, share in r["value"].items()]
+        rows = [[name, number(share, 100)] for name, share in shares]
         text = f"What {r['n']} captions that name no {r['attribute']} turn into: the caption that the judge prefers."
-        parts.append(f"<p>{escape(text)}</p>{table([r['attribute'], 'share'], rows)}")
+        parts.append(f"<p>{escape(text)}</p>{table([r['attribute'], 'share, %'], rows)}")
     return "".join(parts)
 
 

@@ -20,10 +20,13 @@ def cluster_scores(features: Rows, labels: Labels, seed: int = 0) -> dict[str, f
 
     Features (N, D), labels (N,). UserError without scikit-learn.
     """
+    return agreement(labels, clusters(features, len(set(_codes(labels).tolist())), seed))
+
+
+def clusters(features: Rows, count: int, seed: int = 0) -> np.ndarray:
+    """The k-means cluster, 0 to count - 1, of each of (N, D) features: (N,). UserError without scikit-learn."""
     cluster = _sklearn("cluster")
-    x, classes = np.asarray(features, np.float64), _codes(labels)
-    found = cluster.KMeans(int(classes.max()) + 1, n_init=10, random_state=seed).fit_predict(x)
-    return agreement(classes, found)
+    return cluster.KMeans(count, n_init=10, random_state=seed).fit_predict(np.asarray(features, np.float64))
 
 
 def agreement(labels: Labels, clusters: Labels) -> dict[str, float]:

@@ -158,6 +158,8 @@ class Joined(ConcatDataset):
         self.faults = Faults(parts[0].share, sum(totals.values())) if parts else None
         for faults in parts:
             self.faults.found |= faults.found
+        if any(hasattr(d, "lengths") for d in datasets):  # of shards, to be read one after the other
+            self.lengths = [n for d in datasets for n in getattr(d, "lengths", [len(d)])]
 
     def captions(self, index: int) -> list[str]:
         """The captions of picture `index`, without decoding it."""

@@ -4,6 +4,7 @@ import random
 import re
 import sys
 import time
+import warnings
 from collections import Counter
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ldm.metrics.alignment import cosine
 from ldm.metrics.attributes import ATTRIBUTES, Attribute, paired, typos
 from ldm.metrics.diversity import nearest
+from ldm.metrics.intervals import mean_interval, resampled_interval
 from ldm.metrics.records import Record, mean_record
 from ldm.tasks.evaluate_bench import Bench, Measured, Source, source_of
 from ldm.tasks.evaluate_pictures import PictureSet
@@ -21,6 +23,7 @@ OPENED = 48  # captions that leave an attribute open
 CLOSEST = 12  # pairs of sample and training picture for the report
 NEAR = 0.05  # share of real held-out pictures that lie nearest to the training set
 QUANTILES = 50
+SAME = 1e-4  # of the length of two rows of features: nearer, they are of one picture and differ by rounding
 NONE = "none named"
 PLACES = r"\b(?:above|below|left|right|over|under|on top of)\b"
 TIMED = 8  # pictures
@@ -30,10 +33,17 @@ def memorization(bench: Bench, measured: Measured, g: float) -> None:
     """How near each sample lies to its nearest training picture, against how near real held-out pictures lie.
 
     "memorized": share of samples nearer than the nearest 5% of the held-out pictures; `nearer_than_any`: than all of
-    them. Real held-out pictures have 5% and 0% by definition.
+    them. Real held-out pictures have 5% and 0% by definition. A warning where some of these are training pictures.
     """
     bank = bench.features(bench.real_train(len(bench.bank)), "memorization: training set")
-    held_out, _ = nearest(bench.features(bench.real()), bank)
+    real = bench.features(bench.real())
+    held_out, _ = nearest(real, bank)
+    if shared := int((held_out <= SAME * real.norm(dim=1)).sum()):
+        warnings.warn(
+            f"{shared} of the {len(real)} held-out pictures are in the training set too and flatter the model; keep one"
+            " copy of each picture, or sort them into sub-folders train, val and test",
+            stacklevel=2,
+        )
     distances, which = nearest(bench.features(bench.samples(g)), bank)
     threshold = torch.quantile(held_out, NEAR)
     levels = torch.linspace(0, 1, QUANTILES + 1, dtype=torch.float64)
@@ -45,6 +55,7 @@ def memorization(bench: Bench, measured: Measured, g: float) -> None:
     ):
         record = mean_record("memorized", of, (found < threshold).double(), **about, **extra)
         record["nearer_than_any"] = float((found < held_out.min()).double().mean())
+        record["held_out_in_train"] = shared
         record["quantiles"] = torch.quantile(found, levels).tolist()
         measured.results.append(record)
     order = distances.argsort()[:CLOSEST].tolist()
@@ -110,7 +121,9 @@ def _group(bench: Bench, source: Source, attribute: Attribute, mine: list[int], 
     found = [mean_record("group_clip_cosine", source.of, cosines, **about)]
     found.append(mean_record("group_paired", source.of, shares, chance=0.5, **about))
     features = bench.features(source)[mine] if bench.extractor else images
-    variety = about | (bench.extractor or bench.judge).about | {"value": _spread(features), "n": len(mine)}
+    value = _spread(features)
+    interval = resampled_interval(_spread, (features,), value, bench.settings["seed"])
+    variety = about | (bench.extractor or bench.judge).about | {"value": value, "interval": interval, "n": len(mine)}
     return [*found, {"metric": "group_diversity", "of": source.of, **variety}]
 
 
@@ -130,8 +143,9 @@ def _opened(bench: Bench, measured: Measured, g: float, attribute: Attribute) ->
         seen.append(values[int((options @ image).argmax())])
     counts = Counter(seen)
     value = {name: counts[name] / len(seen) for name in values}
+    spread = {name: mean_interval(torch.tensor([name == v for v in seen])) for name in values}
     about = {"attribute": attribute.name, "n": len(seen), "guidance": g, **bench.about, **bench.judge.about}
-    measured.results.append({"metric": "left_open", "of": "samples", "value": value, **about})
+    measured.results.append({"metric": "left_open", "of": "samples", "value": value, "interval": spread, **about})
     measured.opened.append((attribute.name, made, seen))
 
 

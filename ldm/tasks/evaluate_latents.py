@@ -12,8 +12,10 @@ from tqdm import tqdm
 
 from ldm.data import to_float
 from ldm.data.shapes import MIN_SIZE, render, sample_scene
-from ldm.metrics import cluster_scores, dci, linear_probe, mig
+from ldm.metrics import dci, linear_probe, mig
+from ldm.metrics.intervals import mean_interval, resampled_interval
 from ldm.metrics.records import Record
+from ldm.metrics.representation import agreement, clusters
 from ldm.vae import VAE
 
 COARSE = 8  # positions a side that latents are averaged to where they have more
@@ -33,9 +35,12 @@ def representation(vae: VAE, dataset: Any, train: Any, name: str, seed: int) -> 
         found = _labelled(codes[:cut], labels[:cut], codes[cut:], labels[cut:], FACTORS, seed)
         numbers = np.stack([np.unique(column, return_inverse=True)[1] for column in labels.T], 1)
         about = {"of": "latents", "n": len(codes), "factors": list(FACTORS)}
-        dci_scores = {f"dci_{key}": value for key, value in dci(codes, numbers, seed).items()}
-        scores = {"mig": mig(codes, numbers)} | dci_scores
-        return found + [{"metric": key, "value": value, **about} for key, value in scores.items()]
+        gap = mig(codes, numbers)
+        rows = torch.arange(len(codes))
+        spread = resampled_interval(lambda rows: mig(codes[rows], numbers[rows]), (rows,), gap, seed, few=True)
+        found.append({"metric": "mig", "value": gap, "interval": spread, **about})
+        # without intervals, for which trees would have to grow anew many times
+        return found + [{"metric": f"dci_{k}", "value": v, **about} for k, v in dci(codes, numbers, seed).items()]
     if name == "emoji":
         splits = []
         for data in (train, dataset):
@@ -74,14 +79,19 @@ def _codes(vae: VAE, pixels: Tensor) -> np.ndarray:
 def _labelled(
     train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, names: tuple[str, ...], seed: int
 ) -> list[Record]:
-    """For each label: k-means of the test codes, and a linear probe from train to test."""
+    """For each label: k-means of the test codes, and a linear probe from train to test; the intervals are for other
+    test pictures and the same clusters and probe."""
     found: list[Record] = []
     for i, name in enumerate(names):
-        about = {"of": "latents", "label": name, "classes": len(set(test_y[:, i])), "n": len(test_x)}
-        scores = cluster_scores(test_x, test_y[:, i], seed)
-        found += [{"metric": key, "value": value, **about} for key, value in scores.items()]
+        labels, classes, rows = test_y[:, i], len(set(test_y[:, i])), torch.arange(len(test_x))
+        about = {"of": "latents", "label": name, "classes": classes, "n": len(test_x)}
+        code = clusters(test_x, classes, seed)
+        for key, value in agreement(labels, code).items():
+            spread = resampled_interval(lambda rows, key=key: agreement(labels[rows], code[rows])[key], (rows,), value)  # noqa: B023
+            found.append({"metric": key, "value": value, "interval": spread, **about})
         counts = np.unique(test_y[:, i], return_counts=True)[1]
         probe = linear_probe(train_x, train_y[:, i], test_x, test_y[:, i])
         chance = float(counts.max() / counts.sum())  # of the most frequent label
-        found.append({"metric": "linear_probe", "value": probe, "chance": chance, **about})
+        spread = mean_interval(np.arange(len(test_x)) < round(probe * len(test_x)), seed)
+        found.append({"metric": "linear_probe", "value": probe, "interval": spread, "chance": chance, **about})
     return found

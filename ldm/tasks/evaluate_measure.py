@@ -163,14 +163,10 @@ def _compositional(bench: Bench, measured: Measured, g: float) -> None:
     about, n = {"guidance": g, **bench.about}, len(bench.cases)
     images = [bench.sets["cases"].array(g, i) for i in range(n)]
     required = [case.required for case in bench.cases]
-    right = [check(image, scene) for image, scene in zip(images, required, strict=True)]
+    for of, cases in (("samples, shuffled captions", bench.cases[1:] + bench.cases[:1]), ("samples", bench.cases)):
+        right = [check(image, case.required) for image, case in zip(images, cases, strict=True)]
+        record = {"metric": "compositional_score", "of": of, "value": score(images, cases), "n": n}
+        measured.results.append(record | {"interval": mean_interval(np.array(right, float))} | about)
     measured.right[g] = right
-    spread = mean_interval(np.array(right, float))
-    other = score(images, bench.cases[1:] + bench.cases[:1])
-    shuffled = {"metric": "compositional_score", "of": "samples, shuffled captions", "value": other, "n": n}
-    measured.results.append(shuffled | about)
-    for metric, value, extra in (
-        ("compositional_score", score(images, bench.cases), {"interval": spread}),
-        ("scene_accuracy", breakdown(images, required), {}),
-    ):
-        measured.results.append({"metric": metric, "of": "samples", "value": value, "n": n, **extra, **about})
+    record = {"metric": "scene_accuracy", "of": "samples", "value": breakdown(images, required), "n": n}
+    measured.results.append(record | about)
