@@ -449,6 +449,7 @@ def test_a_flash_is_seen_for_its_time_and_then_covered(page):
     page.get_by_role("option", name="Real or generated? In flashes").click()
     page.click("#judge-go")
     until(page, "#judge-view", "1 of 20", 120)
+    page.wait_for_function(COVERED)  # an answer before counts for nothing
     page.evaluate(FLASH)
     page.click("#judge-answer-0")
     exposure, seen = page.evaluate("flash")
