@@ -46,7 +46,9 @@ class ResnetBlock(nn.Module):
 
 
 def pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 convolution as a matrix product, which is faster channels-last. (B, in, H, W) -> (B, out, H, W)."""
+    """A 1x1 convolution, channels-last as a matrix product, which is faster. (B, in, H, W) -> (B, out, H, W)."""
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return layer(x)
     return F.linear(x.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
 
 

@@ -16,6 +16,7 @@ from ldm import losses
 from ldm.clip import TextEncoder
 from ldm.config import UserError, load
 from ldm.data.latents import cache_bytes
+from ldm.task import training_layout
 from ldm.tasks.autoencoder import AutoencoderConfig
 from ldm.tasks.clip import CLIPConfig
 from ldm.tasks.diffusion import DiffusionConfig
@@ -100,13 +101,13 @@ class Steps:
     """The U-Net on noise: a task for the training loop's own step, without data."""
 
     def __init__(self, model: Model, batch: int):
-        self.modules: dict[str, nn.Module] = {"unet": UNet(model.unet).to(memory_format=torch.channels_last)}
+        self.modules: dict[str, nn.Module] = {"unet": UNet(model.unet).to(memory_format=training_layout())}
         self.model, self.batch, self.dataset = model, batch, []
 
     def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
         """The squared error of random latents, timesteps and contexts."""
         device = processes().device
-        z_t = torch.randn(self.batch, *self.model.latent, device=device).contiguous(memory_format=torch.channels_last)
+        z_t = torch.randn(self.batch, *self.model.latent, device=device).contiguous(memory_format=training_layout())
         t = torch.randint(1000, (self.batch,), device=device)
         context = torch.randn(self.batch, *self.model.context, device=device)
         yield "unet", losses.diffusion(modules["unet"](z_t, t, context), torch.randn_like(z_t)), {}

@@ -55,6 +55,12 @@ def processes() -> PartialState:
     return PartialState(cpu=cpu, timeout=timedelta(days=1))
 
 
+def training_layout() -> torch.memory_format:
+    """The memory layout of pictures, latents and convolutions in a training: channels-last for tensor cores; on CPUs it
+    made steps with a backward pass 3 to 10% slower."""
+    return torch.contiguous_format if processes().device.type == "cpu" else torch.channels_last
+
+
 def shared(work: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
     """`work` of each item, done in one of the processes and then known to all; all of them must call this alike."""
     place = processes()

@@ -16,6 +16,7 @@ from ldm.bench.worker import Job, synchronize
 from ldm.clip import CLIP
 from ldm.data import DataConfig
 from ldm.run import Run
+from ldm.task import training_layout
 from ldm.tasks.diffusion import DiffusionConfig, DiffusionTask
 from ldm.train_config import OptimizerConfig, TrainConfig
 from ldm.unet import UNet
@@ -74,9 +75,9 @@ def train(kind: str, params: dict[str, Any], home: Path, device: torch.device) -
     part = {"train-unet": "unet", "train-clip": "", "train-vae": "vae"}[kind]
     module = open_model(models.folder(params.get("model", models.CLIP_NAME), home) / part)
     if kind != "train-clip":
-        module.to(memory_format=torch.channels_last)
+        module.to(memory_format=training_layout())
     batch = models.training_batch(kind, params, home, device)
-    batch = {n: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in batch.items()}
+    batch = {n: v.contiguous(memory_format=training_layout()) if v.ndim == 4 else v for n, v in batch.items()}
     name = part or "clip"
     task = FixedBatch(name, module, loss)
     config = TrainConfig(

@@ -19,6 +19,7 @@ from ldm.discriminator import PatchDiscriminator
 from ldm.images import tile
 from ldm.metrics import psnr, ssim
 from ldm.perceptual import perceptual_network
+from ldm.task import training_layout
 from ldm.train import TrainConfig
 from ldm.vae import VAE, VAEConfig
 
@@ -79,7 +80,7 @@ class AutoencoderTask:
         if loss.gan:
             self.modules["discriminator"] = make_discriminator(config)
         for module in self.modules.values():
-            module.to(memory_format=torch.channels_last)
+            module.to(memory_format=training_layout())
         self.perceptual = perceptual_network(loss.perceptual_net, loss.perceptual_path, loss.perceptual_depth)
         self.collate = stack_images
         self.at_once = min(64, config.train.batch_size)  # images, outside the training steps
@@ -87,7 +88,7 @@ class AutoencoderTask:
     def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
         """The VAE's loss with the discriminator frozen, then the discriminator's on detached pictures."""
         c = self.config.loss
-        x = to_float(batch["image"]).contiguous(memory_format=torch.channels_last)
+        x = to_float(batch["image"]).contiguous(memory_format=training_layout())
         x = flip_half(x) if self.config.data.flip else x
         reconstruction, posterior = modules["vae"](x)
         l1 = losses.reconstruction(reconstruction, x, c.l2)
@@ -172,7 +173,7 @@ def make_discriminator(config: AutoencoderConfig) -> PatchDiscriminator:
 def images(dataset: Any, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
     """At most `count` images, spread over the data set, in batches x (B, 3, H, W) in [-1, 1]."""
     for batch in batches(dataset, spread(dataset, count), batch_size):
-        yield to_float(batch["image"].to(device)).contiguous(memory_format=torch.channels_last)
+        yield to_float(batch["image"].to(device)).contiguous(memory_format=training_layout())
 
 
 @torch.no_grad()

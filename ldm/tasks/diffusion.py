@@ -21,6 +21,7 @@ from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weig
 from ldm.images import captioned_grid
 from ldm.pipeline import Pipeline
 from ldm.samplers import get_sampler, make_grid
+from ldm.task import training_layout
 from ldm.together import draw_for_all
 from ldm.tokenizer import Tokenizer
 from ldm.train import TrainConfig, processes
@@ -91,7 +92,7 @@ class DiffusionTask:
         self.at_once = min(64, config.train.batch_size)  # images, outside the training steps
         get_sampler(config.schedule.sampler)
         make_grid(self.schedule, config.schedule.sampler, config.preview.steps)
-        self.modules: dict[str, nn.Module] = {"unet": self.make_unet().to(memory_format=torch.channels_last)}
+        self.modules: dict[str, nn.Module] = {"unet": self.make_unet().to(memory_format=training_layout())}
         if config.train_text_encoder:
             self.modules["text_encoder"] = self.text_encoder
         images, self.held_out = (open_dataset(config.data, split) for split in ("train", "val"))
@@ -158,7 +159,7 @@ class DiffusionTask:
             x = flip_half(x) if flip else x
             with torch.no_grad():
                 z = self.vae.to(x.device).normalize(self.vae.encode(x).sample())
-        return z.contiguous(memory_format=torch.channels_last)
+        return z.contiguous(memory_format=training_layout())
 
     def context(self, modules: dict[str, nn.Module], captions: list[str], device: torch.device) -> Tensor:
         """Captions -> context (B, L, D), with a graph only where the text encoder is trained."""
