@@ -83,7 +83,7 @@ def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Button, gr.DownloadButton]:
                 go = gr.Button("Make", variant="primary", elem_id="make-go")
                 halt = gr.Button("Stop", elem_id="make-stop")
             status = gr.HTML(said("Write a prompt and press Make."), elem_classes="status", elem_id="make-status")
-            label = "Drop a PNG that was made here to restore its settings"
+            label = "Restore settings from a PNG made here"
             file = gr.File(label=label, file_types=[".png"], height=160, elem_id="make-file")
         with gr.Column(scale=3, min_width=300):
             gallery = pictures("Pictures (click one to reuse its settings)", "make-pictures", 440)
