@@ -30,18 +30,21 @@ from test_evaluate import (  # noqa: F401 (fixtures)
 from test_evaluate_more import fill, record, vae  # noqa: F401 (a fixture)
 
 from ldm.config import UserError
+from ldm.metrics import cmmd
 from ldm.metrics.codecs import encoded, nearest_to
 from ldm.metrics.compositional import TASKS, check, halves, tally
 from ldm.metrics.features import judged_by
 from ldm.metrics.judges import ImageTextModel
-from ldm.metrics.records import SHUFFLED, best_guidance, find
+from ldm.metrics.records import SHUFFLED, best_guidance, cmmd_record, find, frechet_records
 from ldm.metrics.report import OF_INCEPTION, ROWS, called, write_report
 from ldm.metrics.report_autoencoder import _at
+from ldm.pipeline import Pipeline
 from ldm.tasks.evaluate import evaluate, pose
 from ldm.tasks.evaluate_autoencoder import AutoencoderEvaluation, evaluate_autoencoder
 from ldm.tasks.evaluate_coded import Coded, kl_nats
 from ldm.tasks.evaluate_folders import FolderEvaluation, evaluate_folders
 from ldm.tasks.evaluate_measure import knows_little
+from ldm.tasks.evaluate_pictures import PictureSet, generate
 from ldm.weights import module_hash
 
 
@@ -370,3 +373,58 @@ def test_the_same_seed_gives_the_same_numbers_and_another_others(done, model, tm
         ("ssim", "reconstructions"),
     ):
         assert one(tmp_path / "other", metric, of)["value"] != one(done, metric, of)["value"]
+
+
+def test_a_bar_is_not_filled_beyond_its_end(model, tmp_path, monkeypatch):  # noqa: F811
+    """The fifths of four pictures' steps add up to a little more than four."""
+    filled = []
+    monkeypatch.setattr("ldm.tasks.evaluate_pictures.tqdm", lambda **options: Filled(filled, options["total"]))
+    made = PictureSet(folder=tmp_path / "made", captions=["a red circle"] * N, size=32)
+    settings = {"model": "", "guidance_rescale": 0.0, "steps": 5, "sampler": "ddim", "seed": 0}
+    generate(Pipeline.from_pretrained(model), [made], [1.0], settings, batch_size=4)
+    assert len(list((tmp_path / "made/g1").glob("*.png"))) == N == filled[-1] and max(filled) == N
+
+
+class Filled:
+    """A progress bar that notes how far it was."""
+
+    def __init__(self, filled: list[float], total: int) -> None:
+        self.filled, self.total, self.n = filled, total, 0.0
+
+    def __enter__(self) -> "Filled":
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    def update(self, step: float) -> None:
+        self.n += step
+        self.filled.append(self.n)
+
+
+def test_intervals_of_distances_that_are_never_below_0_are_not_either():
+    x, lows = torch.randn(20, 6, generator=torch.Generator().manual_seed(9)), []
+    for s in range(6):
+        y = x + 0.1 * torch.randn(20, 6, generator=torch.Generator().manual_seed(s))
+        (distance, *_), mean = frechet_records(x, y, "samples", {}), cmmd_record(x, y, "samples", {})
+        lows += [distance["interval"][0], mean["interval"][0]]
+    assert min(lows) == 0
+
+
+def test_a_folder_whose_training_pictures_are_mostly_broken_has_no_floor(model, tmp_path):  # noqa: F811
+    data = noise_data(tmp_path / "data", broken=False)
+    (tmp_path / "run").mkdir()
+    shutil.copytree(model, tmp_path / "run", dirs_exist_ok=True)
+    (tmp_path / "run/config.json").write_text('{"data": {"name": "folder", "max_broken": 1.0}}')
+    for file in sorted((data / "train").glob("*.png"))[:90]:
+        file.write_bytes(b"no picture")
+    config = config_for(tmp_path / "run", data="folder", data_path=str(data), guidance=(1.0,), judge="", num=20)
+    evaluate(config, tmp_path / "out", "cpu")
+    (floor,) = [r for r in results_of(tmp_path / "out") if r["of"] == "real train"]
+    assert floor["value"] is None and floor["note"] == "only 11 of the training pictures can be read"
+
+
+def test_cmmd_is_never_below_0():
+    for seed in range(20):
+        x = torch.randn(30, 8, generator=torch.Generator().manual_seed(seed))
+        assert 0 <= cmmd(x, x.flip(0)) < 1e-9

@@ -115,10 +115,11 @@ def _overview(settings: dict, results: Sequence[Record]) -> str:
         return ""
     head = ["", f"samples at {best:g}", "real", "reconstructions", "untrained", "captions shuffled", "better"]
     text = (
-        "With 95% intervals (bootstrap over pictures; of distances only the spread, at this N; of neighbourhoods with"
-        " the balls as they are). Real: for distances training pictures, which may have other subjects, against"
-        " held-out ones; where captions are asked for the held-out pictures themselves. Untrained: the same network"
-        " with random weights. Shuffled: samples with the captions of others. The guidance is chosen on these captions."
+        "With 95% intervals (bootstrap over pictures, which has no spread where all pictures agree; of distances only"
+        " the spread, at this N; of neighbourhoods with the balls as they are). Real: for distances training pictures,"
+        " which may have other subjects, against held-out ones; where captions are asked for the held-out pictures"
+        " themselves. Untrained: the same network with random weights. Shuffled: samples with the captions of others."
+        " The guidance is chosen on these captions."
     )
     return f"<h2>Between floor and ceiling</h2><p>{text}</p>{table(head, rows)}{_caution(results)}"
 
@@ -211,6 +212,7 @@ def _guidance(settings: dict, results: Sequence[Record]) -> str:
         row += [number(find(results, m, "samples", guidance=g)[0], factor, False) for m, _, factor, *_ in shown]
         rows.append([*row, f"{blank[g]['value']} of {blank[g]['n']}"])
     names = [called(name, find(results, metric, "samples")[0]) for metric, name, *_ in shown]
+    names = [name.replace("100 max(cos, 0)", "of 100") for name in names]
     head = ["guidance", *(["score", "seen", "held-out"] if scores else []), *names, "blank"]
     marked = table(head, rows, best=list(settings["guidance"]).index(best))
     return f'<h2>Guidance</h2>{marked}<div class="plots">{_plots(results, scores, best)}</div>'

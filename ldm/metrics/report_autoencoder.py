@@ -128,8 +128,9 @@ def _representation(results: Sequence[Record]) -> str:
     head = ["label", "classes", "linear probe, %", "chance, %", "homogeneity", "completeness", "V", "N"]
     text = "What can be read from the latents by a line, and which labels k-means finds in them alone."
     found = [r for r in results if r["metric"] in DISENTANGLED]
-    whole = [f"{r['metric'].replace('_', ' ').replace('dci', 'DCI')} {number(r)}" for r in found]
-    note = f"<p>Against the true factors, value by value: {', '.join(whole)}.</p>" if whole else ""
+    whole = [f"{r['metric'].replace('_', ' ').replace('dci', 'DCI').replace('mig', 'MIG')} {number(r)}" for r in found]
+    why = "DCI without intervals, for which its trees would have to grow many times; x and y are thirds of the picture"
+    note = f"<p>Against the true factors, value by value: {', '.join(whole)} ({why}).</p>" if whole else ""
     return f"<h2>What the latents say</h2><p>{text}</p>{table(head, rows)}{note}"
 
 
