@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import signal
 import sys
 import warnings
@@ -55,6 +56,10 @@ def find_device(name: str) -> "torch.device":
     """The device of that name, or the best one there is for an empty name (UserError)."""
     import torch
 
+    if not name and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from ldm.task import processes
+
+        return processes().device  # each process has one of its own
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
@@ -82,6 +87,7 @@ def run_training(parts: Callable[[], tuple[type, Callable[[Any], Any]]], descrip
         config = load(config_class, args.config, args.overrides)
         from ldm.train import processes, train
 
+        processes()  # refuses a launch that cannot be, before the work begins
         try:
             train(make_task(config), config.train, args.out, to_dict(config), args.force)
         except KeyboardInterrupt:

@@ -211,7 +211,7 @@ def sample_timesteps(
         return torch.randint(total, (count,), generator=generator, device=device)
     if density not in get_args(Density):
         raise UserError(f"timestep density {density!r} is unknown; allowed: {', '.join(get_args(Density))}")
-    offset = torch.rand(1, generator=generator, device=device)
+    offset = torch.rand((), generator=generator, device=device)
     share = (offset + torch.arange(count, device=device) / count) % 1
     if density == "logit_normal":
         share = (mean + std * torch.special.ndtri(share)).sigmoid()

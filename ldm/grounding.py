@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm.clip_towers import TextConfig, VisionConfig
 from ldm.config import require
 from ldm.layers import TransformerBlock
+from ldm.together import mean_of_all
 
 BLIND = 0.5  # share of pictures that are hidden whole
 SHOWN = 0.6  # in each other picture, a patch is shown with a probability drawn from [0, SHOWN)
@@ -55,7 +56,8 @@ class WordReader(nn.Module):
             found.append(told[k][:, k:][inside[:, k:]])  # (tokens, D)
             targets.append(tokens[:, : tokens.shape[1] - k][inside[:, k:]])
         logits = torch.cat(found) @ self.vocabulary.T  # (told, vocabulary)
-        return F.cross_entropy(logits.float(), torch.cat(targets))
+        total = F.cross_entropy(logits.float(), torch.cat(targets), reduction="sum")
+        return total / mean_of_all(total.new_tensor(len(logits)))
 
 
 class PictureReader(nn.Module):
@@ -83,7 +85,7 @@ class PictureReader(nn.Module):
         for block in self.blocks:
             h = block(h, context)
         error = (self.paint(self.norm(h)).float() - patches).square().mean(-1)  # (B, patches)
-        return (error * hidden).sum() / hidden.sum().clamp(min=1)
+        return (error * hidden).sum() / mean_of_all(hidden.sum().float()).clamp(min=1)
 
 
 class Grounding(nn.Module):

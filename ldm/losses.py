@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ldm.together import mean_of_all
+
 
 def reconstruction(prediction: Tensor, target: Tensor, l2_weight: float = 0.0) -> Tensor:
     """Mean absolute error, plus `l2_weight` times the mean squared error, over all elements -> scalar."""
@@ -42,11 +44,12 @@ def adaptive_weight(
     Both losses are scalars whose graphs hold `last_layer_weight`; the graphs are kept for the backward pass.
     Returns |grad reconstruction| / (|grad gan| + 1e-4), at most `maximum`, a detached scalar.
     Esser et al. 2021 (VQGAN), eq. 7, with the constant of its published code. Raises RuntimeError where a
-    loss does not depend on that weight. It sees this process's batch only: each of many finds its own ratio.
+    loss does not depend on that weight. Over the batches of all processes that take a step together.
     """
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer_weight, retain_graph=True)
     (of_gan,) = torch.autograd.grad(gan_loss, last_layer_weight, retain_graph=True)
-    ratio = of_reconstruction.float().norm() / (of_gan.float().norm() + 1e-4)
+    of_reconstruction, of_gan = (mean_of_all(gradient.float()) for gradient in (of_reconstruction, of_gan))
+    ratio = of_reconstruction.norm() / (of_gan.norm() + 1e-4)
     return ratio.clamp(0, maximum).detach()
 
 

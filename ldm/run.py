@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ldm.loading import load
 from ldm.memory import OutOfMemory, is_out_of_memory
 from ldm.muon import Muon, hidden_weights
 from ldm.task import Task, processes
+from ldm.together import Together
 from ldm.train_config import OptimizerConfig, TrainConfig
 
 
@@ -158,8 +159,9 @@ class Run:
             try:
                 batch = _to(batch, self.device)
                 self.offending.append(batch)
-                torch.manual_seed(_mix(c.seed, step * c.accumulate + micro, self.accelerator.process_index))
-                values += self.backward(batch, step, last=micro == c.accumulate - 1)
+                torch.manual_seed(_mix(c.seed, step * c.accumulate + micro, 0))  # alike in all processes
+                with self.together():
+                    values += self.backward(batch, step, last=micro == c.accumulate - 1)
             except (RuntimeError, MemoryError) as error:
                 fits = not is_out_of_memory(error)
                 if fits:
@@ -168,6 +170,13 @@ class Run:
                 self.forget_gradients()
                 raise OutOfMemory(self.how_to_fit(step), whole=True)
         return values
+
+    def together(self) -> AbstractContextManager:
+        """While entered, what is random is drawn for the batch of all processes."""
+        a = self.accelerator
+        if a.num_processes == 1:
+            return nullcontext()
+        return Together(self.config.batch_size, a.process_index, a.num_processes)
 
     def move(self, values: list[dict[str, Tensor]], step: int) -> None:
         """Each module moves, unless something is non-finite."""

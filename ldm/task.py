@@ -1,15 +1,21 @@
 """What the training loop asks of a task, and the processes it runs in."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+
+from ldm.config import UserError
+
+Item, Found = TypeVar("Item"), TypeVar("Found")
+# What accelerate's launch sets for ways to split a model that the training loop does not know.
+SPLIT = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 
 
 class Task(Protocol):
@@ -40,8 +46,42 @@ class Task(Protocol):
 def processes() -> PartialState:
     """This process among those of the run: its device, and `main_process_first()` for work that one does for all.
 
-    The others wait for up to a day where the usual ten minutes would end the run.
+    The others wait for up to a day where the usual ten minutes would end the run. UserError for a launch that this
+    project cannot do.
     """
+    check_launch()
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     cpu = cpu or not torch.cuda.is_available()  # accelerate would take MPS, which has no float64 for the metrics
     return PartialState(cpu=cpu, timeout=timedelta(days=1))
+
+
+def shared(work: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
+    """`work` of each item, done in one of the processes and then known to all; all of them must call this alike."""
+    place = processes()
+    own = [work(item) for item in items[place.process_index :: place.num_processes]]
+    if place.num_processes == 1:
+        return own
+    parts: list[list[Found]] = [[]] * place.num_processes
+    distributed.all_gather_object(parts, own)
+    return [parts[i % place.num_processes][i // place.num_processes] for i in range(len(items))]
+
+
+def check_launch() -> None:
+    """UserError where `accelerate launch` was told to split the model, or to start several processes and started one,
+    as it does without a GPU."""
+    for key, name in SPLIT.items():
+        if os.environ.get(f"ACCELERATE_USE_{key}", "").lower() == "true":
+            raise UserError(
+                f"{name} is not supported: every process holds the whole model (DDP). Launch with"
+                " --config_file configs/accelerate/one-node-8-gpus.yaml or multi-node.yaml; for less memory lower"
+                " train.batch_size and raise train.accumulate"
+            )
+    # its simple launcher gives several processes an address, but only mpirun, with variables of its own, starts them
+    alone = not any(
+        name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    )
+    if alone and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+        raise UserError(
+            "accelerate launch was to start several processes and started one, as it does without a GPU; add"
+            " --multi_gpu, which starts them on CPUs too (where one is meant, unset MASTER_ADDR)"
+        )

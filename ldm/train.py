@@ -1,7 +1,8 @@
 """The one training loop: accelerate, EMA, checkpoints, resume, logging, previews. It knows no model.
 
 A task says what one step is (`ldm/tasks/`). Everything random in a step is drawn after seeding with
-(seed, step, process), and the order of the data is a pure function of (seed, step): to resume is to go on.
+(seed, step), for the batch of all processes (`ldm/together.py`), and the order of the data is a pure function of (seed,
+step): to resume is to go on, and many processes do what one would do with their batches together.
 """
 
 from contextlib import ExitStack, closing

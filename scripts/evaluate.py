@@ -5,7 +5,7 @@
     two folders     evaluate.py --images DIR --reference DIR --out DIR
 
 What was made and seen is kept in DIR, so that a run that was stopped goes on where it was, and more captions or further
-guidances only add what is missing.
+guidances only add what is missing. `accelerate launch scripts/evaluate.py ...` shares the work between processes.
 """
 
 import argparse
@@ -151,9 +151,14 @@ def main() -> None:
         raise UserError("--images needs --reference DIR: pictures to hold them against")
     if not args.images and not args.data:
         raise UserError("--data is needed: shapes, emoji, folder or shards, whose held-out pictures are used")
-    for line in {"model": model, "autoencoder": autoencoder, "images": folders}[mode](args):
-        print(line)
-    print(f"numbers in {args.out / 'metrics.json'}, report in {args.out / 'report.html'}")
+    lines = {"model": model, "autoencoder": autoencoder, "images": folders}[mode](args)
+    from ldm.task import processes
+
+    if processes().is_main_process:
+        for line in lines:
+            print(line)
+        print(f"numbers in {args.out / 'metrics.json'}, report in {args.out / 'report.html'}")
+    processes().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """What the page does, without a browser: bounds, previews, stops, settings in PNGs, studies; and the server itself."""
 
+import html
+import os
 import threading
 import warnings
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -12,10 +15,13 @@ from tiny_models import tiny_parts
 
 pytest.importorskip("gradio")
 
-from ldm.app import looking, pools, studio, tab_compare, tab_edit, tab_judge
-from ldm.app.parts import OWN, Desk, controls, said
+from ldm.app import desk as desks
+from ldm.app import looking, pools, studio, tab_between, tab_compare, tab_edit, tab_judge, tab_make, tables
+from ldm.app.desk import Desk
+from ldm.app.parts import OWN, controls, figures, number, said
 from ldm.app.store import Store
 from ldm.app.studio import LONGEST, Models, Settings, about_picture, make, restore
+from ldm.app.study import ANSWERS, begin, caption_of, judge
 from ldm.config import UserError
 from ldm.data import DataConfig
 from ldm.images import read_about, save_png
@@ -119,6 +125,21 @@ def test_prompts_are_cleaned_and_messages_are_text():
     assert "<script>" not in said("<script>alert(1)</script>") and "&lt;script&gt;" in said("<script>")
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("no model in '/home/me/my models/mine'", "No model in 'mine'"),
+        ("'/srv/a/unet/config.json' is missing", "'config.json' is missing"),
+        ("cannot read /srv/a/b.json: no", "Cannot read b.json: no"),
+        ("'/srv/a/' is no folder", "'a' is no folder"),
+        ("see https://example.org/a/b, at 3/4 or runs/mine", "See https://example.org/a/b, at 3/4 or runs/mine"),
+        ("", ""),
+    ],
+)
+def test_messages_are_sentences_without_the_paths_of_the_machine(text, words):
+    assert html.unescape(said(text, wrong=True)) == f'<p role="status" class="wrong">{words}</p>'
+
+
 def test_running_out_of_memory_is_said(pipe, monkeypatch):
     monkeypatch.setattr(Pipeline, "__call__", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     with pytest.raises(UserError, match="not enough memory"):
@@ -191,9 +212,8 @@ def test_pngs_that_say_nothing_or_nonsense_are_refused(tmp_path):
 def test_controls_give_settings_and_show_them():
     import gradio as gr
 
-    desk = Desk(models=offered("tiny", "other"), folder=Path("."))
     with gr.Blocks():
-        given = controls(desk)
+        given = controls(offered("tiny", "other"))
     shown = given.show(settings(model="other", sampler=""))
     assert shown[given.names.index("sampler")] == OWN and len(shown) == len(given.inputs)
     assert given.read(tuple(shown)) == settings(model="other")
@@ -215,6 +235,74 @@ def test_the_desk_gives_out_only_its_own_pictures(tmp_path):
     ):
         with pytest.raises(UserError, match="no longer here"):
             desk.own(bad)
+
+
+def test_only_the_newest_pictures_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(desks, "MOST", 3)
+    desk = Desk(models=offered("tiny"), folder=tmp_path)
+    (tmp_path / "pictures").mkdir()
+    other = tmp_path / "pictures" / "mine.png"
+    other.touch()  # not of the page
+    kept = []
+    for i in range(5):
+        kept.append(Path(desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a"})))
+        os.utime(kept[-1], (1000 + i, 1000 + i))
+    assert [file.is_file() for file in kept] == [False, False, True, True, True] and other.is_file()
+
+
+def test_a_history_is_what_is_still_there(tmp_path):
+    desk = Desk(models=offered("tiny"), folder=tmp_path)
+    making = tab_make.Making(desk, None)
+    first, second = (Path(desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a"})) for _ in range(2))
+    (tmp_path / "secret.png").touch()
+    names, files = making.past([second.name, first.name, "../secret.png", str(first), f"{'0' * 32}.png", 3, None])
+    assert names == [second.name, first.name] and files == [str(second), str(first)]
+    for nonsense in (None, "names", {"a": 1}, 5):
+        assert making.past(nonsense) == ([], [])
+    assert len(making.past([first.name] * 1000)[0]) == tab_make.KEPT
+
+
+def test_a_stop_is_for_work_that_runs_or_waits(tmp_path):
+    from types import SimpleNamespace
+
+    desk = Desk(models=offered("tiny"), folder=tmp_path)
+    me, you = (SimpleNamespace(session_hash=name) for name in "ab")
+    begin_it, stop_it = desk.arm("make"), desk.stop("make")
+    assert "Nothing is running" in stop_it(me)
+    begin_it(me)
+    with desk.working(me, "make") as event:
+        begin_it(me)  # a second click begins nothing, and the first one's work can still be stopped
+        assert "Nothing is running" in stop_it(you) and not event.is_set()
+        assert "Stopping" in stop_it(me) and event.is_set()
+    assert "Nothing is running" in stop_it(me)
+    begin_it(me)
+    assert "Stopping" in stop_it(me)  # it waits in the queue
+    with desk.working(me, "make") as event:
+        assert event.is_set()
+    begin_it(me)
+    with desk.working(me, "make") as event:
+        assert not event.is_set()
+        desk.forget(me)
+        assert event.is_set() and not desk.stops
+
+
+def test_number_fields_are_read_or_refused():
+    assert (number(None, "seed"), number("", "seed"), number(7.0, "seed"), number(2, "guidance", float)) == (
+        0,
+        0,
+        7,
+        2.0,
+    )
+    for value in ("many", float("inf"), float("nan"), [1], {}):
+        if value:
+            with pytest.raises(UserError, match="guidance rescale is .* no number"):
+                number(value, "guidance_rescale")
+
+
+def test_figures_have_their_labels_as_text():
+    html = figures([(Image.new("RGB", (8, 8)), "<b>"), (Image.new("RGB", (512, 8)), "two")])
+    assert html.count("<figure>") == 2 and "&lt;b&gt;</figcaption>" in html and "<b>" not in html
+    assert html.count('class="coarse"') == html.count('class="fine"') == 1
 
 
 def test_comparisons_are_read_from_a_list():
@@ -249,13 +337,13 @@ def test_a_drawing_becomes_a_picture_and_a_mask():
 
 def test_between_two_prompts_the_ends_are_the_prompts_own_pictures(pipe):
     a, b = settings(count=3, seed=1), settings(prompt="a blue square", seed=9)
-    options = tab_edit.on_the_way(pipe, a, b, [0.0, 0.4, 1.0])
+    options = tab_between.on_the_way(pipe, a, b, [0.0, 0.4, 1.0])
     (*_, last) = make(pipe, a, threading.Event(), **options)
     for image, s in ((last.images[0], a), (last.images[2], b)):
         (own,) = pipe(s.prompt, steps=6, guidance=3.0, seed=s.seed)
         assert abs(pixels(image) - pixels(own)).max() <= 1
     with pytest.raises(UserError, match="two prompts"):
-        tab_edit.on_the_way(pipe, a, settings(prompt=" "), [0.5])
+        tab_between.on_the_way(pipe, a, settings(prompt=" "), [0.5])
 
 
 def test_attention_of_words_is_a_distribution_over_tokens(pipe):
@@ -328,49 +416,49 @@ def test_a_study_runs_from_its_questions_to_the_results(pool, tmp_path, kind, fl
     found, folder = pool
     store = Store(tmp_path / "judgements.sqlite")
     for wrong in (False, True):
-        study = tab_judge.begin(kind, flash, 20, {"shapes": found}, seed=3)
+        study = begin(kind, flash, 20, {"shapes": found}, seed=3)
         while (question := study.question) is not None:
             html = tab_judge.ask(study)
             assert html.count("<img") == len(question.pictures) and str(folder) not in html
+            told = "the last answer was " + ("wrong" if wrong else "right")
+            assert (told in html) == (flash and study.at > 0)  # HYPE tells
             assert ("shown for" in html) == flash and f"{study.at + 1} of 20" in html
-            answers = [a for a in tab_judge.ANSWERS[kind] if a]
+            answers = [a for a in ANSWERS[kind] if a]
             answer = next(a for a in answers if (a == question.truth) != wrong)
-            kept = tab_judge.judge(study, answer, folder, store)
+            kept = judge(study, answer, folder, store)
             assert kept.right != wrong and (kept.exposure_ms is not None) == flash
         with pytest.raises(UserError, match="no question"):
-            tab_judge.judge(study, answer, folder, store)
+            judge(study, answer, folder, store)
         assert "last one" in tab_judge.ask(study)
         assert (study.staircase.exposure < 500) == (flash and not wrong)
     result = store.results()["shapes"]
     name = ("flash_" if flash else "") + kind
     rate = result[name].hype_infinity if kind == "single" else result[name]
     assert rate.rate == 0.5 and result["judgements"] == {"flash" if flash else kind: 40}
-    assert ("50% [" in tab_judge.table(store.results())) != flash  # what a staircase sets is no result
+    assert ("50% [" in tables.table(store.results())) != flash  # what a staircase sets is no result
 
 
 def test_a_flash_is_answered_after_it_was_seen_and_the_staircase_goes_on(pool, tmp_path):
     found, folder = pool
-    study = tab_judge.begin("single", True, 4, {"shapes": found}, 0, "me", [True] * 6)
+    study = begin("single", True, 4, {"shapes": found}, 0, "me", [True] * 6)
     assert study.session == "me" and study.staircase.exposure == 440 and study.wait == pytest.approx(1.34)
-    assert tab_judge.begin("single", False, 4, {"shapes": found}, 0).wait == 0
+    assert begin("single", False, 4, {"shapes": found}, 0).wait == 0
     store = Store(tmp_path / "judgements.sqlite")
     store.add = lambda judgement: (_ for _ in ()).throw(UserError("the disk is full"))
     with pytest.raises(UserError, match="full"):
-        tab_judge.judge(study, "real", folder, store)
+        judge(study, "real", folder, store)
     assert study.at == 0 and len(study.staircase.answers) == 6  # what was not kept was not answered
 
 
 def test_preferences_name_the_files_that_were_shown(pool, tmp_path):
     found, folder = pool
     store = Store(folder / "judgements.sqlite")
-    study = tab_judge.begin("preference", False, 6, {"one": found, "two": found}, seed=0)
+    study = begin("preference", False, 6, {"one": found, "two": found}, seed=0)
     sides = []
     while (question := study.question) is not None:
-        assert question.truth is None and tab_judge.caption_of(study, question) in tab_judge.ask(study).replace(
-            "&#x27;", "'"
-        )
+        assert question.truth is None and caption_of(study, question) in tab_judge.ask(study).replace("&#x27;", "'")
         sides.append((question.model, question.other_model))
-        tab_judge.judge(study, "left" if question.model == "one" else "right", folder, store)
+        judge(study, "left" if question.model == "one" else "right", folder, store)
     assert {("one", "two"), ("two", "one")} == set(sides)
     win = store.results()["one"]["preference"]["two"]
     assert (win.wins, win.losses) == (6, 0)
@@ -406,10 +494,72 @@ def test_the_page_and_its_server_stay_on_this_machine(tmp_path, monkeypatch):
     assert page.status_code == 200 and "default-src 'self'" in page.headers["Content-Security-Policy"]
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
     assert (app / "judgements.sqlite").is_file()
-    for path in ("/etc/passwd", str(Path(__file__).resolve()), str(secret), f"{app}/judgements.sqlite"):
+    kept = Desk(models=offered("shapes"), folder=app).keep(Image.new("RGB", (4, 4)), {"prompt": "a"})
+    served = client.get(f"/gradio_api/file=/page/pictures/{Path(kept).name}")
+    assert served.status_code == 200 and served.content == Path(kept).read_bytes()
+    for path in (
+        "/etc/passwd",
+        str(secret),
+        f"{app}/judgements.sqlite",
+        "/page/judgements.sqlite",
+        "/page/../elsewhere/secret.png",
+    ):
         assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
         # as if it had been uploaded
         data = {"path": path, "meta": {"_type": "gradio.FileData"}}
         answer = client.post("/gradio_api/run/dropped", json={"data": [data]})
         assert answer.status_code >= 400 and "a secret" not in answer.text
     assert not [file for file in (tmp_path / "served").rglob("*") if file.is_file()]
+
+
+def test_no_path_of_the_machine_leaves_and_files_are_found_by_other_names(tmp_path, monkeypatch):
+    from fastapi import FastAPI, Request, Response
+    from fastapi.middleware.gzip import GZipMiddleware
+    from fastapi.responses import StreamingResponse
+    from fastapi.testclient import TestClient
+
+    from ldm.app.veil import Veil
+
+    uploads, folder, here = tmp_path / "up loads", tmp_path / "app ö", str(Path.cwd())
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(uploads))
+    app, heard = FastAPI(), []
+    app.add_middleware(GZipMiddleware, minimum_size=1)
+
+    @app.get("/text")
+    def text():
+        return {"path": f"{folder}/a.png", "url": f"/file={quote(str(uploads))}/b.png", "said": f"{here}/c is missing"}
+
+    @app.get("/stream")
+    def stream():
+        parts = (f"data: {folder}/{i}.png\n\n" for i in range(3))
+        return StreamingResponse(parts, media_type="text/event-stream")
+
+    @app.get("/bytes")
+    def bytes_():
+        return Response(str(folder).encode(), media_type="image/png")
+
+    @app.post("/api/{rest:path}")
+    async def api(request: Request):
+        heard.append((request.url.path, await request.json()))
+
+    @app.get("/{rest:path}")
+    def file(request: Request):
+        heard.append(request.scope["path"])
+
+    client = TestClient(Veil(app, folder))
+    answer = client.get("/text")
+    assert answer.json() == {"path": "/page/a.png", "url": "/file=/uploads/b.png", "said": "./c is missing"}
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    assert client.get("/stream").text == "".join(f"data: /page/{i}.png\n\n" for i in range(3))
+    assert client.get("/bytes").content == str(folder).encode()
+    assert Veil(app, folder).veiled(f"{folder}er {here}-x {here}".encode()) == f"{folder}er {here}-x .".encode()
+    compressed = client.get("/text", headers={"Accept-Encoding": "gzip"})  # or the paths in it could not be found
+    assert compressed.json() == answer.json() and "content-encoding" not in compressed.headers
+    client.get("/gradio_api/file=/page/pictures/x.png")
+    client.get("/gradio_api/file=/uploads/y z.png")
+    client.get("/page/x.png")  # not asked for as a file
+    assert heard == [f"/gradio_api/file={folder}/pictures/x.png", f"/gradio_api/file={uploads}/y z.png", "/page/x.png"]
+    sent = {"data": [{"path": "/page/pictures/x.png"}, "/page/x.png", None], "event_data": {"path": "/etc/passwd"}}
+    client.post("/api/x", json=sent)
+    assert heard[-1] == ("/api/x", sent | {"data": [{"path": f"{folder}/pictures/x.png"}, "/page/x.png", None]})
+    assert Veil(app, folder).asked(b"{") == b"{"  # for the page to refuse

@@ -576,6 +576,23 @@ def test_a_folder_without_training_pictures_has_no_floor(model, tmp_path):
     assert "Link by link" not in text and "floor at this N: unknown" in text and "noise 3" in text
 
 
+@pytest.mark.parametrize("shared", [0, 3])
+def test_held_out_pictures_that_were_trained_on_are_told(model, tmp_path, recwarn, shared):
+    for split, seed, suffix in (("test", 100, "png"), ("train", 200, "bmp")):  # the same pixels in other files
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for i in range(N):
+            name = f"{i}" if i < shared else f"{i} {split}"
+            rng = np.random.default_rng(i if i < shared else seed + i)
+            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"data/{split}/{name}.{suffix}")
+            (tmp_path / f"data/{split}/{name}.txt").write_text(f"noise {name}")
+    config = config_for(model, data="folder", data_path=str(tmp_path / "data"), guidance=(2.0,), judge="")
+    evaluate(config, tmp_path / "out", "cpu")
+    assert one(tmp_path / "out", "memorized", "samples", guidance=2.0)["held_out_in_train"] == shared
+    told = [str(w.message) for w in recwarn if "held-out pictures are in the training set" in str(w.message)]
+    assert [text[:9] for text in told] == [f"{shared} of the "] * (shared > 0)
+
+
 def test_the_script_says_the_headline(done, model, tmp_path, monkeypatch, capsys):
     out = copy_of(done, tmp_path)
     rest = ["--num", "16", "--guidance", "1,2", "--guidance-rescale", "0.5", "--steps", "2"]

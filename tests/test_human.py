@@ -8,12 +8,12 @@ import sqlite3
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from statistics import NormalDist, mean
+from statistics import NormalDist, mean, stdev
 
 import pytest
 import scipy.stats
 
-from ldm.app.human import Staircase, fooling, median_interval, modal_exposure, rate_interval, sign_test, win_rate
+from ldm.app.human import Staircase, fooling, median_interval, perceptual_threshold, rate_interval, sign_test, win_rate
 from ldm.app.questions import Question, questions
 from ldm.app.store import LONGEST, Judgement, Store, results
 from ldm.config import UserError
@@ -79,18 +79,33 @@ def test_staircase_steps():
         ladder = ladder.answer(right)
     assert ladder.exposures == [500, 500, 500, 470, 470, 470, 480, 480, 480, 450, 460, 470]
     assert ladder == Staircase.replay(answers) and ladder.exposure == 470
-    assert Staircase.replay([False]).exposure == 500 and Staircase.replay([False], longest=1000).exposure == 510
-    assert Staircase.replay([True] * 500).exposure == 100
+    assert Staircase.replay([False]).exposure == 510 and Staircase.replay([False], longest=500).exposure == 500
+    assert Staircase.replay([True] * 140).exposure == 100 and Staircase.replay([False] * 140).exposure == 1000
+    one_block = Staircase.replay([True] * 149)
+    assert one_block.exposure == 100 and one_block.answer(True).exposure == 500  # the next block begins anew
+    assert Staircase.replay([True] * 152).exposure == 500 and Staircase.replay([True] * 153).exposure == 470
+
+
+def test_staircase_is_hypes():
+    """Zhou et al. 2019, section 2.1: range, first exposure, block, steps, and the rule of three up, one down."""
+    ladder = Staircase()
+    assert (ladder.shortest, ladder.longest, ladder.start, ladder.block) == (100, 1000, 500, 150)
+    assert (ladder.up, ladder.down, ladder.streak) == (10, 30, 3)
 
 
 def test_staircase_at_its_ends_and_before_there_is_enough():
-    for right, end in ((True, 100), (False, 500)):
-        assert Staircase.replay([right] * 84).threshold() == end
-        assert Staircase.replay([right] * 83).threshold() is None
+    for right, end in ((True, 100), (False, 1000)):
+        assert Staircase.replay([right] * 150).threshold() == end
+        assert Staircase.replay([right] * 83).threshold() is None and Staircase.replay([right] * 84).threshold()
     coin = random.Random(0)
     assert Staircase.replay([coin.random() < 0.5 for _ in range(150)]).threshold() > 450  # nothing is seen at any time
-    assert modal_exposure([300, 200, 300, 200, 100]) == 200
-    assert modal_exposure([]) is None
+
+
+def test_a_threshold_is_the_mean_of_the_blocks_modes():
+    assert perceptual_threshold([300, 200, 300, 200, 100], 5, 5) == 200
+    assert perceptual_threshold([300, 300, 200, 100, 100, 200, 400], 3, 3) == 200  # (300 + 100) / 2; one is too few
+    assert perceptual_threshold([300, 300, 400, 400], 1, 2) == 350
+    assert perceptual_threshold([], 1, 5) is None and perceptual_threshold([100] * 4, 5, 5) is None
 
 
 def judged(ladder: Staircase, middle: float, slope: float, count: int, rng: random.Random) -> Staircase:
@@ -106,13 +121,23 @@ def judged(ladder: Staircase, middle: float, slope: float, count: int, rng: rand
     [({}, 0.25 ** (1 / 3)), ({"up": 10, "down": 10}, 0.5 ** (1 / 3)), ({"up": 30, "down": 10, "streak": 1}, 0.75)],
 )
 def test_threshold_of_a_known_judge(options, level):
-    ladder, rng = Staircase(**options), random.Random(0)
+    ladder, rng = Staircase(block=320, **options), random.Random(0)
     assert ladder.level == pytest.approx(level)
     judges = [judged(ladder, 250, 40, 320, rng) for _ in range(60)]
     exposure = 250 + 40 * math.log((2 * level - 1) / (2 - 2 * level))  # where the judge is right at that level
     assert mean(judge.threshold() for judge in judges) == pytest.approx(exposure, abs=10)
     late = [right for judge in judges for right in judge.answers[-200:]]
     assert mean(late) == pytest.approx(level, abs=0.015)
+
+
+def test_three_blocks_know_a_judge_better_than_one():
+    """HYPE's three blocks of 150: unbiased to a step, and less spread than one."""
+    rng = random.Random(0)
+    judges = [judged(Staircase(), 250, 40, 450, rng) for _ in range(120)]
+    middle = 250 + 40 * math.log((2 * Staircase().level - 1) / (2 - 2 * Staircase().level))
+    thrice = [judge.threshold() for judge in judges]
+    once = [Staircase.replay(judge.answers[:150]).threshold() for judge in judges]
+    assert mean(thrice) == pytest.approx(middle, abs=10) and stdev(thrice) < 0.75 * stdev(once)
 
 
 def study(judge, seed: int, count: int = 100, kinds=("single", "pair")) -> list[Judgement]:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports from lower rows only; modules of one package (`ldm.data`, `ldm.metrics`) may import each other.
 ROWS = (
-    ("ldm", "ldm.config", "ldm.bpe"),
+    ("ldm", "ldm.config", "ldm.bpe", "ldm.together"),
     ("ldm.weights",),
     ("ldm.layers", "ldm.data", "ldm.diffusion", "ldm.losses", "ldm.ema", "ldm.muon", "ldm.perceptual"),
     ("ldm.train_config", "ldm.manifest", "ldm.interrupt", "ldm.memory"),
@@ -21,10 +21,10 @@ ROWS = (
     ("ldm.checkpoint", "ldm.metrics"),
     ("ldm.pipeline",),
     ("ldm.tasks",),
-    ("ldm.app",),
+    ("ldm.app", "ldm.bench", "ldm.plan"),
     ("scripts",),
 )
-PACKAGES = ("ldm.data", "ldm.metrics", "ldm.tasks", "ldm.app")
+PACKAGES = ("ldm.data", "ldm.metrics", "ldm.tasks", "ldm.app", "ldm.bench")
 MODELS = {"ldm.layers", "ldm.vae", "ldm.unet", "ldm.clip", "ldm.clip_towers", "ldm.discriminator", "ldm.perceptual"}
 MODELS |= {"ldm.grounding", "ldm.checkpoint", "ldm.pipeline", "ldm.tasks"}
 HEAVY = {"transformers", "diffusers", "lpips", "tensorboard", "sklearn", "scipy", "skimage", "torchmetrics", "gradio"}
@@ -95,7 +95,7 @@ def test_the_rows_name_what_exists():
 
 
 def test_importing_everything_is_silent_and_light():
-    with_gradio = ("ldm.app.page", "ldm.app.parts", "ldm.app.serve", "ldm.app.tab_")
+    with_gradio = tuple(f"ldm.app.{name}" for name in ("desk", "front", "page", "parts", "serve", "tab"))
     modules = [module for module in SOURCES if module.startswith("ldm") and not module.startswith(with_gradio)]
     code = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\n"
     code += f"sys.exit(', '.join({HEAVY!r} & set(sys.modules)) or 0)"

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import normal
 
-from ldm.layers import Attention, GroupNorm, Upsample, attend, doubled, pointwise, widen
+from ldm.layers import Attention, GroupNorm, Upsample, attend, doubled, padded, pointwise, widen
 
 
 def assert_alike(ours, theirs, *inputs):
@@ -46,6 +46,20 @@ def test_attention_of_narrow_heads(channels, positions):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", [16, 77])
+@pytest.mark.parametrize("channels", [4, 15, 16])
+def test_keys_that_are_added_get_no_weight(length, channels):
+    q, k, v = (
+        normal(2, 3, 9, channels),
+        9 * normal(2, 3, length, channels, seed=2),
+        normal(2, 3, length, channels, seed=3),
+    )
+    more, values = padded(k, v)
+    assert (more.shape[2] % 16 == 0 and more.shape[3] == 16) or channels == 16
+    torch.testing.assert_close(attend(q, more, values), F.scaled_dot_product_attention(q, k, v))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("length", [3, 9])
 def test_attention_weights_are_those_that_it_uses(length):
     attention = Attention(16, 4, context_channels=6)
@@ -53,6 +67,8 @@ def test_attention_weights_are_those_that_it_uses(length):
     prepared = attention.prepare(context)
     assert prepared[0].ndim == (3 if length == 3 else 4)
     weights = attention.weights(x, prepared[0])
+    assert length == 3 or not weights[..., length:].any()
+    weights = weights[..., :length]
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 10, 4))
     values = attention.split(attention.to_v(context))
     expected = attention.to_out[0](torch.einsum("bnhl,bhld->bnhd", weights, values).flatten(2))

@@ -76,7 +76,7 @@ def test_generator_and_discriminator_steps_leave_each_other_alone():
 
 
 def test_discriminator_is_idle_then_learns_then_counts():
-    task = AutoencoderTask(tiny.autoencoder(loss=replace(tiny.LOSS, gan_start=4, gan_ramp=2)))
+    task = AutoencoderTask(tiny.autoencoder(replace(tiny.TRAIN, steps=8), replace(tiny.LOSS, gan_start=4, gan_ramp=2)))
     batch = stack_images(tiny.samples(2))
     seen = [[(name, "gan_weight" in v) for name, _, v in task.losses(task.modules, batch, step)] for step in (1, 2, 4)]
     assert seen == [
@@ -84,6 +84,28 @@ def test_discriminator_is_idle_then_learns_then_counts():
         [("vae", False), ("discriminator", False)],
         [("vae", True), ("discriminator", False)],
     ]
+
+
+@pytest.mark.parametrize(("gan_start", "gan", "warned"), [(4, 0.5, True), (3, 0.5, False), (4, 0.0, False)])
+def test_a_discriminator_that_would_never_count_is_said(recwarn, gan_start, gan, warned):
+    AutoencoderTask(tiny.autoencoder(loss=replace(tiny.LOSS, gan_start=gan_start, gan=gan)))  # of 4 steps
+    assert [("never counts" in str(w.message)) for w in recwarn] == [True] * warned
+
+
+def test_autoencoder_starts_from_other_weights(vae_run):
+    there = VAE.from_pretrained(vae_run)
+    model = replace(there.config, block_out_channels=(4, 4), norm_num_groups=4)
+    config = replace(tiny.autoencoder(), vae=str(vae_run), model=model, data=replace(tiny.DATA, size=64))
+    task = AutoencoderTask(config)
+    vae = task.modules["vae"]
+    assert tiny.same(vae.state_dict(), there.state_dict())
+    assert vae.config == replace(there.config, sample_size=64)
+    batch = stack_images([task.dataset[i] for i in range(2)])
+    _, loss, _ = next(task.losses(task.modules, batch, step=0))
+    loss.backward()
+    assert all(gradients(vae))
+    with pytest.raises(UserError, match="unknown model 'nowhere'"):
+        AutoencoderTask(replace(config, vae="nowhere"))
 
 
 def test_perceptual_gradient_reaches_the_decoder_and_not_its_own_network():

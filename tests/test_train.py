@@ -16,6 +16,8 @@ import torch
 
 from ldm import run_state
 from ldm.config import UserError, build
+from ldm.data.latents import cache_latents
+from ldm.data.shards import Shards, write_shards
 from ldm.tasks.clip import CLIPTask
 from ldm.train import OptimizerConfig, Run, TrainConfig, train
 from ldm.weights import load_tensors, read_json
@@ -240,6 +242,7 @@ def test_two_processes_stay_alike_and_equal_one_with_their_batches_together(tmp_
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch.append(str(tmp_path))
+    write_shards(tiny.files(23), tmp_path / "shards", "train", shard_bytes=30_000)
     done = subprocess.run(launch, capture_output=True, text=True, timeout=1800, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     clip = CLIPTask(tiny.clip())
@@ -250,3 +253,19 @@ def test_two_processes_stay_alike_and_equal_one_with_their_batches_together(tmp_
         torch.testing.assert_close(load_tensors(tmp_path / f"{name}.safetensors"), state, rtol=1e-4, atol=1e-5)
         assert [line["step"] for line in lines_of(tmp_path / name)] == [2, 4, 4]  # one process writes
     assert (tmp_path / "autoencoder" / "vae" / "config.json").is_file()
+    check_data(tmp_path)
+
+
+def check_data(folder: Path) -> None:
+    """Two processes have written the cache that one writes, and have read every sample once an epoch."""
+    shards = Shards(folder / "shards", 32)
+    assert len(shards) == 23 and len(shards.lengths) == 3
+    cache_latents(tiny.encoder(), shards, folder / "one.safetensors", batch_size=4)
+    assert (folder / "one.safetensors").read_bytes() == (folder / "latents.safetensors").read_bytes()
+    both = [read_json(folder / f"names-{rank}.json") for rank in range(2)]
+    for name in ("shards", "cache"):
+        first, second = (names[name] for names in both)
+        assert len(first) == len(second) == 12
+        seen = [key for a, b in zip(first, second, strict=True) for key in a + b]
+        for epoch in range(3):
+            assert sorted(seen[23 * epoch : 23 * (epoch + 1)]) == sorted(sample["key"] for sample in shards), name

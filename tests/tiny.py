@@ -1,5 +1,6 @@
 """The smallest trainings that still have every part; shared by the tests of the loop, the tasks and the scripts."""
 
+import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.clip import TextConfig, VisionConfig
-from ldm.data import DataConfig, open_dataset
+from ldm.data import DataConfig, open_dataset, to_float
 from ldm.diffusion import ScheduleConfig
 from ldm.grounding import GroundingConfig
+from ldm.images import to_pil
 from ldm.tasks.autoencoder import AutoencoderConfig, LossConfig
 from ldm.tasks.clip import CLIPConfig
 from ldm.tasks.diffusion import DiffusionConfig, PreviewConfig
 from ldm.train import OptimizerConfig, Run, Task, TrainConfig
 from ldm.unet import UNetConfig
-from ldm.vae import VAEConfig
+from ldm.vae import VAE, VAEConfig
 from ldm.weights import save_tensors, write_json
 
 DATA = DataConfig(length=24)
@@ -41,6 +43,12 @@ def autoencoder(train: TrainConfig = TRAIN, loss: LossConfig = LOSS) -> Autoenco
     """32 px -> 8 x 8 latents, with a GAN from the first step on."""
     model = VAEConfig(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)
     return AutoencoderConfig(data=DATA, model=model, loss=loss, train=train, held_out=4, statistics=24)
+
+
+def encoder() -> VAE:
+    """A VAE that nobody has trained."""
+    torch.manual_seed(0)
+    return VAE(autoencoder().model)
 
 
 def clip(train: TrainConfig = TRAIN, grounding: GroundingConfig = NO_READERS) -> CLIPConfig:
@@ -78,6 +86,15 @@ def samples(count: int, captions: int | None = None) -> list[dict]:
     """The first shapes scenes, with at most so many of their captions."""
     dataset = open_dataset(DATA, "train")
     return [s | {"captions": s["captions"][:captions]} for s in (dataset[i] for i in range(count))]
+
+
+def files(count: int) -> Iterator[dict]:
+    """The same scenes as the files of shards."""
+    for sample in samples(count):
+        buffer = io.BytesIO()
+        to_pil(to_float(sample["image"][None]))[0].save(buffer, "PNG")
+        key = f"scene-{sample['key']}".replace("/", "-")
+        yield {"key": key, "suffix": "png", "image": buffer.getvalue(), "captions": sample["captions"]}
 
 
 def steps(task: Task, config: TrainConfig, out: Path, count: int | None = None) -> Run:

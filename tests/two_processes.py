@@ -1,4 +1,5 @@
-"""Run by tests/test_train.py in two processes, through `torchrun`: trains, and saves what came out.
+"""Run by tests/test_train.py in two processes, through `torchrun`: trains, and saves what came out; caches latents and
+reads shards and cache, and says which samples each process saw.
 
 two_processes.py OUT
 """
@@ -11,16 +12,18 @@ import tiny
 import torch
 from accelerate.utils import gather_object
 
+from ldm.data.latents import CachedLatents, cache_latents, data_hash
+from ldm.data.shards import Shards
 from ldm.metrics import GaussianMoments
 from ldm.tasks.autoencoder import AutoencoderTask
 from ldm.tasks.clip import CLIPTask
-from ldm.train import train
-from ldm.weights import save_tensors
+from ldm.train import Run, train
+from ldm.weights import module_hash, save_tensors, write_json
 
 
 def main(out: Path) -> None:
-    """The loop on the toy, a VAE with its discriminator, and CLIP with one caption a picture and with readers; then
-    what both have seen of some features."""
+    """The loop on the toy, a VAE with its discriminator, and CLIP with one caption a picture and with readers; what
+    both have seen of some features; then the data."""
     clip = CLIPTask(tiny.clip())
     clip.dataset = tiny.samples(16, captions=1)
     trainings = {
@@ -42,7 +45,23 @@ def main(out: Path) -> None:
     gathered = GaussianMoments().update(rows[:13] if rank == 0 else rows[13:]).gather()
     assert gathered.count == 50 and torch.allclose(gathered.mean, rows.mean(0), rtol=1e-12)
     assert torch.allclose(gathered.covariance, rows.T.cov(), atol=1e-9), "moments of two processes are not those of one"
+    data(out, rank)
     torch.distributed.destroy_process_group()
+
+
+def data(out: Path, rank: int) -> None:
+    """Which samples of shards and of a cache each process gets in three epochs, in names-RANK.json."""
+    shards = Shards(out / "shards", 32)
+    cache_latents(tiny.encoder(), shards, out / "latents.safetensors", batch_size=4)
+    cached = CachedLatents(out / "latents.safetensors", module_hash(tiny.encoder()), data_hash(shards))
+    names = {}
+    for name, dataset in (("shards", shards), ("cache", cached)):
+        task = tiny.Toy()
+        task.dataset, task.collate = dataset, lambda samples: {"keys": [sample["key"] for sample in samples]}
+        steps = -(-3 * len(dataset) // 6)
+        run = Run(task, replace(tiny.TRAIN, batch_size=3, steps=steps, workers=rank), out / name)
+        names[name] = [batch["keys"] for batch, _ in run.batches(0)]
+    write_json(out / f"names-{rank}.json", names)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The arithmetic of people judging pictures: fooling rates, a time threshold by a staircase, preferences.
 
 After HYPE (Zhou et al. 2019, "HYPE: A Benchmark for Human eYe Perceptual Evaluation of Generative Models"):
-HYPE-infinity without a time limit, HYPE-time with flashes.
+HYPE-infinity (section 2.2) without a time limit, HYPE-time (section 2.1) with flashes. HYPE asks about single pictures;
+pairs and preferences are ours. HYPE-infinity takes 50 real and 50 generated pictures a person, and HYPE's people have
+passed a test first and its intervals resample people; here anyone judges as many as they like.
 
 Intervals take answers as independent. Many by few people are less certain than they say.
 """
@@ -93,21 +95,23 @@ def _tail(n: int, k: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Staircase:
-    """How long the next picture is shown, in ms, by the answers so far: HYPE-time's 3-up/1-down rule, shorter by `down`
-    after `streak` right answers in a row, longer by `up` after each wrong one. HYPE goes up to 1000 ms; here flashes
-    end at 500.
+    """How long the next picture is shown, in ms, by the answers so far. The numbers are HYPE's (section 2.1): a block
+    of 150 pictures begins at 500 ms; 3-up/1-down, that is, 30 ms shorter after three right answers in a row, 10 ms
+    longer after each wrong one; from 100 to 1000 ms.
 
     It settles where steps up and down balance, p^streak down = (1 - p^streak) up, p being the probability of a right
-    answer (`level`): 63.0% with these steps, Levitt's (1971) 79.4% with equal ones, 75% with Kaernbach's (1991)
-    weighted rule streak=1, up=30, down=10. The judge is to be asked about one model, in one form of question.
+    answer (`level`): 63.0% with these steps, though HYPE says 75%; Levitt's (1971) 79.4% with equal ones, 75% with
+    Kaernbach's (1991) weighted rule streak=1, up=30, down=10. The judge is to be asked about one model, in one form of
+    question.
     """
 
     start: int = 500
     shortest: int = 100
-    longest: int = 500
+    longest: int = 1000
     up: int = 10
     down: int = 30
     streak: int = 3
+    block: int = 150
     answers: tuple[bool, ...] = ()
 
     @classmethod
@@ -123,11 +127,13 @@ class Staircase:
     def exposures(self) -> list[int]:
         """Those of all answers, and the next one."""
         found, row = [self.start], 0
-        for right in self.answers:
+        for number, right in enumerate(self.answers, start=1):
             row = row + 1 if right else 0
             step = self.up if not right else -self.down if row == self.streak else 0
             row %= self.streak
             found.append(min(max(found[-1] + step, self.shortest), self.longest))
+            if number % self.block == 0:
+                found[-1], row = self.start, 0
         return found
 
     @property
@@ -142,15 +148,19 @@ class Staircase:
 
     @property
     def enough(self) -> int:
-        """Answers that a threshold needs: twice those in which who is always right comes from top to bottom (84)."""
-        return 2 * self.streak * math.ceil((self.longest - self.shortest) / self.down)
+        """Answers of a block that a threshold needs, HYPE's full blocks being long: twice those in which who is always
+        right comes from the start to the shortest (84)."""
+        return 2 * self.streak * math.ceil((self.start - self.shortest) / self.down)
 
-    def threshold(self) -> int | None:
-        """HYPE's: the exposure that was shown most often, the shortest of equals; None before `enough` answers.
-        One at either end says only that the true one lies there or beyond."""
-        return modal_exposure(self.exposures[:-1], self.enough)
+    def threshold(self) -> float | None:
+        """What `perceptual_threshold` says of the answers."""
+        return perceptual_threshold(self.exposures[:-1], self.enough, self.block)
 
 
-def modal_exposure(exposures: Sequence[int], enough: int = 1) -> int | None:
-    """The most frequent exposure, the shortest of equals; None of fewer than `enough`."""
-    return min(statistics.multimode(exposures)) if len(exposures) >= max(enough, 1) else None
+def perceptual_threshold(exposures: Sequence[int], enough: int, block: int) -> float | None:
+    """A person's HYPE-time in ms, of the exposures they were shown: the one shown most often (the shortest of equals)
+    in each block, averaged over blocks; HYPE has three. Blocks of fewer than `enough` do not count; None without one.
+    A value at either end of the range says only that the true one lies there or beyond."""
+    blocks = [exposures[i : i + block] for i in range(0, len(exposures), block)]
+    modes = [min(statistics.multimode(part)) for part in blocks if len(part) >= enough]
+    return statistics.mean(modes) if modes else None

@@ -85,7 +85,7 @@ def attention(pipe: Pipeline) -> Iterator[list[Tensor]]:
 
     def listen(module: torch.nn.Module, given: tuple) -> None:
         x, context = given
-        weights = module.weights(x[-1:], context[0][-1:])
+        weights = module.weights(x[-1:], context[0][-1:])[..., : pipe.tokenizer.context_length]
         side = round((weights.shape[1] * high / wide) ** 0.5)
         heat = rearrange(reduce(weights, "1 n h l -> n l", "mean"), "(a b) l -> 1 l a b", a=side)
         found.append(F.interpolate(heat.float().cpu(), (high, wide), mode="bilinear")[0])

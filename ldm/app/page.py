@@ -6,11 +6,9 @@ from typing import Any
 import gradio as gr
 
 from ldm.app import tab_compare, tab_edit, tab_inside, tab_judge, tab_make
-from ldm.app.parts import QUIET, Desk
+from ldm.app.desk import Desk
+from ldm.app.parts import QUIET
 from ldm.app.studio import Models
-
-THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-HEAD = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 
 
 def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
@@ -19,7 +17,7 @@ def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
     with gr.Blocks(title="ldm", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86_400)) as page:
         gr.Markdown("# Pictures from words")
         with gr.Tabs() as tabs:
-            edit, chosen = tab_make.build(desk)
+            edit, chosen = tab_make.build(desk, page)
             editor = tab_edit.build(desk)
             tab_compare.build(desk)
             tab_inside.build(desk)

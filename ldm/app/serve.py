@@ -9,9 +9,10 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 
-from ldm.app.page import HEAD, THEME, build
-from ldm.app.parts import CSS
+from ldm.app.front import CSS, HEAD, THEME
+from ldm.app.page import build
 from ldm.app.studio import Models
+from ldm.app.veil import Veil
 
 # The browser itself refuses whatever would come from, or go to, another machine.
 POLICY = (
@@ -37,6 +38,7 @@ def application(models: Models, folder: Path, seed: int = 0, hosts: Sequence[str
         response.headers["Referrer-Policy"] = "no-referrer"
         return response
 
+    app.add_middleware(Veil, folder=folder)
     return gr.mount_gradio_app(
         app,
         page,

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ldm.app.human import Staircase, fooling, median_interval, modal_exposure, rate_interval, win_rate
+from ldm.app.human import Staircase, fooling, median_interval, perceptual_threshold, rate_interval, win_rate
 from ldm.config import UserError
 
 VERSION = 1  # of the table; a file's PRAGMA user_version
@@ -142,8 +142,9 @@ class Store:
 def results(judgements: Iterable[Judgement]) -> dict[str, dict[str, Any]]:
     """Of each model: the number of "judgements" by kind and of "sessions"; "single" and "flash_single" as `Fooling`,
     "pair" and "flash_pair" as the rate of pairs whose generated picture was taken for the real one; "threshold_ms" and
-    "pair_threshold_ms", the median over sessions of the modal exposure of flashes, with its interval, and "thresholds"
-    and "pair_thresholds", how many sessions had enough flashes; "preference" as a `WinRate` by other model.
+    "pair_threshold_ms", the median over sessions of `perceptual_threshold` (HYPE's score is the mean over people),
+    with its interval, and "thresholds" and "pair_thresholds", how many sessions had enough flashes; "preference" as a
+    `WinRate` by other model.
 
     The staircase itself sets how many flashes are wrong: compare thresholds, not those rates.
     """
@@ -177,8 +178,9 @@ def _results(model: str, found: list[Judgement]) -> dict[str, Any]:
         exposures: dict[str, list[int]] = defaultdict(list)
         for j in asked["flash_", form]:
             exposures[j.session].append(j.exposure_ms)
-        modes = [modal_exposure(shown, Staircase().enough) for shown in exposures.values()]
-        known = [mode for mode in modes if mode is not None]
+        stairs = Staircase()
+        found_out = [perceptual_threshold(shown, stairs.enough, stairs.block) for shown in exposures.values()]
+        known = [threshold for threshold in found_out if threshold is not None]
         table |= {f"{name}_ms": median_interval(known), f"{name}s": len(known)}
     table["preference"] = {
         other: win_rate(score["wins"], score["ties"], score["losses"]) for other, score in sorted(scores.items())

@@ -60,7 +60,7 @@ class Settings:
         for name, (low, high) in BOUNDS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise UserError(f"{name.replace('_', ' ')} is {value}; it must be from {low:g} to {high:g}")
+                raise UserError(f"{name.replace('_', ' ')} is {value}; it must be from {low:,} to {high:,}")
         if self.sampler and self.sampler not in SAMPLERS:
             raise UserError(f"unknown sampler {self.sampler!r}; known: {', '.join(SAMPLERS)}")
 

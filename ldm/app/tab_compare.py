@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
-from ldm.app.parts import QUIET, Desk, begins, controls, said, shown, stops
+from ldm.app.desk import Desk, begins, stops
+from ldm.app.parts import QUIET, Controls, controls, figures, said, shown
 from ldm.app.studio import Models, Settings, about_picture, changed, clean, make
 from ldm.config import UserError
 from ldm.images import captioned_grid
@@ -42,66 +44,70 @@ def variants(settings: Settings, axis: str, text: str, models: Models) -> list[t
     return found
 
 
+class Comparing:
+    """What the tab does."""
+
+    def __init__(self, desk: Desk, given: Controls) -> None:
+        """`given` are the settings that the pictures share."""
+        self.desk, self.given = desk, given
+
+    def listed(self, axis: str) -> str:
+        """What to begin with, as a list of values to compare over."""
+        return ", ".join(self.desk.models.names[:MOST]) if axis == "model" else AXES.get(axis, (str, ""))[1]
+
+    def run(self, request: gr.Request, axis: str, text: str, *values: Any) -> Iterator[tuple]:
+        """One picture after the other, with its label; then all of them as one to download."""
+        images: list[Image.Image] = []
+        seed = gr.skip()
+        try:
+            with self.desk.working(request, "compare") as stop:
+                base = self.given.read(values)
+                if not base.cleaned().prompt:
+                    raise UserError("the prompt is empty; write what the pictures should show")
+                seed = base.seed
+                wanted = variants(base, axis, text, self.desk.models)
+                labels = [label for label, _ in wanted]
+                for number, (label, settings) in enumerate(wanted, start=1):
+                    for update in make(self.desk.models[settings.model], settings, stop):
+                        if update.stopped:
+                            yield gr.skip(), said(f"Stopped at {label}."), seed, gr.skip()
+                            return
+                        if not update.done:
+                            head = said(f"{number} of {len(wanted)}: {label}")
+                            yield gr.skip(), head + shown(update), seed, gr.skip()
+                    images += update.images
+                    done = said(f"{number} of {len(wanted)} done.")
+                    yield figures(zip(images, labels, strict=False)), done, seed, gr.skip()
+                sheet = captioned_grid(images, labels, columns=min(4, len(wanted)), cell=200)
+                about = about_picture(self.desk.models[base.model], base, 0, compared=axis, values=clean(text))
+                ready = gr.DownloadButton(value=self.desk.keep(sheet, about), interactive=True)
+                yield gr.skip(), said(f"Done, with seed {base.seed}: {', '.join(labels)}."), seed, ready
+        except UserError as error:
+            yield gr.skip(), said(str(error), wrong=True), seed, gr.skip()
+
+
 def build(desk: Desk) -> None:
     """The tab, inside the page's tabs."""
     with gr.Tab("Compare", id="compare"), gr.Row():
         with gr.Column(scale=2, min_width=300):
             axis = gr.Dropdown(list(AXES), value="guidance", label="Compare over")
             values = gr.Textbox(AXES["guidance"][1], label=f"Values, up to {MOST}, with commas between")
-            given = controls(desk, leave_out=("count", "width", "height", "strength"))
+            given = controls(desk.models, leave_out=("count", "width", "height", "strength"))
         with gr.Column(scale=3, min_width=300):
             with gr.Row():
                 go = gr.Button("Compare", variant="primary", elem_id="compare-go")
-                halt = gr.Button("Stop")
+                halt = gr.Button("Stop", elem_id="compare-stop")
             status = gr.HTML(
                 said("One picture for each value, of one prompt and seed."),
                 elem_classes="status",
                 elem_id="compare-status",
             )
-            grid = gr.Image(
-                label="Comparison",
-                height=440,
-                format="png",
-                buttons=["fullscreen"],
-                interactive=False,
-                elem_id="compare-grid",
-                elem_classes="still",
-            )
-            download = gr.DownloadButton("Download", interactive=False, elem_id="compare-download")
+            grid = gr.HTML(min_height=440, elem_id="compare-grid", elem_classes="large")
+            download = gr.DownloadButton("Download them as one picture", interactive=False, elem_id="compare-download")
 
-    def listed(name: str) -> str:
-        return ", ".join(desk.models.names[:MOST]) if name == "model" else AXES.get(name, (str, ""))[1]
-
-    def run(request: gr.Request, name: str, text: str, *rest: Any) -> Iterator[tuple]:
-        stop = desk.event(request, "compare")
-        images, labels, seed = [], [], gr.skip()
-        try:
-            base = given.read(rest)
-            if not base.cleaned().prompt:
-                raise UserError("the prompt is empty; write what the pictures should show")
-            seed = base.seed
-            wanted = variants(base, name, text, desk.models)
-            for number, (label, settings) in enumerate(wanted, start=1):
-                for update in make(desk.models[settings.model], settings, stop):
-                    if update.stopped:
-                        yield gr.skip(), said(f"Stopped at {label}."), seed, gr.skip()
-                        return
-                    if not update.done:
-                        head = said(f"{number} of {len(wanted)}: {label}")
-                        yield gr.skip(), head + shown(update), seed, gr.skip()
-                images += update.images
-                labels.append(label)
-                sheet = captioned_grid(images, labels, columns=min(4, len(wanted)), cell=200)
-                yield sheet, said(f"{number} of {len(wanted)} done."), seed, gr.skip()
-            about = about_picture(desk.models[base.model], base, 0, compared=name, values=clean(text))
-            file = desk.keep(sheet, about)
-            ready = gr.DownloadButton(value=file, interactive=True)
-            yield gr.skip(), said(f"Done, with seed {base.seed}: {', '.join(labels)}."), seed, ready
-        except UserError as error:
-            yield gr.skip(), said(str(error), wrong=True), seed, gr.skip()
-
-    axis.change(listed, axis, values, **QUIET)
+    comparing = Comparing(desk, given)
+    axis.change(comparing.listed, axis, values, **QUIET)
     outputs = [grid, status, given.parts["seed"], download]
-    work = {"fn": run, "inputs": [axis, values, *given.inputs], "outputs": outputs}
+    work = {"fn": comparing.run, "inputs": [axis, values, *given.inputs], "outputs": outputs}
     begins(desk, "compare", [go.click], work, status)
     stops(desk, "compare", halt, status)

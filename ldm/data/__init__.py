@@ -115,7 +115,8 @@ def batches(dataset: Any, indices: Sequence[int], batch_size: int) -> Iterator[d
 
 def choose_captions(captions: list[list[str]]) -> list[str]:
     """One caption of each list, by torch's global generator (which the training loop seeds every step)."""
-    return [c[int(torch.randint(len(c), ()))] for c in captions]
+    places = torch.rand(len(captions)).tolist()
+    return [c[int(place * len(c))] for c, place in zip(captions, places, strict=True)]
 
 
 def flip_half(image: Tensor) -> Tensor:

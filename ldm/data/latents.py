@@ -11,17 +11,18 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ldm.config import UserError
 from ldm.data.faults import Faults
+from ldm.together import gather, place
 from ldm.weights import module_hash, read_json, write_json
 
 FORMAT = "ldm-latents-1"
@@ -55,6 +56,9 @@ def cache_latents(
 ) -> None:
     """Encodes every sample of a map-style data set once and writes `path` (whole, or not at all).
 
+    Processes of one launch, which must all call this, encode a part of the batches each into the one file, the same as
+    one process would write.
+
     `vae.encode(x)`, x (B, 3, H, W) in [-1, 1], gives `.mean` and `.std` (B, C, h, w); `vae` must be on
     `device`. `progress` shows a bar. UserError for an empty data set, a full disk, or latents that are not
     finite.
@@ -65,29 +69,37 @@ def cache_latents(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     about = {"format": FORMAT, "vae": module_hash(vae), "data": data_hash(dataset)}
+    rank, world = place()
+    faults = getattr(dataset, "faults", None)
     was_training = vae.training
     vae.eval()
     try:
-        with part.open("wb") as file:
+        if rank == 0:
+            part.write_bytes(b"")
+        gather(None)  # so the file is there for all
+        own = _share(len(dataset), batch_size, rank, world)
+        with part.open("r+b") as file:
             batches = DataLoader(
-                dataset,
+                Subset(dataset, own),
                 batch_size,
                 num_workers=workers,
                 collate_fn=list,
                 generator=torch.Generator(),  # leaves the global one alone
             )
-            bar = tqdm(batches, desc="encoding", unit="batch", disable=not progress)
-            _write(file, vae, bar, len(dataset), about, device, getattr(dataset, "faults", None))
+            bar = tqdm(batches, desc="encoding", unit="batch", disable=not progress or rank > 0)
+            written = _write(file, vae, bar, len(dataset), own.start, device, faults)
             os.fsync(file.fileno())
-        os.replace(part, path)
-        _left_out(path).unlink(missing_ok=True)
-        if found := getattr(getattr(dataset, "faults", None), "found", {}):
-            write_json(_left_out(path), found)
+            if parts := gather(written):
+                _finish(file, parts, len(dataset), about)
+        if rank == 0:
+            _publish(part, path, faults, parts)
+        gather(None)  # so the cache is there for all
     except OSError as error:
         raise UserError(f"cannot write the latent cache {str(path)!r}: {error.strerror or error}") from None
     finally:
         vae.train(was_training)
-        part.unlink(missing_ok=True)
+        if rank == 0:
+            part.unlink(missing_ok=True)
 
 
 class CachedLatents:
@@ -154,29 +166,49 @@ def _left_out(path: Path) -> Path:
     return path.with_name(f"{path.name}.left_out.json")
 
 
+class _Part(NamedTuple):
+    """What one process has written of the moments, and what is still to be."""
+
+    records: list[bytes]
+    shape: tuple[int, ...]  # of a sample's mean; empty where the process had none
+    found: dict[str, str]  # samples that were left out
+
+
+def _share(count: int, batch_size: int, rank: int, world: int) -> range:
+    """The samples that one process encodes: whole batches, in order."""
+    batches = -(-count // batch_size)
+    first, last = (min(batches * r // world * batch_size, count) for r in (rank, rank + 1))
+    return range(first, last)
+
+
 @torch.inference_mode()
 def _write(
-    file: BinaryIO,
-    vae: nn.Module,
-    batches: Any,
-    count: int,
-    about: dict[str, str],
-    device: Any,
-    faults: Faults | None,
-) -> None:
+    file: BinaryIO, vae: nn.Module, batches: Any, count: int, first: int, device: Any, faults: Faults | None
+) -> _Part:
+    """Writes the moments of all `batches`, from sample `first` of `count` on, to their places."""
     records: list[bytes] = []
     shape: tuple[int, ...] = ()
+    found: dict[str, str] = {}
     begin = HEADER + 8 * (count + 1)  # header, offsets, then mean, std and records
     for samples in batches:
         for name, why in ((n, w) for sample in samples for n, w in sample.get("faults", {}).items()):
+            found[name] = why
             faults.add(name, why)
         x = torch.stack([sample["image"] for sample in samples]).to(device)
         moments = vae.encode(x / 127.5 - 1)
         shape = tuple(moments.mean.shape[1:])
         for number, values in enumerate((moments.mean, moments.std)):
-            file.seek(begin + (number * count + len(records)) * 2 * int(np.prod(shape)))
+            file.seek(begin + (number * count + first + len(records)) * 2 * int(np.prod(shape)))
             file.write(_half(values).tobytes())
         records += [json.dumps([sample["key"], sample["captions"]]).encode() for sample in samples]
+    file.flush()
+    return _Part(records, shape, found)
+
+
+def _finish(file: BinaryIO, parts: list[_Part], count: int, about: dict[str, str]) -> None:
+    """Writes what stands around the moments, which are all there."""
+    records = [record for part in parts for record in part.records]
+    shape = next(part.shape for part in parts if part.shape)
     file.seek(0, os.SEEK_END)
     file.write(b"".join(records))
     offsets = np.cumsum([0] + [len(record) for record in records], dtype="<i8")
@@ -184,6 +216,24 @@ def _write(
     file.write(_header(about, (count, *shape), int(offsets[-1])))
     file.write(offsets.tobytes())
     file.flush()
+    os.fsync(file.fileno())
+
+
+def _publish(part: Path, path: Path, faults: Faults | None, parts: list[_Part]) -> None:
+    """Gives the finished file its name, and lists what was left out, by any process, beside it."""
+    os.replace(part, path)
+    _left_out(path).unlink(missing_ok=True)
+    found = dict(faults.found) if faults else {}
+    for each in parts:
+        found |= each.found
+    if found:
+        write_json(_left_out(path), found)
+
+
+def cache_bytes(count: int, shape: tuple[int, ...], text_bytes: int) -> int:
+    """The size of a cache of `count` samples with latents of `shape` (C, h, w); `text_bytes` of all keys and captions
+    as JSON."""
+    return HEADER + 8 * (count + 1) + 2 * 2 * count * int(np.prod(shape)) + text_bytes
 
 
 def _half(values: Tensor) -> np.ndarray:

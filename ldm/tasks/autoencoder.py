@@ -1,5 +1,6 @@
 """Training the VAE: reconstruction + perceptual + KL + patch-GAN (Rombach et al. 2022, section 3.1)."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,6 +49,7 @@ class LossConfig:
 class AutoencoderConfig:
     """Everything `train_autoencoder` can be told. `model.sample_size` is set from `data.size`."""
 
+    vae: str = ""  # weights to start from: run folder, shipped model or Stable Diffusion folder, in place of `model`
     data: DataConfig = field(default_factory=DataConfig)
     model: VAEConfig = field(default_factory=VAEConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -69,18 +71,13 @@ class AutoencoderTask:
         self.held_out = open_dataset(config.data, "val", need_captions=False)
         loss = config.loss
         torch.manual_seed(config.train.seed)
-        vae = VAE(replace(config.model, sample_size=config.data.size))
+        vae = VAE.from_pretrained(config.vae) if config.vae else VAE(config.model)
+        vae.config = replace(vae.config, sample_size=config.data.size)
         self.modules: dict[str, nn.Module] = {"vae": vae}
         if config.data.size % vae.factor:
             raise UserError(f"data.size {config.data.size} must be a multiple of {vae.factor}, the VAE's reduction")
         if loss.gan:
-            discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
-            self.modules["discriminator"] = discriminator
-            if config.data.size < discriminator.smallest:
-                raise UserError(
-                    f"data.size {config.data.size} is too small for loss.discriminator_layers "
-                    f"{loss.discriminator_layers}, which needs {discriminator.smallest}; take fewer layers"
-                )
+            self.modules["discriminator"] = make_discriminator(config)
         for module in self.modules.values():
             module.to(memory_format=torch.channels_last)
         self.perceptual = perceptual_network(loss.perceptual_net, loss.perceptual_path, loss.perceptual_depth)
@@ -152,6 +149,24 @@ class AutoencoderTask:
         count = min(self.config.statistics if final else 1024, len(self.dataset))
         mean, std = latent_statistics(self.modules["vae"], self.dataset, count, self.at_once, device)
         self.modules["vae"].with_statistics(mean, std).save_pretrained(folder / "vae")
+
+
+def make_discriminator(config: AutoencoderConfig) -> PatchDiscriminator:
+    """A new one; UserError where it needs larger pictures, a warning where the training ends before it counts."""
+    loss, size, steps = config.loss, config.data.size, config.train.steps
+    discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
+    if size < discriminator.smallest:
+        raise UserError(
+            f"data.size {size} is too small for loss.discriminator_layers {loss.discriminator_layers}, which needs"
+            f" {discriminator.smallest}; take fewer layers"
+        )
+    if loss.gan_start >= steps:
+        warnings.warn(
+            f"the discriminator never counts: loss.gan_start is {loss.gan_start} and train.steps {steps}; give e.g."
+            f" loss.gan_start={steps * 4 // 5} loss.gan_ramp={steps // 10}, or loss.gan=0 to train without it",
+            stacklevel=2,
+        )
+    return discriminator
 
 
 def images(dataset: Any, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:

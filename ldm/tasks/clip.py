@@ -25,6 +25,8 @@ from ldm.metrics import retrieval
 from ldm.tokenizer import Tokenizer
 from ldm.train import TrainConfig
 
+AT_ONCE = 32  # pairs in validation, where what is hidden from a reader is drawn for each batch
+
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
@@ -112,7 +114,7 @@ class CLIPTask:
         chance; how often a caption is preferred to itself with one word wrong (chance 0.5); the readers' losses."""
         clip, images, texts, wrong, captions = self.modules["clip"], [], [], [], []
         read: dict[str, float] = defaultdict(float)  # sums over the pictures
-        for batch in batches(self.held_out, spread(self.held_out, self.config.held_out), self.config.train.batch_size):
+        for batch in batches(self.held_out, spread(self.held_out, self.config.held_out), AT_ONCE):
             captions += batch["captions"]
             said = [c[0] for c in batch["captions"]]
             x, tokens = to_float(batch["image"].to(device)), self.tokenizer(said, warn=False).to(device)

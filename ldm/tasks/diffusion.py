@@ -21,6 +21,7 @@ from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weig
 from ldm.images import captioned_grid
 from ldm.pipeline import Pipeline
 from ldm.samplers import get_sampler, make_grid
+from ldm.together import draw_for_all
 from ldm.tokenizer import Tokenizer
 from ldm.train import TrainConfig, processes
 from ldm.unet import UNet, UNetConfig
@@ -132,9 +133,10 @@ class DiffusionTask:
     def cached(self, images: object) -> CachedLatents:
         """The latents of all training images, encoded now if the cache file is not there yet."""
         path, device = Path(self.config.cache), processes().device
-        with processes().main_process_first():
-            if not path.exists():
-                cache_latents(self.vae.to(device), images, path, self.at_once, device, progress=True)
+        missing = not path.exists()
+        processes().wait_for_everyone()  # all have looked before one writes
+        if missing:
+            cache_latents(self.vae.to(device), images, path, self.at_once, device, progress=True)
         faults = getattr(images, "faults", None)
         return CachedLatents(path, weights.module_hash(self.vae), data_hash(images), faults)
 
@@ -171,7 +173,8 @@ class DiffusionTask:
         z0 = self.latents(batch, flip=self.config.data.flip)
         captions = drop_captions(choose_captions(batch["captions"]), self.config.caption_dropout)
         c, total = self.config, len(self.schedule)
-        t = sample_timesteps(len(z0), total, c.timesteps, mean=c.logit_mean, std=c.logit_std).to(z0.device)
+        draw = lambda count: sample_timesteps(count, total, c.timesteps, mean=c.logit_mean, std=c.logit_std)  # noqa: E731
+        t = draw_for_all(draw, len(z0)).to(z0.device)
         yield "unet", self.loss(modules, z0, captions, t, torch.randn_like(z0)), {"z_std": z0.std()}
 
     def loss(self, modules: dict[str, nn.Module], z0: Tensor, captions: list[str], t: Tensor, eps: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ldm.metrics.records import Record, best_guidance, find, named
 from ldm.metrics.report import write_report
 from ldm.pipeline import Pipeline
 from ldm.samplers import make_grid
+from ldm.task import processes
 from ldm.tasks.evaluate_baseline import against, read_baseline
 from ldm.tasks.evaluate_bench import Bench, choose_caption
 from ldm.tasks.evaluate_gallery import galleries
@@ -63,8 +64,9 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig, out: Path, device: str = "") -> list[str]:
     """Makes the pictures that are missing in `out`, measures, writes metrics.json and report.html there.
 
-    `device` defaults to cuda where there is one. Gives the headline numbers, a line each. UserError for wrong
-    settings, too few pictures, or an `out` with pictures of other settings; nothing is written then.
+    `device` defaults to cuda where there is one. Several processes (`accelerate launch`) share the pictures and their
+    features, in one `out`, and measure alike. Gives the headline numbers, a line each. UserError for wrong settings,
+    too few pictures, or an `out` with pictures of other settings; nothing is written then.
     """
     bench = open_bench(config, out, device)
     baseline = read_baseline(config.baseline, bench) if config.baseline else None
@@ -84,8 +86,9 @@ def evaluate(config: EvaluateConfig, out: Path, device: str = "") -> list[str]:
     judge = bench.judge.name if bench.judge else "none"
     settings = bench.settings | {"num": bench.n, "guidance": list(bench.guidance), "judge": judge}
     table = {"format": FORMAT, "settings": settings, "results": measured.results}
-    weights.write_json(out / "metrics.json", table)
-    write_report(out / "report.html", settings, measured.results, galleries(bench, measured))
+    if processes().is_main_process:
+        weights.write_json(out / "metrics.json", table)
+        write_report(out / "report.html", settings, measured.results, galleries(bench, measured))
     return summary(measured.results)
 
 

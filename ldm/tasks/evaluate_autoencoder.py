@@ -23,6 +23,7 @@ from ldm.metrics.features import FeatureExtractor, feature_extractor, judged_by
 from ldm.metrics.records import Record, frechet_records, mean_record, picture_records
 from ldm.metrics.report_autoencoder import write_autoencoder_report
 from ldm.perceptual import perceptual_network
+from ldm.task import processes
 from ldm.tasks.evaluate import FEWEST, SMALLEST, USUAL, check_numbers, judge_name, sample_indices, trained_on
 from ldm.tasks.evaluate_bench import Source, blank_record, left_out
 from ldm.tasks.evaluate_coded import Coded, code, kl_nats
@@ -80,10 +81,10 @@ def evaluate_autoencoder(config: AutoencoderEvaluation, out: Path, device: str =
         warnings.warn(
             "what the latents say is left out: it needs scikit-learn (pip install scikit-learn)", stacklevel=2
         )
-    weights.write_json(out / "metrics.json", {"format": FORMAT, "settings": settings, "results": results})
-    write_autoencoder_report(
-        out / "report.html", settings, results, [*galleries(coded), beside_codecs(coded, as_codes)]
-    )
+    if processes().is_main_process:
+        shown = [*galleries(coded), beside_codecs(coded, as_codes)]
+        weights.write_json(out / "metrics.json", {"format": FORMAT, "settings": settings, "results": results})
+        write_autoencoder_report(out / "report.html", settings, results, shown)
     return [
         f"PSNR: {results[0]['value']:.2f} dB, SSIM: {results[1]['value']:.4f} (N={len(chosen)})",
         *(f"{r['metric']}: {r['value']:.4g}" for r in results if r["metric"] in HEADLINES),
@@ -126,7 +127,8 @@ def feature_records(
     device, size = next(vae.parameters()).device, config.batch_size
     cache = FeatureCache(out / "features", extractor.name, extractor.sha256, extractor.to(device), device)
     batches = -(-len(coded.pixels) // size)
-    real, fake = (cache(p.split(size), batches, "features") for p in (coded.pixels, coded.decoded))
+    sets = (pictures.split(size) for pictures in (coded.pixels, coded.decoded))
+    real, fake = (cache(parts.__getitem__, batches, "features") for parts in sets)
     about = (fake, real, "reconstructions", extractor.about, config.seed)
     return [*frechet_records(*about), *picture_records(*about)]
 

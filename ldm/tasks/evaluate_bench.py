@@ -35,10 +35,14 @@ class Source:
     get: Callable[[int], Tensor]
     key: str = ""  # what tells it from others of the same kind
 
+    def batch(self, number: int, size: int) -> Tensor:
+        """Batch `number` of those of `size` pictures, uint8 (B, 3, H, W)."""
+        start = number * size
+        return torch.stack([self.get(i) for i in range(start, min(start + size, self.count))])
+
     def batches(self, size: int) -> Iterator[Tensor]:
-        """uint8 (B, 3, H, W), in order."""
-        for start in range(0, self.count, size):
-            yield torch.stack([self.get(i) for i in range(start, min(start + size, self.count))])
+        """All of them in order."""
+        return (self.batch(number, size) for number in range(-(-self.count // size)))
 
 
 @dataclass(kw_only=True)
@@ -157,7 +161,7 @@ class Bench:
         place = (network.name, source.of, source.key, source.count)
         if place not in self.seen:
             total, text = -(-source.count // self.batch_size), text or f"{network.name}: {source.of} {source.key}"
-            self.seen[place] = self.caches[network.name](source.batches(self.batch_size), total, text)
+            self.seen[place] = self.caches[network.name](lambda n: source.batch(n, self.batch_size), total, text)
         return self.seen[place]
 
 

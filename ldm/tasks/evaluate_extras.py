@@ -2,6 +2,7 @@
 
 import random
 import re
+import warnings
 from collections import Counter
 
 import torch
@@ -19,6 +20,7 @@ OPENED = 48  # captions that leave an attribute open
 CLOSEST = 12  # pairs of sample and training picture for the report
 NEAR = 0.05  # share of real held-out pictures that lie nearest to the training set
 QUANTILES = 50
+SAME = 1e-4  # of the length of two rows of features: nearer, they are of one picture and differ by rounding
 NONE = "none named"
 PLACES = r"\b(?:above|below|left|right|over|under|on top of)\b"
 
@@ -27,10 +29,18 @@ def memorization(bench: Bench, measured: Measured, g: float) -> None:
     """How near each sample lies to its nearest training picture, against how near real held-out pictures lie.
 
     "memorized": share of samples nearer than the nearest 5% of the held-out pictures; `nearer_than_any`: than all of
-    them; `nearest`, `distances`: each sample's. Real held-out pictures have 5% and 0% by definition.
+    them; `nearest`, `distances`: each sample's. Real held-out pictures have 5% and 0% by definition. A warning where
+    some of these are training pictures.
     """
     bank = bench.features(bench.real_train(len(bench.bank)), "memorization: training set")
-    held_out, _ = nearest(bench.features(bench.real()), bank)
+    real = bench.features(bench.real())
+    held_out, _ = nearest(real, bank)
+    if shared := int((held_out <= SAME * real.norm(dim=1)).sum()):
+        warnings.warn(
+            f"{shared} of the {len(real)} held-out pictures are in the training set too and flatter the model; keep one"
+            " copy of each picture, or sort them into sub-folders train, val and test",
+            stacklevel=2,
+        )
     distances, which = nearest(bench.features(bench.samples(g)), bank)
     threshold = torch.quantile(held_out, NEAR)
     levels = torch.linspace(0, 1, QUANTILES + 1, dtype=torch.float64)
@@ -44,6 +54,7 @@ def memorization(bench: Bench, measured: Measured, g: float) -> None:
         record = mean_record("memorized", of, (found < threshold).double(), **about, **extra)
         nearer = (found < held_out.min()).double()
         record |= {"nearer_than_any": float(nearer.mean()), "nearer_interval": mean_interval(nearer)}
+        record["held_out_in_train"] = shared
         record["quantiles"] = torch.quantile(found, levels).tolist()
         measured.results.append(record)
     order = distances.argsort()[:CLOSEST].tolist()

@@ -1,7 +1,8 @@
-"""Features of pictures, kept by the pictures' own hash: what was seen once is not computed again, in any run."""
+"""Features of pictures, kept by the pictures' own hash: what was seen once is not computed again, in any run. Several
+processes see a batch each, the same batches as one process would."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from ldm import weights
 from ldm.config import UserError
 from ldm.data import to_float
+from ldm.task import processes, shared
 
 SAVED = 20  # batches between writes; what a stop loses at most
 HASH = 16  # bytes of SHA-256
@@ -25,23 +27,28 @@ class FeatureCache:
         self.network, self.device = network, device
         self.known: dict[bytes, Tensor] = _read(self.path)
 
-    def __call__(self, batches: Iterable[Tensor], total: int, text: str) -> Tensor:
-        """uint8 pictures (B, 3, H, W) of all batches -> features (N, D), with a bar of `total` batches."""
+    def __call__(self, batch: Callable[[int], Tensor], count: int, text: str) -> Tensor:
+        """The uint8 pictures (B, 3, H, W) of batches 0 to `count` - 1 -> features (N, D), with a bar."""
         names: list[bytes] = []
-        new = 0
-        for pixels in tqdm(batches, desc=text, total=total, unit="batch", leave=False):
-            hashes = [_hash(picture) for picture in pixels]
-            missing = [i for i, name in enumerate(hashes) if name not in self.known]
-            if missing:
-                features = self.network(to_float(pixels[missing]).to(self.device)).float().cpu()
-                self.known |= {hashes[i]: row.clone() for i, row in zip(missing, features, strict=True)}
-                new += 1
-                if new % SAVED == 0:
+        with tqdm(total=count, desc=text, unit="batch", leave=False, disable=not processes().is_main_process) as bar:
+            for first in range(0, count, SAVED):
+                numbers = range(first, min(first + SAVED, count))
+                found = shared(lambda n: self._see(batch(n), bar), numbers)
+                new = {name: row for _, rows in found for name, row in rows.items()}
+                self.known |= new
+                if new and processes().is_main_process:
                     self._write()
-            names += hashes
-        if new:
-            self._write()
+                names += [name for hashes, _ in found for name in hashes]
+                bar.update(len(numbers) - bar.n + first)
         return torch.stack([self.known[name] for name in names])
+
+    def _see(self, pixels: Tensor, bar: tqdm) -> tuple[list[bytes], dict[bytes, Tensor]]:
+        """The names of a batch of pictures, and the features of those that are not known yet."""
+        hashes = [_hash(picture) for picture in pixels]
+        missing = [i for i, name in enumerate(hashes) if name not in self.known]
+        features = self.network(to_float(pixels[missing]).to(self.device)).float().cpu() if missing else ()
+        bar.update()
+        return hashes, {hashes[i]: row.clone() for i, row in zip(missing, features, strict=True)}
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

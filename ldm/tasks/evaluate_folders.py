@@ -29,6 +29,7 @@ from ldm.metrics.records import (
 )
 from ldm.metrics.report import ROWS, called, failed, settings_table, write_page
 from ldm.metrics.report_html import Gallery, Row, number, show, table
+from ldm.task import processes
 from ldm.tasks.clip import sharing
 from ldm.tasks.evaluate import FEWEST, FORMAT, check_numbers
 from ldm.tasks.evaluate_bench import Source, blank_record
@@ -87,8 +88,9 @@ def evaluate_folders(config: FolderEvaluation, out: Path, device: str = "") -> l
     if judge:
         results += _alignment(config, judge, [list(found.values()) for found in names], (fake, real), out, place)
     settings |= {"number_of_images": fake.count, "number_of_references": real.count}
-    weights.write_json(out / "metrics.json", {"format": FORMAT, "settings": settings, "results": results})
-    _report(out / "report.html", settings, results, (fake, real))
+    if processes().is_main_process:
+        weights.write_json(out / "metrics.json", {"format": FORMAT, "settings": settings, "results": results})
+        _report(out / "report.html", settings, results, (fake, real))
     return [f"{r['metric']}: {number(r)}" for r in results if r["of"] == "images" and r["value"] is not None]
 
 
@@ -152,7 +154,7 @@ def _seen(
     call = network.images if isinstance(network, ImageTextModel) else network
     cache = FeatureCache(out / "features", network.name, network.sha256, call, device)
     total = -(-source.count // config.batch_size)
-    return cache(source.batches(config.batch_size), total, f"{network.name}: {source.of}")
+    return cache(lambda n: source.batch(n, config.batch_size), total, f"{network.name}: {source.of}")
 
 
 def _check_count(extractor: FeatureExtractor, n: int, source: Source, device: torch.device) -> None:

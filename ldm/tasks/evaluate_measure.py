@@ -24,6 +24,7 @@ from ldm.metrics.records import (
     picture_records,
 )
 from ldm.pipeline import Pipeline
+from ldm.task import processes
 from ldm.tasks.evaluate_bench import Bench, Measured, Source, blank_record, left_out
 from ldm.tasks.evaluate_cost import efficiency
 from ldm.tasks.evaluate_extras import groups, memorization, robustness
@@ -65,7 +66,8 @@ def measure(bench: Bench) -> Measured:
         groups(bench, measured, best)
     if bench.extractor and bench.train is not None:
         memorization(bench, measured, best)
-    measured.results += efficiency(bench, best) + left_out(bench.dataset, bench.train)
+    if processes().is_main_process:  # in the others nothing is written
+        measured.results += efficiency(bench, best) + left_out(bench.dataset, bench.train)
     return measured
 
 

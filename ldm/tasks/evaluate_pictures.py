@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ldm import weights
 from ldm.config import UserError
 from ldm.pipeline import Pipeline
+from ldm.task import processes
 
 SETTINGS = "settings.json"
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} pictures [{elapsed}<{remaining}, {rate_fmt}]"
@@ -75,10 +76,10 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
     """Notes the settings in a new `out`; UserError, naming the differences, where one has pictures of others."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{str(out)!r} is a file; --out must be a folder")
-    if not (out / SETTINGS).is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        weights.write_json(out / SETTINGS, settings)
-        return
+    with processes().main_process_first():
+        if not (out / SETTINGS).is_file():
+            out.mkdir(parents=True, exist_ok=True)
+            weights.write_json(out / SETTINGS, settings)
     old = {"guidance_rescale": 0.0} | weights.read_json(out / SETTINGS)  # older ones had none
     # the same weights under another path are the same model
     keys = [key for key in settings if key not in ("model", "parameters") and old.get(key) != settings[key]]
@@ -100,14 +101,30 @@ def generate(
     batch_size: int,
     text: str = "generating",
 ) -> None:
-    """Makes the pictures that are not there yet; picture i of a set has the seed `settings["seed"] + i`."""
-    sets = list(sets)
-    for made, g in itertools.product(sets, guidance):
-        made.write_captions(g)
+    """Makes the pictures that are not there yet; picture i of a set has the seed `settings["seed"] + i`. Several
+    processes make whole batches each, those that one would make."""
+    sets, place = list(sets), processes()
+    with place.main_process_first():
+        for made, g in itertools.product(sets, guidance):
+            made.write_captions(g)
     todo = [(made, g, run) for made in sets for g in guidance for run in _runs(made.missing(g), batch_size)]
-    if not todo:
-        return
-    with tqdm(total=sum(len(run) for *_, run in todo), desc=text, bar_format=BAR) as bar:
+    place.wait_for_everyone()  # all have seen what is missing before one makes some of it
+    todo = todo[place.process_index :: place.num_processes]
+    if todo:
+        _generate(pipe, todo, settings, batch_size, text)
+    place.wait_for_everyone()
+
+
+def _generate(
+    pipe: Pipeline,
+    todo: list[tuple[PictureSet, float, list[int]]],
+    settings: dict[str, Any],
+    batch_size: int,
+    text: str,
+) -> None:
+    """Makes the pictures of each set, guidance and run of indices, one run at a time."""
+    total, quiet = sum(len(run) for *_, run in todo), not processes().is_main_process
+    with tqdm(total=total, desc=text, bar_format=BAR, disable=quiet) as bar:
         for made, g, run in todo:
             images = pipe(
                 [made.captions[i] for i in run],
