@@ -1,7 +1,7 @@
 """Says what training a diffusion model takes: FLOPs, time and cost, and what must be stored, read and reduced.
 
 python scripts/plan_training.py --pictures 100e6 --size 256 --gpus 8
-python scripts/plan_training.py --measure 10 --family configs/shapes --size 32
+python scripts/plan_training.py --measure 10 --family configs/shapes --size 32 --batch 16
 
 FLOPs are counted on the configs of --family. Of a GPU's peak a training reaches some share, the utilization, which is
 an assumption unless it was measured: --measure N takes N steps of the U-Net's training on this machine, and prints the
@@ -77,10 +77,10 @@ def size_of(count: float) -> str:
 
 def span(seconds: float) -> str:
     """Seconds in words."""
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "s")):
-        if seconds >= 1.5 * unit:
+    for least, unit, name in ((2 * 86400, 86400, "days"), (7200, 3600, "hours"), (120, 60, "minutes"), (1, 1, "s")):
+        if seconds >= least:
             return f"{seconds / unit:,.1f} {name}"
-    return f"{1000 * seconds:,.3g} ms"
+    return f"{1000 * seconds:,.3g} ms" if seconds else "none"
 
 
 def facts(model: "Model", s: "Setting", size: int) -> list[tuple[str, str]]:
@@ -104,7 +104,7 @@ def columns(p: "Plan") -> list[tuple[str, str]]:
     """What does."""
     return [
         ("FLOP in all", f"{p.flops:.3g}"),
-        ("encoding the cache", span(p.encode_seconds) if p.encode_seconds else "none"),
+        ("encoding the cache", span(p.encode_seconds)),
         ("training", span(p.train_seconds)),
         ("GPU hours", f"{p.gpu_hours:,.0f}"),
         ("cost", f"{p.cost:,.0f}"),

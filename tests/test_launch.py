@@ -2,12 +2,16 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from launching import launch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from launching import EXAMPLES, free_port, launch, start
 from PIL import Image
 from test_scripts import AUTOENCODER, CLIP, DIFFUSION, in_process
 
@@ -54,11 +58,61 @@ def test_two_processes_have_the_loss_curve_of_one_at_the_same_global_batch(folde
         arguments += ["vae=../two/autoencoder", "text_encoder=../two/clip"]
     code, _, error = in_process(capsys, monkeypatch, f"train_{name}.py", *arguments, cwd=folder / "one")
     assert code == 0, error
-    one, two = (logged(folder / place / name) for place in ("one", "two"))
-    assert [line.keys() for line in one] == [line.keys() for line in two] and len(one) == 7
+    check_alike(folder / "one" / name, folder / "two" / name, lines=7)
+
+
+def test_a_run_of_two_processes_goes_on_in_one(folder, capsys, monkeypatch):
+    """As an undisturbed one of twice the batch, with another number of steps from the same one on."""
+    shutil.copytree(folder / "two" / "clip", folder / "two" / "resumed")
+    for out, more in (("resumed", ["--force"]), ("straight", [])):
+        if out == "straight":
+            first = (*given("clip", batch=8), "--out", out)
+            assert in_process(capsys, monkeypatch, "train_clip.py", *first, cwd=folder / "two")[0] == 0
+        arguments = (*given("clip", batch=8), "--out", out, *more, "train.steps=9")
+        code, _, error = in_process(capsys, monkeypatch, "train_clip.py", *arguments, cwd=folder / "two")
+        assert code == 0, error
+    check_alike(folder / "two" / "straight", folder / "two" / "resumed", lines=11)
+
+
+def check_alike(one: Path, two: Path, lines: int) -> None:
+    """Asserts that all logged numbers of two runs agree."""
+    one, two = logged(one), logged(two)
+    assert [line.keys() for line in one] == [line.keys() for line in two] and len(one) == lines
     for a, b in zip(one, two, strict=True):
         for key in a.keys() - {"z_std"}:  # a deviation is no mean over samples
             assert math.isclose(a[key], b[key], rel_tol=TOLERANCE, abs_tol=1e-6), (a["step"], key, a[key], b[key])
+
+
+def test_two_machines_do_what_two_processes_of_one_do(folder):
+    """Two launches that find each other by address, by the example file for several machines."""
+    network = ("--num_machines", "2", "--num_processes", "2", "--main_process_port", str(free_port()))
+    options = ("--config_file", str(EXAMPLES / "multi-node.yaml"), *network)
+    arguments = (*given("clip", batch=4), "--out", "machines")
+    both = [
+        start("scripts/train_clip.py", *arguments, cwd=folder / "two", options=(*options, "--machine_rank", str(rank)))
+        for rank in range(2)
+    ]
+    for launched in both:
+        _, error = launched.communicate(timeout=1800)
+        assert launched.returncode == 0, error[-3000:]
+    assert logged(folder / "two" / "machines") == logged(folder / "two" / "clip")
+
+
+@pytest.mark.parametrize(
+    ("file", "nodes", "each"), [("one-node-8-gpus", 1, 8), ("multi-node", 4, 8), ("two-cpus", 1, 2)]
+)
+def test_accelerate_reads_the_example_files_as_they_are_meant(file, nodes, each, monkeypatch):
+    """By its own loader, which refuses unknown keys, and its own translation for torch's launcher."""
+    path = EXAMPLES / f"{file}.yaml"
+    config = load_config_from_file(str(path))
+    assert (config.num_machines, config.num_processes) == (nodes, nodes * each)
+    args = launch_command_parser().parse_args(["--config_file", str(path), "scripts/train_clip.py"])
+    args, _, _ = _validate_launch_command(args)
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
+    environment = prepare_multi_gpu_env(args)
+    assert args.multi_gpu and not args.use_fsdp and not args.use_deepspeed and int(args.nproc_per_node) == each
+    assert int(getattr(args, "nnodes", None) or 1) == nodes
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no" and "ACCELERATE_USE_FSDP" not in environment
 
 
 @pytest.fixture

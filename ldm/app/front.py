@@ -53,7 +53,7 @@ input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px
 @media (max-width: 500px) {
   h1 { font-size: 1.4em !important; }
   .row > button { min-width: 5em !important; }
-  #judge-view { min-height: 0 !important; }
+  #judge-view, #judge-view .html-container { min-height: 0 !important; }
   .asked { min-height: 3em; }
 }
 footer { display: none !important; }

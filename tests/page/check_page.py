@@ -406,10 +406,10 @@ def test_twenty_judgements_lead_to_a_result(page):
 
 # When the next flash comes, halts its clock, and notes what is to be seen at moments (ms) that do not hang on how
 # quickly a busy browser draws.
-FLASH = """() => { const view = document.querySelector('#judge-view'), old = view.querySelector('.shot');
+FLASH = """() => { const view = document.querySelector('#judge-view');
+  const named = () => getComputedStyle(view.querySelector('.cross')).animationName, before = named();
   window.flash = new Promise(done => new MutationObserver((_, watcher) => {
-    const shot = view.querySelector('.shot');
-    if (!shot || shot === old) return;
+    if (!view.querySelector('.cross') || named() === before) return;
     watcher.disconnect();
     const parts = ['cross', 'shot', 'mask'].map(name => view.querySelector('.' + name));
     const moving = parts.flatMap(part => part.getAnimations());
@@ -421,7 +421,7 @@ FLASH = """() => { const view = document.querySelector('#judge-view'), old = vie
     });
     moving.forEach(animation => { animation.currentTime = 0; animation.play(); });
     done([exposure, seen]);
-  }).observe(view, {subtree: true, childList: true})); }"""
+  }).observe(view, {subtree: true, childList: true, characterData: true, attributes: true})); }"""
 COVERED = """() => ['shot', 'mask'].map(name =>
   getComputedStyle(document.querySelector('#judge-view .' + name)).visibility).join() === 'hidden,visible'"""
 
@@ -449,6 +449,7 @@ def test_a_flash_is_seen_for_its_time_and_then_covered(page):
     page.get_by_role("option", name="Real or generated? In flashes").click()
     page.click("#judge-go")
     until(page, "#judge-view", "1 of 20", 120)
+    page.wait_for_function(COVERED)  # an answer before counts for nothing
     page.evaluate(FLASH)
     page.click("#judge-answer-0")
     exposure, seen = page.evaluate("flash")
