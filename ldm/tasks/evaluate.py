@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig, out: Path, device: str = "") -> list[str]:
         if bench.judge:
             ceiling(bench)  # before the long work: refuses a judge that knows nothing
     except UserError:
-        if new:
+        if new and processes().is_main_process:
             shutil.rmtree(out)
         raise
     generate(bench.pipe, bench.sets.values(), bench.guidance, bench.settings, bench.batch_size)
@@ -239,9 +239,10 @@ def train_sample(data: DataConfig, config: EvaluateConfig, num: int) -> tuple[An
         return None, [], str(error)
     if len(train) < num:
         return None, [], f"the training split has only {len(train)} pictures"
-    bank = readable(train, sample_indices(len(train), min(max(config.train_num, num), len(train)), config.seed))
+    tried = min(max(config.train_num, num), len(train))
+    bank = readable(train, sample_indices(len(train), tried, config.seed))
     if len(bank) < num:
-        return None, [], f"only {len(bank)} of the training pictures can be read"
+        return None, [], f"only {len(bank)} of {tried} training pictures can be read"
     return train, bank, ""
 
 
