@@ -35,12 +35,21 @@ def retrieval(
     """Share of queries whose partner is among the k most similar of all N, both ways.
 
     Embeddings (N, D). `same` (N, N) bool marks further pairs that count as right, as where two pictures share
-    a caption. A tie is ranked in the middle, so that constant embeddings score chance (k / N). Returns
-    "image_to_text@k", "text_to_image@k" and "chance@k", the last for one right partner among N, in [0, 1].
+    a caption. Of a tie each order counts alike, so that constant embeddings score chance. Returns "image_to_text@k",
+    "text_to_image@k" and "chance@k", the score of a random order, in [0, 1].
     """
     found = retrieval_hits(image_embeddings, text_embeddings, k, same)
-    chance = {f"chance@{top}": min(top / len(torch.as_tensor(image_embeddings)), 1.0) for top in k}
-    return {name: float(hits.mean()) for name, hits in found.items()} | chance
+    right = torch.eye(len(found[f"image_to_text@{k[0]}"]), dtype=torch.bool)
+    right = right if same is None else right | torch.as_tensor(same).cpu()
+    by_chance = {f"chance@{top}": chance(right, top) for top in k}
+    return {name: float(hits.mean()) for name, hits in found.items()} | by_chance
+
+
+def chance(right: Tensor, k: int) -> float:
+    """The share of queries (rows) with one of their right partners, `right` (N, N) bool, among the first k of a random
+    order of all N."""
+    partners = right.sum(1).double()
+    return float(_hit(torch.zeros_like(partners), partners, len(right) - partners, k).mean())
 
 
 def retrieval_hits(
@@ -63,19 +72,29 @@ def retrieval_hits(
     ):
         parts = zip(queries.split(PART), answers.split(PART), strict=True)
         found = [_rivals(part @ others.T, own) for part, own in parts]  # of (PART, N)
-        ahead, tied = (torch.cat(values) for values in zip(*found, strict=True))
-        for top in k:
-            # of the 1 + tied equal places, those among the first k
-            result[f"{name}@{top}"] = ((top - ahead) / (1 + tied)).clamp(0, 1)
+        places = [torch.cat(values) for values in zip(*found, strict=True)]
+        result |= {f"{name}@{top}": _hit(*places, top) for top in k}
     return result
 
 
-def _rivals(scores: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row, how many wrong columns beat the best right one and how many equal it; (N,) float64."""
+def _rivals(scores: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row, how many wrong columns beat the best right one, and how many right and wrong ones equal it; (N,)
+    float64."""
     best = scores.masked_fill(~answers, float("-inf")).amax(1, keepdim=True)
     close = (scores - best).abs() < 1e-12  # equal but for round-off
-    ahead = ((scores > best) & ~close & ~answers).sum(1)
-    return ahead.double(), (close & ~answers).sum(1).double()
+    counted = (scores > best) & ~close & ~answers, close & answers, close & ~answers
+    return tuple(columns.sum(1).double() for columns in counted)
+
+
+def _hit(ahead: Tensor, right: Tensor, wrong: Tensor, k: int) -> Tensor:
+    """The chance (N,) that one of `right` is among the first k, where `ahead` come first and then right and wrong in
+    random order."""
+    missed = torch.ones_like(ahead)
+    for place in range(k):
+        drawn = (place - ahead).clamp_min(0)  # of the random order, all of them wrong
+        left = (wrong - drawn).clamp_min(0) / (wrong + right - drawn).clamp_min(1)
+        missed = torch.where(ahead > place, missed, missed * left)
+    return 1 - missed
 
 
 def _unit(embeddings: Tensor | np.ndarray) -> Tensor:

@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -36,3 +37,12 @@ def curve(pixels: Tensor, codec: str, qualities: Sequence[int] = QUALITIES) -> l
             levels.append(min(10 * np.log10(255**2 / error), 100.0) if error else 100.0)
         points.append((float(np.mean(sizes)), float(np.mean(levels))))
     return points
+
+
+def nearest_to(pixels: Tensor, codec: str, size: int) -> tuple[int, Tensor]:
+    """A uint8 (3, H, W) picture at the best quality of at most `size` bytes, or else of the fewest: bytes, and what is
+    decoded, uint8 (3, H, W)."""
+    image = rearrange(pixels, "c h w -> h w c").numpy()
+    tried = [encoded(image, codec, quality) for quality in range(1, 101)]
+    used, decoded = max((x for x in tried if x[0] <= size), key=lambda x: x[0], default=min(tried, key=lambda x: x[0]))
+    return used, torch.from_numpy(rearrange(decoded, "h w c -> c h w").copy())

@@ -18,6 +18,7 @@ from ldm.metrics.compositional_parse import parse
 TASKS = ("single object", "two objects", "counting", "colours", "position", "attribute binding")
 NEAR = 2 / 32  # a centre may be this far off on each axis, in picture sides, where a scene fixes it
 ASPECTS = ("colour", "shape", "size", "place")
+HALVES = {"seen": False, "held_out": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +99,14 @@ def passes(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> float:
 def breakdown(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
     """The fractions of pictures right in each aspect alone: "count", "colour", "shape", "size", "place",
     and in "all" of them together. An aspect is wrong wherever the count is."""
+    return {name: float(np.mean(right)) for name, right in by_aspect(images, scenes).items()}
+
+
+def by_aspect(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, list[bool]]:
+    """What `breakdown` takes the means of: whether each picture is right."""
     seen = [(parse(image), scene) for image, scene in zip(images, scenes, strict=True)]
     aspects = {"count": (), **{aspect: (aspect,) for aspect in ASPECTS}, "all": ASPECTS}
-    return {
-        name: float(np.mean([_matches(found, scene, chosen) for found, scene in seen]))
-        for name, chosen in aspects.items()
-    }
+    return {name: [_matches(found, scene, chosen) for found, scene in seen] for name, chosen in aspects.items()}
 
 
 def _matches(found: list[Thing], required: Scene, aspects: tuple[str, ...]) -> bool:
@@ -137,17 +140,24 @@ def score(images: Sequence[np.ndarray], cases: Sequence[Case]) -> dict[str, dict
     All but "n", the number of pictures, are fractions. "mean" weighs each task the same. A task, or a half
     of it, that has no case is left out of the dictionaries and of the mean.
     """
-    right = [check(image, case.required) for image, case in zip(images, cases, strict=True)]
-    result: dict[str, dict[str, float]] = {}
-    for task in [task for task in TASKS if any(case.task == task for case in cases)]:
-        mine = [(case.held_out, ok) for case, ok in zip(cases, right, strict=True) if case.task == task]
-        halves = {
-            "seen": [ok for held_out, ok in mine if not held_out],
-            "held_out": [ok for held_out, ok in mine if held_out],
-            "all": [ok for _, ok in mine],
-        }
-        result[task] = {name: float(np.mean(oks)) for name, oks in halves.items() if oks} | {"n": len(mine)}
-    rows = list(result.values())
-    keys = [key for key in ("seen", "held_out", "all") if any(key in row for row in rows)]
-    mean = {key: float(np.mean([row[key] for row in rows if key in row])) for key in keys}
-    return {**result, "mean": mean | {"n": len(right)}}
+    return tally([check(image, case.required) for image, case in zip(images, cases, strict=True)], cases)
+
+
+def tally(right: Sequence[bool], cases: Sequence[Case]) -> dict[str, dict[str, float]]:
+    """`score` of what is known of each case."""
+    found = halves(right, cases)
+    means = {task: {name: float(np.mean(oks)) for name, oks in row.items()} for task, row in found.items()}
+    rows = [row for task, row in means.items() if task != "mean"]
+    means["mean"] = {key: float(np.mean([row[key] for row in rows if key in row])) for key in found["mean"]}
+    return {task: row | {"n": len(found[task]["all"])} for task, row in means.items()}
+
+
+def halves(right: Sequence[bool], cases: Sequence[Case]) -> dict[str, dict[str, list[bool]]]:
+    """Which cases are right, by task and in "mean" of all tasks: "seen", "held_out", "all"; none that is empty."""
+    pairs = list(zip(cases, right, strict=True))
+    result = {}
+    for task in [*(task for task in TASKS if any(case.task == task for case in cases)), "mean"]:
+        mine = [(case.held_out, bool(ok)) for case, ok in pairs if task in (case.task, "mean")]
+        row = {name: [ok for held_out, ok in mine if held_out == half] for name, half in HALVES.items()}
+        result[task] = {name: oks for name, oks in row.items() if oks} | {"all": [ok for _, ok in mine]}
+    return result

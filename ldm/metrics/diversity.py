@@ -13,14 +13,18 @@ CHUNK = 1024  # rows whose distances are held at once
 def inception_score(probabilities: Rows, splits: int = 10) -> tuple[float, float]:
     """exp of the mean KL(p(y|x) || p(y)) over pictures: mean and deviation over `splits` parts in the order given.
 
-    Class probabilities (N, classes), N >= splits. Salimans et al. 2016, section 4; between 1 and the number of classes.
-    The name is for Inception's classes: with another classifier's, print whose. ValueError for fewer rows.
+    Class probabilities (N, classes), N >= splits, cut as the original code cuts them. Salimans et al. 2016, section 4;
+    between 1 and the number of classes. The name is for Inception's classes: with another classifier's, print whose.
+    ValueError for fewer rows, and for rows that are no probabilities.
     """
     p = torch.as_tensor(probabilities).detach().double()
-    if p.ndim != 2 or len(p) < splits:
+    if p.ndim != 2 or not 1 <= splits <= len(p):
         raise ValueError(f"probabilities must be (N, classes) with N at least {splits}, not {tuple(p.shape)}")
+    if p.min() < 0 or (p.sum(1) - 1).abs().max() > 1e-3:
+        raise ValueError("rows of probabilities must be at least 0 and sum to 1; take the softmax of logits")
     scores = []
-    for part in p.tensor_split(splits):
+    for i in range(splits):
+        part = p[i * len(p) // splits : (i + 1) * len(p) // splits]
         log_ratio = part.clamp_min(1e-300).log() - part.mean(0).clamp_min(1e-300).log()
         scores.append(float((part * log_ratio).sum(1).mean().exp()))
     return float(np.mean(scores)), float(np.std(scores))
@@ -31,7 +35,7 @@ def precision_recall(real: Rows, fake: Rows, k: int = 5) -> dict[str, float]:
     reach to each row's k-th neighbour in its own set; features (N, D) and (M, D).
 
     precision: share of fakes within a real's ball; recall: share of reals within a fake's; density: how many reals'
-    balls hold a fake, over k; coverage: share of reals whose ball holds a fake. ValueError for k or fewer rows.
+    balls hold a fake, over k; coverage: share of reals whose ball holds a fake. ValueError for k or fewer rows, k < 1.
     """
     return {name: float(values.mean()) for name, values in neighbourhoods(real, fake, k).items()}
 
@@ -40,7 +44,9 @@ def neighbourhoods(real: Rows, fake: Rows, k: int = 5) -> dict[str, Tensor]:
     """What `precision_recall` takes the means of: "precision" and "density" of each fake (M,), "recall" and
     "coverage" of each real (N,), float64."""
     real, fake = (torch.as_tensor(rows).detach().double() for rows in (real, fake))
-    if real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) <= k:
+    if k < 1:
+        raise ValueError(f"k {k} must be 1 or more")
+    if real.ndim != 2 or real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) <= k:
         raise ValueError(f"features {tuple(real.shape)} and {tuple(fake.shape)} need one width and more than {k} rows")
     real_radius, fake_radius = radius(real, k), radius(fake, k)
     held = torch.zeros(len(fake), dtype=torch.float64)  # how many reals' balls hold each fake

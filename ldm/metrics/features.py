@@ -87,6 +87,15 @@ def feature_extractor(name: str) -> FeatureExtractor:
     return EXTRACTORS[kind](where)
 
 
+def judged_by(features: str, judge: str) -> str:
+    """The network that `features` names, where "judge" alone is the evaluation's own judge (UserError without one)."""
+    if features != "judge":
+        return features
+    if judge in ("", "none"):
+        raise UserError("features 'judge' are the judge's, and there is none; name one: judge:FOLDER")
+    return judge if judge.startswith(("clip:", "judge:")) else f"judge:{judge}"
+
+
 def _effnet_lite0(where: str) -> FeatureExtractor:
     """EfficientNet-Lite0's pooled last layer, 1280 features, at its own 224 pixels, with ImageNet's classes."""
     file = effnet_lite0_file()

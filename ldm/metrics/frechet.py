@@ -71,13 +71,15 @@ def frechet_distance(x: Rows | GaussianMoments, y: Rows | GaussianMoments) -> fl
 
     `x`, `y`: features (N, D), or the moments of such. Dowson & Landau 1982, eq. 4; called FID only where the
     features are Inception's (Heusel et al. 2017). Biased up by about (d + d(d+1)/4) / N a side for unit
-    covariances: always print N. ValueError for fewer than two rows or unequal dimensions.
+    covariances: always print N. ValueError for fewer than two rows, unequal dimensions or values that are not finite.
     """
     if not isinstance(x, GaussianMoments) and not isinstance(y, GaussianMoments):
         x, y = torch.as_tensor(x).detach(), torch.as_tensor(y).detach()
         if x.ndim == y.ndim == 2 and x.shape[1] == y.shape[1] > min(len(x), len(y)):
             return _of_few(*_centred(x), *_centred(y))
     first, second = (m if isinstance(m, GaussianMoments) else _moments(m) for m in (x, y))
+    for moments in (first, second):
+        _finite(moments.mean, moments.covariance)
     if first.mean.shape != second.mean.shape:
         raise ValueError(f"features of {len(first.mean)} and of {len(second.mean)} dimensions cannot be compared")
     mean, covariance = second.mean.to(first.mean.device), second.covariance.to(first.mean.device)
@@ -92,15 +94,17 @@ def frechet_distance_infinite(x: Rows, y: Rows, seed: int = 0) -> float:
     """The distance extrapolated to infinitely many rows, of which the bias is gone (Chong & Forsyth 2020).
 
     Its distances for 15 sizes, each of a random subset of both sets, lie on a line in 1/N; gives where that meets
-    1/N = 0, which may be below 0. Both sets are cut, as neither is taken to be whole. ValueError for fewer rows than
-    twice the dimensions, where the line is none.
+    1/N = 0, which may be below 0. Both sets are cut, as neither is taken to be whole. Features (N, D) and (M, D);
+    ValueError for fewer rows than twice the dimensions (4 at least), where the line is none.
     """
-    x, y = torch.as_tensor(x).double(), torch.as_tensor(y).double()
-    count, dimensions = min(len(x), len(y)), x.shape[1]
-    if count < 2 * dimensions:
-        raise ValueError(f"{count} rows of {dimensions} features are too few to extrapolate; {2 * dimensions} are not")
+    x, y = torch.as_tensor(x).detach().double(), torch.as_tensor(y).detach().double()
+    if x.ndim != 2 or x.shape[1:] != y.shape[1:]:
+        raise ValueError(f"features {tuple(x.shape)} and {tuple(y.shape)} cannot be compared")
+    count, fewest = min(len(x), len(y)), max(x.shape[1], 2)
+    if count < 2 * fewest:
+        raise ValueError(f"{count} rows of {x.shape[1]} features are too few to extrapolate; {2 * fewest} are not")
     generator = torch.Generator().manual_seed(seed)
-    sizes = np.linspace(max(count // 10, dimensions), count, SIZES).astype(int)
+    sizes = np.linspace(max(count // 10, fewest), count, SIZES).astype(int)
     distances = []
     for size in sizes.tolist():
         parts = (rows[torch.randperm(len(rows), generator=generator)[:size]] for rows in (x, y))
@@ -122,6 +126,7 @@ def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"a covariance needs at least 2 rows, not {len(features)}")
     rows = features.double()
     mean = rows.mean(0)
+    _finite(rows)
     return (rows - mean) / (len(rows) - 1) ** 0.5, mean
 
 
@@ -131,6 +136,11 @@ def _of_few(a: Tensor, mean_a: Tensor, b: Tensor, mean_b: Tensor) -> float:
     cross = torch.linalg.svdvals(a @ b.T).sum()
     distance = (mean_a - mean_b).square().sum() + a.square().sum() + b.square().sum() - 2 * cross
     return max(float(distance), 0.0)
+
+
+def _finite(*tensors: Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise ValueError("features have values that are not finite (nan or infinity)")
 
 
 def _symmetric_root(matrix: Tensor) -> Tensor:

@@ -134,6 +134,8 @@ def pretrained(kind: Any, where: str, name: str, **options: Any) -> Any:
     """`kind.from_pretrained(where)` of transformers: a folder, or a hub's name; UserError where it cannot be had."""
     if not where:
         raise UserError(f"features {name!r} need a folder or a hub's name: {name}:FOLDER")
+    if where.startswith((".", "/", "~")) and not Path(where).is_dir():
+        raise UserError(f"{name}:{where} cannot be opened: there is no such folder; put the model's files there")
     try:
         return kind.from_pretrained(where, **options)
     except Exception as error:  # broken files make it raise nearly anything

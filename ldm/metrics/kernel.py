@@ -16,10 +16,12 @@ def kernel_distance(
     """KID (Binkowski et al. 2018): mean and deviation, over random subsets of both, of the unbiased squared MMD with
     the kernel (x.y / d + 1)^3.
 
-    Features (N, D); 0 in expectation for two samples of one distribution, so values below 0 occur. ValueError for
-    fewer rows than `subset_size`, which must be at least 2.
+    Features (N, D) and (M, D); 0 in expectation for two samples of one distribution, so values below 0 occur.
+    ValueError for fewer rows than `subset_size`, which must be at least 2, and for no subsets.
     """
-    x, y = _rows(x), _rows(y)
+    x, y = _pair(x, y)
+    if subsets < 1:
+        raise ValueError(f"subsets {subsets} must be 1 or more")
     if not 2 <= subset_size <= min(len(x), len(y)):
         raise ValueError(f"subset_size {subset_size} is not in 2..{min(len(x), len(y))}, the rows there are")
     generator = torch.Generator().manual_seed(seed)
@@ -32,11 +34,11 @@ def kernel_distance(
 
 
 def cmmd(x: Rows, y: Rows) -> float:
-    """CMMD (Jayasumana et al. 2024): 1,000 times the squared MMD of unit embeddings (N, D) with a Gaussian kernel of
-    sigma 10, with the rows paired with themselves (biased, as published); at least 0."""
-    x, y = F.normalize(_rows(x), dim=1), F.normalize(_rows(y), dim=1)
+    """CMMD (Jayasumana et al. 2024): 1,000 times the squared MMD of embeddings (N, D) and (M, D), made unit here,
+    with a Gaussian kernel of sigma 10, with the rows paired with themselves (biased, as published); at least 0."""
+    x, y = (F.normalize(rows, dim=1) for rows in _pair(x, y))
     within, across = _mean(x, x) + _mean(y, y), _mean(x, y)
-    return 1000 * (within - 2 * across)
+    return max(1000 * (within - 2 * across), 0.0)  # round-off
 
 
 def _mean(x: Tensor, y: Tensor) -> float:
@@ -60,8 +62,8 @@ def _mean_of_others(kernel: Tensor) -> Tensor:
     return (kernel.sum() - kernel.diagonal().sum()) / (count * (count - 1))
 
 
-def _rows(features: Rows) -> Tensor:
-    rows = torch.as_tensor(features).detach().double()
-    if rows.ndim != 2 or not len(rows):
-        raise ValueError(f"features must be (N, D), not {tuple(rows.shape)}")
-    return rows
+def _pair(x: Rows, y: Rows) -> tuple[Tensor, Tensor]:
+    x, y = (torch.as_tensor(rows).detach().double() for rows in (x, y))
+    if x.ndim != 2 or x.shape[1:] != y.shape[1:] or not len(x) or not len(y):
+        raise ValueError(f"features must be (N, D) and (M, D), not {tuple(x.shape)} and {tuple(y.shape)}")
+    return x, y

@@ -2,31 +2,34 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+Pictures = Tensor | np.ndarray
 
-def psnr(x: Tensor, y: Tensor, data_range: float = 2.0, maximum: float = 100.0) -> Tensor:
+
+def psnr(x: Pictures, y: Pictures, data_range: float = 2.0, maximum: float = 100.0) -> Tensor:
     """Peak signal-to-noise ratio of each picture in dB; (B, ...) and (B, ...) -> (B,) float64.
 
     10 log10(range^2 / mean squared error), at most `maximum`, which identical pictures get. `data_range` is 2
     for [-1, 1]. A set's PSNR is the mean of these, not the PSNR of the pooled error.
     """
-    _same_shape(x, y)
+    x, y = _pair(x, y)
     error = rearrange((x.double() - y.double()).square(), "b ... -> b (...)").mean(1)
     return (10 * torch.log10(data_range**2 / error)).clamp(max=maximum)
 
 
-def ssim(x: Tensor, y: Tensor, data_range: float = 2.0) -> Tensor:
+def ssim(x: Pictures, y: Pictures, data_range: float = 2.0) -> Tensor:
     """Structural similarity of each picture; (B, C, H, W) twice -> (B,) float64, 1 for identical pictures.
 
     Wang et al. 2004, eq. 13, as published: 11-tap Gaussian of sigma 1.5, K = (0.01, 0.03), population
     moments, each channel alone, mean over the windows that lie whole within the picture. ValueError where a
     side has under 11 pixels.
     """
-    _same_shape(x, y)
+    x, y = _pair(x, y)
     if x.ndim != 4 or min(x.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs (B, C, H, W) pictures of at least 11x11 pixels, not {tuple(x.shape)}")
     x, y = x.double(), y.double()
@@ -39,22 +42,23 @@ def ssim(x: Tensor, y: Tensor, data_range: float = 2.0) -> Tensor:
     return (luminance * structure).mean((1, 2, 3))
 
 
-def perceptual_distance(x: Tensor, y: Tensor, network: nn.Module) -> Tensor:
+def perceptual_distance(x: Pictures, y: Pictures, network: nn.Module) -> Tensor:
     """Distance of each pair in a network of `ldm.perceptual`; (B, 3, H, W) twice in [-1, 1] -> (B,) float64.
 
     To be printed with the network's name: only that of "lpips-vgg" and "lpips-alex" is LPIPS (Zhang et al. 2018).
     """
-    _same_shape(x, y)
+    x, y = _pair(x, y)
     with torch.no_grad():
         return network(x.float(), y.float()).double()
 
 
-def bits_per_dimension(nll: Tensor, kl: Tensor, dimensions: int) -> Tensor:
+def bits_per_dimension(nll: Pictures, kl: Pictures, dimensions: int) -> Tensor:
     """(NLL + KL) / (D ln 2): the negative evidence lower bound of each picture, in bits a value; (B,) and (B,) in nats.
 
     An upper bound on the code length where `nll` is of discrete values around what a sample of the latent decodes to,
     and `kl` of that latent's posterior from the prior that is coded with (Kingma & Welling 2014, eq. 3).
     """
+    nll, kl = torch.as_tensor(nll), torch.as_tensor(kl)
     return (nll.double() + kl.double()) / (dimensions * math.log(2))
 
 
@@ -86,6 +90,8 @@ def _blur(x: Tensor) -> Tensor:
     return rearrange(planes, "(b c) 1 h w -> b c h w", b=len(x))
 
 
-def _same_shape(x: Tensor, y: Tensor) -> None:
+def _pair(x: Pictures, y: Pictures) -> tuple[Tensor, Tensor]:
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.shape != y.shape:
         raise ValueError(f"pictures of shapes {tuple(x.shape)} and {tuple(y.shape)} cannot be compared")
+    return x, y

@@ -9,22 +9,24 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
-from ldm.metrics.records import Record, best_guidance, find, ratio
+from ldm.metrics.records import SHUFFLED, Record, best_guidance, find, named, ratio
 from ldm.metrics.report_extras import EXTRAS
 from ldm.metrics.report_html import CSS, Gallery, number, percent, short, show, table
 from ldm.metrics.report_plots import Line, plot
+from ldm.metrics.report_shapes import composed, links, tasks
 
 # metric, name in the report, factor, which way is better, whether it is of alignment
 ROWS = (
     ("frechet_distance", "Frechet distance", 1, "lower", False),
     ("frechet_distance_infinite", "Frechet distance, N to infinity", 1, "lower", False),
-    ("kernel_distance", "kernel distance (KID) x 1000", 1000, "lower", False),
+    ("kernel_distance", "kernel distance x 1000", 1000, "lower", False),
     ("precision", "precision, %", 100, "higher", False),
     ("recall", "recall, %", 100, "higher", False),
     ("density", "density", 1, "higher", False),
     ("coverage", "coverage, %", 100, "higher", False),
-    ("inception_score", "Inception Score", 1, "higher", True),
-    ("clip_cosine", "CLIP score, 100 cos", 100, "higher", True),
+    ("inception_score", "Inception Score, by the network's classes", 1, "higher", True),
+    ("clip_cosine", "cosine with the caption", 1, "higher", True),
+    ("clip_score_100", "CLIP score, 100 max(cos, 0)", 1, "higher", True),
     ("clip_score", "CLIP score, 2.5 max(cos, 0)", 1, "higher", True),
     ("image_to_text@1", "right caption found first, %", 100, "higher", True),
     ("image_to_text@5", "right caption among 5, %", 100, "higher", True),
@@ -37,8 +39,19 @@ ROWS = (
     ("judge_frechet_distance", "Frechet distance, judge's features x 1000", 1000, "lower", False),
     ("judge_frechet_distance_infinite", "the same, N to infinity", 1000, "lower", False),
 )
-OVER_GUIDANCE = ("frechet_distance", "kernel_distance", "precision", "recall", "coverage", "clip_cosine")
+OF_INCEPTION = {
+    "frechet_distance": "FID",
+    "frechet_distance_infinite": "FID, N to infinity",
+    "kernel_distance": "KID x 1000",
+    "inception_score": "Inception Score",
+}  # what they are called with FID's own network, and with no other
+OVER_GUIDANCE = ("frechet_distance", "kernel_distance", "precision", "recall", "coverage", "clip_score_100")
 OVER_GUIDANCE += ("image_to_text@1", "cmmd")
+
+
+def called(name: str, record: Record) -> str:
+    """A row's name in the report, for the network that its number is of."""
+    return OF_INCEPTION.get(record["metric"], name) if record.get("extractor") == "inception" else name
 
 
 def write_report(path: Path, settings: dict, results: Sequence[Record], galleries: Sequence[Gallery]) -> None:
@@ -68,7 +81,7 @@ def _headline(settings: dict, results: Sequence[Record]) -> str:
     for r in find(results, "frechet_distance", "samples", guidance=best):
         floors = find(results, "frechet_distance", "real train")
         beside = f"; real pictures: {floors[0]['value']:.2f}, a ratio of {ratio(r, floors[0]):.2f}" if floors else ""
-        cards.append((f"{r['value']:.2f}", f"Frechet distance, N = {r['n']}{beside}"))
+        cards.append((f"{r['value']:.2f}", f"{called('Frechet distance', r)}, N = {r['n']}{beside}"))
     for r in find(results, "image_to_text@1", "samples", guidance=best):
         real = find(results, "image_to_text@1", "real held-out")[0]["value"]
         text = (
@@ -87,26 +100,46 @@ def _headline(settings: dict, results: Sequence[Record]) -> str:
 
 def _overview(settings: dict, results: Sequence[Record]) -> str:
     """Every number between what real pictures get and what an untrained model or other captions get."""
-    best, rows = best_guidance(results), []
+    best = best_guidance(results)
+    rows = composed(results, best)
     for metric, name, factor, better, alignment in ROWS:
         samples = find(results, metric, "samples", guidance=best)
         if not samples:
             continue
-        cells = [name, number(samples[0], factor)]
+        cells = [called(name, samples[0]), number(samples[0], factor)]
         for of in ("real held-out" if alignment else "real train", "reconstructions", "untrained"):
             cells.append(number(next(iter(find(results, metric, of)), None), factor))
-        cells.append(number(next(iter(find(results, metric, "samples, shuffled captions")), None), factor))
+        cells.append(number(next(iter(find(results, metric, SHUFFLED)), None), factor))
         rows.append([*cells, better])
     if not rows:
         return ""
     head = ["", f"samples at {best:g}", "real", "reconstructions", "untrained", "captions shuffled", "better"]
     text = (
-        "With 95% intervals (bootstrap over pictures; of distances only the spread, at this N; of neighbourhoods with"
-        " the balls as they are). Real: for distances training pictures, which may have other subjects, against"
-        " held-out ones; where captions are asked for the held-out pictures themselves. Untrained: the same network"
-        " with random weights. Shuffled: samples with the captions of others. The guidance is chosen on these captions."
+        "With 95% intervals (bootstrap over pictures, which has no spread where all pictures agree; of distances only"
+        " the spread, at this N; of neighbourhoods with the balls as they are). Real: for distances training pictures,"
+        " which may have other subjects, against held-out ones; where captions are asked for the held-out pictures"
+        " themselves. Untrained: the same network with random weights. Shuffled: samples with the captions of others."
+        " The guidance is chosen on these captions."
     )
     return f"<h2>Between floor and ceiling</h2><p>{text}</p>{table(head, rows)}{_caution(results)}"
+
+
+def _failed(settings: dict, results: Sequence[Record]) -> str:
+    """What failed: pictures of one plain colour, and samples of the data that could not be used."""
+    return failed(results)
+
+
+def failed(results: Sequence[Record]) -> str:
+    """Blank pictures, counted in every number as they are, and samples left out; "" for none."""
+    texts = []
+    blank = [r for r in results if r["metric"] == "blank_pictures" and r["value"]]
+    if blank:
+        found = "; ".join(f"{r['value']} of {r['n']} {named(r)}" for r in blank)
+        texts.append(f"Blank pictures, of one plain colour, which are failures and count in every number: {found}.")
+    for r in results:
+        if r["metric"] == "left_out":
+            texts.append(f"{r['value']} of {r['n']} samples of the data could not be used, the first: {r['note']}.")
+    return "".join(f'<p class="failed">{escape(text)}</p>' for text in texts)
 
 
 def _against(settings: dict, results: Sequence[Record]) -> str:
@@ -119,7 +152,7 @@ def _against(settings: dict, results: Sequence[Record]) -> str:
         if metric in others:
             r = others[metric]
             times = "-" if r["ratio"] is None else f"{r['ratio']:.3f}"
-            rows.append([name, short(factor * r["ours"]), number(r, factor, False), times, better])
+            rows.append([called(name, r), short(factor * r["ours"]), number(r, factor, False), times, better])
     other = next(iter(others.values()))
     text = f"Each at its own best guidance, the other's is {other['guidance']:g}; the same captions, networks and N."
     shown = table(["", "this model", f"{other['model']}", "ratio", "better"], rows)
@@ -146,7 +179,8 @@ def _distances(results: Sequence[Record]) -> str:
         f" {which}; it compares only with numbers of the same N, network and resize: fewer pictures give a larger one."
     )
     if r["biased"]:
-        text += f" N = {r['n']} is no more than the {r['dimensions']} features, so its bias is large."
+        text += f" N = {r['n']} is no more than the {r['dimensions']} features, so its bias is large: it {r['note']}."
+        text += " The kernel distance and CMMD need no more, and of the judge's fewer features less is needed."
     for floor in results:
         if floor["metric"] == "frechet_distance" and floor["of"] == "real train" and floor["value"] is None:
             text += f" The floor at this N: unknown, {floor['note']}."
@@ -177,14 +211,16 @@ def _guidance(settings: dict, results: Sequence[Record]) -> str:
         row = [f"{g:g}", *([percent(scores[g][key]) for key in ("all", "seen", "held_out")] if scores else [])]
         row += [number(find(results, m, "samples", guidance=g)[0], factor, False) for m, _, factor, *_ in shown]
         rows.append([*row, f"{blank[g]['value']} of {blank[g]['n']}"])
-    head = ["guidance", *(["score", "seen", "held-out"] if scores else []), *(name for _, name, *_ in shown), "blank"]
+    names = [called(name, find(results, metric, "samples")[0]) for metric, name, *_ in shown]
+    names = [name.replace("100 max(cos, 0)", "of 100") for name in names]
+    head = ["guidance", *(["score", "seen", "held-out"] if scores else []), *names, "blank"]
     marked = table(head, rows, best=list(settings["guidance"]).index(best))
     return f'<h2>Guidance</h2>{marked}<div class="plots">{_plots(results, scores, best)}</div>'
 
 
 def _plots(results: Sequence[Record], scores: dict[float, dict], best: float) -> str:
     distances = {r["guidance"]: r["value"] for r in find(results, "frechet_distance", "samples")}
-    cosines = {r["guidance"]: 100 * r["value"] for r in find(results, "clip_cosine", "samples")}
+    cosines = {r["guidance"]: r["value"] for r in find(results, "clip_score_100", "samples")}
     floors = [("real pictures", r["value"]) for r in find(results, "frechet_distance", "real train")]
     plots = []
     if distances and cosines:
@@ -192,7 +228,7 @@ def _plots(results: Sequence[Record], scores: dict[float, dict], best: float) ->
         points, marks = [(cosines[g], distances[g]) for g in order], [f"{g:g}" for g in order]
         line = Line(name="guidance", points=points, marks=marks, ring=order.index(best))
         title = "Frechet distance against CLIP score over guidance: lower right is better"
-        plots.append(plot(title, "CLIP score, 100 cos", [line], floors))
+        plots.append(plot(title, "CLIP score, 100 max(cos, 0)", [line], floors))
     for title, values in (
         ("Compositional score in percent, higher is better", {g: 100 * m["all"] for g, m in scores.items()}),
         ("Frechet distance, lower is better", distances),
@@ -202,42 +238,6 @@ def _plots(results: Sequence[Record], scores: dict[float, dict], best: float) ->
             line = Line(name="", points=[(g, values[g]) for g in order], ring=order.index(best))
             plots.append(plot(title, "guidance", [line], floors if values is distances else ()))
     return "".join(plots)
-
-
-def _tasks(settings: dict, results: Sequence[Record]) -> str:
-    """The six compositional tasks at each guidance."""
-    records = find(results, "compositional_score", "samples")
-    if not records:
-        return ""
-    best = best_guidance(results)
-    text = "Share of pictures that show exactly what the caption says, by an exact checker."
-    head = ["task", *(f"at {r['guidance']:g}" for r in records), "seen", "held-out", "pictures"]
-    chosen = next(r for r in records if r["guidance"] == best)
-    values = chosen["value"]
-    rows = [
-        [task, *(percent(r["value"][task]["all"]) for r in records)]
-        + [percent(values[task]["seen"]), percent(values[task]["held_out"]), str(values[task]["n"])]
-        for task in values
-    ]
-    low, high = (percent(bound) for bound in chosen["interval"])
-    text += f" All at each guidance, then seen and held-out compositions at guidance {best:g}, whose mean has the 95%"
-    text += f" interval {low} to {high}."
-    for r in find(results, "compositional_score", "samples, shuffled captions", guidance=best):
-        text += f" Held against the caption of another case, {percent(r['value']['mean']['all'])} would be right."
-    return f"<h2>What the captions ask for</h2><p>{text}</p>{table(head, rows, best=len(rows) - 1)}"
-
-
-def _links(settings: dict, results: Sequence[Record]) -> str:
-    """Where along the chain a picture goes wrong."""
-    records = [r for of in ("real held-out", "reconstructions") for r in find(results, "scene_accuracy", of)]
-    if not records:
-        return ""
-    samples = find(results, "scene_accuracy", "samples")
-    named = [(r["of"], r) for r in records] + [(f"samples at {r['guidance']:g}", r) for r in samples]
-    aspects = list(records[0]["value"])
-    rows = [[name, *(percent(r["value"][aspect]) for aspect in aspects), str(r["n"])] for name, r in named]
-    text = "The same checker on each link of the chain: the first row that falls short is what limits the model."
-    return f"<h2>Link by link</h2><p>{text}</p>{table(['pictures', *aspects, 'N'], rows)}"
 
 
 def settings_table(settings: dict) -> str:
@@ -253,4 +253,4 @@ def settings_table(settings: dict) -> str:
 
 
 Section = Callable[[dict, Sequence[Record]], str]
-SECTIONS: tuple[Section, ...] = (_headline, _overview, _against, _guidance, _tasks, _links, *EXTRAS)
+SECTIONS: tuple[Section, ...] = (_headline, _failed, _overview, _against, _guidance, tasks, links, *EXTRAS)

@@ -26,8 +26,10 @@ def _copies(settings: dict, results: Sequence[Record]) -> str:
     text = (
         f"Distance of each picture to the nearest of {samples['bank']:,} training pictures, {whole}, in"
         f" {samples['extractor']} features. Nearer than the nearest {percent(samples['near'])} of real held-out"
-        f" pictures: {number(samples, 100)} percent of samples at guidance {samples['guidance']:g}; nearer than every"
-        f" one of them: {percent(samples['nearer_than_any'])}."
+        f" pictures: {percent(samples['value'])} of samples at guidance {samples['guidance']:g}"
+        f" ({_between(samples['interval'])}); nearer than every one of them: {percent(samples['nearer_than_any'])}"
+        f" ({_between(samples['nearer_interval'])}). Of real held-out pictures about {percent(samples['near'])} and"
+        " none are so near by definition; many more would be copies."
     )
     lines = []
     for r in (samples, real):
@@ -38,6 +40,11 @@ def _copies(settings: dict, results: Sequence[Record]) -> str:
     return f'<h2>Does it copy?</h2><p>{escape(text)}</p><div class="plots">{drawing}</div>'
 
 
+def _between(interval: Sequence[float]) -> str:
+    low, high = (percent(bound) for bound in interval)
+    return f"95% interval {low} to {high}"
+
+
 def _wording(settings: dict, results: Sequence[Record]) -> str:
     """What other wording does to alignment."""
     changes = [r for r in results if r["metric"] == "clip_cosine_change"]
@@ -46,7 +53,7 @@ def _wording(settings: dict, results: Sequence[Record]) -> str:
     rows = [[r["of"], number(r, 100), str(r["n"])] for r in changes]
     text = (
         "Change of the CLIP score (100 cos) with the caption as first worded, each picture against its own, where a"
-        " caption can be changed so."
+        " caption can be changed so. Exactly 0: the tokenizer reads both alike."
     )
     return f"<h2>Other wording</h2><p>{text}</p>{table(['captions', 'change', 'N'], rows)}"
 
@@ -63,12 +70,14 @@ def _groups(settings: dict, results: Sequence[Record]) -> str:
         for metric, factor in (("group_clip_cosine", 100), ("group_paired", 100), ("group_diversity", 1)):
             row += [number(find(results, metric, of, **place)[0], factor) for of in ("samples", "real held-out")]
         rows.append(row)
-    head = ["group", "N", "CLIP score", "real", "preferred, %", "real", "diversity", "real"]
+    head = ["group", "N", "100 cos", "100 cos, real", "preferred, %", "preferred, real", "diversity", "diversity, real"]
+    (network,) = {r["extractor"] for r in results if r["metric"] == "group_diversity"}
     text = (
         "Samples beside real held-out pictures: alignment with the caption, how often its own value is preferred to"
-        " each wrong one by the judge (chance 50%), and variety: the mean distance between two pictures of the group."
+        " each wrong one by the judge (chance 50%), and diversity: the mean distance between two pictures of the group"
+        f" in {network} features, which grows with how much its captions differ."
     )
-    return f"<h2>Groups</h2><p>{text}</p>{table(head, rows)}{_left_open(results)}"
+    return f"<h2>Groups</h2><p>{escape(text)}</p>{table(head, rows)}{_left_open(results)}"
 
 
 def _left_open(results: Sequence[Record]) -> str:
@@ -86,10 +95,16 @@ def _cost(settings: dict, results: Sequence[Record]) -> str:
     """Time, memory and size."""
     g, rows = best_guidance(results), []
     for r in find(results, "seconds_per_picture", "samples", guidance=g):
-        where = f"{r['device']}, {r['threads']} threads, batch of {r['n']}, {r['steps']} steps"
+        threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
+        where = f"{r['device']}, {threads}, batch of {r['n']}, {r['steps']} steps"
         rows.append(["time a picture", f"{r['value']:.3f} s", where])
-    for r in find(results, "peak_memory_bytes", "samples", guidance=g):
-        rows.append(["largest memory", f"{r['value'] / 2**20:,.0f} MiB", "of the whole evaluation so far"])
+    for r in results:
+        if r["metric"] == "memory_per_picture_bytes":
+            whole = f"{r['peak'] / 2**20:,.0f} MiB"
+            each = f"{r['value'] / 2**20:,.1f} MiB" if r["value"] is not None else "-"
+            at_most = f"beside weights and all else, which make {whole} at the peak of a batch of {r['n']}"
+            unknown = f"the system does not tell; the whole process took {whole} so far"
+            rows.append(["memory a picture", each, unknown if r["value"] is None else at_most])
     for r in find(results, "parameters", "samples", guidance=g):
         parts = ", ".join(f"{name} {count:,}" for name, count in settings["parameters"].items())
         rows.append(["parameters", f"{r['value']:,}", parts])

@@ -12,17 +12,20 @@ from ldm.images import data_url
 LARGEST = 256  # pixels a side of a picture in the report; larger ones are reduced
 CSS = """
 :root { --ink: #1f2328; --soft: #656d76; --line: #d8dee4; --paper: #ffffff; --wash: #f6f8fa; --accent: #0b5cad;
-  --warm: #b3470c }
+  --warm: #b3470c; color-scheme: light dark }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --paper: #0d1117;
+  --wash: #1a2029; --accent: #58a6ff; --warm: #f0883e } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 1120px; padding: 40px 24px 80px; color: var(--ink); background: var(--paper);
   font: 16px/1.55 system-ui, sans-serif }
 h1 { font-size: 28px; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere }
 h2 { font-size: 20px; margin: 56px 0 8px; padding-top: 20px; border-top: 1px solid var(--line) }
-p { margin: 0 0 16px; max-width: 72ch } .soft, .note, figcaption { color: var(--soft) }
+p { margin: 0 0 16px; max-width: 72ch } .failed { color: var(--warm) } .soft, .note, figcaption { color: var(--soft) }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0 }
 .card { background: var(--wash); border-radius: 8px; padding: 14px 16px } .card b { display: block; font-size: 26px }
 .card span { color: var(--soft); font-size: 14px }
-.wide { overflow-x: auto; margin: 0 0 20px } table { border-collapse: collapse; font-size: 15px; width: 100% }
+.wide { overflow-x: auto; margin: 0 0 20px } table { border-collapse: collapse; font-size: 15px;
+  min-width: min(100%, 620px) }
 th, td { text-align: right; padding: 6px 12px; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; white-space: nowrap }
 th { color: var(--soft); font-weight: 500; white-space: normal; vertical-align: bottom }
@@ -31,10 +34,12 @@ td small { display: block; color: var(--soft); font-size: 12px; font-weight: 400
 tr.best td { background: var(--wash); font-weight: 600 }
 table.settings td { text-align: left; white-space: normal; overflow-wrap: anywhere }
 table.settings td:first-child { color: var(--soft); white-space: nowrap }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 24px; margin: 20px 0 }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 24px; margin: 20px 0;
+  align-items: end }
 .plots figure { margin: 0; max-width: 520px } svg { width: 100%; height: auto; display: block }
 p.legend { font-size: 13px; margin: 0 } .legend span { font-weight: 600; margin-right: 12px }
-svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
+svg text { font: 11px system-ui, sans-serif; fill: var(--soft); paint-order: stroke; stroke: var(--paper);
+  stroke-width: 3px }
 .rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--row)), 1fr)); gap: 24px 28px }
 .row p { margin: 0 0 6px; font-size: 15px; line-height: 1.35 } .row .note { font-size: 13px; margin: 6px 0 0 }
 .pictures { display: grid; gap: 6px } figure { margin: 0 } figcaption { font-size: 13px; text-align: center }
@@ -42,7 +47,8 @@ img { width: 100%; display: block; border-radius: 4px; outline: 1px solid var(--
 img.small { image-rendering: pixelated }
 @media (max-width: 600px) { body { padding: 24px 16px 60px } h1 { font-size: 23px }
   table { font-size: 13px } th, td { padding: 6px 5px } .wide th:first-child, .wide td:first-child { position: sticky;
-  left: 0; background: var(--paper) } .wide .settings td:first-child { position: static }
+  left: 0; background: var(--paper); white-space: normal; min-width: 8em }
+  .wide .settings td:first-child { position: static }
   .wide .best td:first-child { background: var(--wash) } .card b { font-size: 21px } }
 """
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 360, 230, 50, 38, 14, 18  # of a plot and its margins
+INSET = 8  # of the first and last tick, so that a point there lies clear of the axis' numbers
 COLOURS = ("var(--accent)", "var(--warm)", "var(--soft)")
 Point = tuple[float, float]
 
@@ -35,7 +36,7 @@ def plot(
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points] + [y for _, y in levels]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(0.0 if zero else min(ys), max(ys))
-    to_x = _scale(x_ticks, LEFT, WIDTH - RIGHT)
+    to_x = _scale(x_ticks, LEFT + INSET, WIDTH - RIGHT - INSET)
     to_y = _scale(y_ticks, HEIGHT - BOTTOM, TOP)
     parts = []
     for value in y_ticks:

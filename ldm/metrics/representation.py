@@ -6,6 +6,7 @@ The fitted models are scikit-learn's (the extra `evaluate`), the scores are comp
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ldm.config import UserError
@@ -26,7 +27,7 @@ def cluster_scores(features: Rows, labels: Labels, seed: int = 0) -> dict[str, f
 def clusters(features: Rows, count: int, seed: int = 0) -> np.ndarray:
     """The k-means cluster, 0 to count - 1, of each of (N, D) features: (N,). UserError without scikit-learn."""
     cluster = _sklearn("cluster")
-    return cluster.KMeans(count, n_init=10, random_state=seed).fit_predict(np.asarray(features, np.float64))
+    return cluster.KMeans(count, n_init=10, random_state=seed).fit_predict(_rows(features))
 
 
 def agreement(labels: Labels, clusters: Labels) -> dict[str, float]:
@@ -46,17 +47,15 @@ def linear_probe(train_x: Rows, train_y: Labels, test_x: Rows, test_y: Labels) -
     rows (Alain & Bengio 2016). Features (N, D), labels (N,). UserError without scikit-learn."""
     linear, pipeline, preprocessing = (_sklearn(n) for n in ("linear_model", "pipeline", "preprocessing"))
     model = pipeline.make_pipeline(preprocessing.StandardScaler(), linear.LogisticRegression(max_iter=2000))
-    model.fit(np.asarray(train_x, np.float64), np.asarray(train_y))
-    return float(model.score(np.asarray(test_x, np.float64), np.asarray(test_y)))
+    model.fit(_rows(train_x), _array(train_y))
+    return float(model.score(_rows(test_x), _array(test_y)))
 
 
 def mig(codes: Rows, factors: Rows) -> float:
     """Mutual information gap (Chen et al. 2018, eq. 6): over factors, how much more the dimension that knows most of a
     factor knows of it than the next one does, over the factor's entropy. Codes (N, D), D >= 2, cut into 20 bins of
-    equal width a dimension; factors (N, F) of classes. In [0, 1]."""
-    codes, factors = np.asarray(codes, np.float64), np.asarray(factors)
-    if codes.ndim != 2 or codes.shape[1] < 2 or len(codes) != len(factors):
-        raise ValueError(f"codes {codes.shape} must be (N, 2 or more) beside factors {factors.shape}")
+    equal width a dimension; factors (N, F) of two classes or more (ValueError). In [0, 1]."""
+    codes, factors = _codes_and_factors(codes, factors)
     binned = [np.digitize(c, np.histogram_bin_edges(c, BINS)[1:-1]) for c in codes.T]
     gaps = []
     for factor in factors.T:
@@ -71,10 +70,12 @@ def dci(codes: Rows, factors: Rows, seed: int = 0) -> dict[str, float]:
 
     Disentanglement: 1 - entropy of what a dimension is used for, weighed by how much it is used; completeness: 1 -
     entropy of the dimensions used for a factor; informativeness: accuracy on the last fifth of the rows. In [0, 1].
-    UserError without scikit-learn.
+    UserError without scikit-learn; ValueError for fewer than two dimensions or factors, or a factor of one class.
     """
     ensemble = _sklearn("ensemble")
-    codes, factors = np.asarray(codes, np.float64), np.asarray(factors)
+    codes, factors = _codes_and_factors(codes, factors)
+    if factors.shape[1] < 2:
+        raise ValueError(f"factors {factors.shape} must be (N, 2 or more): of one nothing can be told apart")
     cut = len(codes) - len(codes) // 5
     importance, right = [], []
     for factor in factors.T:
@@ -83,19 +84,42 @@ def dci(codes: Rows, factors: Rows, seed: int = 0) -> dict[str, float]:
         importance.append(trees.feature_importances_)
         right.append(trees.score(codes[cut:], factor[cut:]))
     table = np.array(importance).T  # (D, F)
-    used = table.sum(1)
-    by_dimension = [1 - _entropy(row / row.sum()) / np.log(len(row)) for row in table[used > 0]]
-    by_factor = [1 - _entropy(column / column.sum()) / np.log(len(column)) for column in table.T]
     return {
-        "disentanglement": float(np.average(by_dimension, weights=used[used > 0])),
-        "completeness": float(np.average(by_factor, weights=table.sum(0))),
+        "disentanglement": _focus(table),
+        "completeness": _focus(table.T),
         "informativeness": float(np.mean(right)),
     }
 
 
+def _focus(table: np.ndarray) -> float:
+    """1 - entropy of each row's shares (in units of its most), weighed by the rows' sums; 0 where all are 0."""
+    used = table.sum(1)
+    table, used = table[used > 0], used[used > 0]
+    focus = [1 - _entropy(row / row.sum()) / np.log(len(row)) for row in table]
+    return float(np.average(focus, weights=used)) if len(table) else 0.0
+
+
+def _codes_and_factors(codes: Rows, factors: Rows) -> tuple[np.ndarray, np.ndarray]:
+    codes, factors = _rows(codes), _array(factors)
+    if codes.ndim != 2 or codes.shape[1] < 2 or factors.ndim != 2 or len(codes) != len(factors):
+        raise ValueError(f"codes {codes.shape} must be (N, 2 or more) beside factors {factors.shape}")
+    for i, factor in enumerate(factors.T):
+        if len(np.unique(factor)) < 2:
+            raise ValueError(f"factor {i} has one class alone, which every code knows")
+    return codes, factors
+
+
+def _array(values: Rows | Labels) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+def _rows(features: Rows) -> np.ndarray:
+    return _array(features).astype(np.float64)
+
+
 def _codes(labels: Labels) -> np.ndarray:
     """Labels of any kind as 0, 1, 2, ..."""
-    return np.unique(np.asarray(labels), return_inverse=True)[1]
+    return np.unique(_array(labels), return_inverse=True)[1]
 
 
 def _joint(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from ldm.data import DataConfig, open_dataset
 from ldm.data.faults import readable
 from ldm.data.latents import data_hash
 from ldm.metrics.compositional import TASKS, Case, cases
-from ldm.metrics.features import FeatureExtractor, feature_extractor
+from ldm.metrics.features import FeatureExtractor, feature_extractor, judged_by
 from ldm.metrics.judges import JUDGES, ImageTextModel, image_text_model
-from ldm.metrics.records import Record, best_guidance, find
+from ldm.metrics.records import Record, best_guidance, find, named
 from ldm.metrics.report import write_report
 from ldm.pipeline import Pipeline
 from ldm.samplers import make_grid
@@ -69,9 +70,15 @@ def evaluate(config: EvaluateConfig, out: Path, device: str = "") -> list[str]:
     """
     bench = open_bench(config, out, device)
     baseline = read_baseline(config.baseline, bench) if config.baseline else None
+    new = not out.exists()
     claim(out, bench.settings)
-    if bench.judge:
-        ceiling(bench)  # before the long work: refuses a judge that knows nothing
+    try:
+        if bench.judge:
+            ceiling(bench)  # before the long work: refuses a judge that knows nothing
+    except UserError:
+        if new and processes().is_main_process:
+            shutil.rmtree(out)
+        raise
     generate(bench.pipe, bench.sets.values(), bench.guidance, bench.settings, bench.batch_size)
     measured = measure(bench)
     if baseline:
@@ -105,10 +112,10 @@ def open_bench(config: EvaluateConfig, out: Path, device: str = "") -> Bench:
     if num < FEWEST:
         raise UserError(f"only {num} of the held-out pictures can be read; {FEWEST} or more are needed")
     captions = [choose_caption(dataset.captions(i), config.seed, i) for i in indices]
-    sets = {"pictures": PictureSet(folder=out / "pictures", captions=captions)}
+    sets = {"pictures": PictureSet(folder=out / "pictures", captions=captions, size=size)}
     posed = pose(num, config.seed) if config.data == "shapes" else []
     if posed:
-        sets["cases"] = PictureSet(folder=out / "cases", captions=[case.caption for case in posed])
+        sets["cases"] = PictureSet(folder=out / "cases", captions=[case.caption for case in posed], size=size)
     train, bank, train_note = train_sample(data, config, num)
     return Bench(
         out=out,
@@ -141,15 +148,19 @@ def trained_on(model: str, name: str, path: str, size: int) -> DataConfig:
 
 def open_extractor(config: EvaluateConfig, pipe: Pipeline) -> FeatureExtractor | None:
     """The feature network asked for, on the pipeline's device; None for "none"."""
-    name = f"judge:{config.judge or config.data}" if config.features == "judge" else config.features
+    name = judged_by(config.features, judge_name(config.judge, config.data))
     return None if name == "none" else feature_extractor(name).to(pipe.device)
+
+
+def judge_name(judge: str, data: str) -> str:
+    """The judge asked for, else the one that ships for the data, else "none"."""
+    return judge or (data if (JUDGES / data).is_dir() else "none")
 
 
 def open_judge(config: EvaluateConfig, pipe: Pipeline) -> ImageTextModel | None:
     """The judge asked for, else the one that ships for the data, if there is one. UserError for the model's own text
     encoder: it would find its own pictures good."""
-    shipped = (JUDGES / config.data).is_dir()
-    name = config.judge or (config.data if shipped else "none")
+    name = judge_name(config.judge, config.data)
     if name == "none":
         return None
     judge = image_text_model(name).to(pipe.device)
@@ -228,8 +239,11 @@ def train_sample(data: DataConfig, config: EvaluateConfig, num: int) -> tuple[An
         return None, [], str(error)
     if len(train) < num:
         return None, [], f"the training split has only {len(train)} pictures"
-    bank = sample_indices(len(train), min(max(config.train_num, num), len(train)), config.seed)
-    return train, readable(train, bank), ""
+    tried = min(max(config.train_num, num), len(train))
+    bank = readable(train, sample_indices(len(train), tried, config.seed))
+    if len(bank) < num:
+        return None, [], f"only {len(bank)} of {tried} training pictures can be read"
+    return train, bank, ""
 
 
 def parameters(model: torch.nn.Module) -> int:
@@ -259,4 +273,6 @@ def summary(results: list[Record]) -> list[str]:
         mean = composed["value"]["mean"]
         held_out = f", held-out {mean['held_out']:.1%}" if "held_out" in mean else ""
         lines.append(f"compositional score (N={composed['n']}): {mean['all']:.1%}{held_out}")
+    failed = [r for r in results if r["metric"] in ("blank_pictures", "left_out") and r["value"]]
+    lines += [f"{r['metric'].replace('_', ' ')}: {r['value']} of {r['n']} {named(r)}" for r in failed]
     return [f"best guidance: {g:g}", *lines]

@@ -31,6 +31,12 @@ def read_baseline(folder: str | Path, bench: Bench) -> dict:
                 f"{str(folder)!r} does not compare: it was measured with {known}, not with {network.name} of"
                 f" {network.sha256[:8]}; measure both with the same networks"
             )
+        resize = networks[network.sha256]["resize"]
+        if resize != network.about["resize"]:
+            raise UserError(
+                f"{str(folder)!r} does not compare: {network.name} saw pictures resized to {resize}, here to"
+                f" {network.about['resize']}; measure both alike"
+            )
     return table
 
 

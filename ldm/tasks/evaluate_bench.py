@@ -111,7 +111,7 @@ class Bench:
 
     def untrained(self) -> Source:
         """Pictures by the same network with random weights, made on the first call."""
-        made = PictureSet(folder=self.out / "untrained", captions=self.captions)
+        made = self.pictures("untrained", self.captions)
         if made.missing(UNTRAINED):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.settings["seed"])
@@ -119,6 +119,10 @@ class Bench:
             model = Pipeline(Parts(*self.pipe.parts[:3], unet, self.pipe.schedule), self.pipe.device)
             self.make([made], [UNTRAINED], "generating, untrained", model)
         return source_of(made, UNTRAINED, "untrained")
+
+    def pictures(self, name: str, captions: list[str]) -> PictureSet:
+        """A set of pictures of captions, in the folder `name`; makes none."""
+        return PictureSet(folder=self.out / name, captions=captions, size=self.settings["size"])
 
     def make(
         self, sets: list[PictureSet], guidance: list[float], text: str = "generating", pipe: Pipeline | None = None
@@ -175,6 +179,16 @@ def blank_record(source: Source, batch_size: int) -> Record:
         span = reduce(x, "b c h w -> b c", "max") - reduce(x, "b c h w -> b c", "min")
         blank += int((span.amax(1) <= BLANK).sum())
     return {"metric": "blank_pictures", "of": source.of, "value": blank, "n": source.count}
+
+
+def left_out(*datasets: Any) -> list[Record]:
+    """How many samples of data sets could not be used, with the first reason; nothing where all could."""
+    parts = [d.faults for d in datasets if hasattr(d, "faults")]
+    found = {name: why for faults in parts for name, why in faults.found.items()}
+    if not found:
+        return []
+    total = max(faults.total or 0 for faults in parts)
+    return [{"metric": "left_out", "of": "data", "value": len(found), "n": total, "note": next(iter(found.values()))}]
 
 
 def choose_caption(captions: list[str], seed: int, index: int) -> str:

@@ -1,9 +1,7 @@
-"""Beyond quality and alignment: does the model copy, does wording matter, are groups alike, what does it cost?"""
+"""Beyond quality and alignment: does the model copy, does wording matter, are groups alike?"""
 
 import random
 import re
-import sys
-import time
 import warnings
 from collections import Counter
 
@@ -16,7 +14,6 @@ from ldm.metrics.diversity import nearest
 from ldm.metrics.intervals import mean_interval, resampled_interval
 from ldm.metrics.records import Record, mean_record
 from ldm.tasks.evaluate_bench import Bench, Measured, Source, source_of
-from ldm.tasks.evaluate_pictures import PictureSet
 
 WORDED = 96  # captions that are asked for in other wording
 OPENED = 48  # captions that leave an attribute open
@@ -26,14 +23,14 @@ QUANTILES = 50
 SAME = 1e-4  # of the length of two rows of features: nearer, they are of one picture and differ by rounding
 NONE = "none named"
 PLACES = r"\b(?:above|below|left|right|over|under|on top of)\b"
-TIMED = 8  # pictures
 
 
 def memorization(bench: Bench, measured: Measured, g: float) -> None:
     """How near each sample lies to its nearest training picture, against how near real held-out pictures lie.
 
     "memorized": share of samples nearer than the nearest 5% of the held-out pictures; `nearer_than_any`: than all of
-    them. Real held-out pictures have 5% and 0% by definition. A warning where some of these are training pictures.
+    them; `nearest`, `distances`: each sample's. Real held-out pictures have 5% and 0% by definition. A warning where
+    some of these are training pictures.
     """
     bank = bench.features(bench.real_train(len(bench.bank)), "memorization: training set")
     real = bench.features(bench.real())
@@ -49,12 +46,14 @@ def memorization(bench: Bench, measured: Measured, g: float) -> None:
     levels = torch.linspace(0, 1, QUANTILES + 1, dtype=torch.float64)
     whole = len(bench.bank) == len(bench.train)
     about = bench.extractor.about | {"bank": len(bench.bank), "bank_is_whole": whole, "near": NEAR}
+    nearest_of = {"nearest": [bench.bank[i] for i in which.tolist()], "distances": distances.tolist()}
     for of, found, extra in (
         ("real held-out", held_out, {}),
-        ("samples", distances, {"guidance": g, **bench.about}),
+        ("samples", distances, {"guidance": g, **bench.about, **nearest_of}),
     ):
         record = mean_record("memorized", of, (found < threshold).double(), **about, **extra)
-        record["nearer_than_any"] = float((found < held_out.min()).double().mean())
+        nearer = (found < held_out.min()).double()
+        record |= {"nearer_than_any": float(nearer.mean()), "nearer_interval": mean_interval(nearer)}
         record["held_out_in_train"] = shared
         record["quantiles"] = torch.quantile(found, levels).tolist()
         measured.results.append(record)
@@ -74,7 +73,7 @@ def robustness(bench: Bench, measured: Measured, g: float) -> None:
         "typos": [typos(caption, seed) for caption in first],
     }
     kinds = {kind: worded for kind, worded in kinds.items() if worded != first}
-    sets = {k: PictureSet(folder=bench.out / "wording" / k.replace(" ", "-"), captions=w) for k, w in kinds.items()}
+    sets = {k: bench.pictures(f"wording/{k.replace(' ', '-')}", w) for k, w in kinds.items()}
     bench.make(list(sets.values()), [g], "generating, other wording")
     plain = cosine(bench.embeddings(bench.samples(g))[:count], texts)
     about = {"guidance": g, **bench.about, **bench.judge.about}
@@ -134,7 +133,7 @@ def _opened(bench: Bench, measured: Measured, g: float, attribute: Attribute) ->
     chosen = dict(list(asked.items())[:OPENED])
     if not chosen:
         return
-    made = PictureSet(folder=bench.out / "open" / attribute.name.replace(" ", "-"), captions=list(chosen))
+    made = bench.pictures(f"open/{attribute.name.replace(' ', '-')}", list(chosen))
     bench.make([made], [g], f"generating, {attribute.name} left open")
     images = bench.embeddings(source_of(made, g, f"{attribute.name} left open"))
     values, seen = [*attribute.values, NONE], []
@@ -153,35 +152,3 @@ def _spread(features: Tensor) -> float:
     """The mean distance between two different rows of (N, D)."""
     distances = torch.cdist(features.double(), features.double())
     return float(distances.sum() / (len(features) * (len(features) - 1)))
-
-
-def efficiency(bench: Bench, g: float) -> list[Record]:
-    """Seconds a picture, in a batch after a first one to warm up, and memory: the most that the batch took on a GPU,
-    on a CPU the most that this process has had so far, with all that it measured before."""
-    s, device = bench.settings, bench.pipe.device
-    captions = bench.captions[:TIMED]
-    options = {"guidance": g, "guidance_rescale": s["guidance_rescale"], "steps": s["steps"], "sampler": s["sampler"]}
-    seconds = 0.0
-    for _ in range(2):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        start = time.perf_counter()
-        bench.pipe(captions, batch_size=len(captions), **options)
-        seconds = (time.perf_counter() - start) / len(captions)
-    about = {"of": "samples", "n": len(captions), "guidance": g, **bench.about, "device": str(device)}
-    about["threads"] = torch.get_num_threads()
-    found = [
-        {"metric": "seconds_per_picture", "value": seconds, **about},
-        {"metric": "parameters", "value": sum(s["parameters"].values()), **about},
-    ]
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_memory()
-    return found + ([{"metric": "peak_memory_bytes", "value": memory, **about}] if memory else [])
-
-
-def _process_memory() -> int:
-    """The most bytes that this process has had; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

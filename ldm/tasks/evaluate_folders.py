@@ -1,6 +1,7 @@
 """Measuring a folder of pictures against another, whoever made them."""
 
 import random
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,23 +16,26 @@ from ldm.config import UserError
 from ldm.data import to_float
 from ldm.data.folder import captioned
 from ldm.data.images import ImageError, image_size, read_image
-from ldm.metrics.features import FeatureExtractor, feature_extractor
+from ldm.metrics.features import FeatureExtractor, feature_extractor, judged_by
 from ldm.metrics.judges import ImageTextModel, image_text_model
 from ldm.metrics.records import (
     Record,
     alignment_records,
     class_records,
     cmmd_record,
+    find,
     frechet_records,
     picture_records,
 )
-from ldm.metrics.report import ROWS, settings_table, write_page
+from ldm.metrics.report import ROWS, called, failed, settings_table, write_page
 from ldm.metrics.report_html import Gallery, Row, number, show, table
 from ldm.task import processes
 from ldm.tasks.clip import sharing
 from ldm.tasks.evaluate import FEWEST, FORMAT, check_numbers
 from ldm.tasks.evaluate_bench import Source, blank_record
 from ldm.tasks.evaluate_features import FeatureCache
+from ldm.tasks.evaluate_measure import knows_little
+from ldm.tasks.evaluate_pictures import claim
 
 SHOWN = 24  # pictures of each folder in the report
 
@@ -59,27 +63,32 @@ def evaluate_folders(config: FolderEvaluation, out: Path, device: str = "") -> l
     if config.size is not None and config.size < 1:
         raise UserError(f"--size {config.size} is not allowed; use 1 or more")
     names = [_names(folder, config.seed) for folder in (config.images, config.reference)]
+    judged = config.judge not in ("", "none")
+    if not judged and config.features == "none":
+        raise UserError("nothing is measured with --features none and no --judge; leave out the one or name the other")
+    if judged:
+        _check_captions(names[0])
     size = config.size or _side([config.images / n for n in names[0]] + [config.reference / n for n in names[1]])
     fake, real = (
         _source(folder, list(found), size, of)
         for folder, found, of in zip((config.images, config.reference), names, ("images", "reference"), strict=True)
     )
     place = find_device(device)
-    name = f"judge:{config.judge}" if config.features == "judge" else config.features
+    name = judged_by(config.features, config.judge)
     extractor = None if name == "none" else feature_extractor(name).to(place)
-    judge = image_text_model(config.judge).to(place) if config.judge not in ("", "none") else None
+    judge = image_text_model(config.judge).to(place) if judged else None
     if extractor and not config.without_frechet:
         _check_count(extractor, min(fake.count, real.count), fake, place)
-    results = [blank_record(source, config.batch_size) for source in (fake, real)]
+    results = [blank_record(source, config.batch_size) for source in (fake, real)]  # reads all: refuses a broken one
+    settings = {"images": str(config.images), "reference": str(config.reference), "size": size, "seed": config.seed}
+    claim(out, settings)
     if extractor:
         features = (_seen(extractor, source, config, out, place) for source in (fake, real))
         results += _distances(config, extractor, *features, place)
     if judge:
-        results += _alignment(config, judge, list(names[0].values()), fake, real, out, place)
-    settings = {"images": str(config.images), "reference": str(config.reference), "size": size}
-    settings |= {"number_of_images": fake.count, "number_of_references": real.count, "seed": config.seed}
+        results += _alignment(config, judge, [list(found.values()) for found in names], (fake, real), out, place)
+    settings |= {"number_of_images": fake.count, "number_of_references": real.count}
     if processes().is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
         weights.write_json(out / "metrics.json", {"format": FORMAT, "settings": settings, "results": results})
         _report(out / "report.html", settings, results, (fake, real))
     return [f"{r['metric']}: {number(r)}" for r in results if r["of"] == "images" and r["value"] is not None]
@@ -96,6 +105,16 @@ def _names(folder: Path, seed: int) -> dict[str, list[str]]:
     names = list(found)
     random.Random(seed).shuffle(names)
     return {name: found[name] for name in names}
+
+
+def _check_captions(found: dict[str, list[str]]) -> None:
+    """UserError where some pictures have captions and others have none."""
+    missing = [name for name, captions in found.items() if not captions]
+    if 0 < len(missing) < len(found):
+        raise UserError(
+            f"{len(missing)} of {len(found)} --images have no caption, {min(missing)!r} for one; give all of them one,"
+            " or none"
+        )
 
 
 def _side(paths: list[Path]) -> int:
@@ -143,7 +162,8 @@ def _check_count(extractor: FeatureExtractor, n: int, source: Source, device: to
     if n <= dimensions:
         raise UserError(
             f"{n} pictures are too few for a Frechet distance of {dimensions} features; {dimensions + 1} are needed on"
-            " both sides: take --without-frechet (kernel distance and CMMD need no more), or --features judge:FOLDER"
+            " both sides: take --without-frechet (kernel distance and CMMD need no more), or --features with fewer of"
+            " them, as judge:FOLDER"
         )
 
 
@@ -160,21 +180,22 @@ def _distances(
 def _alignment(
     config: FolderEvaluation,
     judge: ImageTextModel,
-    captions: list[list[str]],
-    fake: Source,
-    real: Source,
+    captions: list[list[list[str]]],
+    sources: tuple[Source, Source],
     out: Path,
     device: torch.device,
 ) -> list[Record]:
+    """CMMD, and alignment of each folder whose pictures all have captions, that of the reference to hold it against."""
     about = judge.about
-    images, others = (_seen(judge, source, config, out, device) for source in (fake, real))
-    found = [cmmd_record(images, others, "images", about, config.seed) | {"against": "reference"}]
-    missing = sum(not own for own in captions)
-    if 0 < missing < len(captions):
-        raise UserError(f"{missing} of {len(captions)} --images have no caption; give all of them one, or none")
-    if not missing:
-        texts = torch.cat([judge.texts([own[0]]).cpu() for own in captions])
-        found += alignment_records(images, texts, sharing(captions), "images", about, config.seed)
+    seen = [_seen(judge, source, config, out, device) for source in sources]
+    found = [cmmd_record(*seen, "images", about, config.seed) | {"against": "reference"}]
+    for source, images, own in zip(sources, seen, captions, strict=True):
+        if all(own):
+            texts = torch.cat([judge.texts([first]).cpu() for first, *_ in own])
+            found += alignment_records(images, texts, sharing(own), source.of, about, config.seed)
+    for record in find(found, "text_to_image@1", "reference"):
+        if complaint := knows_little(record):
+            warnings.warn(f"{complaint}: its alignment says little", stacklevel=2)
     return found
 
 
@@ -184,13 +205,17 @@ def _report(path: Path, settings: dict, results: list[Record], sources: tuple[So
     for r in results:
         if r["of"] == "images" and r["metric"] in names:
             name, factor, better = names[r["metric"]]
-            rows.append([name, number(r, factor), str(r["n"]), r["extractor"], r["resize"], better])
-    blank = "; ".join(f"{r['value']} of {r['n']} {r['of']}" for r in results if r["metric"] == "blank_pictures")
-    text = f"With 95% intervals where there are any. Blank pictures, counted all the same: {blank}."
+            beside = number(next(iter(find(results, r["metric"], "reference")), None), factor)
+            network = f"{r['extractor']}, {r['resize']}"
+            rows.append([called(name, r), number(r, factor), beside, str(r["n"]), network, better])
+    text = "With 95% intervals. Distances are between the folders; alignment is of each with its own captions."
+    judged = any(r["metric"] == "cmmd" for r in results)
+    if judged and not find(results, "clip_cosine", "images"):
+        text += " The images have no captions, so that their alignment is not known."
     if len({source.count for source in sources}) > 1:
         text += " The folders differ in number: compare these only with numbers of the same two."
-    head = ["", "images", "N", "network", "resize", "better"]
-    body = [f"<h2>Numbers</h2><p>{text}</p>{table(head, rows)}"]
+    head = ["", "images", "reference", "N", "network and resize", "better"]
+    body = [failed(results), f"<h2>Numbers</h2><p>{text}</p>{table(head, rows)}"]
     for source in sources:
         chosen = range(min(SHOWN, source.count))
         pictures = [Image.fromarray(source.get(i).permute(1, 2, 0).numpy()) for i in chosen]

@@ -3,9 +3,7 @@
 A further metric is one function that yields records, called in `measure`, and a section of the report.
 """
 
-import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
@@ -14,8 +12,6 @@ from ldm.data import to_float, to_uint8
 from ldm.images import to_pil
 from ldm.metrics import psnr, ssim
 from ldm.metrics.attributes import ATTRIBUTES, paired
-from ldm.metrics.compositional import breakdown, check, score
-from ldm.metrics.intervals import mean_interval
 from ldm.metrics.records import (
     Record,
     alignment_records,
@@ -29,17 +25,21 @@ from ldm.metrics.records import (
 )
 from ldm.pipeline import Pipeline
 from ldm.task import processes
-from ldm.tasks.evaluate_bench import Bench, Measured, Source, blank_record
-from ldm.tasks.evaluate_extras import efficiency, groups, memorization, robustness
+from ldm.tasks.evaluate_bench import Bench, Measured, Source, blank_record, left_out
+from ldm.tasks.evaluate_cost import efficiency
+from ldm.tasks.evaluate_extras import groups, memorization, robustness
+from ldm.tasks.evaluate_shapes import compositional, scene_record, untrained_cases
 
 KEPT = 12  # reconstructions for the report
 FAR = 5.0  # times chance that a judge must find the right picture of a real caption: that, and LEAST; MOST is enough
 LEAST, MOST = 0.1, 0.5
+KINDS = {"real held-out": "real ", "reference": "reference "}
 
 
 def measure(bench: Bench) -> Measured:
     """Every number, each part with a progress bar; UserError for a damaged picture or a judge that knows nothing."""
     measured = Measured()
+    measured.results.append(blank_record(bench.real(), bench.batch_size))
     if bench.judge:
         measured.results += ceiling(bench)
     if bench.extractor:
@@ -53,10 +53,12 @@ def measure(bench: Bench) -> Measured:
         measured.results.append(record | {"note": bench.train_note, **bench.extractor.about})
     for source in references:
         measured.results += _pictures(bench, source, {})
+    if bench.cases:
+        measured.results.append(untrained_cases(bench))
     for g in bench.guidance:
         measured.results += _pictures(bench, bench.samples(g), {"guidance": g, **bench.about})
         if bench.cases:
-            _compositional(bench, measured, g)
+            compositional(bench, measured, g)
     best = best_guidance(measured.results)
     if bench.judge:
         measured.results += _shuffled(bench, best)
@@ -65,7 +67,7 @@ def measure(bench: Bench) -> Measured:
     if bench.extractor and bench.train is not None:
         memorization(bench, measured, best)
     if processes().is_main_process:  # in the others nothing is written
-        measured.results += efficiency(bench, best)
+        measured.results += efficiency(bench, best) + left_out(bench.dataset, bench.train)
     return measured
 
 
@@ -106,14 +108,21 @@ def ceiling(bench: Bench) -> list[Record]:
     real = bench.real()
     found = _alignment(bench, bench.embeddings(real), real.of)
     (record,) = find(found, "text_to_image@1", real.of)
-    least = min(max(FAR * record["chance"], LEAST), MOST)
-    if record["value"] < least:
-        raise UserError(
-            f"judge {bench.judge.name!r} finds the right one of {bench.n} real pictures for a caption in"
-            f" {record['value']:.1%} (chance {record['chance']:.1%}, {least:.1%} needed), so it cannot judge these;"
-            " name another with --judge, or --judge none"
-        )
+    if complaint := knows_little(record):
+        raise UserError(f"{complaint}, so it cannot judge these; name another with --judge, or --judge none")
     return found
+
+
+def knows_little(record: Record) -> str:
+    """What is wrong with a judge whose "text_to_image@1" of real pictures is `record`; "" where it beats chance far."""
+    least = min(max(FAR * record["chance"], LEAST), MOST)
+    if record["value"] >= least:
+        return ""
+    kind = KINDS.get(record["of"], "")
+    return (
+        f"judge {record['extractor']!r} finds the right one of {record['n']} {kind}pictures for a caption in"
+        f" {record['value']:.1%} (chance {record['chance']:.1%}, {least:.1%} needed)"
+    )
 
 
 def _shuffled(bench: Bench, g: float) -> list[Record]:
@@ -146,8 +155,7 @@ def _autoencoder(bench: Bench, measured: Measured) -> Source:
     if bench.cases:
         scenes = [bench.dataset.scene(i) for i in bench.indices]
         for of, images in ((real.of, torch.cat(list(real.batches(bench.n)))), ("reconstructions", pictures)):
-            value = breakdown(list(rearrange(images, "b c h w -> b h w c").numpy()), scenes)
-            measured.results.append({"metric": "scene_accuracy", "of": of, "value": value, "n": bench.n})
+            measured.results.append(scene_record(images, scenes, of))
     return Source(of="reconstructions", count=bench.n, get=pictures.__getitem__)
 
 
@@ -157,16 +165,3 @@ def reconstruct(pipe: Pipeline, x: Tensor) -> Tensor:
     vae = pipe.vae
     y = vae.decode(vae.normalize(vae.encode(x.to(pipe.device)).mean))
     return to_float(to_uint8(y)).cpu()
-
-
-def _compositional(bench: Bench, measured: Measured, g: float) -> None:
-    about, n = {"guidance": g, **bench.about}, len(bench.cases)
-    images = [bench.sets["cases"].array(g, i) for i in range(n)]
-    required = [case.required for case in bench.cases]
-    for of, cases in (("samples, shuffled captions", bench.cases[1:] + bench.cases[:1]), ("samples", bench.cases)):
-        right = [check(image, case.required) for image, case in zip(images, cases, strict=True)]
-        record = {"metric": "compositional_score", "of": of, "value": score(images, cases), "n": n}
-        measured.results.append(record | {"interval": mean_interval(np.array(right, float))} | about)
-    measured.right[g] = right
-    record = {"metric": "scene_accuracy", "of": "samples", "value": breakdown(images, required), "n": n}
-    measured.results.append(record | about)

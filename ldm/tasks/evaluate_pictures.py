@@ -28,6 +28,7 @@ class PictureSet:
 
     folder: Path
     captions: list[str]
+    size: int  # pixels a side
 
     def path(self, guidance: float, index: int) -> Path:
         """The file of one picture."""
@@ -38,29 +39,37 @@ class PictureSet:
         return [i for i in range(len(self.captions)) if not self.path(guidance, i).is_file()]
 
     def array(self, guidance: float, index: int) -> np.ndarray:
-        """One picture, uint8 (H, W, 3); UserError when the file is damaged."""
+        """One picture, uint8 (size, size, 3); UserError when the file is damaged or of another size."""
         path = self.path(guidance, index)
+        way_out = "delete it, and the same command remakes it"
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=["PNG"]) as image:
+                if image.size != (self.size, self.size):
+                    width, height = image.size
+                    raise UserError(
+                        f"picture {str(path)!r} is {width}x{height} px, not {self.size}x{self.size}; {way_out}"
+                    )
                 return np.asarray(image.convert("RGB"))
-        except OSError:
-            raise UserError(
-                f"picture {str(path)!r} cannot be read; delete it, and the same command remakes it"
-            ) from None
+        except (UserError, MemoryError):
+            raise
+        except Exception:  # decoders given broken bytes raise nearly anything
+            raise UserError(f"picture {str(path)!r} cannot be read; {way_out}") from None
 
     def write_captions(self, guidance: float) -> None:
         """`metadata.jsonl`, a line a picture, so that the folder is a captioned one; a longer one, of a run with more
         captions, is kept. UserError where the pictures there are of other captions."""
         path = self.path(guidance, 0).with_name("metadata.jsonl")
         lines = [json.dumps({"file_name": f"{i:05d}.png", "text": t}) for i, t in enumerate(self.captions)]
-        kept = path.read_text().splitlines() if path.is_file() else []
+        kept = path.read_text(errors="replace").splitlines() if path.is_file() else []
         if any(a != b for a, b in zip(kept, lines, strict=False)):
             raise UserError(
                 f"{str(path.parent)!r} has pictures of other captions; delete that folder, or use another --out"
             )
         if len(kept) < len(lines):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join(lines) + "\n")
+            part = path.with_name(path.name + ".tmp")
+            part.write_text("\n".join(lines) + "\n")
+            os.replace(part, path)  # a stop leaves no half of it, which would be of other captions
 
 
 def claim(out: Path, settings: dict[str, Any]) -> None:
@@ -125,7 +134,8 @@ def _generate(
                 sampler=settings["sampler"],
                 seed=settings["seed"] + run[0],
                 batch_size=batch_size,
-                callback=lambda progress: bar.update(len(progress.z_t) / progress.steps),
+                # no more than is left: steps of a picture do not add up to quite 1
+                callback=lambda progress: bar.update(min(len(progress.z_t) / progress.steps, bar.total - bar.n)),
             )
             for i, image in zip(run, images, strict=True):
                 about = {key: settings[key] for key in ("model", "sampler", "steps", "guidance_rescale")}
