@@ -418,7 +418,8 @@ def test_a_folder_whose_training_pictures_are_mostly_broken_has_no_floor(model, 
     (tmp_path / "run/config.json").write_text('{"data": {"name": "folder", "max_broken": 1.0}}')
     for file in sorted((data / "train").glob("*.png"))[:90]:
         file.write_bytes(b"no picture")
-    config = config_for(tmp_path / "run", data="folder", data_path=str(data), guidance=(1.0,), judge="", num=20, train_num=101)
+    of = {"data": "folder", "data_path": str(data), "judge": ""}
+    config = config_for(tmp_path / "run", **of, guidance=(1.0,), num=20, train_num=101)
     evaluate(config, tmp_path / "out", "cpu")
     (floor,) = [r for r in results_of(tmp_path / "out") if r["of"] == "real train"]
     assert floor["value"] is None and floor["note"] == "only 11 of 101 training pictures can be read"
