@@ -363,10 +363,18 @@ def test_groups_that_captions_name_are_reported_apart(tmp_path):
         assert all(r["interval"][0] <= r["value"] <= r["interval"][1] for r in mine)
     (open_,) = [r for r in results if r["metric"] == "left_open" and r["attribute"] == "skin tone"]
     assert sum(open_["value"].values()) == pytest.approx(1)
+    real, samples = [r for r in results if r["metric"] == "new_combinations"]
+    assert real["n"] == samples["n"] == sum(r["held_out"] == "combination" for r in records)
+    assert 0 < real["every"] <= real["value"] < 1  # it cannot tell genders
     prompts = [json.loads(line)["text"] for line in (tmp_path / "out/open/skin-tone/g1/metadata.jsonl").open()]
     assert len(prompts) == open_["n"] and not any("skin tone" in prompt for prompt in prompts)
     text = (tmp_path / "out/report.html").read_text()
-    assert "<h2>Groups</h2>" in text and "<h2>No skin tone asked for</h2>" in text and not Tags(text).open
+    assert (
+        "<h2>Groups</h2>" in text
+        and "<h2>No skin tone asked for</h2>" in text
+        and "how often all" in text
+        and not Tags(text).open
+    )
 
 
 class SeesDark:

@@ -62,6 +62,10 @@ class Emoji:
         """The captions of picture `index`, without decoding it."""
         return self.records[index]["captions"]
 
+    def new_combination(self, index: int) -> bool:
+        """Whether training shows the role of picture `index` in no style with its skin tone and gender."""
+        return self.records[index]["held_out"] == "combination"
+
 
 def _read(folder: Path, split: str) -> tuple[list[dict[str, Any]], list[bytes]]:
     records, pictures = {}, {}

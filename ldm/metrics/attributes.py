@@ -5,7 +5,7 @@ A further attribute is an entry in ATTRIBUTES.
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +71,7 @@ ATTRIBUTES = (
         name="style", values={"3D": ("3D",), "flat": ("flat",)}, where=r", {}$|(?<![\w-]){} (?=(?:emoji|icon) of )"
     ),
 )
+PERSON = ATTRIBUTES[:2]  # what a combination held out of emoji's training is made of, beside the role
 
 
 def paired(
@@ -86,6 +87,23 @@ def paired(
     for i in asked:
         own = attribute.named(captions[i])
         wrong = [attribute.exchanged(captions[i], value) for value in attribute.values if value != own]
+        cosines = texts([captions[i], *wrong]).double() @ images[i].double()
+        shares.append(float((cosines[0] > cosines[1:]).double().mean()))
+    return torch.tensor(shares, dtype=torch.float64), asked
+
+
+def combined(
+    images: Tensor, captions: list[str], texts: Callable[[list[str]], Tensor], attributes: Sequence[Attribute]
+) -> tuple[Tensor, list[int]]:
+    """`paired` for several attributes at once: wrong is every other combination of values of those that a picture's
+    caption names, one or more."""
+    asked = [i for i, caption in enumerate(captions) if any(a.named(caption) for a in attributes)]
+    shares = []
+    for i in asked:
+        every = [captions[i]]
+        for attribute in attributes:
+            every = [attribute.exchanged(caption, value) for caption in every for value in attribute.values]
+        wrong = sorted(set(every) - {captions[i]})
         cosines = texts([captions[i], *wrong]).double() @ images[i].double()
         shares.append(float((cosines[0] > cosines[1:]).double().mean()))
     return torch.tensor(shares, dtype=torch.float64), asked

@@ -77,7 +77,20 @@ def _groups(settings: dict, results: Sequence[Record]) -> str:
         " each wrong one by the judge (chance 50%), and diversity: the mean distance between two pictures of the group"
         f" in {network} features, which grows with how much its captions differ."
     )
-    return f"<h2>Groups</h2><p>{escape(text)}</p>{table(head, rows)}{_left_open(results)}"
+    return f"<h2>Groups</h2><p>{escape(text)}</p>{table(head, rows)}{_combinations(results)}{_left_open(results)}"
+
+
+def _combinations(results: Sequence[Record]) -> str:
+    rows = []
+    for r in results:
+        if r["metric"] == "new_combinations":
+            every = {"value": r["every"], "interval": r["every_interval"]}
+            rows.append([r["of"], number(r, 100), number(every, 100), str(r["n"])])
+    text = (
+        "Pictures of a role with a skin tone and gender that it never has in training: how many of the other"
+        " combinations, of what the caption names of the two, the judge finds worse (chance 50%), and how often all."
+    )
+    return f"<p>{text}</p>{table(['pictures', 'of the others, %', 'all, %', 'N'], rows)}" if rows else ""
 
 
 def _left_open(results: Sequence[Record]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.metrics.alignment import cosine
-from ldm.metrics.attributes import ATTRIBUTES, Attribute, paired, typos
+from ldm.metrics.attributes import ATTRIBUTES, PERSON, Attribute, combined, paired, typos
 from ldm.metrics.diversity import nearest
 from ldm.metrics.intervals import mean_interval, resampled_interval
 from ldm.metrics.records import Record, mean_record
@@ -109,6 +109,21 @@ def groups(bench: Bench, measured: Measured, g: float) -> None:
                 if len(mine) > 1:
                     place = {"attribute": attribute.name, "group": value, **about}
                     measured.results += _group(bench, source, attribute, mine, place)
+
+
+def combinations(bench: Bench, measured: Measured, g: float) -> None:
+    """Of what training never combined so: to how many wrong combinations of skin tone and gender the right one is
+    preferred, and in `every` how often to all; samples and real pictures, where the data tells which these are."""
+    is_new = getattr(bench.dataset, "new_combination", lambda index: False)
+    mine = [i for i, index in enumerate(bench.indices) if is_new(index)]
+    captions = [bench.captions[i] for i in mine]
+    for source, about in ((bench.real(), {}), (bench.samples(g), {"guidance": g, **bench.about})):
+        shares, _ = combined(bench.embeddings(source)[mine], captions, bench.texts, PERSON)
+        if len(shares) > 1:
+            record = mean_record("new_combinations", source.of, shares, chance=0.5, **bench.judge.about, **about)
+            every = (shares == 1).double()
+            record |= {"every": float(every.mean()), "every_interval": mean_interval(every)}
+            measured.results.append(record)
 
 
 def _group(bench: Bench, source: Source, attribute: Attribute, mine: list[int], about: Record) -> list[Record]:

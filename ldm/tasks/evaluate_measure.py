@@ -27,7 +27,7 @@ from ldm.pipeline import Pipeline
 from ldm.task import processes
 from ldm.tasks.evaluate_bench import Bench, Measured, Source, blank_record, left_out
 from ldm.tasks.evaluate_cost import efficiency
-from ldm.tasks.evaluate_extras import groups, memorization, robustness
+from ldm.tasks.evaluate_extras import combinations, groups, memorization, robustness
 from ldm.tasks.evaluate_shapes import compositional, scene_record, untrained_cases
 
 KEPT = 12  # reconstructions for the report
@@ -64,6 +64,7 @@ def measure(bench: Bench) -> Measured:
         measured.results += _shuffled(bench, best)
         robustness(bench, measured, best)
         groups(bench, measured, best)
+        combinations(bench, measured, best)
     if bench.extractor and bench.train is not None:
         memorization(bench, measured, best)
     if processes().is_main_process:  # in the others nothing is written
