@@ -5,9 +5,11 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from einops import rearrange
 
 from ldm import weights
 from ldm.clip import MAX_SCALE, TextEncoder
@@ -191,6 +193,21 @@ def test_autoencoder_measures_and_shows_held_out_pictures(vae_run):
     lines = (vae_run / "metrics.jsonl").read_text()
     assert all(f'"val/{name}"' in lines for name in ("psnr", "ssim", "perceptual"))
     assert len(list((vae_run / "previews").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize(("held_out", "shown"), [(1, (1, 1)), (5, (5, 1)), (11, (8, 1)), (16, (8, 2)), (20, (8, 2))])
+def test_a_preview_shows_what_there_is_up_to_two_rows(held_out, shown):
+    """Each picture above its reconstruction, whole rows alone, whatever a small folder holds out."""
+    task = AutoencoderTask(tiny.autoencoder())
+    task.held_out = tiny.samples(held_out)
+    task.reconstruct = lambda x: 0 * x
+    columns, rows = shown
+    picture = np.asarray(task.preview(CPU))[::4, ::4]  # shown four times as large
+    assert picture.shape == (64 * rows, 32 * columns, 3)
+    halves = rearrange(picture, "(r p h) w c -> r p h w c", r=rows, p=2)
+    assert (halves[:, 1] == 128).all() and all((row != 128).any() for row in halves[:, 0])
+    first = rearrange(task.held_out[0]["image"].numpy(), "c h w -> h w c")
+    assert (halves[0, 0, :, :32] == first).all()
 
 
 def test_diffusion_refuses_latents_that_are_not_normalized(vae_run, clip_run, tmp_path):

@@ -138,11 +138,13 @@ class AutoencoderTask:
         return vae.decode_raw(vae.encode(x).mean).clamp(-1, 1)
 
     def preview(self, device: torch.device) -> Image.Image:
-        """Sixteen held-out images, each above its reconstruction."""
+        """Two rows of eight held-out images, each above its reconstruction; of fewer than sixteen, one row."""
         x = next(images(self.held_out, 16, 16, device))
-        pairs = torch.stack([x, self.reconstruct(x)], 1)  # (16, 2, 3, H, W)
-        rows = rearrange(pairs, "(r c) p k h w -> (r p c) k h w", r=2)
-        return tile(rows, columns=8, scale=max(1, 128 // x.shape[-1]))
+        columns = min(8, len(x))
+        x = x[: len(x) - len(x) % columns]
+        pairs = torch.stack([x, self.reconstruct(x)], 1)  # (B, 2, 3, H, W)
+        rows = rearrange(pairs, "(r c) p k h w -> (r p c) k h w", c=columns)
+        return tile(rows, columns=columns, scale=max(1, 128 // x.shape[-1]))
 
     def export(self, folder: Path, device: torch.device, final: bool) -> None:
         """Measures shift and scale of the training set's latents (of a sample of it, unless this is the end), folds
