@@ -17,6 +17,7 @@ from ldm.config import UserError
 
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}  # transformers' defaults
 CONTEXT_LENGTH = 77
+QUOTED = 100  # letters of a text in a warning
 
 
 class Tokenizer:
@@ -81,8 +82,8 @@ class Tokenizer:
         for row, text in zip(rows, texts, strict=True):
             ids = self.encode(text)
             if len(ids) > length and warn:
-                cut = self.decode(ids[length - 1 : -1])
-                message = f"the text {text!r} has more than {length - 2} tokens; this was cut off: {cut!r}"
+                about, cut = quoted(text), quoted(self.decode(ids[length - 1 : -1]))
+                message = f"the text {about} has more than {length - 2} tokens; this was cut off: {cut}"
                 warnings.warn(message, stacklevel=2)
             ids = [*ids[:-1][: length - 1], self.eos_token_id]
             row[: len(ids)] = torch.tensor(ids)
@@ -260,3 +261,9 @@ def _special_tokens(config: dict, listed: list[dict]) -> tuple[dict[str, str], d
             names[key] = token["content"]
             tokens[token["content"]] = known.get(token["content"], token) | {"special": True}
     return names, tokens
+
+
+def quoted(text: str) -> str:
+    """In quotation marks; a long one by its two ends."""
+    end = QUOTED // 2
+    return repr(text if len(text) <= QUOTED else f"{text[:end]}...{text[-end:]}")

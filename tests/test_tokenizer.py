@@ -174,6 +174,10 @@ def test_what_is_cut_is_named(tokenizer):
         warnings.simplefilter("error")
         tokenizer([text], warn=False)
         tokenizer(["circle " * 30])  # fits exactly
+    both_ends = "^the text 'circle .* square' has more than 30 .* off: 'circle .*square'$"
+    with pytest.warns(UserWarning, match=both_ends) as told:
+        tokenizer(["circle " * 1000 + "green square"])
+    assert len(str(told[0].message)) < 300  # by its ends
 
 
 def test_decode_gives_the_text_back(tokenizer):
