@@ -1,10 +1,10 @@
-"""One process's view of a training: its steps, logs, looks and checkpoints."""
+"""One process's view of a training: its steps, looks and checkpoints."""
 
-import json
 import math
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ldm import run_state, weights
 from ldm.config import UserError
@@ -22,20 +20,16 @@ from ldm.data.order import EpochBatches
 from ldm.ema import EMA
 from ldm.interrupt import Interrupts
 from ldm.loading import load
-from ldm.memory import OutOfMemory, is_out_of_memory
-from ldm.muon import Muon, hidden_weights
+from ldm.memory import OutOfMemory, how_to_fit, is_out_of_memory
+from ldm.optimizers import optimizers_of
+from ldm.run_log import Log
 from ldm.task import Task, processes
 from ldm.together import Together
-from ldm.train_config import OptimizerConfig, TrainConfig
-
-
-def due(done: int, every: int) -> bool:
-    """Whether something that happens `every` so many steps, 0 for never, happens after step `done`."""
-    return every > 0 and done % every == 0
+from ldm.train_config import TrainConfig, due
 
 
 class Run:
-    """One process's view of a training: its modules, optimizers, averages and what was logged since last time."""
+    """One process's view of a training: its modules, optimizers, averages and log."""
 
     def __init__(self, task: Task, config: TrainConfig, out: Path):
         self.task, self.config, self.out = task, config, out
@@ -45,18 +39,17 @@ class Run:
         optimizers = {}
         for name, module in task.modules.items():
             module.train().to(self.device)
-            optimizers |= _optimizers(name, module, config.optimizer)
+            optimizers |= optimizers_of(name, module, config.optimizer)
         self.wrapped = {name: self.accelerator.prepare(module) for name, module in task.modules.items()}
         averages = {name: EMA(m, config.ema_decay, config.ema_power) for name, m in task.modules.items()}
         self.trained = run_state.Trained(task.modules, averages, optimizers)
         self.skipped = 0  # in a row
-        self.skipped_since_log = 0
-        self.sums: dict[str, list[Tensor]] = {}
         self.offending: list[dict] = []  # the micro-batches of the last step that was left out
         self.looked = True  # whether the step resumed from was validated and previewed, where that was due
         self.best: dict[str, Any] | None = None  # the step validated best so far, its value and what that is of
         self.improved = False  # whether the last validation was the best so far
-        self.left_out = run_state.LeftOut(out, [task.dataset, getattr(task, "held_out", None)])
+        self.how_to_fit = partial(how_to_fit, config, getattr(task, "contrasts", False))
+        self.log = Log(self.accelerator, out, [task.dataset, getattr(task, "held_out", None)])
 
     def resume(self) -> int:
         """Loads the newest whole checkpoint, if there is one; returns the step to go on from."""
@@ -67,13 +60,9 @@ class Run:
             return 0
         state = run_state.read_state(found / "state", self.trained)
         self.skipped, self.looked = state["skipped"], state.get("looked", True)
-        self.skipped_since_log = state.get("skipped_since_log", 0)
         best = state.get("best")
         self.best = best if best and best["of"] == self.config.best else None
-        # those of this process; with more processes than before, the new ones have none and the means begin anew
-        sums, rank = state.get("sums", []), self.accelerator.process_index
-        mine = sums[rank] if len(sums) == self.accelerator.num_processes else {}
-        self.sums = {name: [torch.tensor(v, device=self.device) for v in values] for name, values in mine.items()}
+        self.log.restore(state)
         return state["step"]
 
     def begin(self, start: int, resolved: dict, force: bool = False) -> None:
@@ -82,37 +71,23 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             if start:
                 run_state.check_changes(self.out / "config.json", resolved, force)
-                self.say(f"resuming {self.out} at step {start} of {self.config.steps}")
+                self.log.say(f"resuming {self.out} at step {start} of {self.config.steps}")
             run_state.drop_later_lines(self.out / "metrics.jsonl", start, self.looked)
             weights.write_json(self.out / "config.json", resolved)
             run_state.note_start(self.out, self.config.seed)
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("tensorboard")
-        self.note_left_out()
+        self.log.faults()
         if not self.looked:
             self.look(start)
-
-    def note_left_out(self) -> None:
-        """Lists samples that were left out for the first time, of all processes, in the run folder."""
-        new = self.left_out.new()
-        if self.accelerator.num_processes > 1:
-            new = {name: why for table in gather_object([new]) for name, why in table.items()}
-            self.left_out.add(new)  # so that they are too many in all processes at once
-        if self.main and new:
-            self.say(f"{self.left_out.write(new)} samples are left out, listed in {self.left_out.file}")
 
     def end(self) -> None:
         """Says which checkpoint was the best, where one is kept; closes the logs."""
         if self.best:
             folder = run_state.checkpoint(self.out, int(self.best["step"]))
-            self.say(f"{self.config.best} was best at step {self.best['step']}: {folder}")
+            self.log.say(f"{self.config.best} was best at step {self.best['step']}: {folder}")
         for tracker in self.accelerator.trackers:
             tracker.finish()
-
-    def say(self, text: str) -> None:
-        """Prints a line above the progress bar, once for all processes."""
-        if self.main:
-            tqdm.write(text)
 
     def batches(self, start: int) -> Generator[tuple[dict, dict], None, None]:
         """From optimizer step `start` on: collated batches, and {name: why} of samples passed over for them."""
@@ -154,7 +129,7 @@ class Run:
         c, values, self.offending = self.config, [], []
         for micro in range(c.accumulate):
             batch, faults = next(batches)
-            self.left_out.add(faults)
+            self.log.left_out.add(faults)
             fits = True
             try:
                 batch = _to(batch, self.device)
@@ -183,28 +158,15 @@ class Run:
         values.append({f"{n}_grad_norm": self.clip(m) for n, m in self.trained.modules.items()})
         if self.all_finite(values):
             self.skipped, self.offending = 0, []
-            self.note(values)
+            self.log.note(values)
             self.update(step)
         else:
-            self.skipped, self.skipped_since_log = self.skipped + 1, self.skipped_since_log + 1
+            self.skipped, self.log.skipped = self.skipped + 1, self.log.skipped + 1
 
     def forget_gradients(self) -> None:
         """Frees the gradients."""
         for optimizer in self.trained.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-
-    def how_to_fit(self, step: int) -> str:
-        """What to do where a step takes too much memory."""
-        c = self.config
-        if getattr(self.task, "contrasts", False):
-            way = "a smaller train.batch_size with --force (the contrast then has fewer negatives)"
-        elif c.batch_size == 1:
-            way = "smaller pictures or a smaller model with another --out, or train.precision='bf16' with --force"
-        elif c.batch_size % 2:
-            way = "a smaller train.batch_size and as much more train.accumulate"
-        else:
-            way = f"train.batch_size={c.batch_size // 2} train.accumulate={c.accumulate * 2}, the same batch in all"
-        return f"out of memory in step {step + 1} with train.batch_size={c.batch_size}; go on with {way}"
 
     def backward(self, batch: dict, step: int, last: bool) -> list[dict[str, Tensor]]:
         """Gradients of one micro-batch, synced between processes at the `last`; returns what to log, on the device."""
@@ -238,31 +200,7 @@ class Run:
         self.task.after_step()
         for name, average in self.trained.averages.items():
             average.update(self.task.modules[name], step)
-        self.note([{"lr": torch.tensor(rate * self.config.optimizer.lr, device=self.device)}])
-
-    def note(self, values: list[dict[str, Tensor]]) -> None:
-        """Keeps values for the next log line, which shows their mean; they stay on the device until then."""
-        for table in values:
-            for name, value in table.items():
-                self.sums.setdefault(name, []).append(value)
-
-    def log(self, done: int) -> str:
-        """Writes the means since the last call to metrics.jsonl and the trackers; returns the losses in words."""
-        means: dict[str, float] = {}
-        if self.sums:
-            stacked = torch.stack([torch.stack(values).mean() for values in self.sums.values()])
-            means = dict(zip(self.sums, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
-        self.write(done, means | {"skipped": self.skipped_since_log})
-        self.note_left_out()
-        self.sums, self.skipped_since_log = {}, 0
-        return " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("_loss"))
-
-    def write(self, done: int, values: dict[str, float]) -> None:
-        """Appends one line to metrics.jsonl and tells the trackers."""
-        if self.main:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": done} | values) + "\n")
-        self.accelerator.log(values, step=done)
+        self.log.note([{"lr": torch.tensor(rate * self.config.optimizer.lr, device=self.device)}])
 
     def averaged(self) -> ExitStack:
         """A context in which every module carries its averaged weights and is in evaluation mode, with a fixed
@@ -299,8 +237,8 @@ class Run:
         if self.main:
             with self.averaged():
                 values = {f"val/{name}": value for name, value in self.task.validate(self.device).items()}
-            self.write(done, values)
-            self.say(f"step {done}: " + ", ".join(f"{n[4:]} {v:.4g}" for n, v in values.items()))
+            self.log.write(done, values)
+            self.log.say(f"step {done}: " + ", ".join(f"{n[4:]} {v:.4g}" for n, v in values.items()))
             value = self.valued(values)
         self.accelerator.wait_for_everyone()
         if self.config.best:
@@ -341,33 +279,16 @@ class Run:
     def save(self, done: int, looked: bool = True) -> None:
         """A checkpoint: the loadable folder, and `state/` with all that resuming needs; `looked`: whether the step was
         validated and previewed, where that is due."""
-        self.note_left_out()
-        mine = {name: torch.stack(values).tolist() for name, values in self.sums.items()}
-        sums = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
+        self.log.faults()
+        logged = self.log.state()
         if self.main:
-            state = {"step": done, "skipped": self.skipped, "looked": looked, "sums": sums}
-            state["skipped_since_log"] = self.skipped_since_log
-            state["best"] = self.best
+            state = {"step": done, "skipped": self.skipped, "looked": looked, "best": self.best} | logged
             best = int(self.best["step"]) if self.best else -1
             with run_state.new_checkpoint(self.out, done, self.config.keep, best) as folder:
                 with self.averaged():
                     self.task.export(folder, self.device, final=False)
                 run_state.write_state(folder / "state", self.trained, state)
         self.accelerator.wait_for_everyone()
-
-
-def _optimizers(name: str, module: nn.Module, o: OptimizerConfig) -> dict[str, torch.optim.Optimizer]:
-    """One under the module's name, and with `muon_lr` another for its hidden layers."""
-    hidden = hidden_weights(module) if o.muon_lr else []
-    apart = set(hidden)
-    rest = [p for p in module.parameters() if p.requires_grad and p not in apart]
-    found: dict[str, torch.optim.Optimizer] = {}
-    if rest:
-        options = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
-        found[name] = torch.optim.AdamW(rest, fused=True, **options)
-    if hidden:
-        found[f"{name}-muon"] = Muon(hidden, lr=o.muon_lr, weight_decay=o.weight_decay)
-    return found
 
 
 def _mix(*numbers: int) -> int:

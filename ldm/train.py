@@ -14,9 +14,9 @@ from ldm import run_state
 from ldm.config import UserError
 from ldm.interrupt import Interrupts, Stopped
 from ldm.memory import OutOfMemory
-from ldm.run import Run, due
+from ldm.run import Run
 from ldm.task import Task, processes
-from ldm.train_config import OptimizerConfig, TrainConfig
+from ldm.train_config import OptimizerConfig, TrainConfig, due
 
 __all__ = ["OptimizerConfig", "Run", "Task", "TrainConfig", "processes", "train"]
 
@@ -39,7 +39,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
         if start >= config.steps:
             if not run.exported():  # stopped just before, or told to end earlier than it has come
                 run.export()
-            run.say(f"{run.out} is finished at step {start}; raise train.steps (now {config.steps}) to go on")
+            run.log.say(f"{run.out} is finished at step {start}; raise train.steps (now {config.steps}) to go on")
             return
         run.begin(start, resolved, force)
         _steps(run, config, start, interrupts)
@@ -62,7 +62,7 @@ def _steps(run: "Run", config: TrainConfig, start: int, interrupts: Interrupts) 
             bar.update()
             last = done == config.steps
             if last or due(done, config.log_every):
-                bar.set_postfix_str(run.log(done))
+                bar.set_postfix_str(run.log.means(done))
             if number := run.told_to_stop(interrupts):
                 batches.close()  # its processes may have been told as well
                 run.save(done, looked=False)

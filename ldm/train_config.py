@@ -71,3 +71,8 @@ class TrainConfig:
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
         require(not self.best or self.validate_every, "train.best", self.best, "empty where validate_every is 0")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "in [0, 1)")
+
+
+def due(done: int, every: int) -> bool:
+    """Whether something that happens `every` so many steps, 0 for never, happens after step `done`."""
+    return every > 0 and done % every == 0

@@ -122,7 +122,7 @@ def test_a_non_finite_loss_never_reaches_weights_averages_or_log(tmp_path, wrong
     run.step(run.batches(1), 1)
     assert all(map(tiny.same, before, (m.state_dict() for m in run.task.modules.values())))
     assert all(map(tiny.same, averages, (a.shadow for a in run.trained.averages.values())))
-    run.log(2)
+    run.log.means(2)
     line = lines_of(tmp_path)[-1]
     assert line["skipped"] == 1 and all(math.isfinite(value) for value in line.values())
     run.step(run.batches(2), 2)

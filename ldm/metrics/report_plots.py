@@ -7,7 +7,7 @@ from html import escape
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 360, 230, 50, 38, 14, 18  # of a plot and its margins
 INSET = 8  # of the first and last tick, so that a point there lies clear of the axis' numbers
-COLOURS = ("var(--accent)", "var(--warm)", "var(--soft)")
+COLOURS = ("var(--accent)", "var(--warm)", "var(--soft)", "#2a9d60", "#9b59b6", "#d0487e")
 Point = tuple[float, float]
 
 

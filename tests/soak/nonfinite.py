@@ -98,7 +98,7 @@ def _left_out(row: Row, where: str, task: Callable, place: Callable, wrong: floa
         same = tiny.same(before, _everything(run))
         row.expect(same == (step == at), f"{where}: step {step} {'changed nothing' if same else 'moved something'}")
         row.expect(run.skipped == (step == at), f"{where}: {run.skipped} counted at step {step}")
-    row.expect(run.skipped_since_log == 1, f"{where}: {run.skipped_since_log} counted for the log")
+    row.expect(run.log.skipped == 1, f"{where}: {run.log.skipped} counted for the log")
     batches.close()
 
 
