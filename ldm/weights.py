@@ -132,7 +132,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as of other files; some safetensors versions let only their owner read theirs
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
     except safetensors.SafetensorError as error:
         temporary.unlink(missing_ok=True)
         number = re.search(r"os error (\d+)", str(error))

@@ -38,6 +38,11 @@ def test_weights_round_trip_whatever_their_layout(tmp_path, file):
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == sorted(["config.json", file])
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path):
+    weights.save_model(tmp_path, model(), {}, weights.DIFFUSERS_FILE)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_half_precision_loads_as_float32(tmp_path):
     saved = model().half()
     weights.save_model(tmp_path, saved, {}, weights.DIFFUSERS_FILE)
