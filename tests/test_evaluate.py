@@ -630,8 +630,11 @@ def test_the_script_says_the_headline(done, model, tmp_path, monkeypatch, capsys
         (["--sampler", "magic"], "dpmpp_2m"),
         (["--data", "nothing"], "known: shapes"),
         (["--data", "folder", "--data-path", "nowhere"], "nowhere"),
+        (["--data", "folder"], "needs a path"),
         (["--features", "magic"], "effnet-lite0"),
+        (["--features", "effnet-lite0:magic"], "'effnet-lite0:magic'"),
         (["--device", "magic"], "--device"),
+        (["--device", "meta"], "--device"),
         (["--model", "nowhere"], "nowhere"),
     ],
 )

@@ -120,7 +120,7 @@ def test_the_autoencoders_report_is_whole(measured):
         ({"split": "train"}, "'test' or 'val'"),
         ({"batch_size": 0}, "1 or more"),
         ({"seed": -1}, "0 or more"),
-        ({"size": 8}, "11 px or more, a multiple of 4"),
+        ({"size": 8}, "11 to 4000 px, a multiple of 4"),
         ({"size": 33}, "a multiple of 4"),
         ({"features": "magic"}, "effnet-lite0"),
         ({"perceptual": "magic"}, "lpips-vgg"),

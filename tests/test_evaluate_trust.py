@@ -289,6 +289,8 @@ def test_captions_that_are_missing_are_said_before_any_work(tmp_path, monkeypatc
     config = FolderEvaluation(images=a, reference=b, features="stub", judge="shapes")
     with pytest.raises(UserError, match="1 of 20 --images have no caption, '003.png' for one"):
         evaluate_folders(config, tmp_path / "out", "cpu")
+    with pytest.raises(UserError, match="1 of 20 --reference have no caption, '003.png' for one"):
+        evaluate_folders(replace(config, images=b, reference=a), tmp_path / "out", "cpu")
     assert not (tmp_path / "out").exists()
     for file in a.glob("*.txt"):
         file.unlink()
@@ -429,3 +431,39 @@ def test_cmmd_is_never_below_0():
     for seed in range(20):
         x = torch.randn(30, 8, generator=torch.Generator().manual_seed(seed))
         assert 0 <= cmmd(x, x.flip(0)) < 1e-9
+
+
+def test_every_printed_distance_says_network_and_number_and_what_it_lacks(model, vae, tmp_path, monkeypatch):  # noqa: F811
+    from ldm.metrics import features
+
+    wide = stub_extractor()
+    wide.network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(3), torch.nn.Flatten())  # 27 features
+    monkeypatch.setitem(features.EXTRACTORS, "stub", lambda where: wide)
+    monkeypatch.setattr("ldm.tasks.evaluate_autoencoder.find_spec", lambda name: None)
+    monkeypatch.setattr(warnings, "warn", lambda *text, **options: None)
+    a, b = fill(tmp_path / "a", 30, 0), fill(tmp_path / "b", 30, 1)
+    about = FolderEvaluation(images=a, reference=b, features="stub")
+    lines = evaluate_folders(about, tmp_path / "folders", "cpu")
+    assert "blank_pictures (N=30): 0" in lines
+    assert all("(stub, N=30)" in line for line in lines if "blank" not in line) and len(lines) > 5
+    config = AutoencoderEvaluation(autoencoder=str(vae), data="shapes", num=16, features="stub")
+    lines = evaluate_autoencoder(config, tmp_path / "vae", "cpu")
+    assert any(line.startswith("frechet_distance (stub, N=16): ") for line in lines)
+    assert any(line.startswith("perceptual_distance (effnet-lite0, N=16): ") for line in lines)
+    needs = "Frechet distance is biased: it needs 28 pictures on both sides, one more than features, for less bias"
+    assert any(line.startswith(needs) for line in lines)
+    lines = evaluate(config_for(model, guidance=(1.0,)), tmp_path / "model", "cpu")
+    assert any(line.startswith(needs) for line in lines)
+    for name in ("folders", "vae"):
+        assert "stub, weights 555555555555" in (tmp_path / name / "report.html").read_text()
+
+
+def test_a_size_beyond_what_memory_holds_is_one_line(vae, tmp_path):  # noqa: F811
+    a, b = fill(tmp_path / "a", 16, 0), fill(tmp_path / "b", 16, 1)
+    config = FolderEvaluation(images=a, reference=b, features="stub", size=100_000, without_frechet=True)
+    with pytest.raises(UserError, match="--size 100000 is not allowed; use 1 to 4000"):
+        evaluate_folders(config, tmp_path / "out", "cpu")
+    other = AutoencoderEvaluation(autoencoder=str(vae), data="shapes", num=16, features="stub", size=100_000)
+    with pytest.raises(UserError, match="100000 px cannot be measured: --size is 11 to 4000 px"):
+        evaluate_autoencoder(other, tmp_path / "out", "cpu")
+    assert not (tmp_path / "out").exists()

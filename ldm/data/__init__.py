@@ -72,8 +72,12 @@ def _shards(config: DataConfig, split: str, need_captions: bool) -> Any:
 
 
 def _own(config: DataConfig, split: str) -> dict[str, Any]:
-    """What a user's own folder and shards are opened with."""
+    """What a user's own folder and shards are opened with (UserError)."""
     c = config
+    if not c.path:
+        raise UserError(
+            f"data set {c.name!r} needs a path: --data-path PATH in an evaluation, data.path=PATH in a training"
+        )
     about = {"path": c.path, "size": c.size, "split": split, "seed": c.seed}
     return about | {"limit": c.max_pixels, "max_broken": c.max_broken}
 

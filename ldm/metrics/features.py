@@ -84,6 +84,8 @@ def feature_extractor(name: str) -> FeatureExtractor:
     kind, _, where = name.partition(":")
     if kind not in EXTRACTORS:
         raise UserError(f"unknown feature network {name!r}; known: {', '.join(KNOWN)}")
+    if kind == "effnet-lite0" and where:
+        raise UserError(f"unknown feature network {name!r}: effnet-lite0 is in a package, and takes no file")
     return EXTRACTORS[kind](where)
 
 

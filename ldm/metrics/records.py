@@ -29,6 +29,12 @@ def find(results: Sequence[Record], metric: str, of: str, **where: Any) -> list[
     return [r for r in results if r["value"] is not None and all(r.get(key) == value for key, value in where.items())]
 
 
+def biases(results: Sequence[Record]) -> list[str]:
+    """A line where the Frechet distances are of too few pictures for their features, with what is needed; else none."""
+    notes = dict.fromkeys(r["note"] for r in results if r["metric"] == "frechet_distance" and r.get("biased"))
+    return [f"Frechet distance is biased: it {note}; the kernel distance and CMMD need no more" for note in notes]
+
+
 def named(r: Record) -> str:
     """What a record is of, with its guidance."""
     return f"{r['of']} at {r['guidance']:g}" if "guidance" in r else r["of"]

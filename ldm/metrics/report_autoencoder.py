@@ -10,7 +10,7 @@ import numpy as np
 from ldm.metrics.codecs import CODECS
 from ldm.metrics.records import Record, find
 from ldm.metrics.report import called, failed, settings_table, write_page
-from ldm.metrics.report_html import Gallery, number, percent, short, show, table
+from ldm.metrics.report_html import Gallery, network, number, percent, short, show, table
 from ldm.metrics.report_plots import Line, plot
 
 NAMES = {
@@ -47,7 +47,7 @@ def _numbers(results: Sequence[Record]) -> str:
             about = r.get("extractor", "")
             name = "LPIPS" if about.startswith("lpips") else name
             name = called(name, r).replace("FID", "rFID")
-            rows.append([name, number(r, factor), str(r["n"]), about, r.get("resize", "")])
+            rows.append([name, number(r, factor), str(r["n"]), network(r), r.get("resize", "")])
     (bound,) = find(results, "bits_per_dimension", "reconstructions")
     text = (
         "Held-out pictures through the autoencoder and back, from the mean of the latent, against themselves; 95%"

@@ -103,6 +103,17 @@ def number(record: dict | None, factor: float = 1.0, interval: bool = True) -> s
     return f"{text} [{low}, {high}]"
 
 
+def network(record: dict) -> str:
+    """Which network a number is of, with its weights; "" for none."""
+    return f"{record['extractor']}, weights {record['extractor_sha256'][:12]}" if "extractor" in record else ""
+
+
+def line(record: dict) -> str:
+    """A number as a terminal shows it, with its network and N."""
+    about = f"{record['extractor']}, N={record['n']}" if "extractor" in record else f"N={record['n']}"
+    return f"{record['metric']} ({about}): {number(record)}"
+
+
 def short(value: float) -> str:
     """About three digits, without exponents."""
     size = abs(value)

@@ -18,7 +18,7 @@ from ldm.data.latents import data_hash
 from ldm.metrics.compositional import TASKS, Case, cases
 from ldm.metrics.features import FeatureExtractor, feature_extractor, judged_by
 from ldm.metrics.judges import JUDGES, ImageTextModel, image_text_model
-from ldm.metrics.records import Record, best_guidance, find, named
+from ldm.metrics.records import Record, best_guidance, biases, find, named
 from ldm.metrics.report import write_report
 from ldm.pipeline import Pipeline
 from ldm.samplers import make_grid
@@ -32,6 +32,7 @@ from ldm.weights import module_hash
 
 FEWEST = 16  # pictures; below it no number here says anything
 SMALLEST = 11  # pixels a side that SSIM's window needs
+LARGEST = 4000  # pixels a side; more of a picture is not read either
 USUAL = 480  # held-out captions where none are asked for by number, or all there are
 FORMAT = "ldm-evaluation-2"
 ALIGNED = (
@@ -275,4 +276,4 @@ def summary(results: list[Record]) -> list[str]:
         lines.append(f"compositional score (N={composed['n']}): {mean['all']:.1%}{held_out}")
     failed = [r for r in results if r["metric"] in ("blank_pictures", "left_out") and r["value"]]
     lines += [f"{r['metric'].replace('_', ' ')}: {r['value']} of {r['n']} {named(r)}" for r in failed]
-    return [f"best guidance: {g:g}", *lines]
+    return [f"best guidance: {g:g}", *lines, *biases(results)]

@@ -20,11 +20,12 @@ from ldm.data.faults import readable
 from ldm.data.latents import data_hash
 from ldm.metrics import bits_per_dimension, perceptual_distance, psnr, ssim
 from ldm.metrics.features import FeatureExtractor, feature_extractor, judged_by
-from ldm.metrics.records import Record, frechet_records, mean_record, picture_records
+from ldm.metrics.records import Record, biases, frechet_records, mean_record, picture_records
 from ldm.metrics.report_autoencoder import write_autoencoder_report
+from ldm.metrics.report_html import line
 from ldm.perceptual import perceptual_network
 from ldm.task import processes
-from ldm.tasks.evaluate import FEWEST, SMALLEST, USUAL, check_numbers, judge_name, sample_indices, trained_on
+from ldm.tasks.evaluate import FEWEST, LARGEST, SMALLEST, USUAL, check_numbers, judge_name, sample_indices, trained_on
 from ldm.tasks.evaluate_bench import Source, blank_record, left_out
 from ldm.tasks.evaluate_coded import Coded, code, kl_nats
 from ldm.tasks.evaluate_features import FeatureCache
@@ -87,7 +88,8 @@ def evaluate_autoencoder(config: AutoencoderEvaluation, out: Path, device: str =
         write_autoencoder_report(out / "report.html", settings, results, shown)
     return [
         f"PSNR: {results[0]['value']:.2f} dB, SSIM: {results[1]['value']:.4f} (N={len(chosen)})",
-        *(f"{r['metric']}: {r['value']:.4g}" for r in results if r["metric"] in HEADLINES),
+        *(line(r) for r in results if r["metric"] in HEADLINES),
+        *biases(results),
     ]
 
 
@@ -97,9 +99,10 @@ def open_splits(config: AutoencoderEvaluation, vae: VAE) -> tuple[Any, Any]:
     if config.split not in ("test", "val"):
         raise UserError(f"split {config.split!r} cannot be evaluated on: held-out pictures are in 'test' or 'val'")
     size = config.size or vae.config.sample_size
-    if size < SMALLEST or size % vae.factor:
+    if not SMALLEST <= size <= LARGEST or size % vae.factor:
         raise UserError(
-            f"pictures of {size} px cannot be measured: --size is {SMALLEST} px or more, a multiple of {vae.factor}"
+            f"pictures of {size} px cannot be measured: --size is {SMALLEST} to {LARGEST} px, a multiple of"
+            f" {vae.factor}"
         )
     data = trained_on(config.autoencoder, config.data, config.data_path, size)
     dataset, train = (open_dataset(data, split, need_captions=False) for split in (config.split, "train"))

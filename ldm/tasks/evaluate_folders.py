@@ -28,10 +28,10 @@ from ldm.metrics.records import (
     picture_records,
 )
 from ldm.metrics.report import ROWS, called, failed, settings_table, write_page
-from ldm.metrics.report_html import Gallery, Row, number, show, table
+from ldm.metrics.report_html import Gallery, Row, line, network, number, show, table
 from ldm.task import processes
 from ldm.tasks.clip import sharing
-from ldm.tasks.evaluate import FEWEST, FORMAT, check_numbers
+from ldm.tasks.evaluate import FEWEST, FORMAT, LARGEST, check_numbers
 from ldm.tasks.evaluate_bench import Source, blank_record
 from ldm.tasks.evaluate_features import FeatureCache
 from ldm.tasks.evaluate_measure import knows_little
@@ -60,14 +60,15 @@ def evaluate_folders(config: FolderEvaluation, out: Path, device: str = "") -> l
     UserError for pictures that are missing, unreadable, of different sizes or too few; nothing is written then.
     """
     check_numbers(config.batch_size, config.seed)
-    if config.size is not None and config.size < 1:
-        raise UserError(f"--size {config.size} is not allowed; use 1 or more")
+    if config.size is not None and not 1 <= config.size <= LARGEST:
+        raise UserError(f"--size {config.size} is not allowed; use 1 to {LARGEST}")
     names = [_names(folder, config.seed) for folder in (config.images, config.reference)]
     judged = config.judge not in ("", "none")
     if not judged and config.features == "none":
         raise UserError("nothing is measured with --features none and no --judge; leave out the one or name the other")
     if judged:
-        _check_captions(names[0])
+        for option, found in zip(("--images", "--reference"), names, strict=True):
+            _check_captions(found, option)
     size = config.size or _side([config.images / n for n in names[0]] + [config.reference / n for n in names[1]])
     fake, real = (
         _source(folder, list(found), size, of)
@@ -91,7 +92,7 @@ def evaluate_folders(config: FolderEvaluation, out: Path, device: str = "") -> l
     if processes().is_main_process:
         weights.write_json(out / "metrics.json", {"format": FORMAT, "settings": settings, "results": results})
         _report(out / "report.html", settings, results, (fake, real))
-    return [f"{r['metric']}: {number(r)}" for r in results if r["of"] == "images" and r["value"] is not None]
+    return [line(r) for r in results if r["of"] == "images" and r["value"] is not None]
 
 
 def _names(folder: Path, seed: int) -> dict[str, list[str]]:
@@ -107,12 +108,12 @@ def _names(folder: Path, seed: int) -> dict[str, list[str]]:
     return {name: found[name] for name in names}
 
 
-def _check_captions(found: dict[str, list[str]]) -> None:
-    """UserError where some pictures have captions and others have none."""
+def _check_captions(found: dict[str, list[str]], option: str) -> None:
+    """UserError where some pictures of the folder that `option` names have captions and others have none."""
     missing = [name for name, captions in found.items() if not captions]
     if 0 < len(missing) < len(found):
         raise UserError(
-            f"{len(missing)} of {len(found)} --images have no caption, {min(missing)!r} for one; give all of them one,"
+            f"{len(missing)} of {len(found)} {option} have no caption, {min(missing)!r} for one; give all of them one,"
             " or none"
         )
 
@@ -206,15 +207,14 @@ def _report(path: Path, settings: dict, results: list[Record], sources: tuple[So
         if r["of"] == "images" and r["metric"] in names:
             name, factor, better = names[r["metric"]]
             beside = number(next(iter(find(results, r["metric"], "reference")), None), factor)
-            network = f"{r['extractor']}, {r['resize']}"
-            rows.append([called(name, r), number(r, factor), beside, str(r["n"]), network, better])
+            rows.append([called(name, r), number(r, factor), beside, str(r["n"]), network(r), r["resize"], better])
     text = "With 95% intervals. Distances are between the folders; alignment is of each with its own captions."
     judged = any(r["metric"] == "cmmd" for r in results)
     if judged and not find(results, "clip_cosine", "images"):
         text += " The images have no captions, so that their alignment is not known."
     if len({source.count for source in sources}) > 1:
         text += " The folders differ in number: compare these only with numbers of the same two."
-    head = ["", "images", "reference", "N", "network and resize", "better"]
+    head = ["", "images", "reference", "N", "network", "resize", "better"]
     body = [failed(results), f"<h2>Numbers</h2><p>{text}</p>{table(head, rows)}"]
     for source in sources:
         chosen = range(min(SHOWN, source.count))
