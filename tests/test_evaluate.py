@@ -674,7 +674,7 @@ def test_numbers_of_groups_are_not_compared_with_each_other():
 
 
 def test_the_data_are_those_that_the_models_run_was_trained_on(model, tmp_path):
-    assert trained_on("shapes", "shapes", "", 32).length == 40_000
+    assert trained_on("shapes", "shapes", "", 32).length == 100_000
     assert trained_on(str(model), "shapes", "", 32).length is None
     shutil.copytree(model, tmp_path / "run")
     (tmp_path / "run/config.json").write_text('{"data": {"name": "folder", "seed": 3, "length": null}}')
