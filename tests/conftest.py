@@ -27,3 +27,12 @@ def _no_process_stays():
     """What a test started ends with it; pytest would wait for it at its exit."""
     yield
     assert not multiprocessing.active_children()
+
+
+@pytest.fixture
+def one_thread():
+    """As many as each process of a launch has: with others, sums differ in their last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

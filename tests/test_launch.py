@@ -3,11 +3,9 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -113,15 +111,6 @@ def test_accelerate_reads_the_example_files_as_they_are_meant(file, nodes, each,
     assert args.multi_gpu and not args.use_fsdp and not args.use_deepspeed and int(args.nproc_per_node) == each
     assert int(getattr(args, "nnodes", None) or 1) == nodes
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no" and "ACCELERATE_USE_FSDP" not in environment
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many as each process of a launch has: with others, sums differ in their last digits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_two_processes_measure_what_one_measures(folder, capsys, monkeypatch, one_thread):

@@ -236,7 +236,7 @@ def test_a_loading_process_outlives_a_sigterm_but_not_for_ever():
     assert done.returncode == -signal.SIGALRM and done.stdout == "alive\n"
 
 
-def test_two_processes_stay_alike_and_equal_one_with_their_batches_together(tmp_path):
+def test_two_processes_stay_alike_and_equal_one_with_their_batches_together(tmp_path, one_thread):
     """Also with a discriminator, whose parameters are idle in the generator's step."""
     worker = Path(__file__).with_name("two_processes.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
