@@ -1,5 +1,6 @@
 """What the training loop asks of a task, and the processes it runs in."""
 
+import fnmatch
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -53,6 +54,19 @@ def processes() -> PartialState:
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     cpu = cpu or not torch.cuda.is_available()  # accelerate would take MPS, which has no float64 for the metrics
     return PartialState(cpu=cpu, timeout=timedelta(days=1))
+
+
+def freeze(module: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Takes the gradient from the parameters whose names match a shell pattern; UserError for one that matches none,
+    or when nothing is left to train."""
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"frozen pattern {pattern!r} matches no parameter, e.g. {names[0]!r}")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+    if not any(p.requires_grad for p in module.parameters()):
+        raise UserError(f"frozen {list(patterns)} leaves no parameter to train; name fewer")
 
 
 def training_layout() -> torch.memory_format:

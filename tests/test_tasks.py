@@ -21,7 +21,7 @@ from ldm.diffusion import ScheduleConfig
 from ldm.metrics.judges import image_text_model
 from ldm.pipeline import Pipeline
 from ldm.samplers import SAMPLERS
-from ldm.tasks import diffusion
+from ldm.task import freeze
 from ldm.tasks.autoencoder import AutoencoderTask
 from ldm.tasks.clip import CLIPConfig, CLIPTask, Joined, sharing
 from ldm.tasks.diffusion import DiffusionTask, check_normalized, drop_captions
@@ -313,9 +313,22 @@ def test_frozen_parameters_stay_and_patterns_must_match(vae_run, clip_run, tmp_p
     moved = {name for name, value in task.modules["unet"].state_dict().items() if not torch.equal(value, before[name])}
     assert moved and not any(name.startswith(("down_blocks.", "conv_in.")) for name in moved)
     with pytest.raises(UserError, match="'donw_blocks.*' matches no parameter"):
-        diffusion.freeze(task.modules["unet"], ("donw_blocks.*",))
+        freeze(task.modules["unet"], ("donw_blocks.*",))
     with pytest.raises(UserError, match="leaves no parameter"):
-        diffusion.freeze(task.modules["unet"], ("*",))
+        freeze(task.modules["unet"], ("*",))
+
+
+def test_a_decoder_trained_alone_leaves_the_latents_as_they_were(vae_run, tmp_path):
+    config = replace(tiny.autoencoder(), vae=str(vae_run), frozen=("encoder.*", "quant_conv.*"))
+    task = AutoencoderTask(config)
+    tiny.steps(task, replace(tiny.TRAIN, steps=2), tmp_path)
+    task.export(tmp_path / "run", CPU, final=True)
+    before, after = VAE.from_pretrained(vae_run), VAE.from_pretrained(tmp_path / "run")
+    x = to_float(stack_images([task.dataset[i] for i in range(4)])["image"])
+    with torch.no_grad():
+        z = before.encode(x).mean
+        assert torch.equal(after.encode(x).mean, z) and after.config == before.config
+        assert not torch.allclose(after.decode_raw(z), before.decode_raw(z))
 
 
 def test_fine_tuning_starts_from_the_given_unet(unet_task, vae_run, clip_run, tmp_path):

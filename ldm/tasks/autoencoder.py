@@ -19,7 +19,7 @@ from ldm.discriminator import PatchDiscriminator
 from ldm.images import tile
 from ldm.metrics import psnr, ssim
 from ldm.perceptual import perceptual_network
-from ldm.task import training_layout
+from ldm.task import freeze, training_layout
 from ldm.train import TrainConfig
 from ldm.vae import VAE, VAEConfig
 
@@ -53,6 +53,7 @@ class AutoencoderConfig:
     vae: str = ""  # weights to start from: run folder, shipped model or Stable Diffusion folder, in place of `model`
     data: DataConfig = field(default_factory=DataConfig)
     model: VAEConfig = field(default_factory=VAEConfig)
+    frozen: tuple[str, ...] = ()  # name patterns of VAE parameters to leave as they are, e.g. "encoder.*"
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     held_out: int = 512  # validation images that are measured
@@ -74,6 +75,7 @@ class AutoencoderTask:
         torch.manual_seed(config.train.seed)
         vae = VAE.from_pretrained(config.vae) if config.vae else VAE(config.model)
         vae.config = replace(vae.config, sample_size=config.data.size)
+        freeze(vae, config.frozen)
         self.modules: dict[str, nn.Module] = {"vae": vae}
         if config.data.size % vae.factor:
             raise UserError(f"data.size {config.data.size} must be a multiple of {vae.factor}, the VAE's reduction")
@@ -148,10 +150,13 @@ class AutoencoderTask:
 
     def export(self, folder: Path, device: torch.device, final: bool) -> None:
         """Measures shift and scale of the training set's latents (of a sample of it, unless this is the end), folds
-        them in, writes `folder/vae`."""
-        count = min(self.config.statistics if final else 1024, len(self.dataset))
-        mean, std = latent_statistics(self.modules["vae"], self.dataset, count, self.at_once, device)
-        self.modules["vae"].with_statistics(mean, std).save_pretrained(folder / "vae")
+        them in, writes `folder/vae`. A frozen encoder keeps its own: what was trained on its latents goes on fitting.
+        """
+        vae = self.modules["vae"]
+        if any(p.requires_grad for part in (vae.encoder, vae.quant_conv) for p in part.parameters()):
+            count = min(self.config.statistics if final else 1024, len(self.dataset))
+            vae = vae.with_statistics(*latent_statistics(vae, self.dataset, count, self.at_once, device))
+        vae.save_pretrained(folder / "vae")
 
 
 def make_discriminator(config: AutoencoderConfig) -> PatchDiscriminator:

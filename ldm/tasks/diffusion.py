@@ -1,6 +1,5 @@
 """Training the U-Net on latents and captions (Rombach et al. 2022, section 3.3)."""
 
-import fnmatch
 import math
 import warnings
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weig
 from ldm.images import captioned_grid
 from ldm.pipeline import Pipeline
 from ldm.samplers import get_sampler, make_grid
-from ldm.task import training_layout
+from ldm.task import freeze, training_layout
 from ldm.together import draw_for_all
 from ldm.tokenizer import Tokenizer
 from ldm.train import TrainConfig, processes
@@ -240,19 +239,6 @@ def warn_of_another_schedule(folder: str, schedule: ScheduleConfig) -> None:
     changes = [f"{name} {was!r}, here {now!r}" for name, was, now in pairs if was != now]
     if changes:
         warnings.warn(f"the U-Net of {folder!r} was trained with schedule.{'; schedule.'.join(changes)}", stacklevel=2)
-
-
-def freeze(module: nn.Module, patterns: tuple[str, ...]) -> None:
-    """Takes the gradient from the parameters whose names match a shell pattern; UserError for one that matches none,
-    or when nothing is left to train."""
-    names = [name for name, _ in module.named_parameters()]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise UserError(f"frozen pattern {pattern!r} matches no parameter, e.g. {names[0]!r}")
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
-    if not any(p.requires_grad for p in module.parameters()):
-        raise UserError(f"frozen {list(patterns)} leaves no parameter to train; name fewer")
 
 
 def drop_captions(captions: list[str], share: float) -> list[str]:
