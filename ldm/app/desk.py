@@ -53,14 +53,15 @@ class Desk:
             if self.stops.get(key) is event:
                 del self.stops[key]
 
-    def stop(self, tab: str) -> Callable[[gr.Request], str]:
-        """For a stop button: stops the tab's work, also where it still waits in the queue; what to say of it."""
+    def stop(self, tab: str, idle: Any = None) -> Callable[[gr.Request], Any]:
+        """For a stop button: stops the tab's work, also where it still waits in the queue; what to say of it, or `idle`
+        where nothing runs."""
 
         def stop(request: gr.Request) -> str:
             """Sets the event that the work looks at."""
             event = self.stops.get((str(request.session_hash), tab))
             if event is None:
-                return said("Nothing is running.")
+                return said("Nothing is running.") if idle is None else idle
             event.set()
             return said("Stopping.")
 
@@ -122,6 +123,6 @@ def begins(desk: Desk, tab: str, triggers: list[Any], work: dict[str, Any], stat
         trigger(desk.arm(tab), None, None, **QUIET).then(**work, show_progress_on=[status], **QUEUED)
 
 
-def stops(desk: Desk, tab: str, halt: gr.Button, status: gr.HTML) -> None:
-    """Wires the button that stops a tab's work."""
-    halt.click(desk.stop(tab), None, status, **QUIET)
+def stops(desk: Desk, tab: str, halt: gr.Button, status: gr.HTML, idle: Any = None) -> None:
+    """Wires the button that stops a tab's work; `idle` is shown where there is none, or that there is none."""
+    halt.click(desk.stop(tab, idle), None, status, **QUIET)

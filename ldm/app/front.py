@@ -10,11 +10,12 @@ async function readable(event) {
   if (!files?.length || !event.target.closest?.("#edit-editor")) return;
   const image = new Image(), url = URL.createObjectURL(files[0]);
   image.src = url;
-  await image.decode().catch(() => {
-    const said = document.querySelector("#edit-status p");
-    said.textContent = "That file cannot be read as a picture; choose a PNG, JPEG or WebP.";
-    said.className = "wrong";
-  });
+  const said = document.querySelector("#edit-status p");
+  const good = await image.decode().then(() => true, () => false);
+  if (!good || said.textContent.startsWith("That file")) {
+    said.textContent = good ? "" : "That file cannot be read as a picture; choose a PNG, JPEG or WebP.";
+    said.className = good ? "" : "wrong";
+  }
   URL.revokeObjectURL(url);
 }
 for (const name of ["change", "drop", "paste"]) document.addEventListener(name, readable, true);
@@ -55,6 +56,7 @@ input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px
   .row > button { min-width: 5em !important; }
   #judge-view, #judge-view .html-container { min-height: 0 !important; }
   .asked { min-height: 3em; }
+  .still .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important; }
 }
 footer { display: none !important; }
 """

@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from ldm.app import tab_compare, tab_edit, tab_inside, tab_judge, tab_make
 from ldm.app.desk import Desk
 from ldm.app.parts import QUIET
 from ldm.app.studio import Models
+
+EDITED = 512  # pixels a side in the editor, whose brush is some 25 wide
 
 
 def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
@@ -28,6 +31,11 @@ def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
 
 
 def to_edit(path: str | None) -> list[Any]:
-    """Puts a picture, if one was chosen, into the editor, and turns to it."""
-    drawn = {"background": path, "layers": [], "composite": path} if path else gr.skip()
+    """Puts a picture, if one was chosen, into the editor, as large as its brush is meant for, and turns to it."""
+    drawn: Any = gr.skip()
+    if path:
+        image = Image.open(path)
+        scale = max(1, EDITED // max(image.size))
+        image = image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
+        drawn = {"background": image, "layers": [], "composite": image}
     return [drawn, gr.Tabs(selected="edit")]

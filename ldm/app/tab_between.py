@@ -78,8 +78,8 @@ def build(desk: Desk) -> None:
     going = Going(desk, given)
     work = {"fn": going.one, "inputs": [share, *ends, *given.inputs], "outputs": [gallery, status, download]}
     begins(desk, "between", [go.click], work, status)
-    # of a drag, the last place
-    begins(desk, "between", [share.release], work | {"trigger_mode": "always_last"}, status)
+    # of a drag or of keys, the last place
+    begins(desk, "between", [share.release, share.input], work | {"trigger_mode": "always_last"}, status)
     begins(desk, "between", [strip.click], work | {"fn": going.many}, status)
     stops(desk, "between", halt, status)
     gallery.select(desk.offered, None, download, **QUIET)

@@ -29,6 +29,8 @@ class Editing:
                 settings = self.given.read(values)
                 pipe = self.desk.models[settings.model]
                 image, mask = read_drawing(drawn, side_of(pipe))
+                if not settings.cleaned().prompt:
+                    raise UserError("there is no prompt; write what is to be drawn")
                 about = {"image": "uploaded", "mask": "drawn" if mask else "", "strength": settings.strength}
                 options = {"image": image, "strength": settings.strength} | ({"mask": mask} if mask else {})
                 for update in make(pipe, settings, stop, **options):

@@ -179,7 +179,7 @@ def build(desk: Desk) -> None:
         begins(
             desk, "judge", [go.click], {"fn": judging.start, "inputs": inputs, "outputs": [view, study, *buttons]}, view
         )
-        stops(desk, "judge", halt, view)
+        stops(desk, "judge", halt, view, idle=gr.skip())  # a question may stand there
         for number, button in enumerate(buttons):
             press = lambda now, number=number: judging.answered(number, now)  # noqa: E731
             button.click(press, study, [view, study, *buttons, report, export], **QUIET)

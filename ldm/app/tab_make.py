@@ -83,8 +83,6 @@ def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Button, gr.DownloadButton]:
                 go = gr.Button("Make", variant="primary", elem_id="make-go")
                 halt = gr.Button("Stop", elem_id="make-stop")
             status = gr.HTML(said("Write a prompt and press Make."), elem_classes="status", elem_id="make-status")
-            label = "Restore settings from a PNG made here"
-            file = gr.File(label=label, file_types=[".png"], height=160, elem_id="make-file")
         with gr.Column(scale=3, min_width=300):
             gallery = pictures("Pictures (click one to reuse its settings)", "make-pictures", 440)
             with gr.Row():
@@ -92,6 +90,8 @@ def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Button, gr.DownloadButton]:
                 edit = gr.Button("Edit it", elem_id="make-edit")
             history = gr.JSON([], visible="hidden", elem_id="make-names")
             past = pictures("History of this session", "make-history", 220, columns=6)
+            label = "Restore settings from a PNG made here"
+            file = gr.File(label=label, file_types=[".png"], height=160, elem_id="make-file")
 
     making = Making(desk, given)
     outputs = [gallery, status, given.parts["seed"], history, past, download]
@@ -100,7 +100,8 @@ def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Button, gr.DownloadButton]:
     stops(desk, "make", halt, status)
     for shelf in (gallery, past):
         shelf.select(making.choose, None, [status, *given.inputs, download], **QUIET)
-    file.upload(making.dropped, file, [status, *given.inputs], **QUIET)
+    # afterwards there is room for another
+    file.upload(making.dropped, file, [status, *given.inputs], **QUIET).then(lambda: None, None, file, **QUIET)
     history.change(None, history, None, js=REMEMBER, **QUIET)
     page.load(making.past, history, [history, past], js=RECALL, **QUIET)
     return edit, download
