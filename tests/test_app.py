@@ -15,9 +15,12 @@ from tiny_models import tiny_parts
 
 pytest.importorskip("gradio")
 
+import gradio as gr
+
 from ldm.app import desk as desks
 from ldm.app import looking, pools, studio, tab_between, tab_compare, tab_edit, tab_judge, tab_make, tables
 from ldm.app.desk import Desk
+from ldm.app.page import to_edit
 from ldm.app.parts import OWN, controls, figures, number, said
 from ldm.app.store import Store
 from ldm.app.studio import LONGEST, Models, Settings, about_picture, make, restore
@@ -27,6 +30,7 @@ from ldm.data import DataConfig
 from ldm.images import read_about, save_png
 from ldm.pipeline import Pipeline
 
+SKIP = gr.skip()
 PROMPT = "a red circle above a blue square"
 
 
@@ -80,6 +84,9 @@ def test_a_stop_stops_within_a_step_and_going_away_too(pipe):
     for thread in [t for t in threading.enumerate() if t.name == "sampling"]:
         thread.join(60)
         assert not thread.is_alive()
+    studio.ENDING.set()  # as the program does at its end
+    assert [u.stopped for u in make(pipe, settings(steps=100), threading.Event())] == [True]
+    studio.ENDING.clear()
     waiting = threading.Event()
     waiting.set()  # stopped before its turn came
     assert [(u.stopped, u.step) for u in make(pipe, settings(steps=100), waiting)] == [(True, 0)]
@@ -223,7 +230,9 @@ def test_controls_give_settings_and_show_them():
 
 def test_the_desk_gives_out_only_its_own_pictures(tmp_path):
     desk = Desk(models=offered("tiny"), folder=tmp_path / "app")
-    path = desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a"})
+    (tmp_path / "app/served/1").mkdir(parents=True)
+    (tmp_path / "app/served/1/image.png").touch()
+    path = desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a", "seed": "1"})
     assert desk.own(path) == path and read_about(desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a", "seed": "1"}))
     (tmp_path / "x.png").write_bytes(b"")
     (tmp_path / "app/pictures/link.png").symlink_to(tmp_path / "x.png")
@@ -232,9 +241,23 @@ def test_the_desk_gives_out_only_its_own_pictures(tmp_path):
         str(tmp_path / "x.png"),
         f"{tmp_path}/app/../x.png",
         str(tmp_path / "app/pictures/link.png"),
+        str(tmp_path / "app/served/1/image.png"),  # a preview
     ):
         with pytest.raises(UserError, match="no longer here"):
             desk.own(bad)
+
+
+def test_names_of_pictures_say_what_they_are_of(tmp_path):
+    desk = Desk(models=offered("tiny"), folder=tmp_path)
+    image = Image.new("RGB", (4, 4))
+    for prompt, start in (
+        ("A red circle, 2!", "a-red-circle-2-7-"),
+        ("../../etc", "etc-7-"),
+        ("🟥", "7-"),
+        ("x" * 999, "x" * 40),
+    ):
+        name = Path(desk.keep(image, {"prompt": prompt, "seed": "7"})).name
+        assert name.startswith(start) and desk.still_there([name]) == [name]
 
 
 def test_only_the_newest_pictures_are_kept(tmp_path, monkeypatch):
@@ -245,7 +268,7 @@ def test_only_the_newest_pictures_are_kept(tmp_path, monkeypatch):
     other.touch()  # not of the page
     kept = []
     for i in range(5):
-        kept.append(Path(desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a"})))
+        kept.append(Path(desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a", "seed": "1"})))
         os.utime(kept[-1], (1000 + i, 1000 + i))
     assert [file.is_file() for file in kept] == [False, False, True, True, True] and other.is_file()
 
@@ -253,7 +276,7 @@ def test_only_the_newest_pictures_are_kept(tmp_path, monkeypatch):
 def test_a_history_is_what_is_still_there(tmp_path):
     desk = Desk(models=offered("tiny"), folder=tmp_path)
     making = tab_make.Making(desk, None)
-    first, second = (Path(desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a"})) for _ in range(2))
+    first, second = (Path(desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a", "seed": "1"})) for _ in range(2))
     (tmp_path / "secret.png").touch()
     names, files = making.past([second.name, first.name, "../secret.png", str(first), f"{'0' * 32}.png", 3, None])
     assert names == [second.name, first.name] and files == [str(second), str(first)]
@@ -293,10 +316,11 @@ def test_number_fields_are_read_or_refused():
         7,
         2.0,
     )
-    for value in ("many", float("inf"), float("nan"), [1], {}):
-        if value:
-            with pytest.raises(UserError, match="guidance rescale is .* no number"):
-                number(value, "guidance_rescale")
+    for value in ("many", float("inf"), float("nan"), [1], 2.5):
+        with pytest.raises(UserError, match="guidance rescale is .* no whole number"):
+            number(value, "guidance_rescale")
+    with pytest.raises(UserError, match="guidance is .* no number"):
+        number("many", "guidance", float)
 
 
 def test_figures_have_their_labels_as_text():
@@ -333,6 +357,31 @@ def test_a_drawing_becomes_a_picture_and_a_mask():
     for nothing in (None, {}, {"background": None}, {"background": Image.new("RGBA", (9, 9))}):
         with pytest.raises(UserError, match="no picture to begin with"):
             tab_edit.read_drawing(nothing, 16)
+
+
+def test_an_editors_margins_are_no_part_of_the_picture():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 200, 3), np.uint8))
+    alone, _ = tab_edit.read_drawing({"background": image}, 16)
+    for place, size in (((156, 0), (512, 300)), ((0, 17), (200, 333))):
+        canvas = Image.new("RGBA", size)
+        canvas.paste(image, place)
+        assert tab_edit.read_drawing({"background": canvas}, 16)[0] == alone
+    # a picture's own transparency is white, wherever it is
+    star = Image.new("RGBA", (64, 64))
+    star.paste((255, 0, 0, 255), (20, 10, 30, 30))
+    drawn = np.asarray(tab_edit.read_drawing({"background": star}, 64)[0])
+    assert (drawn[10:30, 20:30] == (255, 0, 0)).all() and drawn[40, 40].tolist() == [255, 255, 255]
+
+
+def test_what_make_hands_to_edit_comes_back_exactly(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    path = tmp_path / "it.png"
+    save_png(image, path, {"prompt": "a", "negative_prompt": "b", "model": "other", "seed": "3"})
+    _, drawn, *told = tab_edit.handed(str(path), offered("tiny", "other"))
+    assert told == ["a", "b", "other"] and drawn["background"].size == (512, 512)
+    assert tab_edit.read_drawing(drawn, 32)[0] == image
+    said, *rest = to_edit(offered("tiny"), None)
+    assert "no picture to edit yet" in said and len(rest) == 6
 
 
 def test_between_two_prompts_the_ends_are_the_prompts_own_pictures(pipe):
@@ -450,6 +499,25 @@ def test_a_flash_is_answered_after_it_was_seen_and_the_staircase_goes_on(pool, t
     assert study.at == 0 and len(study.staircase.answers) == 6  # what was not kept was not answered
 
 
+def test_a_visit_goes_on_after_a_reload_but_no_flash_is_seen_twice(pool, tmp_path):
+    found, folder = pool
+    judging = tab_judge.Judging(Desk(models=offered("shapes"), folder=folder))
+    for nonsense in (None, 3, "", "0" * 11, "../../secret", ["0" * 12]):
+        name, *rest = judging.visit(nonsense)
+        assert len(name) == 12 and int(name, 16) >= 0 and rest == [SKIP] * 4
+    (who, *_), shown = judging.visit(None), lambda: judging.visit(who)[1]
+    judging.studies[who] = begin("single", False, 4, {"shapes": found}, 0, who)
+    assert judging.visit(who)[0] == who and "(1 of 4)" in shown()
+    judging.answered(0, who)
+    assert "(2 of 4)" in shown() and judging.studies[who].at == 1
+    assert len(judging.answered(0, "f" * 12)) == len(judging.answered(0, who)) == 7  # somebody else has no question
+    for _ in range(2):
+        *_, opened, report, _ = judging.answered(0, who)
+    assert opened.open and "single" in report  # after the last one
+    judging.studies[who] = begin("single", True, 4, {"shapes": found}, 0, who)
+    assert shown() == SKIP
+
+
 def test_preferences_name_the_files_that_were_shown(pool, tmp_path):
     found, folder = pool
     store = Store(folder / "judgements.sqlite")
@@ -494,7 +562,7 @@ def test_the_page_and_its_server_stay_on_this_machine(tmp_path, monkeypatch):
     assert page.status_code == 200 and "default-src 'self'" in page.headers["Content-Security-Policy"]
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
     assert (app / "judgements.sqlite").is_file()
-    kept = Desk(models=offered("shapes"), folder=app).keep(Image.new("RGB", (4, 4)), {"prompt": "a"})
+    kept = Desk(models=offered("shapes"), folder=app).keep(Image.new("RGB", (4, 4)), {"prompt": "a", "seed": "1"})
     served = client.get(f"/gradio_api/file=/page/pictures/{Path(kept).name}")
     assert served.status_code == 200 and served.content == Path(kept).read_bytes()
     for path in (

@@ -2,8 +2,8 @@
 
 import os
 import re
+import secrets
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from ldm.config import UserError
 from ldm.images import save_png
 
 MOST = 1000  # pictures under the page's folder; the oldest go
-NAME = re.compile(r"[0-9a-f]{32}\.png")
+NAME = re.compile(r"[a-z0-9-]{1,60}-[0-9a-f]{16}\.png")
 
 
 @dataclass
@@ -78,11 +78,10 @@ class Desk:
         return self.folder / "pictures"
 
     def own(self, path: str) -> str:
-        """A path that the page was told of, as long as it is one of a file that the page serves (UserError)."""
-        served, asked = self.folder.resolve(), Path(path).resolve()
-        if not asked.is_relative_to(served) or asked.suffix != ".png" or not asked.is_file():
-            raise UserError("that picture is no longer here")
-        return str(asked)
+        """Where the finished picture is kept that the page shows under this path (UserError)."""
+        if not self.still_there([name := Path(path).name]):
+            raise UserError("that is a preview, or it is no longer here: there is nothing to take from it")
+        return str(self.pictures / name)
 
     def offered(self, chosen: gr.SelectData) -> gr.DownloadButton:
         """What a click on a picture of a gallery makes of the download button beside it."""
@@ -94,7 +93,8 @@ class Desk:
     def keep(self, image: Image.Image, about: dict[str, str]) -> str:
         """Writes a PNG that says what it was made from; its path, under the page's folder."""
         self.pictures.mkdir(parents=True, exist_ok=True)
-        path = self.pictures / f"{uuid.uuid4().hex}.png"
+        words = re.sub("[^a-z0-9]+", "-", f"{about['prompt'][:40]} {about['seed']}".lower()).strip("-")
+        path = self.pictures / f"{words}-{secrets.token_hex(8)}.png"
         save_png(image, path, about)
         forget_oldest(self.pictures, MOST)
         return str(path)

@@ -36,6 +36,7 @@ input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px
 .figures { display: flex; flex-wrap: wrap; gap: .6em; }
 .figures figure { margin: 0; text-align: center; }
 .figures img { width: 112px; height: 112px; object-fit: contain; border-radius: 6px; }
+#inside-way .figures, #inside-words .figures { flex-wrap: nowrap; overflow-x: auto; }
 .coarse { image-rendering: pixelated; }
 .large img { width: min(160px, 35vw); height: min(160px, 35vw); }
 .judged { display: flex; gap: 1em; justify-content: center; align-items: start; --side: min(256px, 80vw); }
@@ -49,7 +50,7 @@ input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px
 .results { display: flex; flex-wrap: wrap; gap: 1.5em; }
 .results table { border-collapse: collapse; } .results caption { font-weight: 600; text-align: left; }
 .results p { flex-basis: 100%; }
-.results th, .results td { border: 0; border-bottom: 1px solid #8884; padding: .2em .6em; }
+.results th, .results td { border: 0 !important; border-bottom: 1px solid #8884 !important; padding: .2em .6em; }
 .results th { font-weight: 400; text-align: left; } .results td { text-align: right; }
 @media (max-width: 500px) {
   h1 { font-size: 1.4em !important; }

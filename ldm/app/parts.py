@@ -36,9 +36,13 @@ def placeless(text: str) -> str:
 def number(value: Any, name: str, kind: type = int) -> Any:
     """What a number's field says, 0 where it is empty (UserError)."""
     try:
-        return kind(value or 0)
+        found = kind(value or 0)
+        if isinstance(value, float) and found != value:
+            raise ValueError
+        return found
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{name.replace('_', ' ')} is {str(value)[:40]!r}, which is no number here") from None
+        wanted = "whole number" if kind is int else "number"
+        raise UserError(f"{name.replace('_', ' ')} is {str(value)[:40]!r}, which is no {wanted} here") from None
 
 
 def shown(update: Update) -> str:
@@ -64,7 +68,7 @@ def figures(labelled: Iterable[tuple[Image.Image, str]]) -> str:
         kind = "coarse" if max(image.size) < 128 else "fine"
         shown = f'<img class="{kind}" alt="{escape(text)}" src="{data_url(image)}">'
         parts.append(f"<figure>{shown}<figcaption>{escape(text)}</figcaption></figure>")
-    return f'<div class="figures">{"".join(parts)}</div>'
+    return f'<div class="figures" tabindex="0" role="group" aria-label="pictures">{"".join(parts)}</div>'
 
 
 def pictures(label: str, name: str, height: int, columns: int = 4) -> gr.Gallery:

@@ -11,7 +11,7 @@ from fastapi.middleware.trustedhost import TrustedHostMiddleware
 
 from ldm.app.front import CSS, HEAD, THEME
 from ldm.app.page import build
-from ldm.app.studio import Models
+from ldm.app.studio import ENDING, Models
 from ldm.app.veil import Veil
 
 # The browser itself refuses whatever would come from, or go to, another machine.
@@ -61,4 +61,7 @@ def serve(models: Models, folder: Path, host: str, port: int, seed: int = 0) -> 
     local = ("127.0.0.1", "localhost", "[::1]", "::1")
     app = application(models, folder, seed, local if host in local else ())
     config = uvicorn.Config(app, host=host, port=port, log_level="critical", timeout_graceful_shutdown=2)
-    uvicorn.Server(config).run()
+    try:
+        uvicorn.Server(config).run()
+    finally:
+        ENDING.set()

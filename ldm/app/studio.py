@@ -27,6 +27,7 @@ BOUNDS |= {"seed": (0, 2**32 - 17), "strength": (0.05, 1.0), "width": (0, 1024),
 PREVIEW_EVERY = 0.3  # seconds
 SIDES = 4  # times the model's own side
 ONE = threading.Lock()  # a sampling that was left may still be within a step when the next one begins
+ENDING = threading.Event()  # the program is told to end: no sampling goes on
 FULL = "there is not enough memory for that; make fewer or smaller pictures"
 
 
@@ -148,12 +149,12 @@ def threaded(work: Callable[[Callable[[Any], None], Callable[[], bool]], None], 
     def run() -> None:
         try:
             with ONE:
-                work(heard.put, lambda: stop.is_set() or left.is_set())
+                work(heard.put, lambda: stop.is_set() or left.is_set() or ENDING.is_set())
             heard.put(None)
         except BaseException as error:  # handed to whoever reads
             heard.put(error)
 
-    threading.Thread(target=run, name="sampling", daemon=True).start()
+    threading.Thread(target=run, name="sampling").start()  # waited for at the end, or torch aborts the program
     try:
         while (found := heard.get()) is not None:
             if isinstance(found, Stopped):

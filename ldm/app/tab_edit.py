@@ -10,9 +10,13 @@ from PIL import Image
 from ldm.app import tab_between
 from ldm.app.desk import Desk, begins, stops
 from ldm.app.parts import QUIET, Controls, controls, finished, pictures, said, shown
-from ldm.app.studio import about_picture, make
+from ldm.app.studio import Models, about_picture, make, restore
 from ldm.config import UserError
 from ldm.pipeline import Pipeline
+
+# Pixels a side of the editor: what is larger would be sent as PNGs that the page refuses, what is smaller is all brush.
+CANVAS = 512
+HANDED = ("prompt", "negative_prompt", "model")  # what a picture brings along from Make; its seed's noise is in it
 
 
 class Editing:
@@ -47,18 +51,35 @@ class Editing:
             yield gr.skip(), said(str(error), wrong=True), gr.skip(), gr.skip()
 
 
-def build(desk: Desk) -> gr.ImageEditor:
-    """The tab, inside the page's tabs; gives what a picture can be put into."""
-    with gr.Tab("Edit", id="edit"), gr.Tabs():
-        with gr.Tab("A picture"):
-            editor = a_picture(desk)
+HANDED = (
+    "prompt",
+    "negative_prompt",
+    "model",
+)  # what a picture brings along from Make; not its seed, whose noise it is
+
+
+def build(desk: Desk) -> list[Any]:
+    """The tab, inside the page's tabs; gives what `handed` fills in."""
+    with gr.Tab("Edit", id="edit"), gr.Tabs() as tabs:
+        with gr.Tab("A picture", id="picture"):
+            editor, parts = a_picture(desk)
         with gr.Tab("Between two prompts"):
             tab_between.build(desk)
-    return editor
+    return [tabs, editor, *(parts[name] for name in HANDED)]
 
 
-def a_picture(desk: Desk) -> gr.ImageEditor:
-    """The tab within the tab where a picture is drawn anew."""
+def handed(path: str, models: Models) -> list[Any]:
+    """A picture that was made here and what it was made from, for `build`'s components (UserError)."""
+    settings, _ = restore(path, models)
+    image = Image.open(path)
+    scale = max(1, CANVAS // max(image.size))
+    image = image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
+    drawn = {"background": image, "layers": [], "composite": image}
+    return [gr.Tabs(selected="picture"), drawn, *(getattr(settings, name) for name in HANDED)]
+
+
+def a_picture(desk: Desk) -> tuple[gr.ImageEditor, dict[str, Any]]:
+    """The tab within the tab where a picture is drawn anew; its editor and its controls."""
     gr.Markdown("Upload a picture. What you brush over is drawn anew; without a stroke, all of it is.")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -66,6 +87,8 @@ def a_picture(desk: Desk) -> gr.ImageEditor:
                 label="Picture and mask",
                 type="pil",
                 height=420,
+                canvas_size=(CANVAS, CANVAS),
+                fixed_canvas=True,
                 sources=("upload", "clipboard"),
                 transforms=(),
                 brush=gr.Brush(colors=["rgba(255, 59, 107, 0.6)"], color_mode="fixed", default_size="auto"),
@@ -86,7 +109,7 @@ def a_picture(desk: Desk) -> gr.ImageEditor:
     begins(desk, "edit", [go.click], work, status)
     stops(desk, "edit", halt, status)
     gallery.select(desk.offered, None, download, **QUIET)
-    return editor
+    return editor, given.parts
 
 
 def side_of(pipe: Pipeline) -> int:
@@ -97,23 +120,30 @@ def side_of(pipe: Pipeline) -> int:
 def read_drawing(drawn: dict | None, side: int) -> tuple[Image.Image, Image.Image | None]:
     """The centre square of an editor's picture, resized, and the mask of what was brushed over, None for nothing
     (UserError without a picture)."""
-    if (
-        not drawn
-        or drawn.get("background") is None
-        or not np.asarray(drawn["background"].convert("RGBA"))[..., 3].any()
-    ):
+    background = drawn["background"].convert("RGBA") if drawn and drawn.get("background") is not None else None
+    if background is None or background.getchannel("A").getbbox() is None:
         raise UserError("there is no picture to begin with; upload one")
-    image = square(drawn["background"].convert("RGBA"), side, Image.Resampling.BICUBIC)
+    box = centre_square(background)
+    # by whole blocks where it can be, so that what was enlarged comes back exactly
+    way = Image.Resampling.BICUBIC if (box[2] - box[0]) % side else Image.Resampling.BOX
+    image = background.crop(box).resize((side, side), way)
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     brushed = np.zeros((side, side), bool)
-    for layer in drawn.get("layers") or []:
-        alpha = square(layer.convert("RGBA"), side, Image.Resampling.BOX)
+    for layer in (drawn or {}).get("layers") or []:
+        alpha = layer.convert("RGBA").crop(box).resize((side, side), Image.Resampling.BOX)
         brushed |= np.asarray(alpha)[..., 3] >= 64  # the brush is not opaque
     return image, Image.fromarray(brushed) if brushed.any() else None
 
 
-def square(image: Image.Image, side: int, way: Image.Resampling) -> Image.Image:
-    """The centre square, `side` pixels wide."""
-    short = min(image.size)
-    left, top = (image.width - short) / 2, (image.height - short) / 2
-    return image.resize((side, side), way, box=(left, top, left + short, top + short))
+def centre_square(image: Image.Image) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the centre square of an RGBA picture, without the margins of an editor whose
+    canvas the picture does not fill: two opposite sides without colour, alike to a pixel."""
+    left, top, right, bottom = image.getchannel("A").getbbox() or (0, 0, *image.size)
+    beside, above = (left, image.width - right), (top, image.height - bottom)
+    if any(above) or abs(beside[0] - beside[1]) > 1:
+        left, right = 0, image.width
+    if any(beside) or abs(above[0] - above[1]) > 1:
+        top, bottom = 0, image.height
+    short = min(right - left, bottom - top)
+    x, y = (left + right - short) // 2, (top + bottom - short) // 2
+    return x, y, x + short, y + short

@@ -1,9 +1,12 @@
 """Judge: people say which pictures are real and which fit their caption; what they said is kept and added up."""
 
+import re
 import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -29,6 +32,10 @@ MODES = {
 LABELS = {"real": "Real", "generated": "Generated", "left": "Left", "right": "Right", "tie": "Neither"}
 ASKED = {"single": "Is this picture real or generated?", "pair": "Which picture is real?"}
 NONE = "none"
+VISITS = 200  # whose questions are kept at a time, for a reload
+# The browser's tab keeps the visit's name, so that a reload goes on with its questions.
+REMEMBER = "who => { sessionStorage.setItem('visit', JSON.stringify(who)); }"
+RECALL = "() => [JSON.parse(sessionStorage.getItem('visit') || 'null')]"
 
 
 def ask(study: Study) -> str:
@@ -78,6 +85,15 @@ class Judging:
     def __init__(self, desk: Desk) -> None:
         """Opens the file of answers, or makes it (UserError)."""
         self.desk, self.store = desk, Store(desk.folder / "judgements.sqlite")
+        self.studies: OrderedDict[str, Study] = OrderedDict()  # by visit
+
+    def visit(self, who: object) -> list[Any]:
+        """A browser's tab is opened or loaded again: its visit's name, a new one if it has none, and its question; that
+        of a flash, which was seen, does not come again."""
+        if not isinstance(who, str) or not re.fullmatch("[0-9a-f]{12}", who):
+            return [uuid.uuid4().hex[:12], *[gr.skip()] * 4]
+        now = self.studies.get(who)
+        return [who, *([ask(now), *self.labelled(now)] if now and not now.flash else [gr.skip()] * 4)]
 
     def labelled(self, now: Study) -> list[Any]:
         """The answer buttons of a question."""
@@ -98,7 +114,8 @@ class Judging:
     ) -> Iterator[tuple]:
         """Makes what pictures are missing, then asks the first question."""
         # whatever was asked before is no longer shown, and must not be answered
-        still = (None, *(gr.Button(interactive=False) for _ in range(3)))
+        self.studies.pop(who, None)
+        still = [gr.Button(interactive=False) for _ in range(3)]
         try:
             kind, flash = MODES[asked]
             if kind == "preference" and two in (NONE, one):
@@ -115,7 +132,10 @@ class Judging:
             mine = [j for j in self.store.judgements("flash", one, who) if j.answer in ANSWERS[kind]]
             past = [bool(j.right) for j in mine] if flash else []
             now = begin(kind, flash, int(n), pools, self.desk.seed + len(self.store.judgements()), who, past)
-            yield ask(now), now, *self.labelled(now)
+            self.studies[who] = now
+            while len(self.studies) > VISITS:
+                self.studies.popitem(last=False)
+            yield ask(now), *self.labelled(now)
         except UserError as error:
             yield said(str(error), wrong=True), *still
 
@@ -133,26 +153,29 @@ class Judging:
                 raise UserError("stopped; what was made is kept")
         yield pools
 
-    def answered(self, number: int, now: Study | None) -> list[Any]:
-        """Keeps an answer and shows the next question; one before the picture was seen is none."""
+    def answered(self, number: int, who: str) -> list[Any]:
+        """Keeps an answer and shows the next question, after the last one the results; an answer before the picture was
+        seen is none."""
+        now = self.studies.get(who)
         if now is None or now.question is None or time.monotonic() < now.asked_at + now.wait:
             return [gr.skip()] * 7
         try:
             judge(now, ANSWERS[now.kind][number], self.desk.folder, self.store)
         except UserError as error:
             return [said(str(error), wrong=True), *([gr.skip()] * 6)]
-        last = self.reported() if now.question is None else [gr.skip()] * 2
-        return [ask(now), now, *self.labelled(now), *last]
+        last = [gr.Accordion(open=True), *self.reported()] if now.question is None else [gr.skip()] * 3
+        return [ask(now), *self.labelled(now), *last]
 
 
-def build(desk: Desk) -> None:
+def build(desk: Desk, page: gr.Blocks) -> None:
     """The tab, inside the page's tabs."""
     judging = Judging(desk)
     names = desk.models.names
     with gr.Tab("Judge", id="judge") as tab:
         gr.Markdown(
-            "Can you tell real held-out pictures from generated ones? Half of those shown are real. Answers are kept in"
-            " a file on this machine; a first start makes the model's pictures, which takes a while."
+            "Can you tell real held-out pictures from generated ones? Half of them are real. Or which of two models'"
+            " pictures fits its caption better? Answers are kept in a file on this machine; a first start makes the"
+            " model's pictures, which takes a while."
         )
         with gr.Row():
             mode = gr.Dropdown(list(MODES), value="Real or generated?", label="What to judge", scale=2)
@@ -172,16 +195,15 @@ def build(desk: Desk) -> None:
         with gr.Accordion("Results", open=False) as results:
             report = gr.HTML(table(judging.store.results()), elem_id="judge-results")
             export = gr.DownloadButton("Download preferences (JSONL)", interactive=False, elem_id="judge-export")
-        study = gr.State(None)
-        session = gr.State(lambda: uuid.uuid4().hex[:12])
+        who = gr.JSON(None, visible="hidden", elem_id="judge-visit")
+        page.load(judging.visit, who, [who, view, *buttons], js=RECALL, **QUIET)
+        who.change(None, who, None, js=REMEMBER, **QUIET)
 
-        inputs = [session, mode, model, other, count, pictures]
-        begins(
-            desk, "judge", [go.click], {"fn": judging.start, "inputs": inputs, "outputs": [view, study, *buttons]}, view
-        )
+        inputs = [who, mode, model, other, count, pictures]
+        begins(desk, "judge", [go.click], {"fn": judging.start, "inputs": inputs, "outputs": [view, *buttons]}, view)
         stops(desk, "judge", halt, view, idle=gr.skip())  # a question may stand there
         for number, button in enumerate(buttons):
-            press = lambda now, number=number: judging.answered(number, now)  # noqa: E731
-            button.click(press, study, [view, study, *buttons, report, export], **QUIET)
+            press = partial(judging.answered, number)
+            button.click(press, who, [view, *buttons, results, report, export], **QUIET)
         results.expand(judging.reported, None, [report, export], **QUIET)
         tab.select(judging.reported, None, [report, export], **QUIET)

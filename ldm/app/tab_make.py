@@ -74,8 +74,9 @@ class Making:
         return self.restored(path) if path else [gr.skip()] * (1 + len(self.given.inputs))
 
 
-def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Button, gr.DownloadButton]:
-    """The tab, inside the page's tabs; gives the button that takes the chosen picture to Edit, and what holds that."""
+def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Button, gr.DownloadButton, gr.HTML]:
+    """The tab, inside the page's tabs; gives the button that takes the chosen picture to Edit, what holds that picture,
+    and where something can be said."""
     with gr.Tab("Make", id="make"), gr.Row():
         with gr.Column(scale=2, min_width=300):
             given = controls(desk.models, leave_out=("strength",))
@@ -104,4 +105,4 @@ def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Button, gr.DownloadButton]:
     file.upload(making.dropped, file, [status, *given.inputs], **QUIET).then(lambda: None, None, file, **QUIET)
     history.change(None, history, None, js=REMEMBER, **QUIET)
     page.load(making.past, history, [history, past], js=RECALL, **QUIET)
-    return edit, download
+    return edit, download, status
