@@ -37,6 +37,8 @@ input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px
 .figures figure { margin: 0; text-align: center; }
 .figures img { width: 112px; height: 112px; object-fit: contain; border-radius: 6px; }
 #inside-way .figures, #inside-words .figures { flex-wrap: nowrap; overflow-x: auto; }
+#inside-way figure, #inside-words figure { flex: 0 1 112px; min-width: 60px; white-space: nowrap; }
+#inside-way img, #inside-words img { width: 100%; height: auto; aspect-ratio: 1; }
 .coarse { image-rendering: pixelated; }
 .large img { width: min(160px, 35vw); height: min(160px, 35vw); }
 .judged { display: flex; gap: 1em; justify-content: center; align-items: start; --side: min(256px, 80vw); }
@@ -50,7 +52,8 @@ input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px
 .results { display: flex; flex-wrap: wrap; gap: 1.5em; }
 .results table { border-collapse: collapse; } .results caption { font-weight: 600; text-align: left; }
 .results p { flex-basis: 100%; }
-.results th, .results td { border: 0 !important; border-bottom: 1px solid #8884 !important; padding: .2em .6em; }
+.results table, .results tr, .results th, .results td { border: 0 !important; }
+.results th, .results td { border-bottom: 1px solid #8884 !important; padding: .2em .6em; }
 .results th { font-weight: 400; text-align: left; } .results td { text-align: right; }
 @media (max-width: 500px) {
   h1 { font-size: 1.4em !important; }

@@ -80,7 +80,9 @@ def handed(path: str, models: Models) -> list[Any]:
 
 def a_picture(desk: Desk) -> tuple[gr.ImageEditor, dict[str, Any]]:
     """The tab within the tab where a picture is drawn anew; its editor and its controls."""
-    gr.Markdown("Upload a picture. What you brush over is drawn anew; without a stroke, all of it is.")
+    gr.Markdown(
+        "Upload a picture; its centre square counts. What you brush over is drawn anew; without a stroke, all of it is."
+    )
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             editor = gr.ImageEditor(

@@ -34,8 +34,8 @@ ASKED = {"single": "Is this picture real or generated?", "pair": "Which picture 
 NONE = "none"
 VISITS = 200  # whose questions are kept at a time, for a reload
 # The browser's tab keeps the visit's name, so that a reload goes on with its questions.
-REMEMBER = "who => { sessionStorage.setItem('visit', JSON.stringify(who)); }"
-RECALL = "() => [JSON.parse(sessionStorage.getItem('visit') || 'null')]"
+REMEMBER = "who => { sessionStorage.setItem('visit', who); }"
+RECALL = "() => [sessionStorage.getItem('visit') || '']"
 
 
 def ask(study: Study) -> str:
@@ -195,7 +195,7 @@ def build(desk: Desk, page: gr.Blocks) -> None:
         with gr.Accordion("Results", open=False) as results:
             report = gr.HTML(table(judging.store.results()), elem_id="judge-results")
             export = gr.DownloadButton("Download preferences (JSONL)", interactive=False, elem_id="judge-export")
-        who = gr.JSON(None, visible="hidden", elem_id="judge-visit")
+        who = gr.Textbox("", visible="hidden", label="Visit", elem_id="judge-visit")
         page.load(judging.visit, who, [who, view, *buttons], js=RECALL, **QUIET)
         who.change(None, who, None, js=REMEMBER, **QUIET)
 

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, Error, Page, Request, sync_playwright
 from wire import Wire
 
@@ -30,8 +32,8 @@ TABS = ("Make", "Edit", "Compare", "Look inside", "Judge")
 
 
 @contextmanager
-def running(out: Path, *options: str) -> Iterator[int]:
-    """The page, served by its script, which must not stumble; the port of it."""
+def running(out: Path, *options: str, ends: signal.Signals = signal.SIGTERM) -> Iterator[int]:
+    """The page, served by its script, which must not stumble until it is told to end; the port of it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -45,8 +47,8 @@ def running(out: Path, *options: str) -> Iterator[int]:
             yield port
             assert "Traceback" not in (out / "log.txt").read_text()
         finally:
-            process.terminate()
-            process.wait(timeout=60)
+            process.send_signal(ends)
+            assert process.wait(timeout=60) in (0, -ends)
 
 
 @pytest.fixture(scope="session")
@@ -215,6 +217,9 @@ def test_stop_stops_and_making_goes_on(page):
     until(page, "#make-status", r"step \d")
     page.click("#make-stop")
     assert int(re.search(r"Stopped at step (\d+)", until(page, "#make-status", "Stopped at step"))[1]) < 150
+    page.locator("#make-pictures .thumbnail-item").first.click()
+    until(page, "#make-status", "preview")  # of which no file says what it is
+    assert page.locator("#make-download").is_disabled()
     assert "1 picture in" in make(page, PROMPT)
 
 
@@ -237,6 +242,12 @@ def test_settings_come_back_from_a_click_and_from_a_file(page, tmp_path):
     until(page, "#make-status", "settings of that picture")
     assert field(page, "Prompt").input_value() == PROMPT and field(page, "Seed").input_value() == "78"
     assert field(page, "Negative prompt (what to keep away from)").input_value() == "green"
+    again = PngInfo()  # into the same place, which the first has left
+    for name, value in (Image.open(file).text | {"seed": "5"}).items():
+        again.add_text(name, value)
+    Image.open(file).save(tmp_path / "again.png", pnginfo=again)
+    page.locator("#make-file input[type=file]").set_input_files(tmp_path / "again.png")
+    wait(lambda: field(page, "Seed").input_value() == "5")
     plain = tmp_path / "plain.png"
     Image.new("RGB", (8, 8)).save(plain)
     page.reload()
@@ -303,6 +314,22 @@ def test_a_file_that_is_no_picture_is_answered_and_a_picture_still_taken(browser
         until(page, "#edit-status", "picture in")
 
 
+def test_a_large_photograph_is_taken(page, tmp_path):
+    photograph = np.random.default_rng(0).integers(0, 256, (3000, 4000, 3), np.uint8)  # noise, the largest of PNGs
+    photograph[:, :2000] = (255, 0, 0)
+    Image.fromarray(photograph).save(tmp_path / "large.jpg", quality=90)
+    turn_to(page, "Edit")
+    page.locator("#edit-editor input[type=file]").first.set_input_files(tmp_path / "large.jpg")
+    drawable(page)
+    field(page, "Prompt").fill(PROMPT)
+    number(page, "Strength", 0.05)
+    number(page, "Pictures", 1)
+    page.click("#edit-go")
+    until(page, "#edit-status", "picture in")
+    left, right = np.split(np.asarray(served(page, "#edit-pictures"), np.float64), 2, axis=1)
+    assert left.mean((0, 1)).argmax() == 0 and np.ptp(right.mean((0, 1))) < 60 < np.ptp(left.mean((0, 1)))
+
+
 def test_only_what_was_brushed_over_is_drawn_anew(page, tmp_path):
     turn_to(page, "Edit")
     start = Image.new("RGB", (320, 320), (128, 128, 128))
@@ -333,10 +360,16 @@ def test_only_what_was_brushed_over_is_drawn_anew(page, tmp_path):
 
 
 def test_a_picture_goes_from_make_to_edit(page):
+    page.click("#make-edit")
+    until(page, "#make-status", "no picture to edit yet")
     make(page, PROMPT)
     page.click("#make-edit")
     page.locator("#edit-go").wait_for()
     drawable(page)
+    assert field(page, "Prompt").input_value() == PROMPT
+    field(page, "Prompt").fill("")
+    page.click("#edit-go")
+    until(page, "#edit-status", "There is no prompt")
     field(page, "Prompt").fill("a green square")
     number(page, "Strength", 0.3)
     number(page, "Pictures", 1)
@@ -356,6 +389,10 @@ def test_between_two_prompts(page):
     assert page.locator("#between-pictures img").count() == 7
     first, last = (np.asarray(served(page, "#between-pictures", i), np.float64).mean((0, 1)) for i in (0, 6))
     assert first[0] > first[2] and last[2] > last[0]
+    page.locator("#between-share input[type=range]").focus()
+    page.keyboard.press("End")  # keys move it as a hand does
+    wait(lambda: page.locator("#between-pictures img").count() == 1 and "Done" in page.inner_text("#between-status"))
+    assert np.array_equal(np.asarray(served(page, "#between-pictures"), np.float64).mean((0, 1)), last)
 
 
 def test_a_comparison_is_a_labelled_picture_to_download(page, tmp_path):
@@ -397,9 +434,14 @@ def test_twenty_judgements_lead_to_a_result(page):
     for i in range(20):
         until(page, "#judge-view", f"\\({i + 1} of 20\\)", 120)
         assert page.locator("#judge-view img").count() == 1
+        if i == 7:  # a reload goes on with the same question, and its stop has nothing to stop
+            page.reload()
+            page.wait_for_selector("#make-go")
+            turn_to(page, "Judge")
+            until(page, "#judge-view", "(8 of 20)")
+            page.click("#judge-stop")
         page.click("#judge-answer-1")
-    until(page, "#judge-view", "last one")
-    page.get_by_text("Results", exact=True).click()
+    until(page, "#judge-view", "last one")  # and shows the results
     text = until(page, "#judge-results", "single")
     assert "20 single" in text and "0% [0%, 28%]" in text  # who calls all of them generated is never fooled
 
@@ -490,32 +532,19 @@ def test_a_stop_while_waiting_in_the_queue(page, another):
     assert another.locator("#make-pictures img").count() == 0
 
 
-def test_it_ends_when_told_with_a_page_open(browser, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        str(ROOT / "scripts/app.py"),
-        "--model",
-        "shapes",
-        "--port",
-        str(port),
-        "--out",
-        str(tmp_path),
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait(lambda: reachable(port), 180)
+def test_it_ends_when_told_in_the_middle_of_a_picture(browser, tmp_path):
+    with running(tmp_path / "app", "--model", "shapes", ends=signal.SIGINT) as port:
         context = browser.new_context()
         page = context.new_page()
         page.goto(f"http://127.0.0.1:{port}")
         page.wait_for_selector("#make-go")
-        process.terminate()
-        assert process.wait(timeout=60) is not None
-        context.close()
-    finally:
-        process.kill()
+        field(page, "Prompt").fill(PROMPT)
+        number(page, "Steps", 150)
+        number(page, "Pictures", 16)
+        page.click("#make-go")
+        until(page, "#make-status", r"step \d")
+    context.close()
+    assert "terminate called" not in (tmp_path / "app/log.txt").read_text()
 
 
 def test_a_reload_while_it_makes_leaves_a_page_that_works(page):
@@ -620,7 +649,6 @@ def session(page: Page, tmp_path: Path) -> None:
         until(page, "#judge-view", f"\\({i + 1} of 4\\)", 120)
         page.click("#judge-answer-0")
     until(page, "#judge-view", "last one")
-    page.get_by_text("Results", exact=True).click()
     with page.expect_download() as download:
         page.click("#judge-export")
     download.value.save_as(tmp_path / "preferences.jsonl")
