@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.config import UserError
 from ldm.diffusion import Denoise
-from ldm.samplers import Grid
+from ldm.samplers import Grid, Noise
 
 Pictures = Image.Image | Sequence[Image.Image]  # one for all, or one for each
 
@@ -23,11 +23,13 @@ Pictures = Image.Image | Sequence[Image.Image]  # one for all, or one for each
 @dataclass(frozen=True, kw_only=True)
 class Edit:
     """Pictures x (N, 3, H, W) in [-1, 1] to begin with, and where on the latent to draw: mask (N, 1, h, w) of 0 and
-    1, None for everywhere. `strength` in (0, 1] is the share of the steps that is taken."""
+    1, None for everywhere. `strength` in (0, 1] is the share of the steps that is taken, each of them `resample` times
+    where there is a mask."""
 
     x: Tensor
     mask: Tensor | None
     strength: float
+    resample: int = 1
 
     def shorten(self, grid: Grid) -> Grid:
         """The last `strength` of a grid's steps, rounded down; UserError where that is none."""
@@ -50,15 +52,22 @@ class Edit:
         z = grid.steps[0].alpha * z0 + grid.steps[0].sigma * eps
         return z if self.mask is None or self.strength < 1 else self.restore(grid.initial_scale * eps, z, part)
 
-    def keep(self, denoise: Denoise, grid: Grid, z0: Tensor, eps: Tensor, part: slice) -> Denoise:
+    def keep(self, denoise: Denoise, grid: Grid, z0: Tensor, noise: Noise, eps: Tensor, part: slice) -> Denoise:
         """`denoise` that sees z0 with the noise eps where the mask is 0, whatever the sampler made of it, and says z0
-        there: what diffusers does between steps. (At strength 1 its first step sees noise alone.)"""
+        there: what diffusers does between steps. (At strength 1 its first step sees noise alone.)
+
+        Resampling asks again with what was found under new noise of the same strength, so that what is drawn can go by
+        what is kept: after RePaint (Lugmayr et al. 2022, section 4.2), which goes back by steps of the sampler.
+        """
         if self.mask is None:
             return denoise
 
         def known(z_t: Tensor, t: Tensor) -> Tensor:
             z_t = self.restore(z_t, grid.schedule.add_noise(z0, eps, t), part)
-            return self.restore(denoise(z_t, t), z0, part)
+            found = self.restore(denoise(z_t, t), z0, part)
+            for _ in range(self.resample - 1):
+                found = self.restore(denoise(grid.schedule.add_noise(found, noise(), t), t), z0, part)
+            return found
 
         return known
 
@@ -67,10 +76,14 @@ class Edit:
         return z if self.mask is None else torch.lerp(kept, z, self.mask[part].to(z))
 
 
-def read_edit(image: Pictures | None, mask: Pictures | None, strength: float, count: int, factor: int) -> Edit | None:
+def read_edit(
+    image: Pictures | None, mask: Pictures | None, strength: float, resample: int, count: int, factor: int
+) -> Edit | None:
     """What to begin `count` pictures with, on latents smaller by `factor`; None without an image (UserError)."""
     if not count:
         return None
+    if resample < 1 or (resample > 1 and mask is None):
+        raise UserError(f"resample {resample} is not allowed: 1 or more, and more than 1 only with a mask")
     if image is None:
         if mask is not None:
             raise UserError("a mask needs an image: it says which part of that to draw anew")
@@ -78,7 +91,8 @@ def read_edit(image: Pictures | None, mask: Pictures | None, strength: float, co
     if not 0 < strength <= 1:
         raise UserError(f"strength {strength} is not allowed: above 0 (the image stays) and up to 1 (all is redrawn)")
     x = _read_pictures(image, count)
-    return Edit(x=x, mask=None if mask is None else _read_masks(mask, count, x, factor), strength=strength)
+    masks = None if mask is None else _read_masks(mask, count, x, factor)
+    return Edit(x=x, mask=masks, strength=strength, resample=resample)
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:

@@ -92,6 +92,7 @@ class Pipeline:
         image: Pictures | None = None,
         mask: Pictures | None = None,
         strength: float = 0.8,
+        resample: int = 1,
         latents: Tensor | None = None,
         steps: int = 30,
         guidance: float = 5.0,
@@ -110,10 +111,11 @@ class Pipeline:
 
         `prompt_embeds` (B, L, D), what `encode_prompt` gives, may take the place of `prompt`; negatives are one for
         all or one each. `image` (one for all or one each) is what to begin with: `strength` in (0, 1] of the steps are
-        taken, and where `mask` is black it stays. `latents` (B, C, h, w) are the first standard normal noise, in place
-        of the seeds'. `sampler`, `spacing`, `height` and `width` (pixels; an image has its own) default to the model's.
-        `guidance` 1 is none and asks the model once a step; `guidance_rescale` in [0, 1]; `guidance_interval` are the
-        t, ends included, where guidance acts. `sampler_options` go to the sampler, e.g. `eta` of ddim. At most
+        taken, and where `mask` is black it stays; `resample` 2 asks the model twice in each step, so that what is drawn
+        fits what stays. `latents` (B, C, h, w) are the first standard normal noise, in place of the seeds'. `sampler`,
+        `spacing`, `height` and `width` (pixels; an image has its own) default to the model's. `guidance` 1 is none and
+        asks the model once a step; `guidance_rescale` in [0, 1]; `guidance_interval` are the t, ends included, where
+        guidance acts. `sampler_options` go to the sampler, e.g. `eta` of ddim. At most
         `batch_size` pictures are made at once. UserError for what the model or the sampler cannot do.
         """
         positives = self._wanted("prompt", prompt, prompt_embeds)
@@ -123,7 +125,7 @@ class Pipeline:
         name = sampler or self.schedule.config.sampler
         sample, grid = get_sampler(name), make_grid(self.schedule, name, steps, spacing)
         _check(guidance, guidance_rescale, batch_size, sample, sampler_options)
-        edit = read_edit(image, mask, strength, count, self.vae.factor)
+        edit = read_edit(image, mask, strength, resample, count, self.vae.factor)
         if edit is not None:
             grid, (height, width) = edit.shorten(grid), edit.size(height, width)
         shape = self.latent_shape(height, width)
@@ -141,7 +143,7 @@ class Pipeline:
             eps = eps if latents is None else latents[part].to(eps)
             z = grid.initial_scale * eps
             if edit is not None:
-                z, denoise = edit.begin(grid, z0, eps, part), edit.keep(denoise, grid, z0, eps, part)
+                z, denoise = edit.begin(grid, z0, eps, part), edit.keep(denoise, grid, z0, noise, eps, part)
             z = z.contiguous(memory_format=torch.channels_last)
             z = sample(denoise, z, grid, noise, self._on_step(callback, start, len(grid.steps)), **sampler_options)
             images += self.decode(z if edit is None else edit.restore(z, z0, part))

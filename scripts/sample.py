@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
 
 # Arguments that the pipeline takes under the same name
-OPTIONS = ("negative_prompt", "strength", "steps", "guidance", "guidance_rescale", "sampler", "seed")
+OPTIONS = ("negative_prompt", "strength", "resample", "steps", "guidance", "guidance_rescale", "sampler", "seed")
 OPTIONS += ("height", "width", "batch_size")
 
 
@@ -42,6 +42,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--image", type=Path, metavar="FILE", help="begin with it: its centre square, resized")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="white (or clear) is drawn anew, black stays")
+    parser.add_argument(
+        "--resample",
+        type=int,
+        default=1,
+        help="with --mask: how often each step asks the model; 2 fits what stays better",
+    )
     parser.add_argument("--strength", type=float, default=0.8, help="with --image, in (0, 1]: how much is redrawn")
     parser.add_argument(
         "--interpolate", type=int, default=0, metavar="N", help="2 or more; with a sampler without noise"
@@ -170,7 +176,7 @@ def main() -> None:
         "model": args.model,
     }
     if args.image:
-        settings |= {"image": args.image, "mask": args.mask or "", "strength": args.strength}
+        settings |= {"image": args.image, "mask": args.mask or "", "strength": args.strength, "resample": args.resample}
     write_pictures(args.out, images, [{k: str(v) for k, v in (texts | settings).items()} for texts in about])
     grid = args.grid or args.out / "grid.png"
     grid.parent.mkdir(parents=True, exist_ok=True)

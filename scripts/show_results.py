@@ -2,8 +2,9 @@
 
 python scripts/show_results.py --results configs/emoji/results --out .github/emoji-curves.svg
 
-clip.jsonl and diffusion.jsonl are the trainings' metrics.jsonl, evaluation.json is the metrics.json of the model's
-evaluation, ablation/ARM.json that of the autoencoder's, one an arm. The curves go into an SVG, the table is printed.
+decoder.jsonl, clip.jsonl and diffusion.jsonl are the trainings' metrics.jsonl, evaluation.json is the metrics.json of
+the model's evaluation, ablation/ARM.json that of the autoencoder's, one an arm. The curves go into an SVG, the table is
+printed.
 """
 
 from __future__ import annotations
@@ -53,18 +54,22 @@ def over_steps(lines: list[dict[str, Any]], name: str, factor: float = 1.0) -> l
 
 
 def curves(folder: Path) -> str:
-    """Two trainings and the choice of guidance, as one SVG."""
+    """Three trainings and the choice of guidance, as one SVG."""
     from ldm.metrics.records import find
     from ldm.metrics.report_plots import Line, plot
 
-    clip, diffusion, records = (read(folder / name) for name in ("clip.jsonl", "diffusion.jsonl", "evaluation.json"))
+    decoder, clip, diffusion = (read(folder / f"{name}.jsonl") for name in ("decoder", "clip", "diffusion"))
+    records = read(folder / "evaluation.json")
     sides = (("caption", "val/image_to_text@1"), ("picture", "val/text_to_image@1"))
     found = [Line(name=f"right {name} first", points=over_steps(clip, key, 100)) for name, key in sides]
     loss = [
         Line(name="training", points=over_steps(diffusion, "unet_loss"), dots=False),
         Line(name="validation", points=over_steps(diffusion, "val/loss")),
     ]
+    psnr, distance = (Line(name="", points=over_steps(decoder, f"val/{name}")) for name in ("psnr", "perceptual"))
     plots = [
+        plot("Decoder: PSNR on validation, dB", "step", [psnr], zero=False),
+        plot("Decoder: perceptual distance", "step", [distance]),
         plot("Text encoder: found first on validation, %", "step", found),
         plot("U-Net: loss", "step", loss, zero=False),
     ]

@@ -1,5 +1,7 @@
 """Pictures to begin with, masks, embeddings and what lies between, against diffusers and by hand."""
 
+import math
+
 import diffusers
 import numpy as np
 import pytest
@@ -8,9 +10,11 @@ from PIL import Image
 from tiny_models import no_complaints, tiny_parts
 
 from ldm.config import UserError
-from ldm.editing import between, slerp
+from ldm.diffusion import Schedule, ScheduleConfig
+from ldm.editing import Edit, between, slerp
 from ldm.pipeline import Pipeline
-from ldm.samplers import ImageNoise
+from ldm.samplers import SAMPLERS as FUNCTIONS
+from ldm.samplers import ImageNoise, make_grid
 
 PROMPTS = ["a red circle", "a blue square above a red circle", ""]
 
@@ -88,6 +92,30 @@ def test_where_the_mask_is_black_the_latent_stays(pipe, monkeypatch, sampler, st
     assert (decoded[0][..., 4:] - z0[..., 4:]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
+def test_resampling_draws_what_fits_the_part_that_is_kept(sampler):
+    """Two latents with a correlation of 0.95, denoised exactly (the posterior mean of a Gaussian): given the left one,
+    the right one is 0.95 of it with a deviation of 0.31."""
+    grid, covariance = make_grid(Schedule(ScheduleConfig()), sampler, 20), torch.tensor([[1, 0.95], [0.95, 1]])
+    drawn = torch.tensor([0.0, 1.0]).expand(4096, 1, 1, 2)
+    left = ImageNoise(range(4096), (1, 1, 1))().expand(-1, -1, -1, 2)
+
+    def denoise(z, t):
+        alpha, sigma = grid.schedule.alpha(t), grid.schedule.sigma(t)
+        return z @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(2)) @ (alpha * covariance)
+
+    errors = []
+    for resample in (1, 2, 8):
+        noise = ImageNoise(range(9000, 9000 + 4096), (1, 1, 2))
+        edit = Edit(x=torch.empty(0), mask=drawn, strength=1.0, resample=resample)
+        eps, part = noise(), slice(0, 4096)
+        asked = edit.keep(denoise, grid, left, noise, eps, part)
+        z = FUNCTIONS[sampler](asked, edit.begin(grid, left, eps, part), grid, noise)
+        deviation = float((z[..., 1] - 0.95 * left[..., 0]).square().mean().sqrt())
+        errors.append(abs(deviation - math.sqrt(1 - 0.95**2)))
+    assert errors[0] > 3 * errors[1] and errors[1] > errors[2]
+
+
 def test_one_image_for_all_and_one_each(pipe):
     images = pictures(2)
     both = arrays(pipe(PROMPTS[:2], image=images, steps=4, batch_size=1))
@@ -116,6 +144,8 @@ def test_embeddings_and_latents_take_the_place_of_prompts_and_seeds(pipe):
         ({"image": pictures(1)[0], "strength": 0.0}, "strength 0.0 is not allowed"),
         ({"image": pictures(1)[0], "strength": 1.1}, "strength 1.1 is not allowed"),
         ({"image": pictures(1)[0], "strength": 0.2}, "leaves none of 4 steps"),
+        ({"image": pictures(1)[0], "resample": 2}, "resample 2 is not allowed"),
+        ({"image": pictures(1)[0], "mask": mask(), "resample": 0}, "resample 0 is not allowed"),
         ({"image": pictures(2)}, "2 images for 3 prompts"),
         ({"image": pictures(2) + pictures(1, 32)}, "one size; these have 16x16, 32x16"),
         ({"image": pictures(1)[0], "mask": mask(32)}, "the mask is 32x16, the image 16x16"),

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "configs" / "emoji" / "results"
+KEPT = ("decoder.jsonl", "clip.jsonl", "diffusion.jsonl", "evaluation.json")
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -29,15 +30,20 @@ def test_the_curves_in_the_model_card_are_those_of_the_kept_numbers(monkeypatch,
     made = (tmp_path / "new" / "curves.svg").read_text()
     assert made == (ROOT / ".github" / "emoji-curves.svg").read_text()
     drawing = ElementTree.fromstring(made)
-    steps = [line for name in ("clip", "diffusion") for line in (RESULTS / f"{name}.jsonl").open() if '"val/' in line]
+    steps = [
+        line
+        for name in ("decoder", "clip", "diffusion")
+        for line in (RESULTS / f"{name}.jsonl").open()
+        if '"val/' in line
+    ]
     losses = [line for line in (RESULTS / "diffusion.jsonl").open() if '"unet_loss"' in line]
     points = [len(line.get("points").split()) for line in drawing.iter(f"{SVG}polyline")]
-    assert points == [4, 4, len(losses), 11, 5, 5] and len(steps) == 15
+    assert points == [20, 20, 4, 4, len(losses), 11, 5, 5] and len(steps) == 35
     assert "var(" not in made
 
 
 def test_the_table_has_each_arm_with_its_intervals(monkeypatch, capsys, tmp_path):
-    for name in ("clip.jsonl", "diffusion.jsonl", "evaluation.json"):
+    for name in KEPT:
         (tmp_path / name).write_text((RESULTS / name).read_text())
     (tmp_path / "ablation").mkdir()
     psnr = {"metric": "psnr_db", "of": "reconstructions", "value": 27.486, "interval": [27.1893, 27.7607]}
@@ -54,10 +60,10 @@ def test_the_table_has_each_arm_with_its_intervals(monkeypatch, capsys, tmp_path
     ]
 
 
-@pytest.mark.parametrize("broken", ["clip.jsonl", "diffusion.jsonl", "evaluation.json", "ablation/arm.json"])
+@pytest.mark.parametrize("broken", [*KEPT, "ablation/arm.json"])
 def test_results_that_are_none_are_named(monkeypatch, capsys, tmp_path, broken):
     (tmp_path / "ablation").mkdir()
-    for name in ("clip.jsonl", "diffusion.jsonl", "evaluation.json"):
+    for name in KEPT:
         (tmp_path / name).write_text((RESULTS / name).read_text())
     (tmp_path / broken).write_text("{")
     code, out, err = show(monkeypatch, capsys, tmp_path, tmp_path / "curves.svg")

@@ -16,6 +16,7 @@ from ldm.pipeline import Pipeline
 
 # Pixels a side of the editor: what is larger would be sent as PNGs that the page refuses, what is smaller is all brush.
 CANVAS = 512
+RESAMPLE = 2  # asks the model twice a step within a mask: asked once, shapes left some masks grey
 HANDED = ("prompt", "negative_prompt", "model")  # what a picture brings along from Make; its seed's noise is in it
 
 
@@ -35,8 +36,9 @@ class Editing:
                 image, mask = read_drawing(drawn, side_of(pipe))
                 if not settings.cleaned().prompt:
                     raise UserError("there is no prompt; write what is to be drawn")
-                about = {"image": "uploaded", "mask": "drawn" if mask else "", "strength": settings.strength}
-                options = {"image": image, "strength": settings.strength} | ({"mask": mask} if mask else {})
+                again = {"resample": RESAMPLE} if mask else {}
+                about = {"image": "uploaded", "mask": "drawn" if mask else "", "strength": settings.strength} | again
+                options: dict[str, Any] = {"image": image, "mask": mask, "strength": settings.strength} | again
                 for update in make(pipe, settings, stop, **options):
                     if update.done:
                         told = [about_picture(pipe, settings, i, **about) for i in range(len(update.images))]
@@ -49,13 +51,6 @@ class Editing:
                         yield update.images or gr.skip(), shown(update), settings.seed, gr.skip()
         except UserError as error:
             yield gr.skip(), said(str(error), wrong=True), gr.skip(), gr.skip()
-
-
-HANDED = (
-    "prompt",
-    "negative_prompt",
-    "model",
-)  # what a picture brings along from Make; not its seed, whose noise it is
 
 
 def build(desk: Desk) -> list[Any]:
