@@ -1,5 +1,6 @@
 """One process's view of a training: its steps, looks and checkpoints."""
 
+import copy
 import math
 import warnings
 from collections.abc import Generator, Iterator
@@ -14,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ldm import run_state, weights
+from ldm import run_state, sharded, weights
 from ldm.config import UserError
 from ldm.data.order import EpochBatches
 from ldm.ema import EMA
@@ -36,11 +37,21 @@ class Run:
         self.device, self.main = processes().device, processes().is_main_process
         trackers = ["tensorboard"] if find_spec("tensorboard") else []
         self.accelerator = Accelerator(mixed_precision=config.precision, log_with=trackers, project_dir=out)
-        optimizers = {}
+        self.sharded = self.accelerator.is_fsdp2
+        self.wrapped: dict[str, nn.Module] = {}
+        self.stand_ins: dict[str, nn.Module] = {}  # whole modules, for what the first process does alone
+        optimizers: dict[str, torch.optim.Optimizer] = {}
         for name, module in task.modules.items():
             module.train().to(self.device)
-            optimizers |= optimizers_of(name, module, config.optimizer)
-        self.wrapped = {name: self.accelerator.prepare(module) for name, module in task.modules.items()}
+            own = optimizers_of(name, module, config.optimizer)
+            optimizers |= own
+            if self.sharded:
+                self.accelerator.prepare_model(module, evaluation_mode=True)  # for its autocast
+                if self.main:
+                    self.stand_ins[name] = copy.deepcopy(module).cpu()
+                self.wrapped[name] = sharded.prepare(self.accelerator, module, own.values())
+            else:
+                self.wrapped[name] = self.accelerator.prepare(module)
         averages = {name: EMA(m, config.ema_decay, config.ema_power) for name, m in task.modules.items()}
         self.trained = run_state.Trained(task.modules, averages, optimizers)
         self.skipped = 0  # in a row
@@ -182,7 +193,10 @@ class Run:
     def clip(self, module: nn.Module) -> Tensor:
         """Scales the module's gradients to the largest norm allowed; returns their norm before, on the device (where
         a module has no gradients yet, torch gives it on the CPU)."""
-        return nn.utils.clip_grad_norm_(module.parameters(), self.config.clip).to(self.device)
+        if self.sharded:
+            sharded.average_whole(self.accelerator, module)
+        norm = nn.utils.clip_grad_norm_(module.parameters(), self.config.clip)
+        return sharded.full(norm).to(self.device)
 
     def all_finite(self, values: list[dict[str, Tensor]]) -> bool:
         """Whether all values are finite, in all processes: either all of them move or none."""
@@ -203,12 +217,22 @@ class Run:
         self.log.note([{"lr": torch.tensor(rate * self.config.optimizer.lr, device=self.device)}])
 
     def averaged(self) -> ExitStack:
-        """A context in which every module carries its averaged weights and is in evaluation mode, with a fixed
-        random state (that of the training needs no keeping: every step seeds its own)."""
-        stack = ExitStack()
+        """A context in which every module of the first process carries its averaged weights and is in evaluation mode,
+        with a fixed random state (that of the training needs no keeping: every step seeds its own). All processes must
+        enter it: the averages of sharded modules are gathered, for modules that stand in for them."""
+        averages, stack = self.trained.averages, ExitStack()
+        states = {name: sharded.gather(a.state_dict(), self.main) for name, a in averages.items() if self.sharded}
+        if not self.main:
+            return stack
         stack.enter_context(torch.no_grad())
-        for name, module in self.task.modules.items():
-            stack.enter_context(self.trained.averages[name].swapped(module))
+        for name, module in list(self.task.modules.items()):
+            if self.sharded:
+                stack.callback(self.task.modules.update, {name: module})
+                module = self.task.modules[name] = self.stand_ins[name].to(self.device)
+                stack.callback(module.cpu)
+                module.load_state_dict(states.pop(name))
+            else:
+                stack.enter_context(averages[name].swapped(module))
             stack.callback(module.train)
             module.eval()
         torch.manual_seed(self.config.seed)
@@ -234,9 +258,10 @@ class Run:
     def validate(self, done: int) -> None:
         """Logs the task's numbers on held-out data; `improved` if the one that `train.best` names is the best yet."""
         value = math.nan
+        with self.averaged():
+            values = self.task.validate(self.device) if self.main else {}
         if self.main:
-            with self.averaged():
-                values = {f"val/{name}": value for name, value in self.task.validate(self.device).items()}
+            values = {f"val/{name}": value for name, value in values.items()}
             self.log.write(done, values)
             self.log.say(f"step {done}: " + ", ".join(f"{n[4:]} {v:.4g}" for n, v in values.items()))
             value = self.valued(values)
@@ -257,12 +282,11 @@ class Run:
 
     def preview(self, done: int) -> None:
         """Saves the task's picture as previews/step-N.png."""
-        if self.main:
-            with self.averaged():
-                image = self.task.preview(self.device)
-            if image is not None:
-                (self.out / "previews").mkdir(exist_ok=True)
-                image.save(self.out / "previews" / f"step-{done:08d}.png")
+        with self.averaged():
+            image = self.task.preview(self.device) if self.main else None
+        if image is not None:
+            (self.out / "previews").mkdir(exist_ok=True)
+            image.save(self.out / "previews" / f"step-{done:08d}.png")
         self.accelerator.wait_for_everyone()
 
     def exported(self) -> bool:
@@ -271,8 +295,8 @@ class Run:
 
     def export(self) -> None:
         """The task's loadable folder in the run folder, from the averaged weights at the end of the training."""
-        if self.main:
-            with self.averaged():
+        with self.averaged():
+            if self.main:
                 self.task.export(self.out, self.device, final=True)
         self.accelerator.wait_for_everyone()
 
@@ -281,13 +305,14 @@ class Run:
         validated and previewed, where that is due."""
         self.log.faults()
         logged = self.log.state()
-        if self.main:
-            state = {"step": done, "skipped": self.skipped, "looked": looked, "best": self.best} | logged
-            best = int(self.best["step"]) if self.best else -1
-            with run_state.new_checkpoint(self.out, done, self.config.keep, best) as folder:
-                with self.averaged():
+        state = {"step": done, "skipped": self.skipped, "looked": looked, "best": self.best} | logged
+        best = int(self.best["step"]) if self.best else -1
+        new = run_state.new_checkpoint(self.out, done, self.config.keep, best) if self.main else nullcontext()
+        with new as folder:
+            with self.averaged():
+                if folder:
                     self.task.export(folder, self.device, final=False)
-                run_state.write_state(folder / "state", self.trained, state)
+            run_state.write_state(folder and folder / "state", self.trained, state)
         self.accelerator.wait_for_everyone()
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from ldm import manifest, weights
 from ldm.config import UserError
 from ldm.ema import EMA
+from ldm.sharded import gather, shard
 
 try:
     import fcntl
@@ -178,15 +179,22 @@ def _commit() -> str | None:
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def write_state(folder: Path, trained: Trained, about: dict[str, Any]) -> None:
-    """Weights, averages and optimizers of all modules, and `about` (JSON), into `folder`."""
-    folder.mkdir()
-    for name, module in trained.modules.items():
-        weights.save_tensors(folder / f"{name}.safetensors", module.state_dict())
-        weights.save_tensors(folder / f"{name}-ema.safetensors", trained.averages[name].state_dict())
+def write_state(folder: Path | None, trained: Trained, about: dict[str, Any]) -> None:
+    """Weights, averages and optimizers of all modules, and `about` (JSON), into `folder`; None in the processes that do
+    not write, but have to give their part of sharded modules."""
+    keep = folder is not None
+    if keep:
+        folder.mkdir()
+    for name, part in (trained.modules | {f"{name}-ema": average for name, average in trained.averages.items()}).items():
+        tensors = gather(part.state_dict(), keep)
+        if keep:
+            weights.save_tensors(folder / f"{name}.safetensors", tensors)
     for name, optimizer in trained.optimizers.items():
-        torch.save(optimizer.state_dict(), folder / f"{name}-optimizer.pt")
-    weights.write_json(folder / "state.json", about)
+        state = gather(optimizer.state_dict(), keep)
+        if keep:
+            torch.save(state, folder / f"{name}-optimizer.pt")
+    if keep:
+        weights.write_json(folder / "state.json", about)
 
 
 def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
@@ -198,13 +206,17 @@ def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
         for name, module in trained.modules.items():
             if not (folder / f"{name}.safetensors").is_file():
                 raise ValueError(f"it has no {name}")
-            module.load_state_dict(weights.load_tensors(folder / f"{name}.safetensors"))
+            ours, saved = module.state_dict(), weights.load_tensors(folder / f"{name}.safetensors")
+            module.load_state_dict({key: shard(value, ours.get(key)) for key, value in saved.items()})
             trained.averages[name].load_state_dict(weights.load_tensors(folder / f"{name}-ema.safetensors"))
         for name, optimizer in trained.optimizers.items():
             if not (folder / f"{name}-optimizer.pt").is_file():
                 raise ValueError(f"it has no optimizer {name}")
             # load_state_dict moves what belongs on the device
             state = torch.load(folder / f"{name}-optimizer.pt", map_location="cpu", weights_only=True)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, values in state["state"].items():
+                state["state"][i] = {key: shard(value, parameters[i]) for key, value in values.items()}
             optimizer.load_state_dict(state)
     # A file that is no state, or holds more than tensors, makes the unpickler raise nearly anything.
     except Exception as error:
