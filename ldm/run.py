@@ -1,6 +1,5 @@
 """One process's view of a training: its steps, looks and checkpoints."""
 
-import copy
 import math
 import warnings
 from collections.abc import Generator, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm import run_state, sharded, weights
 from ldm.config import UserError
@@ -37,21 +36,12 @@ class Run:
         self.device, self.main = processes().device, processes().is_main_process
         trackers = ["tensorboard"] if find_spec("tensorboard") else []
         self.accelerator = Accelerator(mixed_precision=config.precision, log_with=trackers, project_dir=out)
-        self.sharded = self.accelerator.is_fsdp2
-        self.wrapped: dict[str, nn.Module] = {}
-        self.stand_ins: dict[str, nn.Module] = {}  # whole modules, for what the first process does alone
-        optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.wrapped, self.stand_ins, optimizers = {}, {}, {}
         for name, module in task.modules.items():
             module.train().to(self.device)
             own = optimizers_of(name, module, config.optimizer)
+            self.wrapped[name], self.stand_ins[name] = sharded.prepare(self.accelerator, module, own.values())
             optimizers |= own
-            if self.sharded:
-                self.accelerator.prepare_model(module, evaluation_mode=True)  # for its autocast
-                if self.main:
-                    self.stand_ins[name] = copy.deepcopy(module).cpu()
-                self.wrapped[name] = sharded.prepare(self.accelerator, module, own.values())
-            else:
-                self.wrapped[name] = self.accelerator.prepare(module)
         averages = {name: EMA(m, config.ema_decay, config.ema_power) for name, m in task.modules.items()}
         self.trained = run_state.Trained(task.modules, averages, optimizers)
         self.skipped = 0  # in a row
@@ -166,7 +156,8 @@ class Run:
 
     def move(self, values: list[dict[str, Tensor]], step: int) -> None:
         """Each module moves, unless something is non-finite."""
-        values.append({f"{n}_grad_norm": self.clip(m) for n, m in self.trained.modules.items()})
+        a, clip = self.accelerator, self.config.clip
+        values.append({f"{n}_grad_norm": sharded.clip(a, m, clip) for n, m in self.trained.modules.items()})
         if self.all_finite(values):
             self.skipped, self.offending = 0, []
             self.log.note(values)
@@ -190,14 +181,6 @@ class Run:
                 noted.append({f"{name}_loss": loss} | values)
         return [{k: torch.as_tensor(v, device=self.device).detach().float() for k, v in d.items()} for d in noted]
 
-    def clip(self, module: nn.Module) -> Tensor:
-        """Scales the module's gradients to the largest norm allowed; returns their norm before, on the device (where
-        a module has no gradients yet, torch gives it on the CPU)."""
-        if self.sharded:
-            sharded.average_whole(self.accelerator, module)
-        norm = nn.utils.clip_grad_norm_(module.parameters(), self.config.clip)
-        return sharded.full(norm).to(self.device)
-
     def all_finite(self, values: list[dict[str, Tensor]]) -> bool:
         """Whether all values are finite, in all processes: either all of them move or none."""
         flags = [torch.isfinite(v) for table in values for k, v in table.items() if k.endswith(("_loss", "_norm"))]
@@ -219,20 +202,14 @@ class Run:
     def averaged(self) -> ExitStack:
         """A context in which every module of the first process carries its averaged weights and is in evaluation mode,
         with a fixed random state (that of the training needs no keeping: every step seeds its own). All processes must
-        enter it: the averages of sharded modules are gathered, for modules that stand in for them."""
-        averages, stack = self.trained.averages, ExitStack()
-        states = {name: sharded.gather(a.state_dict(), self.main) for name, a in averages.items() if self.sharded}
-        if not self.main:
-            return stack
+        enter it alike."""
+        stack, modules = ExitStack(), self.task.modules
         stack.enter_context(torch.no_grad())
-        for name, module in list(self.task.modules.items()):
-            if self.sharded:
-                stack.callback(self.task.modules.update, {name: module})
-                module = self.task.modules[name] = self.stand_ins[name].to(self.device)
-                stack.callback(module.cpu)
-                module.load_state_dict(states.pop(name))
+        for name, average in self.trained.averages.items():
+            if self.accelerator.is_fsdp2:
+                module = stack.enter_context(sharded.replaced(modules, name, self.stand_ins[name], average.shadow))
             else:
-                stack.enter_context(averages[name].swapped(module))
+                module = stack.enter_context(average.swapped(modules[name]))
             stack.callback(module.train)
             module.eval()
         torch.manual_seed(self.config.seed)
@@ -259,9 +236,9 @@ class Run:
         """Logs the task's numbers on held-out data; `improved` if the one that `train.best` names is the best yet."""
         value = math.nan
         with self.averaged():
-            values = self.task.validate(self.device) if self.main else {}
+            found = self.task.validate(self.device) if self.main else {}
+        values = {f"val/{name}": value for name, value in found.items()}
         if self.main:
-            values = {f"val/{name}": value for name, value in values.items()}
             self.log.write(done, values)
             self.log.say(f"step {done}: " + ", ".join(f"{n[4:]} {v:.4g}" for n, v in values.items()))
             value = self.valued(values)
@@ -304,8 +281,7 @@ class Run:
         """A checkpoint: the loadable folder, and `state/` with all that resuming needs; `looked`: whether the step was
         validated and previewed, where that is due."""
         self.log.faults()
-        logged = self.log.state()
-        state = {"step": done, "skipped": self.skipped, "looked": looked, "best": self.best} | logged
+        state = {"step": done, "skipped": self.skipped, "looked": looked, "best": self.best} | self.log.state()
         best = int(self.best["step"]) if self.best else -1
         new = run_state.new_checkpoint(self.out, done, self.config.keep, best) if self.main else nullcontext()
         with new as folder:

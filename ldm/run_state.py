@@ -180,43 +180,39 @@ def _commit() -> str | None:
 
 
 def write_state(folder: Path | None, trained: Trained, about: dict[str, Any]) -> None:
-    """Weights, averages and optimizers of all modules, and `about` (JSON), into `folder`; None in the processes that do
-    not write, but have to give their part of sharded modules."""
-    keep = folder is not None
-    if keep:
+    """Weights, averages and optimizers of all modules, and `about` (JSON), into `folder`; None in processes that do not
+    write, but give their part of what is sharded."""
+    if folder:
         folder.mkdir()
-    for name, part in (trained.modules | {f"{name}-ema": average for name, average in trained.averages.items()}).items():
-        tensors = gather(part.state_dict(), keep)
-        if keep:
+    parts: dict[str, Any] = trained.modules | {f"{name}-ema": average for name, average in trained.averages.items()}
+    for name, part in parts.items():
+        tensors = gather(part.state_dict(), keep=folder is not None)
+        if folder:
             weights.save_tensors(folder / f"{name}.safetensors", tensors)
     for name, optimizer in trained.optimizers.items():
-        state = gather(optimizer.state_dict(), keep)
-        if keep:
+        state = gather(optimizer.state_dict(), keep=folder is not None)
+        if folder:
             torch.save(state, folder / f"{name}-optimizer.pt")
-    if keep:
+    if folder:
         weights.write_json(folder / "state.json", about)
 
 
 def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
-    """Loads what `write_state` wrote into the modules, averages and optimizers; returns `about`.
-
-    UserError where the state is of other modules.
-    """
+    """Loads what `write_state` wrote into the modules, averages and optimizers, or each process's part of it; returns
+    `about`. UserError where the state is of other modules."""
     try:
         for name, module in trained.modules.items():
             if not (folder / f"{name}.safetensors").is_file():
                 raise ValueError(f"it has no {name}")
-            ours, saved = module.state_dict(), weights.load_tensors(folder / f"{name}.safetensors")
-            module.load_state_dict({key: shard(value, ours.get(key)) for key, value in saved.items()})
+            module.load_state_dict(shard(weights.load_tensors(folder / f"{name}.safetensors"), module.state_dict()))
             trained.averages[name].load_state_dict(weights.load_tensors(folder / f"{name}-ema.safetensors"))
         for name, optimizer in trained.optimizers.items():
             if not (folder / f"{name}-optimizer.pt").is_file():
                 raise ValueError(f"it has no optimizer {name}")
             # load_state_dict moves what belongs on the device
             state = torch.load(folder / f"{name}-optimizer.pt", map_location="cpu", weights_only=True)
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for i, values in state["state"].items():
-                state["state"][i] = {key: shard(value, parameters[i]) for key, value in values.items()}
+            parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+            state["state"] = shard(state["state"], parameters)
             optimizer.load_state_dict(state)
     # A file that is no state, or holds more than tensors, makes the unpickler raise nearly anything.
     except Exception as error:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, distributed, nn
 
 from ldm.config import UserError
-from ldm.sharded import check_settings
+from ldm.sharded import asked
 
 Item, Found = TypeVar("Item"), TypeVar("Found")
 # What accelerate's launch sets for ways to split a model that the training loop does not know.
@@ -82,8 +82,7 @@ def check_launch() -> None:
                 f"{name} is not supported. Launch with --config_file configs/accelerate/one-node-8-gpus.yaml or"
                 " multi-node.yaml, where every process holds the whole model, or fsdp.yaml, where each holds a share"
             )
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        check_settings()
+    asked()
     # its simple launcher gives several processes an address, but only mpirun, with variables of its own, starts them
     alone = not any(
         name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
