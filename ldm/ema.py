@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ldm.sharded import local, shard
+
 
 class EMA:
     """Float32 shadow of a module: parameters averaged, buffers copied.
@@ -34,8 +36,8 @@ class EMA:
             if self.shadow[name].device != value.device:  # the module was moved since the last call
                 self.shadow[name] = self.shadow[name].to(value.device)
             is_weight = isinstance(value, nn.Parameter)
-            (averaged if is_weight else copied).append(self.shadow[name])
-            (weights if is_weight else buffers).append(_as_shadow(value))
+            (averaged if is_weight else copied).append(local(self.shadow[name]))
+            (weights if is_weight else buffers).append(local(_as_shadow(value)))
         if averaged:
             torch._foreach_lerp_(averaged, weights, 1 - self.rate(step))
         if copied:
@@ -70,7 +72,8 @@ class EMA:
             differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
             raise ValueError(f"EMA state of another module: {', '.join(differing[:4])} differ")
         for name, value in state.items():
-            self.shadow[name] = _as_shadow(value).to(self.shadow[name].device, copy=True)
+            value = _as_shadow(value).to(self.shadow[name].device, copy=True)
+            self.shadow[name] = shard(value, self.shadow[name])
 
     def _matched(self, module: nn.Module) -> dict[str, Tensor]:
         state = _state(module)

@@ -7,6 +7,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.sharded import full, shard
+
 QUINTIC = (3.4445, -4.7750, 2.0315)  # takes singular values from (0, 1] to about [0.7, 1.2] in five rounds
 WIDE = 4  # columns a row from which the rounds are cheaper on the small side
 NARROW = 16  # a layer with fewer inputs or outputs has too few directions to even out
@@ -59,7 +61,7 @@ class Muon(torch.optim.Optimizer):
             alike = defaultdict(list)  # by shape, to be worked on at once
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    matrix = self.nesterov(parameter, group["momentum"]).flatten(1)
+                    matrix = full(self.nesterov(parameter, group["momentum"])).flatten(1)
                     tall = matrix.shape[0] > matrix.shape[1]
                     alike[matrix.shape].append((parameter, matrix.mT if tall else matrix))
             for (rows, columns), members in alike.items():
@@ -68,7 +70,7 @@ class Muon(torch.optim.Optimizer):
                 size = group["lr"] * 0.2 * max(rows, columns) ** 0.5
                 for (parameter, _), update in zip(members, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.sub_(update.reshape(parameter.shape), alpha=size)
+                    parameter.sub_(shard(update.reshape(parameter.shape), parameter), alpha=size)
 
     def nesterov(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         """The gradient, looking one step ahead along its running mean, which this moves."""

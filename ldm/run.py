@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm import run_state, weights
+from ldm import run_state, sharded, weights
 from ldm.config import UserError
 from ldm.data.order import EpochBatches
 from ldm.ema import EMA
@@ -36,11 +36,12 @@ class Run:
         self.device, self.main = processes().device, processes().is_main_process
         trackers = ["tensorboard"] if find_spec("tensorboard") else []
         self.accelerator = Accelerator(mixed_precision=config.precision, log_with=trackers, project_dir=out)
-        optimizers = {}
+        self.wrapped, self.stand_ins, optimizers = {}, {}, {}
         for name, module in task.modules.items():
             module.train().to(self.device)
-            optimizers |= optimizers_of(name, module, config.optimizer)
-        self.wrapped = {name: self.accelerator.prepare(module) for name, module in task.modules.items()}
+            own = optimizers_of(name, module, config.optimizer)
+            self.wrapped[name], self.stand_ins[name] = sharded.prepare(self.accelerator, module, own.values())
+            optimizers |= own
         averages = {name: EMA(m, config.ema_decay, config.ema_power) for name, m in task.modules.items()}
         self.trained = run_state.Trained(task.modules, averages, optimizers)
         self.skipped = 0  # in a row
@@ -155,7 +156,8 @@ class Run:
 
     def move(self, values: list[dict[str, Tensor]], step: int) -> None:
         """Each module moves, unless something is non-finite."""
-        values.append({f"{n}_grad_norm": self.clip(m) for n, m in self.trained.modules.items()})
+        a, clip = self.accelerator, self.config.clip
+        values.append({f"{n}_grad_norm": sharded.clip(a, m, clip) for n, m in self.trained.modules.items()})
         if self.all_finite(values):
             self.skipped, self.offending = 0, []
             self.log.note(values)
@@ -179,11 +181,6 @@ class Run:
                 noted.append({f"{name}_loss": loss} | values)
         return [{k: torch.as_tensor(v, device=self.device).detach().float() for k, v in d.items()} for d in noted]
 
-    def clip(self, module: nn.Module) -> Tensor:
-        """Scales the module's gradients to the largest norm allowed; returns their norm before, on the device (where
-        a module has no gradients yet, torch gives it on the CPU)."""
-        return nn.utils.clip_grad_norm_(module.parameters(), self.config.clip).to(self.device)
-
     def all_finite(self, values: list[dict[str, Tensor]]) -> bool:
         """Whether all values are finite, in all processes: either all of them move or none."""
         flags = [torch.isfinite(v) for table in values for k, v in table.items() if k.endswith(("_loss", "_norm"))]
@@ -203,12 +200,16 @@ class Run:
         self.log.note([{"lr": torch.tensor(rate * self.config.optimizer.lr, device=self.device)}])
 
     def averaged(self) -> ExitStack:
-        """A context in which every module carries its averaged weights and is in evaluation mode, with a fixed
-        random state (that of the training needs no keeping: every step seeds its own)."""
-        stack = ExitStack()
+        """A context in which every module of the first process carries its averaged weights and is in evaluation mode,
+        with a fixed random state (that of the training needs no keeping: every step seeds its own). All processes must
+        enter it alike."""
+        stack, modules = ExitStack(), self.task.modules
         stack.enter_context(torch.no_grad())
-        for name, module in self.task.modules.items():
-            stack.enter_context(self.trained.averages[name].swapped(module))
+        for name, average in self.trained.averages.items():
+            if self.accelerator.is_fsdp2:
+                module = stack.enter_context(sharded.replaced(modules, name, self.stand_ins[name], average.shadow))
+            else:
+                module = stack.enter_context(average.swapped(modules[name]))
             stack.callback(module.train)
             module.eval()
         torch.manual_seed(self.config.seed)
@@ -234,9 +235,10 @@ class Run:
     def validate(self, done: int) -> None:
         """Logs the task's numbers on held-out data; `improved` if the one that `train.best` names is the best yet."""
         value = math.nan
+        with self.averaged():
+            found = self.task.validate(self.device) if self.main else {}
+        values = {f"val/{name}": value for name, value in found.items()}
         if self.main:
-            with self.averaged():
-                values = {f"val/{name}": value for name, value in self.task.validate(self.device).items()}
             self.log.write(done, values)
             self.log.say(f"step {done}: " + ", ".join(f"{n[4:]} {v:.4g}" for n, v in values.items()))
             value = self.valued(values)
@@ -257,12 +259,11 @@ class Run:
 
     def preview(self, done: int) -> None:
         """Saves the task's picture as previews/step-N.png."""
-        if self.main:
-            with self.averaged():
-                image = self.task.preview(self.device)
-            if image is not None:
-                (self.out / "previews").mkdir(exist_ok=True)
-                image.save(self.out / "previews" / f"step-{done:08d}.png")
+        with self.averaged():
+            image = self.task.preview(self.device) if self.main else None
+        if image is not None:
+            (self.out / "previews").mkdir(exist_ok=True)
+            image.save(self.out / "previews" / f"step-{done:08d}.png")
         self.accelerator.wait_for_everyone()
 
     def exported(self) -> bool:
@@ -271,8 +272,8 @@ class Run:
 
     def export(self) -> None:
         """The task's loadable folder in the run folder, from the averaged weights at the end of the training."""
-        if self.main:
-            with self.averaged():
+        with self.averaged():
+            if self.main:
                 self.task.export(self.out, self.device, final=True)
         self.accelerator.wait_for_everyone()
 
@@ -280,14 +281,14 @@ class Run:
         """A checkpoint: the loadable folder, and `state/` with all that resuming needs; `looked`: whether the step was
         validated and previewed, where that is due."""
         self.log.faults()
-        logged = self.log.state()
-        if self.main:
-            state = {"step": done, "skipped": self.skipped, "looked": looked, "best": self.best} | logged
-            best = int(self.best["step"]) if self.best else -1
-            with run_state.new_checkpoint(self.out, done, self.config.keep, best) as folder:
-                with self.averaged():
+        state = {"step": done, "skipped": self.skipped, "looked": looked, "best": self.best} | self.log.state()
+        best = int(self.best["step"]) if self.best else -1
+        new = run_state.new_checkpoint(self.out, done, self.config.keep, best) if self.main else nullcontext()
+        with new as folder:
+            with self.averaged():
+                if folder:
                     self.task.export(folder, self.device, final=False)
-                run_state.write_state(folder / "state", self.trained, state)
+            run_state.write_state(folder and folder / "state", self.trained, state)
         self.accelerator.wait_for_everyone()
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from ldm import manifest, weights
 from ldm.config import UserError
 from ldm.ema import EMA
+from ldm.sharded import gather, shard
 
 try:
     import fcntl
@@ -178,33 +179,40 @@ def _commit() -> str | None:
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def write_state(folder: Path, trained: Trained, about: dict[str, Any]) -> None:
-    """Weights, averages and optimizers of all modules, and `about` (JSON), into `folder`."""
-    folder.mkdir()
-    for name, module in trained.modules.items():
-        weights.save_tensors(folder / f"{name}.safetensors", module.state_dict())
-        weights.save_tensors(folder / f"{name}-ema.safetensors", trained.averages[name].state_dict())
+def write_state(folder: Path | None, trained: Trained, about: dict[str, Any]) -> None:
+    """Weights, averages and optimizers of all modules, and `about` (JSON), into `folder`; None in processes that do not
+    write, but give their part of what is sharded."""
+    if folder:
+        folder.mkdir()
+    parts: dict[str, Any] = trained.modules | {f"{name}-ema": average for name, average in trained.averages.items()}
+    for name, part in parts.items():
+        tensors = gather(part.state_dict(), keep=folder is not None)
+        if folder:
+            weights.save_tensors(folder / f"{name}.safetensors", tensors)
     for name, optimizer in trained.optimizers.items():
-        torch.save(optimizer.state_dict(), folder / f"{name}-optimizer.pt")
-    weights.write_json(folder / "state.json", about)
+        state = gather(optimizer.state_dict(), keep=folder is not None)
+        if folder:
+            torch.save(state, folder / f"{name}-optimizer.pt")
+    if folder:
+        weights.write_json(folder / "state.json", about)
 
 
 def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
-    """Loads what `write_state` wrote into the modules, averages and optimizers; returns `about`.
-
-    UserError where the state is of other modules.
-    """
+    """Loads what `write_state` wrote into the modules, averages and optimizers, or each process's part of it; returns
+    `about`. UserError where the state is of other modules."""
     try:
         for name, module in trained.modules.items():
             if not (folder / f"{name}.safetensors").is_file():
                 raise ValueError(f"it has no {name}")
-            module.load_state_dict(weights.load_tensors(folder / f"{name}.safetensors"))
+            module.load_state_dict(shard(weights.load_tensors(folder / f"{name}.safetensors"), module.state_dict()))
             trained.averages[name].load_state_dict(weights.load_tensors(folder / f"{name}-ema.safetensors"))
         for name, optimizer in trained.optimizers.items():
             if not (folder / f"{name}-optimizer.pt").is_file():
                 raise ValueError(f"it has no optimizer {name}")
             # load_state_dict moves what belongs on the device
             state = torch.load(folder / f"{name}-optimizer.pt", map_location="cpu", weights_only=True)
+            parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+            state["state"] = shard(state["state"], parameters)
             optimizer.load_state_dict(state)
     # A file that is no state, or holds more than tensors, makes the unpickler raise nearly anything.
     except Exception as error:

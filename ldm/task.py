@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor, distributed, nn
 
 from ldm.config import UserError
+from ldm.sharded import asked
 
 Item, Found = TypeVar("Item"), TypeVar("Found")
 # What accelerate's launch sets for ways to split a model that the training loop does not know.
-SPLIT = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+SPLIT = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 
 
 class Task(Protocol):
@@ -92,10 +93,10 @@ def check_launch() -> None:
     for key, name in SPLIT.items():
         if os.environ.get(f"ACCELERATE_USE_{key}", "").lower() == "true":
             raise UserError(
-                f"{name} is not supported: every process holds the whole model (DDP). Launch with"
-                " --config_file configs/accelerate/one-node-8-gpus.yaml or multi-node.yaml; for less memory lower"
-                " train.batch_size and raise train.accumulate"
+                f"{name} is not supported. Launch with --config_file configs/accelerate/one-node-8-gpus.yaml or"
+                " multi-node.yaml, where every process holds the whole model, or fsdp.yaml, where each holds a share"
             )
+    asked()
     # its simple launcher gives several processes an address, but only mpirun, with variables of its own, starts them
     alone = not any(
         name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")

@@ -179,6 +179,8 @@ class UpLevel(nn.Module):
 class UNet(nn.Module):
     """z_t (B, C, h, w), t (B,) or a scalar, context (B, L, D) -> prediction (B, C, h, w)."""
 
+    _no_split_modules = ["ResnetBlock", "SpatialTransformer"]  # for `ldm.sharded`
+
     def __init__(self, config: UNetConfig):
         super().__init__()
         _check(config)

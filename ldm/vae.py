@@ -155,6 +155,8 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Images x (B, 3, H, W) in [-1, 1] <-> latents z (B, C, H/f, W/f)."""
 
+    _no_split_modules = ["ResnetBlock"]  # for `ldm.sharded`
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         for width in config.block_out_channels:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports from lower rows only; modules of one package (`ldm.data`, `ldm.metrics`) may import each other.
 ROWS = (
     ("ldm", "ldm.config", "ldm.bpe", "ldm.together"),
-    ("ldm.weights",),
+    ("ldm.weights", "ldm.sharded"),
     ("ldm.layers", "ldm.data", "ldm.diffusion", "ldm.losses", "ldm.ema", "ldm.muon", "ldm.perceptual"),
     ("ldm.train_config", "ldm.manifest", "ldm.interrupt"),
     ("ldm.run_state", "ldm.task", "ldm.loading", "ldm.memory", "ldm.optimizers"),

@@ -114,9 +114,13 @@ class AutoencoderTask:
 
         The bare discriminator: it has nothing to sync in this step.
         """
-        discriminator = self.modules["discriminator"].requires_grad_(False)
+        discriminator = self.modules["discriminator"]
+        parameters = list(discriminator.parameters())  # a sharded module has others from its forward pass on
+        for parameter in parameters:
+            parameter.requires_grad_(False)
         verdict = losses.hinge_generator(discriminator(reconstruction))
-        discriminator.requires_grad_(True)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
         last = self.modules["vae"].decoder.conv_out.weight
         return verdict, losses.adaptive_weight(fidelity, verdict, last, self.config.loss.gan_maximum)
 

@@ -213,8 +213,9 @@ class DiffusionTask:
         return captioned_grid(images, prompts, columns=min(8, len(prompts)))
 
     def parts(self) -> Parts:
-        """The pipeline's parts, the U-Net as it is now."""
-        return Parts(self.vae, self.text_encoder, self.tokenizer, self.modules["unet"], self.schedule)
+        """The pipeline's parts, those that are trained as they are now."""
+        text_encoder = self.modules.get("text_encoder", self.text_encoder)
+        return Parts(self.vae, text_encoder, self.tokenizer, self.modules["unet"], self.schedule)
 
     def export(self, folder: Path, device: torch.device, final: bool) -> None:
         """Writes the whole pipeline into `folder`."""
