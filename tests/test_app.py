@@ -350,26 +350,30 @@ def test_a_drawing_becomes_a_picture_and_a_mask():
     background = Image.new("RGBA", (300, 200), (0, 0, 255, 255))
     layer = Image.new("RGBA", (300, 200))
     layer.paste((255, 0, 0, 255), (50, 0, 150, 200))  # the left half of the centre square
-    image, mask = tab_edit.read_drawing({"background": background, "layers": [layer]}, 16)
+    image, mask = tab_edit.read_drawing({"background": background, "layers": [layer]}, 16, 4)
     assert image.size == (16, 16) and image.getpixel((3, 3)) == (0, 0, 255)
     assert np.array_equal(np.asarray(mask), np.tile(np.arange(16) < 8, (16, 1)))
-    assert tab_edit.read_drawing({"background": background, "layers": []}, 16)[1] is None
+    dot = Image.new("RGBA", (300, 200))
+    dot.paste((255, 0, 0, 255), (150, 100, 160, 110))  # less than a latent, which is drawn whole
+    _, mask = tab_edit.read_drawing({"background": background, "layers": [dot]}, 16, 4)
+    assert np.argwhere(mask).min(0).tolist() == [8, 8] and np.argwhere(mask).max(0).tolist() == [11, 11]
+    assert tab_edit.read_drawing({"background": background, "layers": []}, 16, 4)[1] is None
     for nothing in (None, {}, {"background": None}, {"background": Image.new("RGBA", (9, 9))}):
         with pytest.raises(UserError, match="no picture to begin with"):
-            tab_edit.read_drawing(nothing, 16)
+            tab_edit.read_drawing(nothing, 16, 4)
 
 
 def test_an_editors_margins_are_no_part_of_the_picture():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 200, 3), np.uint8))
-    alone, _ = tab_edit.read_drawing({"background": image}, 16)
+    alone, _ = tab_edit.read_drawing({"background": image}, 16, 4)
     for place, size in (((156, 0), (512, 300)), ((0, 17), (200, 333))):
         canvas = Image.new("RGBA", size)
         canvas.paste(image, place)
-        assert tab_edit.read_drawing({"background": canvas}, 16)[0] == alone
+        assert tab_edit.read_drawing({"background": canvas}, 16, 4)[0] == alone
     # a picture's own transparency is white, wherever it is
     star = Image.new("RGBA", (64, 64))
     star.paste((255, 0, 0, 255), (20, 10, 30, 30))
-    drawn = np.asarray(tab_edit.read_drawing({"background": star}, 64)[0])
+    drawn = np.asarray(tab_edit.read_drawing({"background": star}, 64, 8)[0])
     assert (drawn[10:30, 20:30] == (255, 0, 0)).all() and drawn[40, 40].tolist() == [255, 255, 255]
 
 
@@ -379,7 +383,7 @@ def test_what_make_hands_to_edit_comes_back_exactly(tmp_path):
     save_png(image, path, {"prompt": "a", "negative_prompt": "b", "model": "other", "seed": "3"})
     _, drawn, *told = tab_edit.handed(str(path), offered("tiny", "other"))
     assert told == ["a", "b", "other"] and drawn["background"].size == (512, 512)
-    assert tab_edit.read_drawing(drawn, 32)[0] == image
+    assert tab_edit.read_drawing(drawn, 32, 4)[0] == image
     said, *rest = to_edit(offered("tiny"), None)
     assert "no picture to edit yet" in said and len(rest) == 6
 

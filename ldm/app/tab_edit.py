@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from einops import reduce, repeat
 from PIL import Image
 
 from ldm.app import tab_between
@@ -33,7 +34,7 @@ class Editing:
             with self.desk.working(request, "edit") as stop:
                 settings = self.given.read(values)
                 pipe = self.desk.models[settings.model]
-                image, mask = read_drawing(drawn, side_of(pipe))
+                image, mask = read_drawing(drawn, side_of(pipe), pipe.vae.factor)
                 if not settings.cleaned().prompt:
                     raise UserError("there is no prompt; write what is to be drawn")
                 again = {"resample": RESAMPLE} if mask else {}
@@ -114,9 +115,9 @@ def side_of(pipe: Pipeline) -> int:
     return pipe.latent_shape()[1] * pipe.vae.factor
 
 
-def read_drawing(drawn: dict | None, side: int) -> tuple[Image.Image, Image.Image | None]:
-    """The centre square of an editor's picture, resized, and the mask of what was brushed over, None for nothing
-    (UserError without a picture)."""
+def read_drawing(drawn: dict | None, side: int, factor: int) -> tuple[Image.Image, Image.Image | None]:
+    """The centre square of an editor's picture, resized, and the mask of what was brushed over, in whole latents of
+    `factor` pixels, None for nothing (UserError without a picture)."""
     background = drawn["background"].convert("RGBA") if drawn and drawn.get("background") is not None else None
     if background is None or background.getchannel("A").getbbox() is None:
         raise UserError("there is no picture to begin with; upload one")
@@ -129,7 +130,9 @@ def read_drawing(drawn: dict | None, side: int) -> tuple[Image.Image, Image.Imag
     for layer in (drawn or {}).get("layers") or []:
         alpha = layer.convert("RGBA").crop(box).resize((side, side), Image.Resampling.BOX)
         brushed |= np.asarray(alpha)[..., 3] >= 64  # the brush is not opaque
-    return image, Image.fromarray(brushed) if brushed.any() else None
+    latents = reduce(brushed, "(h a) (w b) -> h w", "max", a=factor, b=factor)
+    whole = repeat(latents, "h w -> (h a) (w b)", a=factor, b=factor)
+    return image, Image.fromarray(whole) if whole.any() else None
 
 
 def centre_square(image: Image.Image) -> tuple[int, int, int, int]:
