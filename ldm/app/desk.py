@@ -19,6 +19,7 @@ from ldm.config import UserError
 from ldm.images import save_png
 
 MOST = 1000  # pictures under the page's folder; the oldest go
+IDLE = said("Nothing is running.")
 NAME = re.compile(r"[a-z0-9-]{1,60}-[0-9a-f]{16}\.png")
 
 
@@ -53,17 +54,17 @@ class Desk:
             if self.stops.get(key) is event:
                 del self.stops[key]
 
-    def stop(self, tab: str, idle: Any = None) -> Callable[[gr.Request], Any]:
-        """For a stop button: stops the tab's work, also where it still waits in the queue; what to say of it, or `idle`
-        where nothing runs."""
+    def stop(self, tab: str, idle: Any) -> Callable[[gr.Request], Any]:
+        """For a stop button: stops the tab's work, also where it still waits in the queue; `idle` where there is none.
+        Of work that was stopped its own last word is said, which may be there before this is answered."""
 
-        def stop(request: gr.Request) -> str:
+        def stop(request: gr.Request) -> Any:
             """Sets the event that the work looks at."""
             event = self.stops.get((str(request.session_hash), tab))
             if event is None:
-                return said("Nothing is running.") if idle is None else idle
+                return idle
             event.set()
-            return said("Stopping.")
+            return gr.skip()
 
         return stop
 
@@ -123,6 +124,7 @@ def begins(desk: Desk, tab: str, triggers: list[Any], work: dict[str, Any], stat
         trigger(desk.arm(tab), None, None, **QUIET).then(**work, show_progress_on=[status], **QUEUED)
 
 
-def stops(desk: Desk, tab: str, halt: gr.Button, status: gr.HTML, idle: Any = None) -> None:
-    """Wires the button that stops a tab's work; `idle` is shown where there is none, or that there is none."""
-    halt.click(desk.stop(tab, idle), None, status, **QUIET)
+def stops(desk: Desk, tab: str, halt: gr.Button, status: gr.HTML, idle: Any = IDLE) -> None:
+    """Wires the button that stops a tab's work; `idle` is shown where there is none."""
+    stopping = f"() => {{ document.querySelector('#{status.elem_id} p').textContent = 'Stopping.'; }}"
+    halt.click(desk.stop(tab, idle), None, status, js=stopping if idle is IDLE else None, **QUIET)
