@@ -48,7 +48,7 @@ def running(out: Path, *options: str, ends: signal.Signals = signal.SIGTERM) -> 
             assert "Traceback" not in (out / "log.txt").read_text()
         finally:
             process.send_signal(ends)
-            assert process.wait(timeout=60) in (0, -ends)
+            assert process.wait(timeout=60) in (128 + ends, -ends)
 
 
 @pytest.fixture(scope="session")
