@@ -37,8 +37,9 @@ input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px
 .figures figure { margin: 0; text-align: center; }
 .figures img { width: 112px; height: 112px; object-fit: contain; border-radius: 6px; }
 #inside-way .figures, #inside-words .figures { flex-wrap: nowrap; overflow-x: auto; }
-#inside-way figure, #inside-words figure { flex: 0 1 112px; min-width: 60px; white-space: nowrap; }
-#inside-way img, #inside-words img { width: 100%; height: auto; aspect-ratio: 1; }
+#inside-way figure { flex: 0 1 112px; min-width: 60px; white-space: nowrap; }
+#inside-way img { width: 100%; height: auto; aspect-ratio: 1; }
+#inside-words figure { flex: none; font-size: .9em; } #inside-words img { width: 64px; height: 64px; margin: auto; }
 .coarse { image-rendering: pixelated; }
 .large img { width: min(160px, 35vw); height: min(160px, 35vw); }
 .judged { display: flex; gap: 1em; justify-content: center; align-items: start; --side: min(256px, 80vw); }

@@ -82,7 +82,7 @@ def a_picture(desk: Desk) -> tuple[gr.ImageEditor, dict[str, Any]]:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             editor = gr.ImageEditor(
-                label="Picture and mask",
+                label="Picture",
                 type="pil",
                 height=420,
                 canvas_size=(CANVAS, CANVAS),
