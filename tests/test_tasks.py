@@ -111,6 +111,22 @@ def test_autoencoder_starts_from_other_weights(vae_run):
         AutoencoderTask(replace(config, vae="nowhere"))
 
 
+def test_clip_starts_from_another_text_encoder(clip_run):
+    there = TextEncoder.from_pretrained(clip_run)
+    config = replace(tiny.clip(), text_encoder=str(clip_run), vocab_size=300)
+    config = replace(config, text=replace(config.text, hidden_size=64, projection_dim=24))
+    config = replace(config, vision=replace(config.vision, projection_dim=24))
+    task = CLIPTask(config)
+    clip = task.modules["clip"]
+    assert tiny.same(clip.text_encoder().state_dict(), there.state_dict())
+    tokens = task.tokenizer(["a small red circle"])
+    torch.testing.assert_close(tokens, Tokenizer.from_pretrained(clip_run)(["a small red circle"]))
+    assert clip.encode_text(tokens).shape == (1, 24)
+    assert losses_on_one_batch(task, "clip", 3e-3, 2)[1] > 0
+    with pytest.raises(UserError, match="unknown model 'nowhere'"):
+        CLIPTask(replace(config, text_encoder="nowhere"))
+
+
 def test_perceptual_gradient_reaches_the_decoder_and_not_its_own_network():
     task = AutoencoderTask(tiny.autoencoder())
     _, _, values = next(task.losses(task.modules, stack_images(tiny.samples(2)), step=0))

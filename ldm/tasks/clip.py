@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, distributed, nn
 from torch.utils.data import ConcatDataset
 
-from ldm import losses
-from ldm.clip import CLIP, TextConfig, VisionConfig
+from ldm import losses, weights
+from ldm.clip import CLIP, TextConfig, TextEncoder, VisionConfig
 from ldm.config import UserError, require
 from ldm.data import DataConfig, batches, choose_captions, flip_half, open_dataset, spread, stack_images, to_float
 from ldm.data.faults import Faults
@@ -35,6 +35,7 @@ class CLIPConfig:
     data: DataConfig = field(default_factory=DataConfig)
     vocab_size: int = 2048  # at most; of the tokenizer trained on the captions
     tokenizer: str = ""  # a folder with a tokenizer to use in place of training one
+    text_encoder: str = ""  # a text tower to start from, with its tokenizer, in place of `text`; as in train_diffusion
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -57,32 +58,36 @@ class CLIPTask:
         self.dataset = open_dataset(config.data, "train")
         if config.judge:
             self.dataset = Joined([self.dataset, self.held_out])
-        if config.tokenizer:
-            self.tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+        start = TextEncoder.from_pretrained(config.text_encoder) if config.text_encoder else None
+        if config.tokenizer or start:
+            self.tokenizer = Tokenizer.from_pretrained(config.tokenizer or weights.find_root(config.text_encoder))
         else:
             captions = (c for i in range(len(self.dataset)) for c in self.dataset.captions(i))
             self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.text.max_position_embeddings)
-        self.check_sizes()
         torch.manual_seed(config.train.seed)
         text = replace(
-            config.text,
+            replace(start.config, projection_dim=config.text.projection_dim) if start else config.text,
             vocab_size=len(self.tokenizer),
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
         )
+        self.check_sizes(text)
         vision = replace(config.vision, image_size=config.data.size)
-        self.modules: dict[str, nn.Module] = {"clip": CLIP(text, vision)}
+        clip = CLIP(text, vision)
+        if start:
+            clip.text_model.load_state_dict(start.text_model.state_dict())
+        self.modules: dict[str, nn.Module] = {"clip": clip}
         if config.grounding.words or config.grounding.picture:
             self.modules["grounding"] = Grounding(config.grounding, text, vision)
         self.collate = stack_images
 
-    def check_sizes(self) -> None:
+    def check_sizes(self, text: TextConfig) -> None:
         """UserError where the patches do not tile the pictures or the tokens do not fit the text tower."""
         size, patch = self.config.data.size, self.config.vision.patch_size
         if size % patch:
             raise UserError(f"data.size {size} must be a multiple of vision.patch_size {patch}")
-        have, want = self.config.text.max_position_embeddings, self.tokenizer.context_length
+        have, want = text.max_position_embeddings, self.tokenizer.context_length
         if have < want:
             raise UserError(f"text.max_position_embeddings {have} is less than the tokenizer's context, {want}")
 
