@@ -61,6 +61,11 @@ class CLIPTask:
         start = TextEncoder.from_pretrained(config.text_encoder) if config.text_encoder else None
         if config.tokenizer or start:
             self.tokenizer = Tokenizer.from_pretrained(config.tokenizer or weights.find_root(config.text_encoder))
+            if start and len(self.tokenizer) != start.config.vocab_size:
+                raise UserError(
+                    f"the tokenizer in {config.tokenizer!r} has {len(self.tokenizer)} tokens, the text encoder in"
+                    f" {config.text_encoder!r} {start.config.vocab_size}; leave out tokenizer to take the encoder's own"
+                )
         else:
             captions = (c for i in range(len(self.dataset)) for c in self.dataset.captions(i))
             self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.text.max_position_embeddings)
