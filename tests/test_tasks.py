@@ -125,8 +125,10 @@ def test_clip_starts_from_another_text_encoder(clip_run):
     assert losses_on_one_batch(task, "clip", 3e-3, 2)[1] > 0
     with pytest.raises(UserError, match="unknown model 'nowhere'"):
         CLIPTask(replace(config, text_encoder="nowhere"))
-    with pytest.raises(UserError, match="has 600 tokens, the text encoder in .* 560; leave out tokenizer"):
-        CLIPTask(replace(config, tokenizer=str(weights.find_root("shapes"))))
+    with pytest.raises(UserError, match="comes with its own tokenizer"):
+        replace(config, tokenizer="shapes")
+    with pytest.raises(UserError, match="a judge must not begin as what conditions a U-Net"):
+        replace(config, judge=True)
 
 
 def test_perceptual_gradient_reaches_the_decoder_and_not_its_own_network():

@@ -45,6 +45,10 @@ class CLIPConfig:
 
     def __post_init__(self) -> None:
         require(self.held_out >= 1, "held_out", self.held_out, "1 or more")
+        if self.text_encoder and self.tokenizer:
+            raise UserError("text_encoder comes with its own tokenizer: leave out tokenizer, or text_encoder")
+        if self.text_encoder and self.judge:
+            raise UserError("a judge must not begin as what conditions a U-Net: leave out text_encoder, or judge")
 
 
 class CLIPTask:
@@ -61,18 +65,13 @@ class CLIPTask:
         start = TextEncoder.from_pretrained(config.text_encoder) if config.text_encoder else None
         if config.tokenizer or start:
             self.tokenizer = Tokenizer.from_pretrained(config.tokenizer or weights.find_root(config.text_encoder))
-            if start and len(self.tokenizer) != start.config.vocab_size:
-                raise UserError(
-                    f"the tokenizer in {config.tokenizer!r} has {len(self.tokenizer)} tokens, the text encoder in"
-                    f" {config.text_encoder!r} {start.config.vocab_size}; leave out tokenizer to take the encoder's own"
-                )
         else:
             captions = (c for i in range(len(self.dataset)) for c in self.dataset.captions(i))
             self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.text.max_position_embeddings)
         torch.manual_seed(config.train.seed)
         text = replace(
             replace(start.config, projection_dim=config.text.projection_dim) if start else config.text,
-            vocab_size=len(self.tokenizer),
+            vocab_size=start.config.vocab_size if start else len(self.tokenizer),
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
