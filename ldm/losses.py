@@ -65,6 +65,7 @@ def contrastive(
     text_embeddings: Tensor,
     scale: Tensor | float,
     same: Tensor | None = None,
+    wrong: Tensor | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE: cross-entropy of the right caption per image and of the right image per caption.
 
@@ -82,7 +83,12 @@ def contrastive(
         if same is not None:
             others = same & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
             logits = logits.masked_fill(others, float("-inf"))
-        return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+        per_image = logits
+        if wrong is not None:
+            against = scale * (images * F.normalize(wrong.float(), dim=-1)).sum(-1)
+            none = (wrong == 0).all(-1)
+            per_image = torch.cat([logits, against.masked_fill(none, float("-inf"))[:, None]], dim=1)
+        return 0.5 * (F.cross_entropy(per_image, target) + F.cross_entropy(logits.T, target))
 
 
 def diffusion(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

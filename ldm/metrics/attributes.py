@@ -74,6 +74,21 @@ ATTRIBUTES = (
 PERSON = ATTRIBUTES[:2]  # what a combination held out of emoji's training is made of, beside the role
 
 
+def exchange(captions: list[str]) -> list[str | None]:
+    """Each caption with one attribute that it names exchanged for another value, both drawn evenly; None where it names
+    none. By torch's global generator."""
+    result: list[str | None] = []
+    for caption, (which, other) in zip(captions, torch.rand(len(captions), 2).tolist(), strict=True):
+        named = [attribute for attribute in ATTRIBUTES if attribute.named(caption)]
+        if not named:
+            result.append(None)
+            continue
+        attribute = named[int(which * len(named))]
+        values = [value for value in attribute.values if value != attribute.named(caption)]
+        result.append(attribute.exchanged(caption, values[int(other * len(values))]))
+    return result
+
+
 def paired(
     images: Tensor, captions: list[str], texts: Callable[[list[str]], Tensor], attribute: Attribute
 ) -> tuple[Tensor, list[int]]:

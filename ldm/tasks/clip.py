@@ -22,6 +22,7 @@ from ldm.data.faults import Faults
 from ldm.data.minimal_pairs import alter
 from ldm.grounding import Grounding, GroundingConfig
 from ldm.metrics import retrieval
+from ldm.metrics.attributes import exchange
 from ldm.tokenizer import Tokenizer
 from ldm.train import TrainConfig
 
@@ -40,6 +41,7 @@ class CLIPConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     grounding: GroundingConfig = field(default_factory=GroundingConfig)
+    hard_negatives: bool = False  # each picture against its caption with another skin tone, gender or style, too
     held_out: int = 512  # validation pairs that retrieval is measured on
     judge: bool = False  # trains on the validation split too, and saves what can judge but not condition a U-Net
 
@@ -103,16 +105,32 @@ class CLIPTask:
         captions = batch["captions"]
         said = choose_captions(captions)
         tokens = self.tokenizer(said, warn=False).to(x.device)
-        images, texts, scale, context = modules["clip"](x, tokens)
+        others, place = self.wrong(said, captions, x.device) if self.config.hard_negatives else (None, None)
+        images, texts, scale, context, found = modules["clip"](x, tokens, others)
+        wrong = None
+        if found is not None:
+            wrong = torch.zeros_like(texts).index_put((place,), found[: len(place)].to(texts.dtype))
         if distributed.is_initialized():
             images, texts = Gather.apply(images), Gather.apply(texts)
+            wrong = wrong if wrong is None else Gather.apply(wrong)
             captions = gather_object(captions)
         same = sharing(captions).to(x.device)
-        loss, values = losses.contrastive(images, texts, scale, same), {"scale": scale}
+        loss, values = losses.contrastive(images, texts, scale, same, wrong), {"scale": scale}
         if "grounding" in modules:
             reading, parts = modules["grounding"](context, tokens, x)
             loss, values = loss + reading, values | {"contrastive": loss} | parts
         yield "clip", loss, values
+
+    def wrong(self, said: list[str], captions: list[list[str]], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Token ids (N, L') of what is said with one attribute exchanged, and the N places in the batch that name one.
+
+        No end token sees padding, so that L' is that of the longest. One of no place where there is none, as all
+        processes must pass the text tower equally often.
+        """
+        others = {i: o for i, (o, own) in enumerate(zip(exchange(said), captions, strict=True)) if o and o not in own}
+        tokens = self.tokenizer(list(others.values()) or [""], warn=False)
+        ends = (tokens == self.tokenizer.eos_token_id).int().argmax(1)
+        return tokens[:, : int(ends.max()) + 1].to(device), torch.tensor(list(others), dtype=torch.long, device=device)
 
     def after_step(self) -> None:
         """Clamps the temperature."""
