@@ -71,9 +71,11 @@ def contrastive(
 
     Embeddings (B, D), row i of both belonging together; normalized here, so any length will do. `scale`
     multiplies the cosines (the inverse temperature, clamped by its owner). `same` (B, B) bool is true where i
-    and j share a caption: such pairs are not each other's negatives. Over many processes give the gathered
-    global batch. In float32 even under autocast: at scale 100 a bfloat16 cosine is off by 0.4 in the logit.
-    Returns a scalar, log B for unrelated embeddings at scale 0. Radford et al. 2021 (CLIP), figure 3.
+    and j share a caption: such pairs are not each other's negatives. Row i of `wrong` (B, D) embeds a caption
+    that image i alone has to tell from its own (a hard negative, Yuksekgonul et al. 2023); zeros: it has none.
+    Over many processes give the gathered global batch. In float32 even under autocast: at scale 100 a bfloat16
+    cosine is off by 0.4 in the logit. Returns a scalar, log B for unrelated embeddings at scale 0 where nothing
+    is `wrong`. Radford et al. 2021 (CLIP), figure 3.
     """
     with torch.autocast(image_embeddings.device.type, enabled=False):
         images = F.normalize(image_embeddings.float(), dim=-1)

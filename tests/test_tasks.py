@@ -129,6 +129,8 @@ def test_clip_starts_from_another_text_encoder(clip_run):
         replace(config, tokenizer="shapes")
     with pytest.raises(UserError, match="a judge must not begin as what conditions a U-Net"):
         replace(config, judge=True)
+    with pytest.raises(UserError, match="a judge must not learn that held-out captions are wrong"):
+        replace(tiny.clip(), judge=True, hard_negatives=True)
 
 
 def test_perceptual_gradient_reaches_the_decoder_and_not_its_own_network():
@@ -435,9 +437,10 @@ def test_pictures_that_share_a_caption_are_not_negatives(monkeypatch):
 @pytest.mark.parametrize("hard", [True, False])
 def test_captions_with_another_attribute_are_negatives_of_their_own_picture(monkeypatch, hard):
     task = CLIPTask(replace(tiny.clip(), hard_negatives=hard))
-    batch = stack_images(tiny.samples(4))
-    either = ["a woman", "a man"]  # either is true, so neither is wrong
-    batch["captions"] = [["a man with dark skin tone"], ["a dog"], either, ["a dog, 3D"]]
+    batch = stack_images(tiny.samples(5))
+    either = ["A woman", "a man"]  # either is true, so neither is wrong
+    long = "one dog after another " * 20 + ", 3D"  # the style is cut off
+    batch["captions"] = [["a man with dark skin tone"], ["a dog"], either, ["a dog, 3D"], [long]]
     contrastive, given = losses.contrastive, []
     monkeypatch.setattr(losses, "contrastive", lambda *parts: given.append(parts) or contrastive(*parts))
     clip = task.modules["clip"]
@@ -449,7 +452,7 @@ def test_captions_with_another_attribute_are_negatives_of_their_own_picture(monk
         if not hard:
             assert wrong is None
             continue
-        assert (wrong[[1, 2]] == 0).all()
+        assert (wrong[[1, 2, 4]] == 0).all()
         torch.testing.assert_close(wrong[3], clip.encode_text(task.tokenizer(["a dog, flat"]))[0])
         for caption in ("a woman with dark skin tone", "a man with light skin tone", "a man with medium skin tone"):
             if torch.allclose(wrong[0], clip.encode_text(task.tokenizer([caption]))[0], atol=1e-5):

@@ -1,4 +1,5 @@
-"""What captions name that a picture must get right: skin tone, gender, style. For paired tests, and group by group.
+"""What captions name that a picture must get right: skin tone, gender, style. For paired tests, group by group, and as
+hard negatives of the text encoder (`hard_negatives` of train_clip).
 
 A further attribute is an entry in ATTRIBUTES.
 """
@@ -76,7 +77,7 @@ PERSON = ATTRIBUTES[:2]  # what a combination held out of emoji's training is ma
 
 def exchange(captions: list[str]) -> list[str | None]:
     """Each caption with one attribute that it names exchanged for another value, both drawn evenly; None where it names
-    none. By torch's global generator."""
+    none. By torch's global generator. The result can be the caption of another picture, held-out ones included."""
     result: list[str | None] = []
     for caption, (which, other) in zip(captions, torch.rand(len(captions), 2).tolist(), strict=True):
         named = [attribute for attribute in ATTRIBUTES if attribute.named(caption)]

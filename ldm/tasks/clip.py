@@ -51,6 +51,10 @@ class CLIPConfig:
             raise UserError("text_encoder comes with its own tokenizer: leave out tokenizer, or text_encoder")
         if self.text_encoder and self.judge:
             raise UserError("a judge must not begin as what conditions a U-Net: leave out text_encoder, or judge")
+        if self.hard_negatives and self.judge:
+            raise UserError(
+                "a judge must not learn that held-out captions are wrong: leave out hard_negatives, or judge"
+            )
 
 
 class CLIPTask:
@@ -98,18 +102,17 @@ class CLIPTask:
             raise UserError(f"text.max_position_embeddings {have} is less than the tokenizer's context, {want}")
 
     def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
-        """The contrastive loss, where pictures that share a caption are not each other's negatives, and those of the
-        readers of the context."""
+        """The contrastive loss, where pictures that share a caption are not each other's negatives (and a caption with
+        another attribute is one, where asked for), and those of the readers of the context."""
         x = to_float(batch["image"])
         x = flip_half(x) if self.config.data.flip else x
         captions = batch["captions"]
         said = choose_captions(captions)
         tokens = self.tokenizer(said, warn=False).to(x.device)
-        others, place = self.wrong(said, captions, x.device) if self.config.hard_negatives else (None, None)
-        images, texts, scale, context, found = modules["clip"](x, tokens, others)
-        wrong = None
-        if found is not None:
-            wrong = torch.zeros_like(texts).index_put((place,), found[: len(place)].to(texts.dtype))
+        others, there = self.wrong(said, captions, tokens) if self.config.hard_negatives else (None, None)
+        images, texts, scale, context, wrong = modules["clip"](x, tokens, others)
+        if wrong is not None:
+            wrong = wrong * there[:, None]
         if distributed.is_initialized():
             images, texts = Gather.apply(images), Gather.apply(texts)
             wrong = wrong if wrong is None else Gather.apply(wrong)
@@ -121,16 +124,18 @@ class CLIPTask:
             loss, values = loss + reading, values | {"contrastive": loss} | parts
         yield "clip", loss, values
 
-    def wrong(self, said: list[str], captions: list[list[str]], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Token ids (N, L') of what is said with one attribute exchanged, and the N places in the batch that name one.
+    def wrong(self, said: list[str], captions: list[list[str]], tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids (B, L') of what is said, here `tokens`, with one attribute exchanged; and (B,) bool, whether that
+        is another caption: one that names an attribute within the context, and becomes none of the picture's own.
 
-        No end token sees padding, so that L' is that of the longest. One of no place where there is none, as all
-        processes must pass the text tower equally often.
+        No end token sees padding, so that L' is that of the longest.
         """
-        others = {i: o for i, (o, own) in enumerate(zip(exchange(said), captions, strict=True)) if o and o not in own}
-        tokens = self.tokenizer(list(others.values()) or [""], warn=False)
-        ends = (tokens == self.tokenizer.eos_token_id).int().argmax(1)
-        return tokens[:, : int(ends.max()) + 1].to(device), torch.tensor(list(others), dtype=torch.long, device=device)
+        others = [other or "" for other in exchange(said)]
+        rows = self.tokenizer(others, warn=False).to(tokens.device)
+        own = [{caption.lower() for caption in known} for known in captions]
+        there = [other != "" and other.lower() not in known for other, known in zip(others, own, strict=True)]
+        ends = (rows == self.tokenizer.eos_token_id).int().argmax(1)
+        return rows[:, : int(ends.max()) + 1], torch.tensor(there, device=rows.device) & (rows != tokens).any(1)
 
     def after_step(self) -> None:
         """Clamps the temperature."""
