@@ -112,15 +112,11 @@ class CLIP(nn.Module):
         pixels = x * self.pixel_scale + self.pixel_shift
         return F.normalize(self.visual_projection(self.vision_model(pixels)), dim=-1)
 
-    def forward(
-        self, x: Tensor, tokens: Tensor, others: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Image embeddings (B, P), text embeddings (B, P), the scale exp(logit_scale) of the logits, the context
-        (B, L, D) that the text embeddings are made from, and text embeddings (N, P) of `others` (N, L'), where given.
-        """
+    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Image embeddings (B, P), text embeddings (B, P), the scale exp(logit_scale) of the logits, and the context
+        (B, L, D) that the text embeddings are made from."""
         context = self.text_model(tokens)
-        found = self.encode_text(others) if others is not None else None
-        return self.encode_image(x), self.embed(context, tokens), self.logit_scale.exp(), context, found
+        return self.encode_image(x), self.embed(context, tokens), self.logit_scale.exp(), context
 
     @torch.no_grad()
     def clamp_scale(self) -> None:

@@ -65,17 +65,14 @@ def contrastive(
     text_embeddings: Tensor,
     scale: Tensor | float,
     same: Tensor | None = None,
-    wrong: Tensor | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE: cross-entropy of the right caption per image and of the right image per caption.
 
     Embeddings (B, D), row i of both belonging together; normalized here, so any length will do. `scale`
     multiplies the cosines (the inverse temperature, clamped by its owner). `same` (B, B) bool is true where i
-    and j share a caption: such pairs are not each other's negatives. Row i of `wrong` (B, D) embeds a caption
-    that image i alone has to tell from its own (a hard negative, Yuksekgonul et al. 2023); zeros: it has none.
-    Over many processes give the gathered global batch. In float32 even under autocast: at scale 100 a bfloat16
-    cosine is off by 0.4 in the logit. Returns a scalar, log B for unrelated embeddings at scale 0 where nothing
-    is `wrong`. Radford et al. 2021 (CLIP), figure 3.
+    and j share a caption: such pairs are not each other's negatives. Over many processes give the gathered
+    global batch. In float32 even under autocast: at scale 100 a bfloat16 cosine is off by 0.4 in the logit.
+    Returns a scalar, log B for unrelated embeddings at scale 0. Radford et al. 2021 (CLIP), figure 3.
     """
     with torch.autocast(image_embeddings.device.type, enabled=False):
         images = F.normalize(image_embeddings.float(), dim=-1)
@@ -85,12 +82,7 @@ def contrastive(
         if same is not None:
             others = same & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
             logits = logits.masked_fill(others, float("-inf"))
-        per_image = logits
-        if wrong is not None:
-            against = scale * (images * F.normalize(wrong.float(), dim=-1)).sum(-1)
-            none = (wrong == 0).all(-1)
-            per_image = torch.cat([logits, against.masked_fill(none, float("-inf"))[:, None]], dim=1)
-        return 0.5 * (F.cross_entropy(per_image, target) + F.cross_entropy(logits.T, target))
+        return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
 
 def diffusion(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

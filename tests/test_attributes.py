@@ -1,10 +1,8 @@
-from collections import Counter
-
 import pytest
 import torch
 
 from ldm.data.emoji import Emoji
-from ldm.metrics.attributes import ATTRIBUTES, combined, exchange, paired, typos
+from ldm.metrics.attributes import ATTRIBUTES, combined, paired, typos
 
 TONE, GENDER, STYLE = ATTRIBUTES
 TONES = list(TONE.values)
@@ -30,17 +28,6 @@ TONES = list(TONE.values)
 )
 def test_what_a_caption_names(attribute, caption, value):
     assert attribute.named(caption) == value
-
-
-def test_exchanging_one_attribute_draws_both_evenly():
-    torch.manual_seed(0)
-    caption = "a 3D emoji of a woman with light skin tone"
-    count = 3000
-    found = Counter(exchange([caption, "a dog"] * count))
-    expected = {STYLE.exchanged(caption, "flat"): 1 / 3, GENDER.exchanged(caption, "man"): 1 / 3}
-    expected |= {TONE.exchanged(caption, tone): 1 / 12 for tone in TONES[1:]}
-    assert found.pop(None) == count and found.keys() == expected.keys()
-    assert all(abs(found[other] / count - share) < 0.03 for other, share in expected.items())
 
 
 def test_exchanging_and_leaving_open():

@@ -59,23 +59,6 @@ def test_two_processes_have_the_loss_curve_of_one_at_the_same_global_batch(folde
     check_alike(folder / "one" / name, folder / "two" / name, lines=7)
 
 
-def test_hard_negatives_of_two_processes_are_those_of_one(folder, capsys, monkeypatch):
-    """Which attribute is exchanged is drawn for a place in the batch. One caption of four names any."""
-    photos = folder / "named"
-    photos.mkdir()
-    for i in range(24):
-        Image.new("RGB", (32, 32), (10 * i, 255 - 10 * i, 3 * i)).save(photos / f"{i}.png")
-        (photos / f"{i}.txt").write_text(
-            f"a 3D icon of a man with dark skin tone, {i}" if i % 4 == 0 else f"{i} things"
-        )
-    more = ["hard_negatives=true", "data.name=folder", "data.path=../named", "--out", "named"]
-    done = launch("scripts/train_clip.py", *given("clip", 4), *more, cwd=folder / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
-    code, _, error = in_process(capsys, monkeypatch, "train_clip.py", *given("clip", 8), *more, cwd=folder / "one")
-    assert code == 0, error
-    check_alike(folder / "one" / "named", folder / "two" / "named", lines=7)
-
-
 def test_a_run_of_two_processes_goes_on_in_one(folder, capsys, monkeypatch):
     """As an undisturbed one of twice the batch, with another number of steps from the same one on."""
     shutil.copytree(folder / "two" / "clip", folder / "two" / "resumed")

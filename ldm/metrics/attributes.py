@@ -1,5 +1,4 @@
-"""What captions name that a picture must get right: skin tone, gender, style. For paired tests, group by group, and as
-hard negatives of the text encoder (`hard_negatives` of train_clip).
+"""What captions name that a picture must get right: skin tone, gender, style. For paired tests, and group by group.
 
 A further attribute is an entry in ATTRIBUTES.
 """
@@ -73,21 +72,6 @@ ATTRIBUTES = (
     ),
 )
 PERSON = ATTRIBUTES[:2]  # what a combination held out of emoji's training is made of, beside the role
-
-
-def exchange(captions: list[str]) -> list[str | None]:
-    """Each caption with one attribute that it names exchanged for another value, both drawn evenly; None where it names
-    none. By torch's global generator. The result can be the caption of another picture, held-out ones included."""
-    result: list[str | None] = []
-    for caption, (which, other) in zip(captions, torch.rand(len(captions), 2).tolist(), strict=True):
-        named = [attribute for attribute in ATTRIBUTES if attribute.named(caption)]
-        if not named:
-            result.append(None)
-            continue
-        attribute = named[int(which * len(named))]
-        values = [value for value in attribute.values if value != attribute.named(caption)]
-        result.append(attribute.exchanged(caption, values[int(other * len(values))]))
-    return result
 
 
 def paired(

@@ -22,7 +22,6 @@ from ldm.data.faults import Faults
 from ldm.data.minimal_pairs import alter
 from ldm.grounding import Grounding, GroundingConfig
 from ldm.metrics import retrieval
-from ldm.metrics.attributes import exchange
 from ldm.tokenizer import Tokenizer
 from ldm.train import TrainConfig
 
@@ -41,7 +40,6 @@ class CLIPConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     grounding: GroundingConfig = field(default_factory=GroundingConfig)
-    hard_negatives: bool = False  # each picture against its caption with another skin tone, gender or style, too
     held_out: int = 512  # validation pairs that retrieval is measured on
     judge: bool = False  # trains on the validation split too, and saves what can judge but not condition a U-Net
 
@@ -51,10 +49,6 @@ class CLIPConfig:
             raise UserError("text_encoder comes with its own tokenizer: leave out tokenizer, or text_encoder")
         if self.text_encoder and self.judge:
             raise UserError("a judge must not begin as what conditions a U-Net: leave out text_encoder, or judge")
-        if self.hard_negatives and self.judge:
-            raise UserError(
-                "a judge must not learn that held-out captions are wrong: leave out hard_negatives, or judge"
-            )
 
 
 class CLIPTask:
@@ -102,40 +96,23 @@ class CLIPTask:
             raise UserError(f"text.max_position_embeddings {have} is less than the tokenizer's context, {want}")
 
     def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
-        """The contrastive loss, where pictures that share a caption are not each other's negatives (and a caption with
-        another attribute is one, where asked for), and those of the readers of the context."""
+        """The contrastive loss, where pictures that share a caption are not each other's negatives, and those of the
+        readers of the context."""
         x = to_float(batch["image"])
         x = flip_half(x) if self.config.data.flip else x
         captions = batch["captions"]
         said = choose_captions(captions)
         tokens = self.tokenizer(said, warn=False).to(x.device)
-        others, there = self.wrong(said, captions, tokens) if self.config.hard_negatives else (None, None)
-        images, texts, scale, context, wrong = modules["clip"](x, tokens, others)
-        if wrong is not None:
-            wrong = wrong * there[:, None]
+        images, texts, scale, context = modules["clip"](x, tokens)
         if distributed.is_initialized():
             images, texts = Gather.apply(images), Gather.apply(texts)
-            wrong = wrong if wrong is None else Gather.apply(wrong)
             captions = gather_object(captions)
         same = sharing(captions).to(x.device)
-        loss, values = losses.contrastive(images, texts, scale, same, wrong), {"scale": scale}
+        loss, values = losses.contrastive(images, texts, scale, same), {"scale": scale}
         if "grounding" in modules:
             reading, parts = modules["grounding"](context, tokens, x)
             loss, values = loss + reading, values | {"contrastive": loss} | parts
         yield "clip", loss, values
-
-    def wrong(self, said: list[str], captions: list[list[str]], tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, L') of what is said, here `tokens`, with one attribute exchanged; and (B,) bool, whether that
-        is another caption: one that names an attribute within the context, and becomes none of the picture's own.
-
-        No end token sees padding, so that L' is that of the longest.
-        """
-        others = [other or "" for other in exchange(said)]
-        rows = self.tokenizer(others, warn=False).to(tokens.device)
-        own = [{caption.lower() for caption in known} for known in captions]
-        there = [other != "" and other.lower() not in known for other, known in zip(others, own, strict=True)]
-        ends = (rows == self.tokenizer.eos_token_id).int().argmax(1)
-        return rows[:, : int(ends.max()) + 1], torch.tensor(there, device=rows.device) & (rows != tokens).any(1)
 
     def after_step(self) -> None:
         """Clamps the temperature."""
