@@ -38,7 +38,7 @@ def test_the_curves_in_the_model_card_are_those_of_the_kept_numbers(monkeypatch,
     ]
     losses = [line for line in (RESULTS / "diffusion.jsonl").open() if '"unet_loss"' in line]
     points = [len(line.get("points").split()) for line in drawing.iter(f"{SVG}polyline")]
-    assert points == [20, 20, 10, 10, len(losses), 24, 5, 5] and len(steps) == 54
+    assert points == [20, 20, 16, 16, len(losses), 39, 5, 5] and len(steps) == 75
     assert "var(" not in made
 
 
