@@ -1,10 +1,10 @@
-"""Curves and the table of an autoencoder's ablation, from the numbers that a family of configs keeps in results/.
+"""Curves and the tables of an autoencoder's ablations, from the numbers that a family of configs keeps in results/.
 
 python scripts/show_results.py --results configs/emoji/results --out .github/emoji-curves.svg
 
 decoder.jsonl, clip.jsonl and diffusion.jsonl are the trainings' metrics.jsonl, evaluation.json is the metrics.json of
-the model's evaluation, ablation/ARM.json that of the autoencoder's, one an arm. The curves go into an SVG, the table is
-printed.
+the model's evaluation, ablation/ARM.json and gan/ARM.json those of autoencoders, one an arm. The curves go into an SVG,
+the tables are printed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from ldm.config import UserError
 if TYPE_CHECKING:
     from ldm.metrics.report_plots import Point
 
-MEASURED = (  # metric, name, factor, decimals
-    ("psnr_db", "PSNR in dB", 1, 2),
-    ("ssim", "SSIM", 1, 3),
-    ("perceptual_distance", "perceptual distance x 1000", 1000, 1),
-    ("frechet_distance", "Frechet distance", 1, 1),
+MEASURED = (  # name, metric, factor, decimals
+    ("PSNR in dB", "psnr_db", 1, 2),
+    ("SSIM", "ssim", 1, 3),
+    ("sharpness", "sharpness", 1, 3),
+    ("perceptual distance x 1000", "perceptual_distance", 1000, 1),
+    ("Frechet distance", "frechet_distance", 1, 1),
 )
 COLOURS = {"accent": "#2563eb", "warm": "#d97706", "soft": "#6b7280", "line": "#e5e7eb", "paper": "#ffffff"}
+ABLATIONS = ("ablation", "gan")  # folders of an evaluation for each arm
 WIDTH, HEIGHT = 400, 270  # of one plot with its title
 
 
@@ -103,16 +105,16 @@ def sheet(figures: list[str]) -> str:
 
 
 def table(folder: Path) -> str:
-    """The ablation as Markdown, an arm a row; "" where there are none."""
+    """An ablation as Markdown, an arm a row, a number that any of them has a column; "" where there are none."""
     arms = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
-    lines = ["| arm | " + " | ".join(name for _, name, *_ in MEASURED) + " |", "|---" * (len(MEASURED) + 1) + "|"]
-    for arm, records in arms.items():
-        cells = [cell(records, *measured) for measured in MEASURED]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    columns = {name: [cell(records, *measured) for records in arms.values()] for name, *measured in MEASURED}
+    columns = {name: cells for name, cells in columns.items() if set(cells) - {"-"}}
+    lines = ["| arm | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in zip(arms, *columns.values(), strict=True)]
     return "\n".join(lines) if arms else ""
 
 
-def cell(records: list[dict[str, Any]], metric: str, name: str, factor: float, decimals: int) -> str:
+def cell(records: list[dict[str, Any]], metric: str, factor: float, decimals: int) -> str:
     """A number of the reconstructions with its interval, "-" where it was not measured."""
     for record in records:
         if record["metric"] == metric and record["of"] == "reconstructions":
@@ -124,11 +126,10 @@ def cell(records: list[dict[str, Any]], metric: str, name: str, factor: float, d
 def main() -> None:
     """Writes the curves and prints the table."""
     args = parse_arguments()
-    drawing, rows = curves(args.results), table(args.results / "ablation")
+    drawing, rows = curves(args.results), [table(args.results / name) for name in ABLATIONS]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(drawing, encoding="utf-8")
-    if rows:
-        print(rows)
+    print(*(f"{each}\n" for each in rows if each), sep="\n", end="")
     print(f"curves in {args.out}")
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import laplace
 from torchvision.transforms.v2 import functional as TF
 
 from ldm.config import UserError
@@ -16,10 +17,12 @@ from ldm.metrics import (
     kernel_distance,
     psnr,
     retrieval,
+    sharpness,
     ssim,
 )
 from ldm.metrics.features import feature_extractor
 from ldm.metrics.judges import image_text_model
+from ldm.metrics.reconstruction import ROUNDING
 
 
 def two_sets() -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,6 +134,21 @@ def test_ssim_vector_and_libraries():
     assert ssim(a, b).tolist() == pytest.approx(inner.tolist(), abs=1e-9)
     with pytest.raises(ValueError, match="11x11"):
         ssim(a[..., :10], b[..., :10])
+
+
+def test_sharpness_equals_scipy_and_falls_with_blur():
+    x = pictures()
+    y = TF.gaussian_blur(x, [5, 5], [0.7, 0.7])
+    energy = [[np.square(laplace(p.numpy(), axes=(1, 2))[:, 1:-1, 1:-1]).mean() for p in side] for side in (x, y)]
+    expected = [(b + ROUNDING) / (a + ROUNDING) for a, b in zip(*energy, strict=True)]
+    assert sharpness(x, y).tolist() == pytest.approx(expected, rel=1e-9) and sharpness(x, y).max() < 1
+    assert sharpness(x, x).tolist() == [1.0] * len(x) and (sharpness(x, x + 0.1 * torch.randn_like(x)) > 1).all()
+    plain = torch.zeros(1, 3, 64, 64)
+    assert sharpness(plain, plain + 0.5).tolist() == [1.0]
+    many = 127.5 * torch.rand(1, 1, 512, 512, dtype=torch.float64)
+    assert sharpness(0 * many, (many.round() - many) / 127.5).item() == pytest.approx(2, rel=0.03)  # rounding alone
+    with pytest.raises(ValueError, match="3x3"):
+        sharpness(x[..., :2], y[..., :2])
 
 
 def test_quality_falls_with_blur_and_noise():

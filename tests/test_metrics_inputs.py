@@ -33,6 +33,7 @@ CALLS = {
     "precision_recall": (metrics.precision_recall, X, Y),
     "psnr": (metrics.psnr, PICTURES, PICTURES.flip(3)),
     "retrieval": (metrics.retrieval, X, Y),
+    "sharpness": (metrics.sharpness, PICTURES, PICTURES.flip(3)),
     "ssim": (metrics.ssim, PICTURES, PICTURES.flip(3)),
 }
 

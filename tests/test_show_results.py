@@ -55,9 +55,11 @@ def test_the_table_has_each_arm_with_its_intervals(monkeypatch, capsys, tmp_path
     code, out, _ = show(monkeypatch, capsys, tmp_path, tmp_path / "curves.svg")
     assert code == 0
     assert out.splitlines()[2:4] == [
-        "| full | 27.49 [27.19, 27.76] | - | - | 62.2 [58.7, 65.3] |",
-        "| no-gan | - | - | 111.4 [100.0, 125.0] | - |",
+        "| full | 27.49 [27.19, 27.76] | - | 62.2 [58.7, 65.3] |",
+        "| no-gan | - | 111.4 [100.0, 125.0] | - |",
     ]
+    (tmp_path / "ablation").rename(tmp_path / "gan")
+    assert show(monkeypatch, capsys, tmp_path, tmp_path / "curves.svg")[1] == out
 
 
 @pytest.mark.parametrize("broken", [*KEPT, "ablation/arm.json"])

@@ -16,6 +16,7 @@ from ldm.metrics.report_plots import Line, plot
 NAMES = {
     "psnr_db": ("PSNR in dB", 1),
     "ssim": ("SSIM", 1),
+    "sharpness": ("sharpness, 1 as the originals", 1),
     "perceptual_distance": ("perceptual distance", 1),
     "frechet_distance": ("Frechet distance", 1),
     "frechet_distance_infinite": ("Frechet distance, N to infinity", 1),

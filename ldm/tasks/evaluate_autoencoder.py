@@ -18,7 +18,7 @@ from ldm.config import UserError
 from ldm.data import open_dataset, to_float
 from ldm.data.faults import readable
 from ldm.data.latents import data_hash
-from ldm.metrics import bits_per_dimension, perceptual_distance, psnr, ssim
+from ldm.metrics import bits_per_dimension, perceptual_distance, psnr, sharpness, ssim
 from ldm.metrics.features import FeatureExtractor, feature_extractor, judged_by
 from ldm.metrics.records import Record, biases, frechet_records, mean_record, picture_records
 from ldm.metrics.report_autoencoder import write_autoencoder_report
@@ -169,12 +169,13 @@ def fit_scale(coded: Coded) -> float:
 
 def quality(coded: Coded, distance: torch.nn.Module, config: AutoencoderEvaluation) -> Iterator[Record]:
     """How near the reconstructions are, through the mean of the latent."""
-    found: dict[str, list[Tensor]] = {"psnr_db": [], "ssim": [], "perceptual_distance": []}
+    found: dict[str, list[Tensor]] = {"psnr_db": [], "ssim": [], "sharpness": [], "perceptual_distance": []}
     device = next(distance.buffers()).device
     for a, b in zip(coded.pixels.split(config.batch_size), coded.decoded.split(config.batch_size), strict=True):
         x, y = to_float(a).to(device), to_float(b).to(device)
         found["psnr_db"].append(psnr(x, y).cpu())
         found["ssim"].append(ssim(x, y).cpu())
+        found["sharpness"].append(sharpness(x, y).cpu())
         found["perceptual_distance"].append(perceptual_distance(x, y, distance).cpu())
     resize = f"none; sides under {distance.smallest} px doubled" if getattr(distance, "smallest", 0) else "none"
     network = {"extractor": config.perceptual, "extractor_sha256": weights.module_hash(distance), "resize": resize}
