@@ -39,7 +39,7 @@ class Run:
         self.wrapped, self.stand_ins, optimizers = {}, {}, {}
         for name, module in task.modules.items():
             module.train().to(self.device)
-            own = optimizers_of(name, module, config.optimizer)
+            own = optimizers_of(name, module, getattr(task, "optimizers", {}).get(name, config.optimizer))
             self.wrapped[name], self.stand_ins[name] = sharded.prepare(self.accelerator, module, own.values())
             optimizers |= own
         averages = {name: EMA(m, config.ema_decay, config.ema_power) for name, m in task.modules.items()}

@@ -21,7 +21,8 @@ SPLIT = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 
 
 class Task(Protocol):
-    """What one kind of training does; `modules` are those trained, each with its own optimizer."""
+    """What one kind of training does; `modules` are those trained, each with its own optimizer: that of the config, or
+    what `optimizers` has under its name, where a task has such."""
 
     modules: dict[str, nn.Module]
     dataset: Any

@@ -89,6 +89,21 @@ def test_discriminator_is_idle_then_learns_then_counts():
     ]
 
 
+def test_the_discriminator_has_an_optimizer_of_its_own_where_asked_for(tmp_path):
+    train = replace(tiny.TRAIN, optimizer=replace(tiny.TRAIN.optimizer, muon_lr=1e-2, betas=(0.8, 0.99)))
+    loss = replace(tiny.LOSS, discriminator_channels=16)
+    for lr, names in ((3e-3, {"vae", "vae-muon", "discriminator"}), (None, {"discriminator-muon"})):
+        task = AutoencoderTask(tiny.autoencoder(train, replace(loss, discriminator_lr=lr)))
+        optimizers = tiny.steps(task, train, tmp_path / str(lr), count=1).trained.optimizers
+        assert names <= set(optimizers) and ("discriminator-muon" in optimizers) == (lr is None)
+        (group,), (of_vae,) = optimizers["discriminator"].param_groups, optimizers["vae"].param_groups
+        rate = train.optimizer.rate(0, train.steps)
+        assert group["lr"] == pytest.approx(rate * (lr or train.optimizer.lr))
+        assert group["betas"] == ((0.5, 0.9) if lr else (0.8, 0.99)) and of_vae["betas"] == (0.8, 0.99)
+    with pytest.raises(UserError, match="discriminator_lr"):
+        replace(loss, discriminator_lr=0.0)
+
+
 @pytest.mark.parametrize(("gan_start", "gan", "warned"), [(4, 0.5, True), (3, 0.5, False), (4, 0.0, False)])
 def test_a_discriminator_that_would_never_count_is_said(recwarn, gan_start, gan, warned):
     AutoencoderTask(tiny.autoencoder(loss=replace(tiny.LOSS, gan_start=gan_start, gan=gan)))  # of 4 steps
@@ -129,6 +144,17 @@ def test_clip_starts_from_another_text_encoder(clip_run):
         replace(config, tokenizer="shapes")
     with pytest.raises(UserError, match="a judge must not begin as what conditions a U-Net"):
         replace(config, judge=True)
+
+
+def test_an_image_tower_trained_alone_leaves_the_text_encoder_as_it_was(clip_run, tmp_path):
+    task = CLIPTask(replace(tiny.clip(), text_encoder=str(clip_run), frozen=("text_model.*",)))
+    before = tiny.copied(task.modules["clip"])
+    tiny.steps(task, replace(tiny.TRAIN, steps=2), tmp_path)
+    task.export(tmp_path / "run", CPU, final=True)
+    moved = {k for k, value in task.modules["clip"].state_dict().items() if not torch.equal(value, before[k])}
+    assert {k.split(".")[0] for k in moved} == {"vision_model", "visual_projection", "text_projection", "logit_scale"}
+    there = TextEncoder.from_pretrained(clip_run).state_dict()
+    assert tiny.same(TextEncoder.from_pretrained(tmp_path / "run").state_dict(), there)
 
 
 def test_perceptual_gradient_reaches_the_decoder_and_not_its_own_network():

@@ -23,6 +23,8 @@ from ldm.task import freeze, training_layout
 from ldm.train import TrainConfig
 from ldm.vae import VAE, VAEConfig
 
+DISCRIMINATOR_BETAS = (0.5, 0.9)  # as in the published code of VQGAN (Esser et al. 2021)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -38,12 +40,15 @@ class LossConfig:
     gan_start: int = 5000  # steps before the discriminator's verdict counts; it learns from half of that on
     gan_ramp: int = 1000  # steps from no weight to the whole
     gan_maximum: float = 1e4  # clamp of the adaptive weight
+    discriminator_lr: float | None = None  # of an AdamW of its own, betas DISCRIMINATOR_BETAS; None: train.optimizer
     discriminator_channels: int = 64
     discriminator_layers: int = 3
 
     def __post_init__(self) -> None:
         for name in ("l2", "perceptual", "kl", "gan", "gan_start", "gan_ramp", "gan_maximum"):
             require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
+        lr = self.discriminator_lr
+        require(lr is None or lr > 0, "loss.discriminator_lr", lr, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +86,9 @@ class AutoencoderTask:
             raise UserError(f"data.size {config.data.size} must be a multiple of {vae.factor}, the VAE's reduction")
         if loss.gan:
             self.modules["discriminator"] = make_discriminator(config)
+        if loss.discriminator_lr:
+            own = {"lr": loss.discriminator_lr, "muon_lr": None, "betas": DISCRIMINATOR_BETAS}
+            self.optimizers = {"discriminator": replace(config.train.optimizer, **own)}
         for module in self.modules.values():
             module.to(memory_format=training_layout())
         self.perceptual = perceptual_network(loss.perceptual_net, loss.perceptual_path, loss.perceptual_depth)

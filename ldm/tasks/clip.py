@@ -22,6 +22,7 @@ from ldm.data.faults import Faults
 from ldm.data.minimal_pairs import alter
 from ldm.grounding import Grounding, GroundingConfig
 from ldm.metrics import retrieval
+from ldm.task import freeze
 from ldm.tokenizer import Tokenizer
 from ldm.train import TrainConfig
 
@@ -36,6 +37,7 @@ class CLIPConfig:
     vocab_size: int = 2048  # at most; of the tokenizer trained on the captions
     tokenizer: str = ""  # a folder with a tokenizer to use in place of training one
     text_encoder: str = ""  # a text tower to start from, with its tokenizer, in place of `text`; as in train_diffusion
+    frozen: tuple[str, ...] = ()  # name patterns of CLIP parameters to leave as they are, e.g. "text_model.*"
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -81,6 +83,7 @@ class CLIPTask:
         clip = CLIP(text, vision)
         if start:
             clip.text_model.load_state_dict(start.text_model.state_dict())
+        freeze(clip, config.frozen)
         self.modules: dict[str, nn.Module] = {"clip": clip}
         if config.grounding.words or config.grounding.picture:
             self.modules["grounding"] = Grounding(config.grounding, text, vision)
