@@ -27,6 +27,7 @@ MEASURED = (  # name, metric, factor, decimals
     ("sharpness", "sharpness", 1, 3),
     ("perceptual distance x 1000", "perceptual_distance", 1000, 1),
     ("Frechet distance", "frechet_distance", 1, 1),
+    ("kernel distance x 1000", "kernel_distance", 1000, 1),
 )
 COLOURS = {"accent": "#2563eb", "warm": "#d97706", "soft": "#6b7280", "line": "#e5e7eb", "paper": "#ffffff"}
 ABLATIONS = ("ablation", "gan")  # folders of an evaluation for each arm
