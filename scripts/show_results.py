@@ -125,7 +125,7 @@ def cell(records: list[dict[str, Any]], metric: str, factor: float, decimals: in
 
 
 def main() -> None:
-    """Writes the curves and prints the table."""
+    """Writes the curves and prints the tables."""
     args = parse_arguments()
     drawing, rows = curves(args.results), [table(args.results / name) for name in ABLATIONS]
     args.out.parent.mkdir(parents=True, exist_ok=True)
