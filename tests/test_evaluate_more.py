@@ -13,7 +13,7 @@ from test_evaluate import Tags, run_main, stub, stub_extractor, tiny_pipeline  #
 
 from ldm.config import UserError
 from ldm.data.shapes import Shapes
-from ldm.metrics import features, frechet_distance, kernel_distance, precision_recall, psnr
+from ldm.metrics import features, frechet_distance, kernel_distance, precision_recall, psnr, sharpness
 from ldm.metrics.judges import ImageTextModel
 from ldm.metrics.reconstruction import discretized_logistic
 from ldm.metrics.records import find
@@ -66,6 +66,7 @@ def test_an_autoencoders_numbers_are_what_it_gives(measured, vae):
     posterior = model.encode(x)
     decoded = ((model.decode_raw(posterior.mean).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
     assert record(measured, "psnr_db")["value"] == pytest.approx(psnr(x, decoded).mean().item(), abs=1e-3)
+    assert record(measured, "sharpness")["value"] == pytest.approx(sharpness(x, decoded).mean().item(), abs=1e-3)
     want = frechet_distance(net(decoded), net(x))
     assert record(measured, "frechet_distance")["value"] == pytest.approx(want, rel=1e-3)
     mean, variance = 0.5 * posterior.mean.double(), (0.5 * posterior.std.double()) ** 2  # of the normalized latent
