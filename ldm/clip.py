@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm import weights
+from ldm import model_io as weights
 from ldm.clip_towers import ImageEncoder, TextConfig, TextTower, VisionConfig, init_linear
 from ldm.config import UserError
 
@@ -29,7 +29,7 @@ OTHER_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit
 class TextEncoder(nn.Module):
     """Token ids (B, L) -> context (B, L, D): the text tower's last hidden state after its final norm."""
 
-    _no_split_modules = ["Layer"]  # for `ldm.sharded`
+    _no_split_modules = ["Layer"]  # for `ldm.train.sharding`
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -72,7 +72,7 @@ class CLIP(nn.Module):
     expect: 0.5 for models trained here, others for models loaded.
     """
 
-    _no_split_modules = ["Layer"]  # for `ldm.sharded`
+    _no_split_modules = ["Layer"]  # for `ldm.train.sharding`
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ldm.together import mean_of_all
+from ldm.distributed import mean_over_processes
 
 
 def reconstruction(prediction: Tensor, target: Tensor, l2_weight: float = 0.0) -> Tensor:
@@ -48,7 +48,7 @@ def adaptive_weight(
     """
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer_weight, retain_graph=True)
     (of_gan,) = torch.autograd.grad(gan_loss, last_layer_weight, retain_graph=True)
-    of_reconstruction, of_gan = (mean_of_all(gradient.float()) for gradient in (of_reconstruction, of_gan))
+    of_reconstruction, of_gan = (mean_over_processes(gradient.float()) for gradient in (of_reconstruction, of_gan))
     ratio = of_reconstruction.norm() / (of_gan.norm() + 1e-4)
     return ratio.clamp(0, maximum).detach()
 

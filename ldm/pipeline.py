@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint import Parts, load_parts, save_parts
 from ldm.config import UserError
 from ldm.diffusion import Denoiser, guided
-from ldm.editing import Pictures, read_edit
+from ldm.edit import Pictures, read_edit
 from ldm.images import to_pil
 from ldm.layers import Prepared
+from ldm.pipeline_io import Parts, load_parts, save_parts
 from ldm.samplers import SAMPLERS, ImageNoise, OnStep, get_sampler, make_grid
 
 # What every sampler takes, the pipeline gives; what else is in one's signature are its options.

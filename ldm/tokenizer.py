@@ -11,7 +11,8 @@ import regex
 import torch
 from torch import Tensor
 
-from ldm import bpe, weights
+from ldm import bpe
+from ldm import model_io as weights
 from ldm.bpe import END, START, WORD_END, Pair
 from ldm.config import UserError
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm import weights
+from ldm import model_io as weights
 from ldm.config import UserError
 from ldm.layers import (
     Attention,
@@ -179,7 +179,7 @@ class UpLevel(nn.Module):
 class UNet(nn.Module):
     """z_t (B, C, h, w), t (B,) or a scalar, context (B, L, D) -> prediction (B, C, h, w)."""
 
-    _no_split_modules = ["ResnetBlock", "SpatialTransformer"]  # for `ldm.sharded`
+    _no_split_modules = ["ResnetBlock", "SpatialTransformer"]  # for `ldm.train.sharding`
 
     def __init__(self, config: UNetConfig):
         super().__init__()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm import weights
+from ldm import model_io as weights
 from ldm.config import UserError
 from ldm.layers import Attention, Downsample, GroupNorm, ResnetBlock, Upsample
 
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Images x (B, 3, H, W) in [-1, 1] <-> latents z (B, C, H/f, W/f)."""
 
-    _no_split_modules = ["ResnetBlock"]  # for `ldm.sharded`
+    _no_split_modules = ["ResnetBlock"]  # for `ldm.train.sharding`
 
     def __init__(self, config: VAEConfig):
         super().__init__()

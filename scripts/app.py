@@ -13,8 +13,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from ldm.cli import argument_parser, find_device, run_script
+from ldm.commands.cli import argument_parser, run_script
 from ldm.config import UserError
+from ldm.distributed import find_device
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,7 +67,7 @@ def main() -> None:
 
     from ldm.app.serve import serve
     from ldm.app.studio import Models, find_models
-    from ldm.data.images import LIMIT
+    from ldm.images import LIMIT
 
     Image.MAX_IMAGE_PIXELS = LIMIT // 2  # Pillow refuses twice as many
     models = Models(find_models(args.model), find_device(args.device))

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from ldm.bench.workloads import WORKLOADS, choose
-from ldm.cli import argument_parser, find_device, run_script
+from ldm.commands.cli import argument_parser, run_script
 from ldm.config import UserError
+from ldm.distributed import find_device
 
 
 def parse_arguments() -> argparse.Namespace:

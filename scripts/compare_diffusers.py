@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import argument_parser, run_script
+from ldm.commands.cli import argument_parser, run_script
 from ldm.config import UserError
 
 if TYPE_CHECKING:
@@ -76,9 +76,9 @@ def open_both(args: argparse.Namespace) -> tuple[Pipeline, Any]:
         from diffusers import StableDiffusionPipeline
     except ImportError:
         raise UserError("diffusers is not installed: pip install diffusers") from None
+    from ldm.model_io import find_root
     from ldm.pipeline import Pipeline
     from ldm.samplers import ImageNoise, make_grid
-    from ldm.weights import find_root
 
     ours = Pipeline.from_pretrained(args.folder)
     make_grid(ours.schedule, ours.schedule.config.sampler, args.steps)  # refuses what cannot be before anything is done

@@ -11,7 +11,7 @@ guidances only add what is missing. `accelerate launch scripts/evaluate.py ...` 
 import argparse
 from pathlib import Path
 
-from ldm.cli import argument_parser, run_script
+from ldm.commands.cli import argument_parser, run_script
 from ldm.config import UserError
 
 # Which modes use an option, where not all do.
@@ -84,7 +84,7 @@ def parse_guidance(text: str) -> tuple[float, ...]:
 
 def model(args: argparse.Namespace) -> list[str]:
     """Evaluates a model."""
-    from ldm.tasks.evaluate import EvaluateConfig, evaluate
+    from ldm.evaluate.model import EvaluateConfig, evaluate
 
     config = EvaluateConfig(
         model=args.model,
@@ -108,7 +108,7 @@ def model(args: argparse.Namespace) -> list[str]:
 
 def autoencoder(args: argparse.Namespace) -> list[str]:
     """Evaluates an autoencoder."""
-    from ldm.tasks.evaluate_autoencoder import AutoencoderEvaluation, evaluate_autoencoder
+    from ldm.evaluate.autoencoder import AutoencoderEvaluation, evaluate_autoencoder
 
     config = AutoencoderEvaluation(
         autoencoder=args.autoencoder,
@@ -127,7 +127,7 @@ def autoencoder(args: argparse.Namespace) -> list[str]:
 
 def folders(args: argparse.Namespace) -> list[str]:
     """Evaluates a folder of pictures against another."""
-    from ldm.tasks.evaluate_folders import FolderEvaluation, evaluate_folders
+    from ldm.evaluate.folders import FolderEvaluation, evaluate_folders
 
     config = FolderEvaluation(
         images=args.images,
@@ -152,7 +152,7 @@ def main() -> None:
     if not args.images and not args.data:
         raise UserError("--data is needed: shapes, emoji, folder or shards, whose held-out pictures are used")
     lines = {"model": model, "autoencoder": autoencoder, "images": folders}[mode](args)
-    from ldm.task import processes
+    from ldm.distributed import processes
 
     if processes().is_main_process:
         for line in lines:

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import argument_parser, run_script
+from ldm.commands.cli import argument_parser, run_script
 from ldm.config import UserError
 
 if TYPE_CHECKING:
-    from ldm.plan import Model, Plan, Setting
+    from ldm.commands.plan import Model, Plan, Setting
 
 NODE = 8  # GPUs
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "bytes"))
@@ -85,7 +85,7 @@ def span(seconds: float) -> str:
 
 def facts(model: "Model", s: "Setting", size: int) -> list[tuple[str, str]]:
     """What does not depend on a GPU's rate."""
-    from ldm.plan import STATE_BYTES, all_reduce_bytes, cache_bytes
+    from ldm.commands.plan import STATE_BYTES, all_reduce_bytes, cache_bytes
 
     batch = model.batch * model.accumulate * s.gpus
     yield_of = f"{model.unet_flops / 1e12:.3g} + {model.text_flops / 1e12:.3g} + {model.vae_flops / 1e12:.3g} TFLOP"
@@ -121,7 +121,7 @@ def main() -> None:
     """Prints the tables."""
     args = parse_arguments()
     rates = check(args)
-    from ldm import plan
+    from ldm.commands import plan
 
     if args.measure:
         measured = plan.measure(args.family, args.size, args.measure, args.batch)

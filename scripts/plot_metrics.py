@@ -9,7 +9,7 @@ metrics.json (distances and alignment over guidance).
 import argparse
 from pathlib import Path
 
-from ldm.cli import argument_parser, run_script
+from ldm.commands.cli import argument_parser, run_script
 
 
 def parse_arguments() -> argparse.Namespace:

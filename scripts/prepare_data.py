@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ldm.cli import argument_parser, run_script
+from ldm.commands.cli import argument_parser, run_script
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import argument_parser, find_device, run_script
+from ldm.commands.cli import argument_parser, run_script
 from ldm.config import UserError
+from ldm.distributed import find_device
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -97,8 +98,7 @@ def read_squares(args: argparse.Namespace, side: int) -> dict[str, Image.Image]:
     """The image and the mask as square RGB pictures of --height, else of `side` pixels (UserError)."""
     from PIL import Image
 
-    from ldm.data.images import ImageError, read_image
-    from ldm.images import to_pil
+    from ldm.images import ImageError, read_image, to_pil
 
     found, sizes = {}, {}
     for name in ("image", "mask"):
@@ -120,7 +120,7 @@ def interpolation(pipe: Pipeline, prompts: list[str], args: argparse.Namespace) 
     """What the pipeline takes for the pictures on the way, and what their PNGs say of them (UserError)."""
     import torch
 
-    from ldm.editing import between, slerp
+    from ldm.edit import between, slerp
     from ldm.samplers import ImageNoise
 
     last = args.seed if args.seed_to is None else args.seed_to

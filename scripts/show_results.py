@@ -15,11 +15,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import argument_parser, run_script
+from ldm.commands.cli import argument_parser, run_script
 from ldm.config import UserError
 
 if TYPE_CHECKING:
-    from ldm.metrics.report_plots import Point
+    from ldm.evaluate.report_plots import Point
 
 MEASURED = (  # name, metric, factor, decimals
     ("PSNR in dB", "psnr_db", 1, 2),
@@ -58,8 +58,8 @@ def over_steps(lines: list[dict[str, Any]], name: str, factor: float = 1.0) -> l
 
 def curves(folder: Path) -> str:
     """Three trainings and the choice of guidance, as one SVG."""
-    from ldm.metrics.records import find
-    from ldm.metrics.report_plots import Line, plot
+    from ldm.evaluate.records import find
+    from ldm.evaluate.report_plots import Line, plot
 
     decoder, clip, diffusion = (read(folder / f"{name}.jsonl") for name in ("decoder", "clip", "diffusion"))
     records = read(folder / "evaluation.json")

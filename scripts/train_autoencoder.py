@@ -3,12 +3,12 @@
 python scripts/train_autoencoder.py --config configs/shapes/autoencoder.toml --out runs/shapes/autoencoder
 """
 
-from ldm.cli import run_training
+from ldm.commands.cli import run_training
 
 
 def parts() -> tuple[type, type]:
     """The config's class and the task; imported here, so that --help is quick."""
-    from ldm.tasks.autoencoder import AutoencoderConfig, AutoencoderTask
+    from ldm.train.autoencoder import AutoencoderConfig, AutoencoderTask
 
     return AutoencoderConfig, AutoencoderTask
 

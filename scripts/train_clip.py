@@ -3,12 +3,12 @@
 python scripts/train_clip.py --config configs/shapes/clip.toml --out runs/shapes/clip
 """
 
-from ldm.cli import run_training
+from ldm.commands.cli import run_training
 
 
 def parts() -> tuple[type, type]:
     """The config's class and the task; imported here, so that --help is quick."""
-    from ldm.tasks.clip import CLIPConfig, CLIPTask
+    from ldm.train.clip import CLIPConfig, CLIPTask
 
     return CLIPConfig, CLIPTask
 

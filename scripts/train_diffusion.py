@@ -3,12 +3,12 @@
 python scripts/train_diffusion.py --config configs/shapes/diffusion.toml --out runs/shapes/diffusion
 """
 
-from ldm.cli import run_training
+from ldm.commands.cli import run_training
 
 
 def parts() -> tuple[type, type]:
     """The config's class and the task; imported here, so that --help is quick."""
-    from ldm.tasks.diffusion import DiffusionConfig, DiffusionTask
+    from ldm.train.diffusion import DiffusionConfig, DiffusionTask
 
     return DiffusionConfig, DiffusionTask
 

@@ -68,7 +68,7 @@ def measured(out: Path, *wanted: Case) -> dict:
 
 def main(side: str, place: str) -> None:
     if side == "run":
-        from ldm.cli import run_script
+        from ldm.commands.cli import run_script
 
         hangs = case("sampling/two", params={"hangs": "ldm"})
         run_script(lambda: measured(Path(place), case("sampling/one"), hangs))

@@ -18,8 +18,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-import ldm.task
-from ldm.run import Run
+import ldm.train.task
+from ldm.train.run import Run
 
 INIT, END = AcceleratorState.__init__, Run.end
 
@@ -54,6 +54,6 @@ def holding(parameter: nn.Parameter) -> dict:
 
 if __name__ == "__main__":
     AcceleratorState.__init__, Run.end = init, end
-    ldm.task.training_layout = lambda: torch.channels_last  # before the tasks are imported
+    ldm.train.task.training_layout = lambda: torch.channels_last  # before the tasks are imported
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -13,12 +13,12 @@ import pytest
 import torch
 from tiny_models import LENGTH, diffusers_unet, diffusers_vae, no_complaints, shapes, tiny_parts
 
-from ldm import checkpoint
+from ldm import pipeline_io as checkpoint
 from ldm.config import UserError, load
 from ldm.diffusion import ScheduleConfig
 from ldm.pipeline import Pipeline
 from ldm.samplers import SAMPLERS, ImageNoise
-from ldm.tasks.clip import CLIPConfig
+from ldm.train.clip import CLIPConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PROMPTS = ["a red circle", "a blue square above a red circle", ""]
@@ -212,7 +212,7 @@ def test_parts_that_do_not_fit(saved, tmp_path, monkeypatch, part, key, value, m
     path = folder / part / ("tokenizer_config.json" if part == "tokenizer" else "config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     # The sizes are looked at after the weights, which would not fit either.
-    monkeypatch.setattr("ldm.weights.load_model", lambda make, folder, tensors, *configs: make())
+    monkeypatch.setattr("ldm.model_io.load_model", lambda make, folder, tensors, *configs: make())
     with pytest.raises(UserError, match=message):
         checkpoint.load_parts(folder)
 

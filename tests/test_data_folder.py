@@ -10,8 +10,8 @@ from PIL import Image
 from ldm.config import UserError
 from ldm.data import DataConfig, flip_half, open_dataset
 from ldm.data.folder import Folder
-from ldm.data.images import ImageError, read_image
 from ldm.data.splits import assign, caption_group, position, split_of
+from ldm.images import ImageError, read_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from ldm.config import UserError
 from ldm.data.latents import CachedLatents, cache_latents, data_hash
-from ldm.weights import module_hash
+from ldm.model_io import module_hash
 
 
 class TinyVAE(nn.Module):

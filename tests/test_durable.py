@@ -19,12 +19,13 @@ import tiny
 import torch
 from test_train import CONFIG, lines_of, state_of
 
-from ldm import manifest, run_state
-from ldm.cli import run_script
+from ldm.commands.cli import run_script
 from ldm.config import UserError
-from ldm.interrupt import Stopped
-from ldm.train import Run, train
-from ldm.weights import read_json, write_json
+from ldm.model_io import read_json, write_json
+from ldm.train import manifest
+from ldm.train import state as run_state
+from ldm.train.interrupt import Stopped
+from ldm.train.loop import Run, train
 
 EVERY = replace(CONFIG, save_every=2, keep=3)
 
@@ -217,8 +218,8 @@ def test_a_signal_ends_the_step_saves_and_resuming_is_exact(tmp_path, number, st
 WORKER = """
 import sys, time, tiny
 from dataclasses import replace
-from ldm.cli import run_script
-from ldm.train import Run, train
+from ldm.commands.cli import run_script
+from ldm.train.loop import Run, train
 class Slow(tiny.Toy):
     def losses(self, modules, batch, step):
         print("step", step, flush=True)

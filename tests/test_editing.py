@@ -11,7 +11,7 @@ from tiny_models import no_complaints, tiny_parts
 
 from ldm.config import UserError
 from ldm.diffusion import Schedule, ScheduleConfig
-from ldm.editing import Edit, between, slerp
+from ldm.edit import Edit, between, slerp
 from ldm.pipeline import Pipeline
 from ldm.samplers import SAMPLERS as FUNCTIONS
 from ldm.samplers import ImageNoise, make_grid

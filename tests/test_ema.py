@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.ema import EMA
+from ldm.train.ema import EMA
 
 
 def net() -> nn.Module:

@@ -14,14 +14,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm.checkpoint import Parts
-from ldm.cli import run_script
 from ldm.clip import CLIP, TextEncoder, VisionConfig
 from ldm.clip_towers import TextConfig
+from ldm.commands.cli import run_script
 from ldm.config import UserError
 from ldm.data.emoji import Emoji
 from ldm.data.shapes import Scene, Shapes, render
 from ldm.diffusion import Schedule, ScheduleConfig
+from ldm.evaluate.baseline import against
+from ldm.evaluate.measure import reconstruct
+from ldm.evaluate.model import EvaluateConfig, evaluate, pose, sample_indices, trained_on
+from ldm.evaluate.pictures import _runs
+from ldm.evaluate.records import best_guidance, find
+from ldm.evaluate.report import write_report
+from ldm.evaluate.report_html import Gallery, Row
 from ldm.metrics import (
     cmmd,
     cosine,
@@ -41,14 +47,8 @@ from ldm.metrics.diversity import nearest
 from ldm.metrics.features import FeatureExtractor
 from ldm.metrics.judges import ImageTextModel
 from ldm.metrics.preprocess import resized
-from ldm.metrics.records import best_guidance, find
-from ldm.metrics.report import write_report
-from ldm.metrics.report_html import Gallery, Row
 from ldm.pipeline import Pipeline
-from ldm.tasks.evaluate import EvaluateConfig, evaluate, pose, sample_indices, trained_on
-from ldm.tasks.evaluate_baseline import against
-from ldm.tasks.evaluate_measure import reconstruct
-from ldm.tasks.evaluate_pictures import _runs
+from ldm.pipeline_io import Parts
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
@@ -125,7 +125,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def stub(monkeypatch):
     monkeypatch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor())
-    monkeypatch.setattr("ldm.tasks.evaluate.image_text_model", opened)
+    monkeypatch.setattr("ldm.evaluate.model.image_text_model", opened)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # run_script sets it for good
 
 
@@ -150,7 +150,7 @@ def done(model, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("done") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor())
-        patch.setattr("ldm.tasks.evaluate.image_text_model", opened)
+        patch.setattr("ldm.evaluate.model.image_text_model", opened)
         evaluate(config_for(model), out, "cpu")
     return out
 
@@ -351,8 +351,8 @@ def test_groups_that_captions_name_are_reported_apart(tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     config = config_for(tmp_path / "model", data="emoji", num=60, guidance=(1.0,), steps=1, judge="sees-dark")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldm.tasks.evaluate.image_text_model", lambda name: as_judge(name, SeesDark(), 16))
-        patch.setattr("ldm.tasks.evaluate_measure.MOST", 0.0)
+        patch.setattr("ldm.evaluate.model.image_text_model", lambda name: as_judge(name, SeesDark(), 16))
+        patch.setattr("ldm.evaluate.measure.MOST", 0.0)
         evaluate(config, tmp_path / "out", "cpu")
     results, dataset = results_of(tmp_path / "out"), Emoji(16, "test")
     records = [dataset.records[i] for i in sample_indices(len(dataset), 60, 0)]
@@ -471,7 +471,7 @@ def test_report_escapes_what_it_is_told(tmp_path):
 @pytest.fixture
 def prompts_made(monkeypatch) -> list[str]:
     """The prompts that the pipeline is asked for, but for those that only its speed is measured with."""
-    monkeypatch.setattr("ldm.tasks.evaluate_measure.efficiency", lambda bench, guidance: [])
+    monkeypatch.setattr("ldm.evaluate.measure.efficiency", lambda bench, guidance: [])
     made, call = [], Pipeline.__call__
     monkeypatch.setattr(Pipeline, "__call__", lambda self, p, **options: made.extend(p) or call(self, p, **options))
     return made

@@ -13,16 +13,16 @@ from test_evaluate import Tags, run_main, stub, stub_extractor, tiny_pipeline  #
 
 from ldm.config import UserError
 from ldm.data.shapes import Shapes
+from ldm.evaluate.autoencoder import AutoencoderEvaluation, evaluate_autoencoder, scales
+from ldm.evaluate.features import FeatureCache
+from ldm.evaluate.folders import FolderEvaluation, evaluate_folders
+from ldm.evaluate.model import sample_indices
+from ldm.evaluate.pictures import claim
+from ldm.evaluate.records import find
+from ldm.evaluate.report_plots import Line, plot, ticks
 from ldm.metrics import features, frechet_distance, kernel_distance, precision_recall, psnr, sharpness
 from ldm.metrics.judges import ImageTextModel
 from ldm.metrics.reconstruction import discretized_logistic
-from ldm.metrics.records import find
-from ldm.metrics.report_plots import Line, plot, ticks
-from ldm.tasks.evaluate import sample_indices
-from ldm.tasks.evaluate_autoencoder import AutoencoderEvaluation, evaluate_autoencoder, scales
-from ldm.tasks.evaluate_features import FeatureCache
-from ldm.tasks.evaluate_folders import FolderEvaluation, evaluate_folders
-from ldm.tasks.evaluate_pictures import claim
 from ldm.vae import VAE
 
 N = 20
@@ -43,7 +43,7 @@ def measured(vae, tmp_path_factory) -> Path:
     config = AutoencoderEvaluation(autoencoder=str(vae), data="shapes", num=N, features="stub", batch_size=7)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor())
-        patch.setattr("ldm.tasks.evaluate_latents.SCENES", 300)
+        patch.setattr("ldm.evaluate.latents.SCENES", 300)
         lines = evaluate_autoencoder(config, out, "cpu")
     assert lines[0].startswith("PSNR: ") and any(line.startswith("bits_per_dimension") for line in lines)
     return out
@@ -139,7 +139,7 @@ def test_an_autoencoder_that_cannot_be_measured_is_one_line(vae, tmp_path, chang
 def test_the_judges_own_features_are_taken_by_name(vae, tmp_path):
     config = AutoencoderEvaluation(autoencoder=str(vae), data="shapes", num=N, features="judge")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldm.tasks.evaluate_latents.SCENES", 150)
+        patch.setattr("ldm.evaluate.latents.SCENES", 150)
         evaluate_autoencoder(config, tmp_path, "cpu")
     found = record(tmp_path, "frechet_distance")
     assert found["extractor"] == "judge:shapes" and found["dimensions"] == 96 and found["biased"]
@@ -197,7 +197,7 @@ def test_folders_with_captions_and_a_judge_are_scored_for_alignment(tmp_path, mo
         return images(torch.stack([all_[int(c.split()[1])] for c in captions]))
 
     reads = ImageTextModel("reads", torch.nn.Identity(), 24, images, texts)
-    monkeypatch.setattr("ldm.tasks.evaluate_folders.image_text_model", lambda name: reads)
+    monkeypatch.setattr("ldm.evaluate.folders.image_text_model", lambda name: reads)
     a, b = fill(tmp_path / "a", 20, 0, captions=True), fill(tmp_path / "b", 20, 1)
     config = FolderEvaluation(images=a, reference=b, features="none", judge="reads")
     evaluate_folders(config, tmp_path / "out", "cpu")

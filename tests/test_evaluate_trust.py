@@ -30,22 +30,22 @@ from test_evaluate import (  # noqa: F401 (fixtures)
 from test_evaluate_more import fill, record, vae  # noqa: F401 (a fixture)
 
 from ldm.config import UserError
+from ldm.evaluate.autoencoder import AutoencoderEvaluation, evaluate_autoencoder
+from ldm.evaluate.coded import Coded, kl_nats
+from ldm.evaluate.folders import FolderEvaluation, evaluate_folders
+from ldm.evaluate.measure import knows_little
+from ldm.evaluate.model import evaluate, pose
+from ldm.evaluate.pictures import PictureSet, generate
+from ldm.evaluate.records import SHUFFLED, best_guidance, cmmd_record, find, frechet_records
+from ldm.evaluate.report import OF_INCEPTION, ROWS, called, write_report
+from ldm.evaluate.report_autoencoder import _at
 from ldm.metrics import cmmd
 from ldm.metrics.codecs import encoded, nearest_to
 from ldm.metrics.compositional import TASKS, check, halves, tally
 from ldm.metrics.features import judged_by
 from ldm.metrics.judges import ImageTextModel
-from ldm.metrics.records import SHUFFLED, best_guidance, cmmd_record, find, frechet_records
-from ldm.metrics.report import OF_INCEPTION, ROWS, called, write_report
-from ldm.metrics.report_autoencoder import _at
+from ldm.model_io import module_hash
 from ldm.pipeline import Pipeline
-from ldm.tasks.evaluate import evaluate, pose
-from ldm.tasks.evaluate_autoencoder import AutoencoderEvaluation, evaluate_autoencoder
-from ldm.tasks.evaluate_coded import Coded, kl_nats
-from ldm.tasks.evaluate_folders import FolderEvaluation, evaluate_folders
-from ldm.tasks.evaluate_measure import knows_little
-from ldm.tasks.evaluate_pictures import PictureSet, generate
-from ldm.weights import module_hash
 
 
 def broken_png(path: Path) -> None:
@@ -272,13 +272,13 @@ def test_the_references_own_alignment_stands_beside_the_images(tmp_path, monkeyp
         for file in folder.glob("*.txt"):
             file.write_text(f"{folder.name} {file.stem}")
     seen = {f"{path.parent.name} {path.stem}": read(path) for path in [*a.glob("*.png"), *b.glob("*.png")]}
-    monkeypatch.setattr("ldm.tasks.evaluate_folders.image_text_model", lambda name: knows(seen))
+    monkeypatch.setattr("ldm.evaluate.folders.image_text_model", lambda name: knows(seen))
     config = FolderEvaluation(images=a, reference=b, features="none", judge="knows")
     evaluate_folders(config, tmp_path / "out", "cpu")
     for of in ("images", "reference"):
         assert record(tmp_path / "out", "clip_cosine", of)["value"] == pytest.approx(1, abs=1e-5)
     one_picture = {name: read(a / "000.png") for name in seen}
-    monkeypatch.setattr("ldm.tasks.evaluate_folders.image_text_model", lambda name: knows(one_picture))
+    monkeypatch.setattr("ldm.evaluate.folders.image_text_model", lambda name: knows(one_picture))
     with pytest.warns(UserWarning, match="right one of 20 reference pictures .* 25.0% needed"):
         evaluate_folders(config, tmp_path / "other", "cpu")
 
@@ -294,7 +294,7 @@ def test_captions_that_are_missing_are_said_before_any_work(tmp_path, monkeypatc
     assert not (tmp_path / "out").exists()
     for file in a.glob("*.txt"):
         file.unlink()
-    monkeypatch.setattr("ldm.tasks.evaluate_folders.image_text_model", lambda name: knows({}))
+    monkeypatch.setattr("ldm.evaluate.folders.image_text_model", lambda name: knows({}))
     evaluate_folders(config, tmp_path / "out", "cpu")
     assert "The images have no captions" in (tmp_path / "out/report.html").read_text()
 
@@ -311,7 +311,7 @@ def test_a_perceptual_distance_says_which_weights_and_resize(vae, tmp_path):  # 
 
     config = AutoencoderEvaluation(autoencoder=str(vae), data="shapes", num=16, features="none")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldm.tasks.evaluate_autoencoder.find_spec", lambda name: None)
+        patch.setattr("ldm.evaluate.autoencoder.find_spec", lambda name: None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             evaluate_autoencoder(config, tmp_path / "out", "cpu")
@@ -380,7 +380,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_others(done, model, tm
 def test_a_bar_is_not_filled_beyond_its_end(model, tmp_path, monkeypatch):  # noqa: F811
     """The fifths of four pictures' steps add up to a little more than four."""
     filled = []
-    monkeypatch.setattr("ldm.tasks.evaluate_pictures.tqdm", lambda **options: Filled(filled, options["total"]))
+    monkeypatch.setattr("ldm.evaluate.pictures.tqdm", lambda **options: Filled(filled, options["total"]))
     made = PictureSet(folder=tmp_path / "made", captions=["a red circle"] * N, size=32)
     settings = {"model": "", "guidance_rescale": 0.0, "steps": 5, "sampler": "ddim", "seed": 0}
     generate(Pipeline.from_pretrained(model), [made], [1.0], settings, batch_size=4)
@@ -439,7 +439,7 @@ def test_every_printed_distance_says_network_and_number_and_what_it_lacks(model,
     wide = stub_extractor()
     wide.network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(3), torch.nn.Flatten())  # 27 features
     monkeypatch.setitem(features.EXTRACTORS, "stub", lambda where: wide)
-    monkeypatch.setattr("ldm.tasks.evaluate_autoencoder.find_spec", lambda name: None)
+    monkeypatch.setattr("ldm.evaluate.autoencoder.find_spec", lambda name: None)
     monkeypatch.setattr(warnings, "warn", lambda *text, **options: None)
     a, b = fill(tmp_path / "a", 30, 0), fill(tmp_path / "b", 30, 1)
     about = FolderEvaluation(images=a, reference=b, features="stub")

@@ -23,14 +23,14 @@ from ldm.data.folder import Folder
 from ldm.data.latents import CachedLatents, cache_latents, data_hash
 from ldm.data.order import EpochBatches
 from ldm.data.shards import Shards, write_shards
-from ldm.run_state import LeftOut
-from ldm.tasks.autoencoder import AutoencoderTask
-from ldm.tasks.clip import CLIPTask
-from ldm.tasks.diffusion import DiffusionTask
+from ldm.model_io import module_hash
 from ldm.tokenizer import Tokenizer
-from ldm.train import train
+from ldm.train.autoencoder import AutoencoderTask
+from ldm.train.clip import CLIPTask
+from ldm.train.diffusion import DiffusionTask
+from ldm.train.loop import train
+from ldm.train.state import LeftOut
 from ldm.vae import VAE
-from ldm.weights import module_hash
 
 
 def bomb() -> bytes:
@@ -83,10 +83,12 @@ def config_of(folder: Path, **changes) -> DataConfig:
 def test_every_kind_of_mistake_is_left_out_and_said(folder):
     wrong = spoil(folder)
     data = Folder(folder, 32, val=0, test=0, max_broken=0.2)
-    assert data.faults.found.keys() == AT_OPENING and data.faults.total == 60 and len(data) == 57
+    assert data.faults.reasons.keys() == AT_OPENING and data.faults.total == 60 and len(data) == 57
     found = [data[i] for i in range(len(data))]
-    assert data.faults.found.keys() == wrong.keys()
-    assert all(text in data.faults.found[name] and "\n" not in data.faults.found[name] for name, text in wrong.items())
+    assert data.faults.reasons.keys() == wrong.keys()
+    assert all(
+        text in data.faults.reasons[name] and "\n" not in data.faults.reasons[name] for name, text in wrong.items()
+    )
     names = [key for key, _ in data.samples]
     for i, sample in enumerate(found):
         at = i
@@ -106,17 +108,17 @@ def test_one_mistake_counts_once_and_splits_have_names_of_their_own(folder):
     texts[5], texts[9] = '{"file_name": "005', '{"file_name": "gone.png", "text": "x"}'
     (folder / "metadata.jsonl").write_text("\n".join(texts))
     data = Folder(folder, 32, val=0, test=0, max_broken=0.2)
-    assert data.faults.found.keys() == {"005.png", "009.png"} and data.faults.total == 60
-    assert "line 6 is not valid JSON" in data.faults.found["005.png"]
+    assert data.faults.reasons.keys() == {"005.png", "009.png"} and data.faults.total == 60
+    assert "line 6 is not valid JSON" in data.faults.reasons["005.png"]
     with pytest.warns(UserWarning, match="2 lines of metadata are passed over: .*line 6"):
         bare = Folder(folder, 32, val=0, test=0, max_broken=0, need_captions=False)
-    assert len(bare) == 60 and not bare.faults.found
+    assert len(bare) == 60 and not bare.faults.reasons
     for split in ("train", "val"):
         (folder / split).mkdir()
         for name in ("000.png", "001.png"):
             shutil.copy(folder / name, folder / split / name)
         (folder / split / "001.txt").write_text("x")
-        assert Folder(folder, 32, split, max_broken=1).faults.found.keys() == {f"{split}/000.png"}
+        assert Folder(folder, 32, split, max_broken=1).faults.reasons.keys() == {f"{split}/000.png"}
 
 
 def test_whoever_reads_gets_the_same(folder):
@@ -171,7 +173,7 @@ def test_a_disk_that_fails_spoils_no_sample(folder, monkeypatch):
         monkeypatch.setattr(Image, "open", lambda *a, error=error, **k: (_ for _ in ()).throw(error))
         with pytest.raises((UserError, MemoryError), match="cannot be read now|^$"):
             data[0]
-    assert not data.faults.found
+    assert not data.faults.reasons
 
 
 def test_a_list_that_a_crash_left_half_written_is_mended(tmp_path):
@@ -206,11 +208,11 @@ def test_the_three_trainings_share_what_a_spoiled_folder_has_left(folder, tmp_pa
     data = open_dataset(config_of(folder), "train")
     names = {name for name in wrong if name in AT_OPENING or name in dict(data.samples)}
     judged = CLIPTask(replace(clip, judge=True))
-    assert judged.dataset.faults.found.keys() == AT_OPENING and judged.dataset.faults.total == 60
+    assert judged.dataset.faults.reasons.keys() == AT_OPENING and judged.dataset.faults.total == 60
     task = DiffusionTask(
         tiny.diffusion(tmp_path / "vae", tmp_path / "clip", data=config_of(folder), cache=str(tmp_path / "cache"))
     )
-    assert task.dataset.faults.found.keys() == names
+    assert task.dataset.faults.reasons.keys() == names
     train(task, tiny.TRAIN, tmp_path / "unet", {})
     assert listed(tmp_path / "unet").keys() >= names and listed(tmp_path / "clip").keys() >= names
 
@@ -221,11 +223,11 @@ def test_a_cache_holds_what_the_data_set_gives(folder, tmp_path):
     torch.manual_seed(0)
     vae = VAE(tiny.autoencoder().model)
     cache_latents(vae, data, tmp_path / "cache", workers=2)
-    assert len(data.faults.found) == 8  # found by the loading processes
+    assert len(data.faults.reasons) == 8  # found by the loading processes
     cached = CachedLatents(tmp_path / "cache", module_hash(vae), data_hash(data), data.faults)
     again = Folder(folder, 32, val=0, test=0, max_broken=0.2)
     CachedLatents(tmp_path / "cache", module_hash(vae), data_hash(again), again.faults)
-    assert again.faults.found == data.faults.found  # from the list beside the cache
+    assert again.faults.reasons == data.faults.reasons  # from the list beside the cache
     assert [cached[i]["key"] for i in range(len(cached))] == [data[i]["key"] for i in range(len(data))]
     assert all(
         value.isfinite().all() for name, value in load_file(tmp_path / "cache").items() if name in ("mean", "std")
@@ -240,10 +242,10 @@ def test_an_index_tells_how_much_a_cut_shard_has_lost(tmp_path, cut):
     file.write_bytes(file.read_bytes()[:cut])
     data = Shards(tmp_path, 8, max_broken=0.9)
     lost = len(whole) - len(data)
-    assert 0 < lost == len(data.faults.found) and data.faults.total == 40
-    assert all("train-000001.tar' has" in why and "index.json says" in why for why in data.faults.found.values())
+    assert 0 < lost == len(data.faults.reasons) and data.faults.total == 40
+    assert all("train-000001.tar' has" in why and "index.json says" in why for why in data.faults.reasons.values())
     keys = [data[i]["key"] for i in range(len(data))]
-    assert len(set(keys)) == len(keys) == len(data) and len(data.faults.found) == lost
+    assert len(set(keys)) == len(keys) == len(data) and len(data.faults.reasons) == lost
     with pytest.raises(UserError, match=f"{lost} of 40 samples"):
         Shards(tmp_path, 8)
 
@@ -270,13 +272,13 @@ def test_bad_samples_of_shards_are_left_out(tmp_path, name):
     (tmp_path / "index.json").unlink()
     tar(tmp_path / name, [member for members in BAD.values() for member in members])
     data = Shards(tmp_path, 8, max_broken=0.5)
-    twice = next(found for found in data.faults.found if found.startswith("k005"))
+    twice = next(found for found in data.faults.reasons if found.startswith("k005"))
     assert twice == ("k005 in train-000009.tar" if name.startswith("train") else "k005 in train-000000.tar")
     assert all(data.captions(i) for i in range(len(data)))
     keys = {data[i]["key"] for i in range(len(data))}
     assert keys | {"k005"} == {f"k{i:03d}" for i in range(40)}
     late = {f"{key} in {name}" for key in ("torn", "bomb")}  # seen when read, where they are in the training split
-    assert data.faults.found.keys() | late == {f"{key} in {name}" for key in BAD if key != "k005"} | {twice}
+    assert data.faults.reasons.keys() | late == {f"{key} in {name}" for key in BAD if key != "k005"} | {twice}
 
 
 def test_a_tokenizer_is_trained_on_the_captions_that_can_be_read(tmp_path):
@@ -287,7 +289,7 @@ def test_a_tokenizer_is_trained_on_the_captions_that_can_be_read(tmp_path):
         tar(tmp_path / f"{split}-0.tar", [m for i in range(30) for m in (members[i], members[30 + i])])
     config = replace(tiny.clip(), data=DataConfig(name="shards", path=str(tmp_path), max_broken=0.1))
     task = CLIPTask(config)
-    assert isinstance(task.tokenizer, Tokenizer) and task.dataset.faults.found.keys() == {"004 in train-0.tar"}
+    assert isinstance(task.tokenizer, Tokenizer) and task.dataset.faults.reasons.keys() == {"004 in train-0.tar"}
 
 
 def test_links_in_a_shard_are_never_followed(tmp_path):

@@ -11,7 +11,7 @@ from tiny_models import randomize
 
 from ldm.clip import CLIP
 from ldm.config import UserError
-from ldm.data import to_uint8
+from ldm.images import to_uint8
 from ldm.metrics import features
 from ldm.metrics.features import feature_extractor
 from ldm.metrics.judges import image_text_model

@@ -60,7 +60,7 @@ def test_two_processes_that_share_all_weights_train_as_one_that_has_them(folder,
     """Every logged number (clipped gradients' norms, the GAN's weight and logits, validation of the average) and every
     tensor of every file: the model, weights, averages, both optimizers' states, under the same names."""
     for task in ("autoencoder", "diffusion"):  # noise is drawn in another order in another layout
-        monkeypatch.setattr(f"ldm.tasks.{task}.training_layout", lambda: torch.channels_last)
+        monkeypatch.setattr(f"ldm.train.{task}.training_layout", lambda: torch.channels_last)
     code, _, error = in_process(capsys, monkeypatch, f"train_{name}.py", *given(name, 8), cwd=folder / "one")
     assert code == 0, error
     one, two = folder / "one" / name, folder / "two" / name

@@ -7,13 +7,13 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from ldm import grounding
 from ldm.clip import CLIP, TextConfig, VisionConfig
 from ldm.config import UserError
 from ldm.data import stack_images
-from ldm.grounding import GroundingConfig, PictureReader, WordReader
-from ldm.tasks.clip import CLIPTask
-from ldm.train import train
+from ldm.train import readers as grounding
+from ldm.train.clip import CLIPTask
+from ldm.train.loop import train
+from ldm.train.readers import GroundingConfig, PictureReader, WordReader
 
 END, PAD = 6, 0
 TEXT = TextConfig(**tiny.TOWER, vocab_size=7, eos_token_id=END, max_position_embeddings=5, projection_dim=16)
@@ -60,7 +60,7 @@ def test_picture_reader_sees_what_is_shown_and_the_context_but_nothing_hidden(mo
     chances[0, 0] = 0  # the upper left patch is shown
     reader.paint.register_forward_hook(lambda module, inputs, output: painted.append(output))
     monkeypatch.setattr(grounding, "BLIND", 0.0)
-    monkeypatch.setattr("ldm.grounding.torch.rand", lambda *s: chances if s == ((1, 16),) else torch.ones(1, 1))
+    monkeypatch.setattr("ldm.train.readers.torch.rand", lambda *s: chances if s == ((1, 16),) else torch.ones(1, 1))
     without_hidden, without_shown = x.clone(), x.clone()
     without_hidden[..., 8:, :] = 0
     without_shown[..., :8, :8] = 0

@@ -10,24 +10,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports from lower rows only; modules of one package (`ldm.data`, `ldm.metrics`) may import each other.
 ROWS = (
-    ("ldm", "ldm.config", "ldm.bpe", "ldm.together"),
-    ("ldm.weights", "ldm.sharded"),
-    ("ldm.layers", "ldm.data", "ldm.diffusion", "ldm.losses", "ldm.ema", "ldm.muon", "ldm.perceptual"),
-    ("ldm.train_config", "ldm.manifest", "ldm.interrupt"),
-    ("ldm.run_state", "ldm.task", "ldm.loading", "ldm.memory", "ldm.optimizers"),
-    ("ldm.run_log",),
-    ("ldm.run",),
-    ("ldm.samplers", "ldm.images", "ldm.tokenizer", "ldm.clip_towers", "ldm.train"),
-    ("ldm.vae", "ldm.unet", "ldm.clip", "ldm.editing", "ldm.grounding", "ldm.discriminator", "ldm.cli"),
-    ("ldm.checkpoint", "ldm.metrics"),
+    ("ldm", "ldm.config", "ldm.bpe", "ldm.distributed", "ldm.images"),
+    ("ldm.layers", "ldm.diffusion", "ldm.losses", "ldm.perceptual", "ldm.samplers"),
+    ("ldm.model_io",),
+    ("ldm.data", "ldm.tokenizer", "ldm.clip_towers"),
+    ("ldm.vae", "ldm.unet", "ldm.clip", "ldm.edit", "ldm.discriminator"),
+    ("ldm.pipeline_io", "ldm.metrics"),
     ("ldm.pipeline",),
-    ("ldm.tasks",),
-    ("ldm.app", "ldm.bench", "ldm.plan"),
+    ("ldm.train", "ldm.evaluate"),
+    ("ldm.app", "ldm.bench", "ldm.commands"),
     ("scripts",),
 )
-PACKAGES = ("ldm.data", "ldm.metrics", "ldm.tasks", "ldm.app", "ldm.bench")
+PACKAGES = ("ldm.data", "ldm.metrics", "ldm.train", "ldm.evaluate", "ldm.app", "ldm.bench", "ldm.commands")
 MODELS = {"ldm.layers", "ldm.vae", "ldm.unet", "ldm.clip", "ldm.clip_towers", "ldm.discriminator", "ldm.perceptual"}
-MODELS |= {"ldm.grounding", "ldm.checkpoint", "ldm.pipeline", "ldm.tasks"}
+MODELS |= {"ldm.pipeline_io", "ldm.pipeline", "ldm.train", "ldm.evaluate"}
 HEAVY = {"transformers", "diffusers", "lpips", "tensorboard", "sklearn", "scipy", "skimage", "torchmetrics", "gradio"}
 
 

@@ -9,6 +9,7 @@ import torch
 from test_metrics import two_sets
 
 from ldm.config import UserError
+from ldm.evaluate.records import alignment_records, class_records, frechet_records, picture_records, ratio
 from ldm.metrics import (
     GaussianMoments,
     cmmd,
@@ -20,7 +21,6 @@ from ldm.metrics import (
 )
 from ldm.metrics.diversity import nearest, neighbourhoods
 from ldm.metrics.intervals import kernel_interval, mean_interval, resampled_interval
-from ldm.metrics.records import alignment_records, class_records, frechet_records, picture_records, ratio
 
 
 def normal(count: int, dimensions: int, seed: int, mean: float = 0.0, deviation: float = 1.0) -> torch.Tensor:

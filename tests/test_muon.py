@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.muon import Muon, hidden_weights, orthogonalize
+from ldm.train.muon import Muon, hidden_weights, orthogonalize
 from ldm.unet import UNet, UNetConfig
 
 

@@ -10,11 +10,11 @@ import torch
 from test_scripts import in_process
 from torch import nn
 
-from ldm import plan
+from ldm.commands import plan
+from ldm.commands.plan import Model, Setting
 from ldm.data.latents import CachedLatents, cache_bytes, cache_latents
-from ldm.plan import Model, Setting
+from ldm.model_io import module_hash
 from ldm.unet import UNetConfig
-from ldm.weights import module_hash
 
 SD15 = Path(__file__).parents[1] / "configs" / "sd15"
 MODEL = Model(

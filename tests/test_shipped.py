@@ -6,13 +6,14 @@ import torch
 from test_checkpoint import open_in_diffusers
 
 from ldm import Pipeline
-from ldm.data import DataConfig, batches, open_dataset, spread, to_float
+from ldm.data import DataConfig, batches, open_dataset, spread
+from ldm.images import to_float
 from ldm.metrics import retrieval
 from ldm.metrics.compositional import cases, score
 from ldm.metrics.judges import JUDGES, image_text_model
+from ldm.model_io import ASSETS, module_hash
 from ldm.samplers import ImageNoise
-from ldm.tasks.clip import sharing
-from ldm.weights import ASSETS, module_hash
+from ldm.train.clip import sharing
 
 PROMPTS = {
     "emoji": ["a 3D emoji of a red apple", "flag of Japan"],

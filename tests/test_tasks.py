@@ -12,21 +12,22 @@ import tiny
 import torch
 from einops import rearrange
 
-from ldm import weights
+from ldm import model_io as weights
 from ldm.clip import MAX_SCALE, TextEncoder
 from ldm.config import UserError, load
-from ldm.data import open_dataset, spread, stack_images, to_float
+from ldm.data import open_dataset, spread, stack_images
 from ldm.data.shapes import Shapes
 from ldm.diffusion import ScheduleConfig
+from ldm.images import to_float
 from ldm.metrics.judges import image_text_model
 from ldm.pipeline import Pipeline
 from ldm.samplers import SAMPLERS
-from ldm.task import freeze
-from ldm.tasks.autoencoder import AutoencoderTask
-from ldm.tasks.clip import CLIPConfig, CLIPTask, Joined, sharing
-from ldm.tasks.diffusion import DiffusionTask, check_normalized, drop_captions
 from ldm.tokenizer import Tokenizer
-from ldm.train import train
+from ldm.train.autoencoder import AutoencoderTask
+from ldm.train.clip import CLIPConfig, CLIPTask, Joined, sharing
+from ldm.train.diffusion import DiffusionTask, check_normalized, drop_captions
+from ldm.train.loop import train
+from ldm.train.task import freeze
 from ldm.unet import UNet
 from ldm.vae import VAE
 
@@ -452,7 +453,7 @@ def test_pictures_that_share_a_caption_are_not_negatives(monkeypatch):
     batch["captions"] = [["a red circle", "one red circle"], ["a red circle", "the red circle"], ["a blue star"]]
     found = []
     monkeypatch.setattr(
-        "ldm.tasks.clip.losses.contrastive", lambda images, texts, scale, same: found.append(same) or images.sum()
+        "ldm.train.clip.losses.contrastive", lambda images, texts, scale, same: found.append(same) or images.sum()
     )
     next(task.losses(task.modules, batch, step=0))
     assert found[0].tolist() == [[True, True, False], [True, True, False], [False, False, True]]

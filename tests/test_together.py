@@ -5,8 +5,8 @@ import torch
 
 from ldm.data import choose_captions, flip_half
 from ldm.diffusion import sample_timesteps
-from ldm.tasks.diffusion import drop_captions
-from ldm.together import Together, draw_for_all, mean_of_all
+from ldm.distributed import Together, draw_for_all, mean_over_processes
+from ldm.train.diffusion import drop_captions
 from ldm.vae import DiagonalGaussian
 
 WORLD, ROWS = 3, 4
@@ -64,7 +64,7 @@ def test_a_draw_of_another_size_or_with_its_own_generator_is_left_alone():
 
 def test_outside_of_a_step_taken_together_a_mean_is_the_value_itself():
     x = torch.tensor(3.0, requires_grad=True)
-    assert mean_of_all(x) == 3.0 and not mean_of_all(x).requires_grad
+    assert mean_over_processes(x) == 3.0 and not mean_over_processes(x).requires_grad
     with pytest.raises(RuntimeError, match="inside"), Together(4, 0, 2):
         raise RuntimeError("inside")
     assert Together.current is None and draw_for_all(torch.arange, 4).tolist() == [0, 1, 2, 3]

@@ -14,13 +14,13 @@ import pytest
 import tiny
 import torch
 
-from ldm import run_state
 from ldm.config import UserError, build
 from ldm.data.latents import cache_latents
 from ldm.data.shards import Shards, write_shards
-from ldm.tasks.clip import CLIPTask
-from ldm.train import OptimizerConfig, Run, TrainConfig, train
-from ldm.weights import load_tensors, read_json
+from ldm.model_io import load_tensors, read_json
+from ldm.train import state as run_state
+from ldm.train.clip import CLIPTask
+from ldm.train.loop import OptimizerConfig, Run, TrainConfig, train
 
 CONFIG = replace(tiny.TRAIN, steps=6, save_every=3, ema_decay=0.9)
 
@@ -75,7 +75,7 @@ def test_resume_is_exact(tmp_path, workers, accumulate):
 
 
 def test_resume_is_exact_with_muon(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.muon.NARROW", 1)  # the toy's matrices are small
+    monkeypatch.setattr("ldm.train.muon.NARROW", 1)  # the toy's matrices are small
     config = replace(CONFIG, optimizer=replace(CONFIG.optimizer, muon_lr=1e-2))
     train(tiny.Toy(), config, tmp_path / "straight", {})
     with pytest.raises(KeyboardInterrupt):
@@ -90,7 +90,7 @@ def test_resume_is_exact_with_muon(tmp_path, monkeypatch):
 
 def test_resume_without_the_optimizer_of_the_checkpoint_is_refused(tmp_path, monkeypatch):
     train(tiny.Toy(), replace(CONFIG, steps=3), tmp_path, {})
-    monkeypatch.setattr("ldm.muon.NARROW", 1)
+    monkeypatch.setattr("ldm.train.muon.NARROW", 1)
     config = replace(CONFIG, optimizer=replace(CONFIG.optimizer, muon_lr=1e-2))
     with pytest.raises(UserError, match="of another model than the config"):
         train(tiny.Toy(), config, tmp_path, {})

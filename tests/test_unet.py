@@ -18,7 +18,7 @@ from tiny_models import (
 
 from ldm.config import UserError, load
 from ldm.layers import TransformerBlock
-from ldm.tasks.diffusion import DiffusionConfig
+from ldm.train.diffusion import DiffusionConfig
 from ldm.unet import UNet, UNetConfig, timestep_embedding
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -161,7 +161,7 @@ def test_folders_go_both_ways(tmp_path, case):
 def test_stable_diffusion_sizes(tmp_path, table):
     from diffusers import UNet2DConditionModel
 
-    from ldm import weights
+    from ldm import model_io as weights
     from ldm.unet import SUPPORTED
 
     (tmp_path / "config.json").write_text(json.dumps(table))

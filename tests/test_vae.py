@@ -15,9 +15,9 @@ from tiny_models import (
     vae_config,
 )
 
-from ldm import weights
+from ldm import model_io as weights
 from ldm.config import UserError, load
-from ldm.tasks.autoencoder import AutoencoderConfig
+from ldm.train.autoencoder import AutoencoderConfig
 from ldm.vae import VAE, DiagonalGaussian, VAEConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ldm import weights
+from ldm import model_io as weights
 from ldm.config import UserError
 
 

@@ -10,17 +10,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.clip import TextConfig, VisionConfig
-from ldm.data import DataConfig, open_dataset, to_float
+from ldm.data import DataConfig, open_dataset
 from ldm.diffusion import ScheduleConfig
-from ldm.grounding import GroundingConfig
-from ldm.images import to_pil
-from ldm.tasks.autoencoder import AutoencoderConfig, LossConfig
-from ldm.tasks.clip import CLIPConfig
-from ldm.tasks.diffusion import DiffusionConfig, PreviewConfig
-from ldm.train import OptimizerConfig, Run, Task, TrainConfig
+from ldm.images import to_float, to_pil
+from ldm.model_io import save_tensors, write_json
+from ldm.train.autoencoder import AutoencoderConfig, LossConfig
+from ldm.train.clip import CLIPConfig
+from ldm.train.diffusion import DiffusionConfig, PreviewConfig
+from ldm.train.loop import OptimizerConfig, Run, Task, TrainConfig
+from ldm.train.readers import GroundingConfig
 from ldm.unet import UNetConfig
 from ldm.vae import VAE, VAEConfig
-from ldm.weights import save_tensors, write_json
 
 DATA = DataConfig(length=24)
 TRAIN = TrainConfig(

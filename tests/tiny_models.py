@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import Parts
 from ldm.clip import TextConfig, TextEncoder
 from ldm.diffusion import Schedule, ScheduleConfig
+from ldm.pipeline_io import Parts
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig

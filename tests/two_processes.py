@@ -15,10 +15,10 @@ from accelerate.utils import gather_object
 from ldm.data.latents import CachedLatents, cache_latents, data_hash
 from ldm.data.shards import Shards
 from ldm.metrics import GaussianMoments
-from ldm.tasks.autoencoder import AutoencoderTask
-from ldm.tasks.clip import CLIPTask
-from ldm.train import Run, train
-from ldm.weights import module_hash, save_tensors, write_json
+from ldm.model_io import module_hash, save_tensors, write_json
+from ldm.train.autoencoder import AutoencoderTask
+from ldm.train.clip import CLIPTask
+from ldm.train.loop import Run, train
 
 
 def main(out: Path) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ldm.app.studio import Settings, Update, check_size, interruptible, notes_of, sampling_of, threaded
 from ldm.diffusion import Schedule
+from ldm.evaluate.report_plots import Line, plot
 from ldm.layers import TransformerBlock
-from ldm.metrics.report_plots import Line, plot
 from ldm.pipeline import Pipeline, Progress
 from ldm.samplers import make_grid
 from ldm.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldm import weights
+from ldm import model_io as weights
 from ldm.app.studio import Models, Settings, Update, about_picture, make
 from ldm.config import UserError, build
 from ldm.data import DATASETS, DataConfig, open_dataset

@@ -16,10 +16,10 @@ from PIL import Image
 from ldm.config import UserError
 from ldm.images import read_about
 from ldm.layers import ResnetBlock
-from ldm.memory import is_out_of_memory
+from ldm.model_io import ASSETS
 from ldm.pipeline import Pipeline, Progress
 from ldm.samplers import SAMPLERS
-from ldm.weights import ASSETS
+from ldm.train.memory import is_out_of_memory
 
 LONGEST = 1000  # characters of a prompt
 BOUNDS = {"steps": (1, 150), "guidance": (0.0, 30.0), "guidance_rescale": (0.0, 1.0), "count": (1, 16)}

@@ -10,7 +10,7 @@ from ldm.app.desk import Desk, begins, stops
 from ldm.app.parts import QUIET, Controls, controls, finished, number, pictures, said, shown
 from ldm.app.studio import Settings, about_picture, changed, clean, make
 from ldm.config import UserError
-from ldm.editing import between, slerp
+from ldm.edit import between, slerp
 from ldm.pipeline import Pipeline
 from ldm.samplers import ImageNoise
 

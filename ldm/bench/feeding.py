@@ -13,13 +13,13 @@ from ldm.bench.worker import Job
 from ldm.data import DataConfig, open_dataset, spread, stack_images
 from ldm.data.emoji import Emoji
 from ldm.data.latents import CachedLatents, cache_latents
+from ldm.data.loader import load
 from ldm.data.order import EpochBatches
 from ldm.data.shards import write_shards
-from ldm.loading import load
 from ldm.metrics.features import feature_extractor
-from ldm.tasks.diffusion import stack_latents
+from ldm.model_io import module_hash
+from ldm.train.diffusion import stack_latents
 from ldm.vae import VAE
-from ldm.weights import module_hash
 
 COUNT, SIZE = 512, 64  # pictures in the folder, the shards and the cache
 SPLITS = {"train": COUNT, "val": 64}

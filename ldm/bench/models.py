@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import Parts, save_parts
 from ldm.clip import CLIP, TextConfig, TextEncoder, VisionConfig
 from ldm.config import UserError
 from ldm.diffusion import Schedule, ScheduleConfig
+from ldm.model_io import find_root, read_json
+from ldm.pipeline_io import Parts, save_parts
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
-from ldm.weights import find_root, read_json
 
 PROMPTS = ("a red circle above a blue square", "a green star", "a 3D emoji of a red apple", "a flat emoji of a dog")
 PROMPTS += ("two blue crosses", "a yellow triangle left of a red ring", "a smiling cat", "a house")

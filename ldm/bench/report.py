@@ -160,9 +160,9 @@ def curves(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float]]
 
 def page(table: dict[str, Any], rows: Sequence[Row]) -> str:
     """Self-contained HTML: the table, the curves, the parts of our training step."""
-    from ldm.metrics.report_html import CSS
-    from ldm.metrics.report_html import table as html_table
-    from ldm.metrics.report_plots import Line, plot
+    from ldm.evaluate.report_html import CSS
+    from ldm.evaluate.report_html import table as html_table
+    from ldm.evaluate.report_plots import Line, plot
 
     machine, reading, *more = (f'<p class="soft">{escape(text)}</p>' for text in remarks(table))
     judged_ = [target["met"] for row in rows for target in row.get("targets", ()) if target["met"] is not None]

@@ -1,4 +1,4 @@
-"""Our side's training steps: through `ldm.run`, as the training scripts take them."""
+"""Our side's training steps: through `ldm.train.run`, as the training scripts take them."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -15,10 +15,10 @@ from ldm.bench.feeding import emoji_folder
 from ldm.bench.worker import Job, synchronize
 from ldm.clip import CLIP
 from ldm.data import DataConfig
-from ldm.run import Run
-from ldm.task import training_layout
-from ldm.tasks.diffusion import DiffusionConfig, DiffusionTask
-from ldm.train_config import OptimizerConfig, TrainConfig
+from ldm.train.config import OptimizerConfig, TrainConfig
+from ldm.train.diffusion import DiffusionConfig, DiffusionTask
+from ldm.train.run import Run
+from ldm.train.task import training_layout
 from ldm.unet import UNet
 from ldm.vae import VAE
 
@@ -66,7 +66,7 @@ def vae_loss(model: nn.Module, batch: dict) -> Tensor:
 
 
 def train(kind: str, params: dict[str, Any], home: Path, device: torch.device) -> Job:
-    """A whole step of `ldm.run` on a fixed batch: forward, backward, clip, check, AdamW, average."""
+    """A whole step of `ldm.train.run` on a fixed batch: forward, backward, clip, check, AdamW, average."""
     open_model, loss = {
         "train-unet": (UNet.from_pretrained, unet_loss),
         "train-clip": (CLIP.from_pretrained, clip_loss),
@@ -162,7 +162,7 @@ def step_share(kind: str, params: dict[str, Any], home: Path, device: torch.devi
 
 def models_schedule(model: str) -> Any:
     """The schedule of a shipped model."""
-    from ldm.checkpoint import read_schedule
-    from ldm.weights import find_root
+    from ldm.model_io import find_root
+    from ldm.pipeline_io import read_schedule
 
     return read_schedule(find_root(model) / "scheduler")

@@ -121,7 +121,7 @@ def vae_cases() -> list[Case]:
 
 
 def training_cases() -> list[Case]:
-    """Forward, backward, clip, AdamW and average on inputs that lie ready; our whole step through `ldm.run`."""
+    """Forward, backward, clip, AdamW and average on inputs that lie ready; our whole step through `ldm.train.run`."""
     aim, shared = (Target(figure="ratio", limit=1.5),), {"tolerance": GRADIENT}
     cases = [
         Case(

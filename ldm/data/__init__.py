@@ -90,16 +90,6 @@ DATASETS: dict[str, Callable[[DataConfig, str, bool], Any]] = {
 }
 
 
-def to_float(image: Tensor) -> Tensor:
-    """uint8 pixels -> float32 in [-1, 1]."""
-    return image.float() / 127.5 - 1
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """x in [-1, 1], clamped -> uint8 pixels, rounded: truncation would darken by half a level."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
 def stack_images(samples: list[dict]) -> dict:
     """Samples -> {"image": uint8 (B, 3, H, W), "captions": B lists of strings}."""
     return {"image": torch.stack([s["image"] for s in samples]), "captions": [s["captions"] for s in samples]}

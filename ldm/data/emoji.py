@@ -21,8 +21,8 @@ from typing import Any
 from PIL import Image
 
 from ldm.config import UserError
-from ldm.data.images import read_image
 from ldm.data.splits import SPLITS
+from ldm.images import read_image
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "data" / "emoji64"
 

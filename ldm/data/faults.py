@@ -19,18 +19,18 @@ class SampleError(UserError):
 
 
 class Faults:
-    """What is wrong with the samples of a data set, each counted once: `found[name]` says why.
+    """What is wrong with the samples of a data set, each counted once: `reasons[name]` says why.
 
     UserError as soon as they are more than `share` of the `total` of samples (None: not known yet, all are noted).
     """
 
     def __init__(self, share: float = SHARE, total: int | None = None) -> None:
         self.share, self.total = share, total
-        self.found: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
 
     def add(self, name: str, why: str) -> None:
         """Notes a sample that is left out."""
-        self.found.setdefault(name, why)
+        self.reasons.setdefault(name, why)
         self.check()
 
     def settle(self, total: int) -> None:
@@ -40,11 +40,11 @@ class Faults:
 
     def check(self) -> None:
         """UserError, with the first of them, where too many are left out."""
-        if self.total is None or len(self.found) <= self.share * self.total:
+        if self.total is None or len(self.reasons) <= self.share * self.total:
             return
-        first = next(iter(self.found.values()))
+        first = next(iter(self.reasons.values()))
         raise UserError(
-            f"{first} ({len(self.found)} of {self.total} samples cannot be used; data.max_broken = {self.share:g} is"
+            f"{first} ({len(self.reasons)} of {self.total} samples cannot be used; data.max_broken = {self.share:g} is"
             " the share that may be left out)"
         )
 

@@ -8,8 +8,8 @@ from typing import Any
 from ldm.config import UserError
 from ldm.data.captions import captions_of, decode, parse_object
 from ldm.data.faults import SHARE, Faults, SampleError, Tolerant
-from ldm.data.images import LIMIT, SUFFIXES, ImageError, read_image
 from ldm.data.splits import SPLITS, assign, caption_group
+from ldm.images import LIMIT, SUFFIXES, ImageError, read_image
 
 METADATA = "metadata.jsonl"
 

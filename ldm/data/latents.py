@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from ldm.config import UserError
 from ldm.data.faults import Faults
-from ldm.together import gather, place
-from ldm.weights import module_hash, read_json, write_json
+from ldm.distributed import gather_objects, rank_and_world
+from ldm.model_io import module_hash, read_json, write_json
 
 FORMAT = "ldm-latents-1"
 HEADER = 4096  # bytes kept for the header, written last and filled up with spaces as the format allows
@@ -69,14 +69,14 @@ def cache_latents(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     about = {"format": FORMAT, "vae": module_hash(vae), "data": data_hash(dataset)}
-    rank, world = place()
+    rank, world = rank_and_world()
     faults = getattr(dataset, "faults", None)
     was_training = vae.training
     vae.eval()
     try:
         if rank == 0:
             part.write_bytes(b"")
-        gather(None)  # so the file is there for all
+        gather_objects(None)  # so the file is there for all
         own = _share(len(dataset), batch_size, rank, world)
         with part.open("r+b") as file:
             batches = DataLoader(
@@ -89,11 +89,11 @@ def cache_latents(
             bar = tqdm(batches, desc="encoding", unit="batch", disable=not progress or rank > 0)
             written = _write(file, vae, bar, len(dataset), own.start, device, faults)
             os.fsync(file.fileno())
-            if parts := gather(written):
+            if parts := gather_objects(written):
                 _finish(file, parts, len(dataset), about)
         if rank == 0:
             _publish(part, path, faults, parts)
-        gather(None)  # so the cache is there for all
+        gather_objects(None)  # so the cache is there for all
     except OSError as error:
         raise UserError(f"cannot write the latent cache {str(path)!r}: {error.strerror or error}") from None
     finally:
@@ -161,6 +161,15 @@ class CachedLatents:
         return self._file
 
 
+def open_latents(path: Path, vae: nn.Module, dataset: Any, batch_size: int, device: torch.device) -> CachedLatents:
+    """The latents of all samples of a data set, encoded now where the cache at `path` is not there yet."""
+    missing = not path.exists()
+    gather_objects(None)  # all have looked before one writes
+    if missing:
+        cache_latents(vae.to(device), dataset, path, batch_size, device, progress=True)
+    return CachedLatents(path, module_hash(vae), data_hash(dataset), getattr(dataset, "faults", None))
+
+
 def _left_out(path: Path) -> Path:
     """Where a cache lists what was left out when it was written."""
     return path.with_name(f"{path.name}.left_out.json")
@@ -223,7 +232,7 @@ def _publish(part: Path, path: Path, faults: Faults | None, parts: list[_Part]) 
     """Gives the finished file its name, and lists what was left out, by any process, beside it."""
     os.replace(part, path)
     _left_out(path).unlink(missing_ok=True)
-    found = dict(faults.found) if faults else {}
+    found = dict(faults.reasons) if faults else {}
     for each in parts:
         found |= each.found
     if found:

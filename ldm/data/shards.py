@@ -19,7 +19,6 @@ import numpy as np
 from ldm.config import UserError
 from ldm.data.captions import captions_of, decode, lines_of, parse_object
 from ldm.data.faults import SHARE, Faults, SampleError, Tolerant
-from ldm.data.images import LIMIT, ImageError, read_image
 from ldm.data.splits import SPLITS, assign, caption_group
 from ldm.data.tar import (
     BLOCK,
@@ -34,6 +33,7 @@ from ldm.data.tar import (
     read_span,
     sha256,
 )
+from ldm.images import LIMIT, ImageError, read_image
 
 SHARD_BYTES = 64 * 2**20
 Row = tuple[int, str, dict[str, Span]]  # number of the shard, key, where the members lie

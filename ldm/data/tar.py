@@ -86,7 +86,7 @@ def find_samples(
         raise UserError(text)
     for number in range(have, want):
         faults.add(f"{file.name} sample {number + 1}", text)
-    return {key: spans for key, spans in samples.items() if f"{key} in {file.name}" not in faults.found}, want
+    return {key: spans for key, spans in samples.items() if f"{key} in {file.name}" not in faults.reasons}, want
 
 
 def scan(file: Path, faults: Faults) -> tuple[dict[str, dict[str, Span]], str]:

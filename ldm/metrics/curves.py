@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.config import UserError
-from ldm.metrics.records import best_guidance, find
-from ldm.metrics.report import write_page
-from ldm.metrics.report_plots import Line, plot
-from ldm.weights import read_json
+from ldm.evaluate.records import best_guidance, find
+from ldm.evaluate.report import write_page
+from ldm.evaluate.report_plots import Line, plot
+from ldm.model_io import read_json
 
 RUN, EVALUATION = "metrics.jsonl", "metrics.json"  # in a folder; other names are as good
 # What an evaluation has at every guidance: metric, title, factor.

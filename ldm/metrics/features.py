@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import UserError
-from ldm.data import to_uint8
+from ldm.images import to_uint8
 from ldm.metrics.judges import image_text_model, preparation, pretrained, pretrained_network
 from ldm.metrics.preprocess import RESIZE, resized
+from ldm.model_io import module_hash
 from ldm.perceptual import EFFNET_MEAN, EFFNET_STD, effnet_lite0_file, effnet_lite0_network, effnet_lite0_stages
-from ldm.weights import module_hash
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")

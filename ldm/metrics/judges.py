@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ldm.clip import CLIP
 from ldm.config import UserError
 from ldm.metrics.preprocess import RESIZE, resized, to_unit_range
+from ldm.model_io import ASSETS, find_part, module_hash
 from ldm.tokenizer import Tokenizer
-from ldm.weights import ASSETS, find_part, module_hash
 
 JUDGES = ASSETS.parent / "judges"
 

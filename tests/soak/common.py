@@ -14,10 +14,10 @@ import torch._dynamo  # optimizers import it; here, once for all children
 import torch.utils.tensorboard  # noqa: F401
 from test_train import lines_of, state_of
 
-import ldm.train
-from ldm.cli import run_script
-from ldm.run import Run
-from ldm.train import TrainConfig
+import ldm.train.loop
+from ldm.commands.cli import run_script
+from ldm.train.loop import TrainConfig
+from ldm.train.run import Run
 
 FORK = multiprocessing.get_context("fork")  # the imports, 4 s of every start, are made once
 LIMIT = 300.0  # seconds that anything may take before it counts as hanging
@@ -134,8 +134,8 @@ def training(task: Callable[[], object], config: TrainConfig, out: Path) -> Call
     """What a child does: trains as the scripts do, with exit codes, and says where it is."""
 
     def work() -> None:
-        ldm.train.Run = Reporting
-        run_script(lambda: ldm.train.train(task(), config, out, {}))
+        ldm.train.loop.Run = Reporting
+        run_script(lambda: ldm.train.loop.train(task(), config, out, {}))
 
     return work
 

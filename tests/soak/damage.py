@@ -5,8 +5,9 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from ldm import manifest, run_state
-from ldm.weights import read_json
+from ldm.model_io import read_json
+from ldm.train import manifest
+from ldm.train import state as run_state
 from soak.common import Row
 from soak.models import trained
 

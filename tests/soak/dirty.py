@@ -17,8 +17,8 @@ from PIL import Image
 from test_faults import bomb
 
 from ldm.data import DataConfig
-from ldm.tasks.autoencoder import AutoencoderTask
-from ldm.tasks.clip import CLIPTask
+from ldm.train.autoencoder import AutoencoderTask
+from ldm.train.clip import CLIPTask
 from soak.common import Child, Row, training
 
 COUNT, EACH = 1500, 15  # samples, and of each mistake: one in a hundred

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import tiny
 
-from ldm import manifest, run_state
+from ldm.train import manifest
+from ldm.train import state as run_state
 from soak.common import Child, Row, differences, hidden, training
 from soak.models import finish
 from soak.resume import stopped_at

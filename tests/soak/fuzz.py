@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from ldm.cli import run_script
+from ldm.commands.cli import run_script
 from soak.common import Row
 from soak.inputs import Inputs, Work
 from soak.models import trained

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ldm.checkpoint import load_parts
 from ldm.config import load
 from ldm.data.latents import CachedLatents
-from ldm.tasks.autoencoder import AutoencoderConfig
-from ldm.tasks.clip import CLIPConfig
-from ldm.tasks.diffusion import DiffusionConfig
+from ldm.model_io import load_tensors, read_json
+from ldm.pipeline_io import load_parts
 from ldm.tokenizer import Tokenizer
-from ldm.weights import load_tensors, read_json
+from ldm.train.autoencoder import AutoencoderConfig
+from ldm.train.clip import CLIPConfig
+from ldm.train.diffusion import DiffusionConfig
 from soak import mutate
 
 ROOT = Path(__file__).parents[2]

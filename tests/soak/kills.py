@@ -9,7 +9,8 @@ from pathlib import Path
 
 import tiny
 
-from ldm import manifest, run_state
+from ldm.train import manifest
+from ldm.train import state as run_state
 from soak.common import Child, Row, Slow, differences, hidden, training
 
 KILLS, STOPS, EVERY = 50, 20, 2

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import tiny
 
-from ldm.task import Task
-from ldm.tasks.autoencoder import AutoencoderTask
-from ldm.tasks.clip import CLIPTask
-from ldm.tasks.diffusion import DiffusionTask
-from ldm.train import TrainConfig
+from ldm.train.autoencoder import AutoencoderTask
+from ldm.train.clip import CLIPTask
+from ldm.train.diffusion import DiffusionTask
+from ldm.train.loop import TrainConfig
+from ldm.train.task import Task
 from soak.common import Child, Row, training
 
 CONFIG = replace(tiny.TRAIN, steps=4, save_every=2)

@@ -10,12 +10,12 @@ import tiny
 import torch
 
 from ldm.config import UserError
-from ldm.run import Run
-from ldm.task import Task
-from ldm.tasks.autoencoder import AutoencoderTask
-from ldm.tasks.diffusion import DiffusionTask
-from ldm.train import train
-from ldm.weights import load_tensors, read_json
+from ldm.model_io import load_tensors, read_json
+from ldm.train.autoencoder import AutoencoderTask
+from ldm.train.diffusion import DiffusionTask
+from ldm.train.loop import train
+from ldm.train.run import Run
+from ldm.train.task import Task
 from soak.common import Row
 from soak.models import trained
 

@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from ldm import manifest, run_state
+from ldm.train import manifest
+from ldm.train import state as run_state
 from soak.common import Row, differences
 
 STEPS, KILLS, BOUND = 150, 2, 120  # BOUND: seconds until all is over

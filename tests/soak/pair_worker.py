@@ -11,8 +11,8 @@ from pathlib import Path
 import tiny
 import torch
 
-from ldm.cli import run_script
-from ldm.train import train
+from ldm.commands.cli import run_script
+from ldm.train.loop import train
 from soak.common import Slow
 
 

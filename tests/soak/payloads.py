@@ -10,11 +10,12 @@ from pathlib import Path
 
 import tiny
 
-from ldm import manifest, run_state
-from ldm.checkpoint import load_parts
-from ldm.cli import run_script
+from ldm.commands.cli import run_script
 from ldm.metrics.features import feature_extractor
-from ldm.weights import read_json, write_json
+from ldm.model_io import read_json, write_json
+from ldm.pipeline_io import load_parts
+from ldm.train import manifest
+from ldm.train import state as run_state
 from soak import archives
 from soak.common import Child, Row, training
 from soak.models import CONFIG, finish, trained
@@ -108,7 +109,7 @@ def _pickles(folder: Path, fence: Path, mark: Path) -> Iterator[Case]:
 
 
 def _open_cache(folder: Path, cache: Path) -> None:
-    from ldm.tasks.diffusion import DiffusionTask
+    from ldm.train.diffusion import DiffusionTask
 
     DiffusionTask(tiny.diffusion(folder / "autoencoder", folder / "clip", cache=str(cache)))
 

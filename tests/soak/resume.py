@@ -8,10 +8,10 @@ from pathlib import Path
 
 import tiny
 
-from ldm.task import Task
-from ldm.tasks.autoencoder import AutoencoderTask
-from ldm.tasks.clip import CLIPTask
-from ldm.tasks.diffusion import DiffusionTask
+from ldm.train.autoencoder import AutoencoderTask
+from ldm.train.clip import CLIPTask
+from ldm.train.diffusion import DiffusionTask
+from ldm.train.task import Task
 from soak.common import Child, Row, differences, training
 from soak.models import finish, trained
 
