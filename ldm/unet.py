@@ -70,11 +70,13 @@ class UNetConfig:
                 if block_type not in allowed:
                     raise UserError(f"U-Net {name}: {block_type!r} is not supported; allowed: {', '.join(allowed)}")
         for width, heads in zip(self.block_out_channels, self.per_level("attention_head_dim"), strict=True):
-            if width % heads or width % self.norm_num_groups or width % 2:
+            if width % heads or width % self.norm_num_groups:
                 raise UserError(
-                    f"U-Net width {width} must be even and a multiple of its {heads} heads (attention_head_dim) and of"
+                    f"U-Net width {width} must be a multiple of its {heads} heads (attention_head_dim) and of"
                     f" norm_num_groups {self.norm_num_groups}"
                 )
+        if self.block_out_channels[0] % 2:
+            raise UserError(f"U-Net width {self.block_out_channels[0]} must be even: the timestep's sines and cosines")
 
     def per_level(self, name: str) -> tuple:
         """The field `name`, one value per level, where it may be one value for all."""
