@@ -34,6 +34,15 @@ def require(condition: bool, key: str, value: Any, allowed: str) -> None:
         raise UserError(f"config key {key!r} is {value!r}; it must be {allowed}")
 
 
+def require_positive(config: Any, *names: str) -> None:
+    """Raises UserError unless these sizes of a config, or all entries of those that are tuples, are 1 or more."""
+    for name in names:
+        value = getattr(config, name)
+        sizes = value if isinstance(value, tuple) else (value,)
+        if not sizes or min(sizes) < 1:
+            raise UserError(f"{type(config).__name__}: {name} is {value!r}; it must be 1 or more")
+
+
 def load(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
     """Builds `cls` from its defaults, a TOML file and `key.path=value` overrides, the later ones first.
 

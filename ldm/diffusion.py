@@ -1,10 +1,10 @@
-"""The forward process, what the U-Net predicts, and classifier-free guidance. Imports no model.
+"""The noise schedule, the parametrizations eps, v and x0, and classifier-free guidance.
 
 Variance preserving throughout: z_t = alpha_t z0 + sigma_t eps with alpha_t^2 + sigma_t^2 = 1.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,28 +16,26 @@ from ldm.config import UserError
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 Density = Literal["uniform", "stratified", "logit_normal"]
-Context = Tensor | tuple  # (B, L, D), or what the U-Net made of it: nested tuples of tensors, batch first
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (z_t, t) -> z0
 
-# What diffusers puts in the place of a last alpha^2 of zero, for samplers that divide by it.
-TINY_ALPHA2 = 2.0**-24
+TINY_ALPHA2 = 2.0**-24  # replaces a last alpha^2 of zero for samplers that divide by it, as in diffusers
 
 
-def refuse_undefined(prediction: str, zero_terminal_snr: bool) -> None:
-    """UserError for an unknown prediction, and for epsilon with zero terminal SNR."""
+def check_prediction(prediction: str, zero_terminal_snr: bool) -> None:
+    """Raises UserError for an unknown prediction, and for epsilon with zero terminal SNR."""
     if prediction not in get_args(Prediction):
         raise UserError(f"prediction {prediction!r} is unknown; allowed: {', '.join(get_args(Prediction))}")
     if prediction == "epsilon" and zero_terminal_snr:
         raise UserError(
-            "prediction 'epsilon' cannot go with rescale_betas_zero_snr: at the last timestep z_t is pure "
-            "noise and eps says nothing about z0; use 'v_prediction' or 'sample', or turn the rescaling off"
+            "prediction 'epsilon' is undefined with rescale_betas_zero_snr: at the last timestep z_t is pure noise,"
+            " which does not determine z0; use 'v_prediction' or 'sample', or turn the rescaling off"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Noise schedule and the folder's sampling defaults, under the names of diffusers' scheduler_config.json
-    (`sampler` apart, which stands for its class). The defaults are Stable Diffusion 1's betas."""
+    """Noise schedule and sampling defaults of a folder, under the names of diffusers' scheduler_config.json, where
+    `sampler` is its class. The default betas are Stable Diffusion 1's."""
 
     beta_schedule: Literal["scaled_linear", "linear", "squaredcos_cap_v2"] = "scaled_linear"
     beta_start: float = 0.00085
@@ -46,8 +44,8 @@ class ScheduleConfig:
     rescale_betas_zero_snr: bool = False
     prediction_type: Prediction = "epsilon"
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
-    steps_offset: int = 1  # as in Stable Diffusion; diffusers insists on it
-    set_alpha_to_one: bool = True
+    steps_offset: int = 1  # of leading spacing; diffusers' pipelines set 1
+    set_alpha_to_one: bool = True  # ddim, pndm: the last step ends at alpha 1 instead of at timestep 0
     sampler: str = "dpmpp_2m"
 
     def __post_init__(self) -> None:
@@ -61,7 +59,7 @@ class ScheduleConfig:
                 f"num_train_timesteps {self.num_train_timesteps} must be at least 2 and "
                 f"steps_offset {self.steps_offset} at least 0"
             )
-        refuse_undefined(self.prediction_type, self.rescale_betas_zero_snr)
+        check_prediction(self.prediction_type, self.rescale_betas_zero_snr)
 
 
 def _betas(config: ScheduleConfig) -> Tensor:
@@ -85,10 +83,9 @@ def _zero_terminal_snr(alpha2: Tensor) -> Tensor:
 class Schedule:
     """alpha_t, sigma_t and log SNR of the forward process for t in [0, T - 1].
 
-    Tables are float64 on the CPU. `alphas_cumprod` (T,) is alpha_t^2, equal to diffusers'; `ratio` (T,) is
-    sigma_t / alpha_t, what diffusers calls `sigmas`. Between integers `ratio` is interpolated linearly, as
-    diffusers' Euler samplers do. `finite` lifts a last alpha of exactly 0 to 2**-12, as diffusers does for
-    every sampler that divides by it.
+    `alphas_cumprod` (T,) is alpha_t^2 and `ratio` (T,) sigma_t / alpha_t (diffusers' `sigmas`), float64 on the CPU.
+    Between integers `ratio` is interpolated linearly, as in diffusers' Euler samplers. `finite` raises a last alpha of
+    0 to 2^-12.
     """
 
     def __init__(self, config: ScheduleConfig, finite: bool = False):
@@ -104,10 +101,9 @@ class Schedule:
         return len(self.ratio)
 
     def ratio_at(self, t: Tensor | float) -> Tensor:
-        """sigma_t / alpha_t for integer or fractional t of any shape: float64 on the CPU, float32 elsewhere.
-        Infinite where alpha_t is 0."""
+        """sigma_t / alpha_t for integer or fractional t of any shape; float64 on the CPU, float32 on accelerators, of
+        which not all have float64. Infinite where alpha_t is 0."""
         t = torch.as_tensor(t)
-        # Not every accelerator has float64.
         ratio = self.ratio if t.device.type == "cpu" else self.ratio.to(t.device, torch.float32)
         if not t.is_floating_point():
             return ratio[t]
@@ -117,11 +113,11 @@ class Schedule:
         return torch.where(weight == 0, ratio[low], ratio[low] + weight * (ratio[high] - ratio[low]))
 
     def alpha(self, t: Tensor | float) -> Tensor:
-        """Share of z0 in z_t, in [0, 1], of t's shape."""
+        """Coefficient of z0 in z_t, in [0, 1], of t's shape."""
         return (1 + self.ratio_at(t) ** 2).rsqrt()
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        """Share of noise in z_t, in (0, 1], of t's shape."""
+        """Coefficient of the noise in z_t, in (0, 1], of t's shape."""
         return (1 + self.ratio_at(t) ** -2).rsqrt()
 
     def log_snr(self, t: Tensor | float) -> Tensor:
@@ -140,32 +136,31 @@ def _along(values: Tensor, z: Tensor) -> Tensor:
 
 
 class Denoiser:
-    """The only place that knows eps from v from z0.
+    """A model `(z_t (B,C,h,w), t, context (B,L,D)) -> prediction (B,C,h,w)` as an estimate of z0.
 
-    `model(z_t (B,C,h,w), t, context) -> prediction (B,C,h,w)` is called, never changed; `prediction` names
-    what it predicts (default: as in the schedule's config). v is Salimans & Ho 2022, appendix D.
-    UserError: an unknown prediction, or eps with zero terminal SNR.
+    The only place that knows eps from v (Salimans & Ho 2022, appendix D) from z0. `prediction` defaults to the
+    schedule's. Raises UserError for an unknown prediction, or eps with zero terminal SNR.
     """
 
     def __init__(self, model: Callable[..., Tensor], schedule: Schedule, prediction: str | None = None):
         self.model, self.schedule = model, schedule
         self.prediction = schedule.config.prediction_type if prediction is None else prediction
-        refuse_undefined(self.prediction, schedule.config.rescale_betas_zero_snr)
+        check_prediction(self.prediction, schedule.config.rescale_betas_zero_snr)
 
     def target(self, z0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
-        """What the model should predict at t: eps, v = alpha_t eps - sigma_t z0, or z0; as add_noise."""
+        """The training target at t: eps, v = alpha_t eps - sigma_t z0, or z0; shapes as in add_noise."""
         if self.prediction == "epsilon":
             return eps
         if self.prediction == "sample":
             return z0
         return _along(self.schedule.alpha(t), z0) * eps - _along(self.schedule.sigma(t), z0) * z0
 
-    def predict(self, z_t: Tensor, t: Tensor | float, context: Context) -> Tensor:
-        """The model's own prediction at z_t (B,C,h,w), t (B,) or a scalar, in z_t's dtype."""
+    def predict(self, z_t: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
+        """The model's prediction at z_t (B,C,h,w), t (B,) or a scalar, in z_t's dtype."""
         return self.model(z_t, torch.as_tensor(t).to(z_t.device), context).to(z_t.dtype)
 
     def to_z0(self, z_t: Tensor, t: Tensor | float, prediction: Tensor) -> Tensor:
-        """The z0 that a prediction at (z_t, t) stands for."""
+        """The estimate of z0 that a prediction at (z_t, t) implies."""
         if self.prediction == "sample":
             return prediction
         alpha_t, sigma_t = _along(self.schedule.alpha(t), z_t), _along(self.schedule.sigma(t), z_t)
@@ -173,7 +168,7 @@ class Denoiser:
             return (z_t - sigma_t * prediction) / alpha_t
         return alpha_t * z_t - sigma_t * prediction
 
-    def __call__(self, z_t: Tensor, t: Tensor | float, context: Context) -> Tensor:
+    def __call__(self, z_t: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
         """(z_t (B,C,h,w), t, context) -> estimate of z0 (B,C,h,w)."""
         return self.to_z0(z_t, t, self.predict(z_t, t, context))
 
@@ -181,10 +176,10 @@ class Denoiser:
 def loss_weight(schedule: Schedule, t: Tensor, prediction: str, min_snr_gamma: float | None) -> Tensor:
     """Weight of the squared error at t (B,) -> (B,); ones when `min_snr_gamma` is None.
 
-    Min-SNR (Hang et al. 2023, section 3.4), which clips the weight of the z0 error to min(SNR, gamma); hence
-    min(SNR, gamma) / SNR for eps and min(SNR, gamma) / (SNR + 1) for v. At zero terminal SNR it is 0 for v.
+    Min-SNR (Hang et al. 2023, section 3.4) weighs the z0 error by min(SNR, gamma); hence min(SNR, gamma) / SNR for eps
+    and min(SNR, gamma) / (SNR + 1) for v, which is 0 at zero terminal SNR.
     """
-    refuse_undefined(prediction, schedule.config.rescale_betas_zero_snr)
+    check_prediction(prediction, schedule.config.rescale_betas_zero_snr)
     snr = schedule.ratio_at(t) ** -2
     if min_snr_gamma is None:
         return torch.ones_like(snr)
@@ -202,9 +197,9 @@ def sample_timesteps(
 ) -> Tensor:
     """Training timesteps (count,), int64 in [0, total - 1], on the generator's device (CPU without one).
 
-    "uniform": independent; "stratified": one shared offset and equal strides, each still uniform (Kingma et
-    al. 2021, appendix I.1); "logit_normal": sigmoid of a normal of `mean` and `std`, more in the middle (Esser et al.
-    2024, eq. 19), the normal's quantiles being stratified. UserError for another.
+    "uniform": independent; "stratified": one shared offset and equal strides, each still uniform (Kingma et al. 2021,
+    appendix I.1); "logit_normal": the sigmoid of a normal with `mean` and `std`, more in the middle (Esser et al. 2024,
+    eq. 19), stratified in the normal's quantiles. Raises UserError for another density.
     """
     device = generator.device if generator is not None else torch.device("cpu")
     if density == "uniform":
@@ -212,29 +207,15 @@ def sample_timesteps(
     if density not in get_args(Density):
         raise UserError(f"timestep density {density!r} is unknown; allowed: {', '.join(get_args(Density))}")
     offset = torch.rand((), generator=generator, device=device)
-    share = (offset + torch.arange(count, device=device) / count) % 1
+    quantiles = (offset + torch.arange(count, device=device) / count) % 1
     if density == "logit_normal":
-        share = (mean + std * torch.special.ndtri(share)).sigmoid()
-    return (share * total).long().clamp(max=total - 1)
-
-
-def concat_contexts(contexts: Sequence[Context]) -> Context:
-    """Joins contexts of one structure along the batch: tensors, or nested tuples of them (keys, values)."""
-    if isinstance(contexts[0], Tensor):
-        return torch.cat(list(contexts))
-    return tuple(concat_contexts(parts) for parts in zip(*contexts, strict=True))
-
-
-def slice_context(context: Context, index: slice) -> Context:
-    """The pictures `index` of a context, prepared or not."""
-    if isinstance(context, Tensor):
-        return context[index]
-    return tuple(slice_context(part, index) for part in context)
+        quantiles = (mean + std * torch.special.ndtri(quantiles)).sigmoid()
+    return (quantiles * total).long().clamp(max=total - 1)
 
 
 def rescale_guidance(guided: Tensor, conditional: Tensor, rescale: float) -> Tensor:
-    """Lin et al. 2023, eq. 15-16: gives the guided prediction (B, ...) the conditional one's deviation over
-    each picture, mixed in by `rescale` in [0, 1]."""
+    """Scales the guided prediction (B, ...) to the conditional one's standard deviation per image, and mixes the result
+    in by `rescale` in [0, 1] (Lin et al. 2023, eq. 15-16)."""
     axes = tuple(range(1, guided.ndim))
     matched = guided * (conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
     return rescale * matched + (1 - rescale) * guided
@@ -242,32 +223,31 @@ def rescale_guidance(guided: Tensor, conditional: Tensor, rescale: float) -> Ten
 
 def guided(
     denoiser: Denoiser,
-    context: Context,
-    negative: Context | None,
+    context: Tensor,
+    negative: Tensor | None,
     guidance: float,
     rescale: float = 0.0,
     interval: tuple[float, float] = (0, math.inf),
 ) -> Denoise:
-    """`denoise(z_t (B,C,h,w), t) -> z0` with classifier-free guidance (Ho & Salimans 2022, eq. 6).
+    """`denoise(z_t (B,C,h,w), t) -> z0` with classifier-free guidance (Ho & Salimans 2022, eq. 6); t is a scalar.
 
-    context, negative: (B, L, D), or already prepared keys and values of that batch; joined once, here.
-    guidance: 1 is none. interval: the t, ends included, where guidance acts (Kynkaanniemi et al. 2024).
-    One model call a step, of batch 2B where guidance acts and of batch B where it does not; t is a scalar.
-    UserError: guidance other than 1 without a negative context.
+    context, negative: (B, L, D). guidance: 1 is none. interval: the t, ends included, where guidance acts (Kynkaanniemi
+    et al. 2024). Each step is one model call, of batch 2B where guidance acts, else of batch B. Raises UserError for
+    guidance other than 1 without a negative context.
     """
     if guidance == 1:
         return lambda z_t, t: denoiser(z_t, t, context)
     if negative is None:
         raise UserError(f"guidance {guidance} needs a negative context (the empty prompt's); guidance 1 needs none")
-    both = concat_contexts([negative, context])
+    both = torch.cat([negative, context])
 
     def denoise(z_t: Tensor, t: Tensor) -> Tensor:
         if not interval[0] <= float(t) <= interval[1]:
             return denoiser(z_t, t, context)
-        off, on = denoiser.predict(z_t, t, both).chunk(2)
-        prediction = off + guidance * (on - off)
+        unconditional, conditional = denoiser.predict(torch.cat([z_t, z_t]), t, both).chunk(2)
+        prediction = unconditional + guidance * (conditional - unconditional)
         if rescale:
-            prediction = rescale_guidance(prediction, on, rescale)
+            prediction = rescale_guidance(prediction, conditional, rescale)
         return denoiser.to_z0(z_t, t, prediction)
 
     return denoise

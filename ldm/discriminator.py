@@ -1,4 +1,4 @@
-"""The patch discriminator that sharpens the autoencoder's pictures."""
+"""The patch discriminator that sharpens the autoencoder's reconstructions."""
 
 from itertools import pairwise
 
@@ -8,15 +8,14 @@ from ldm.config import UserError
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017, section 3.2.2): one logit for each overlapping patch of the picture.
+    """PatchGAN (Isola et al. 2017, section 3.2.2): one logit per overlapping patch of the image.
 
-    `layers` halvings, each doubling the channels up to eight times `channels`, then two convolutions of
-    stride 1; with 3 layers a logit sees 70x70 pixels. Differs from the paper in GroupNorm for BatchNorm.
-    BatchNorm lets real and generated batches be told apart by their statistics, needs syncing over processes,
-    and is noisy at small batches; its running statistics, like the power-iteration vectors of spectral norm,
-    are also moved by the generator's step. GroupNorm works on each picture alone and keeps no state.
+    `layers` halvings, each doubling the channels up to eight times `channels`, then two convolutions of stride 1; with
+    3 layers a logit sees 70x70 pixels. GroupNorm replaces the paper's BatchNorm, which lets the discriminator separate
+    real from generated batches by their statistics, needs syncing over processes, is noisy at small batches, and whose
+    running statistics the generator's step would move.
 
-    Raises UserError where `channels` is no positive multiple of 4 or `layers` is less than 1.
+    Raises UserError unless `channels` is a positive multiple of 4 and `layers` at least 1.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3, in_channels: int = 3) -> None:
@@ -41,7 +40,7 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) in [-1, 1] -> logits (B, 1, H/2^layers - 2, W/2^layers - 2).
 
-        High logits mean real. Raises UserError where the picture is too small for a single logit.
+        High logits mean real. Raises UserError where the image is too small for a single logit.
         """
         if min(x.shape[-2:]) < self.smallest:
             height, width = x.shape[-2:]

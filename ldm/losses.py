@@ -1,12 +1,12 @@
-"""Losses as pure functions. Every one is a mean over elements, so that a weight means the same at any size
-and batch (a KL summed over the latent and divided by the batch, which is common, changes with the size)."""
+"""Losses as pure functions. Every loss is a mean over elements, so that a weight means the same at any size and batch
+(a KL summed over the latent and divided by the batch, which is common, changes with the size)."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-
-from ldm.distributed import mean_over_processes
 
 
 def reconstruction(prediction: Tensor, target: Tensor, l2_weight: float = 0.0) -> Tensor:
@@ -16,41 +16,42 @@ def reconstruction(prediction: Tensor, target: Tensor, l2_weight: float = 0.0) -
 
 
 def kl(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats per latent element -> scalar.
-
-    `mean`, `logvar`: one shape, any. Kingma & Welling 2014, appendix B.
-    """
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats per latent element -> scalar (Kingma & Welling 2014, appendix B)."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
 def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Half the sum of both hinge terms, each a mean over all patches -> scalar; 1 at zero logits.
+    """Half the sum of both hinge terms, each a mean over all patches -> scalar (Lim & Ye 2017, halved as in VQGAN).
 
-    Lim & Ye 2017 (geometric GAN), halved as in VQGAN. The fake logits must come from detached pictures.
+    1 at zero logits. The fake logits must come from detached images.
     """
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
 def hinge_generator(fake_logits: Tensor) -> Tensor:
-    """Minus the mean logit of the generated pictures -> scalar. Lim & Ye 2017."""
+    """Minus the mean logit of the generated images -> scalar (Lim & Ye 2017)."""
     return -fake_logits.mean()
 
 
 def adaptive_weight(
-    reconstruction_loss: Tensor, gan_loss: Tensor, last_layer_weight: Tensor, maximum: float = 1e4
+    reconstruction_loss: Tensor,
+    gan_loss: Tensor,
+    last_layer_weight: Tensor,
+    maximum: float = 1e4,
+    mean: Callable[[Tensor], Tensor] = torch.Tensor.detach,
 ) -> Tensor:
-    """Weight that gives the GAN term the reconstruction term's gradient norm at the decoder's last layer.
+    """Weight that gives the GAN term the reconstruction term's gradient norm at the decoder's last layer (Esser et al.
+    2021, VQGAN, eq. 7, with the constant of its published code).
 
-    Both losses are scalars whose graphs hold `last_layer_weight`; the graphs are kept for the backward pass.
-    Returns |grad reconstruction| / (|grad gan| + 1e-4), at most `maximum`, a detached scalar.
-    Esser et al. 2021 (VQGAN), eq. 7, with the constant of its published code. Raises RuntimeError where a
-    loss does not depend on that weight. Over the batches of all processes that take a step together.
+    Returns |grad reconstruction| / (|grad gan| + 1e-4), at most `maximum`, a detached scalar; the graphs of both losses
+    are kept for the backward pass. `mean` averages a gradient over the processes that take a step together. Raises
+    RuntimeError where a loss does not depend on the weight.
     """
-    (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer_weight, retain_graph=True)
-    (of_gan,) = torch.autograd.grad(gan_loss, last_layer_weight, retain_graph=True)
-    of_reconstruction, of_gan = (mean_over_processes(gradient.float()) for gradient in (of_reconstruction, of_gan))
-    ratio = of_reconstruction.norm() / (of_gan.norm() + 1e-4)
-    return ratio.clamp(0, maximum).detach()
+    norms = []
+    for loss in (reconstruction_loss, gan_loss):
+        (gradient,) = torch.autograd.grad(loss, last_layer_weight, retain_graph=True)
+        norms.append(mean(gradient.float()).norm())
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, maximum).detach()
 
 
 def ramp(step: int, start: int, length: int) -> float:
@@ -66,13 +67,13 @@ def contrastive(
     scale: Tensor | float,
     same: Tensor | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE: cross-entropy of the right caption per image and of the right image per caption.
+    """Symmetric InfoNCE: cross-entropy of the right caption per image and of the right image per caption -> scalar
+    (Radford et al. 2021, CLIP, figure 3); log B for unrelated embeddings.
 
-    Embeddings (B, D), row i of both belonging together; normalized here, so any length will do. `scale`
-    multiplies the cosines (the inverse temperature, clamped by its owner). `same` (B, B) bool is true where i
-    and j share a caption: such pairs are not each other's negatives. Over many processes give the gathered
-    global batch. In float32 even under autocast: at scale 100 a bfloat16 cosine is off by 0.4 in the logit.
-    Returns a scalar, log B for unrelated embeddings at scale 0. Radford et al. 2021 (CLIP), figure 3.
+    Embeddings (B, D) of any length, row i of both belonging together; over many processes the gathered global batch.
+    `scale` multiplies the cosines (the inverse temperature). `same` (B, B) bool is true where i and j share a caption:
+    such pairs are not each other's negatives. In float32 even under autocast: at scale 100 a bfloat16 cosine is off by
+    0.4 in the logit.
     """
     with torch.autocast(image_embeddings.device.type, enabled=False):
         images = F.normalize(image_embeddings.float(), dim=-1)
@@ -86,9 +87,7 @@ def contrastive(
 
 
 def diffusion(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Squared error, averaged over each sample, times `weight` (B,), averaged over the batch -> scalar.
-
-    `prediction`, `target` (B, ...); in float32. No weight means 1 for every sample. Ho et al. 2020, eq. 14.
-    """
+    """Squared error of (B, ...), averaged over each sample, times `weight` (B,), averaged over the batch -> scalar, in
+    float32 (Ho et al. 2020, eq. 14)."""
     error = rearrange((prediction.float() - target.float()).square(), "b ... -> b (...)").mean(1)  # (B,)
     return error.mean() if weight is None else (weight * error).mean()

@@ -15,7 +15,6 @@ from ldm.config import UserError
 from ldm.diffusion import Denoiser, guided
 from ldm.edit import Pictures, read_edit
 from ldm.images import to_pil
-from ldm.layers import Prepared
 from ldm.pipeline_io import Parts, load_parts, save_parts
 from ldm.samplers import SAMPLERS, ImageNoise, OnStep, get_sampler, make_grid
 
@@ -174,10 +173,9 @@ class Pipeline:
         if a != b:
             raise UserError(f"prompt and negative have {a} and {b} tokens; give prompt_embeds for both, of one length")
 
-    def _context(self, prompts: list[str] | Tensor) -> tuple[Prepared, ...]:
-        """What cross-attention needs of prompts or embeddings, made once for all steps."""
-        embeds = prompts.to(self.device) if isinstance(prompts, Tensor) else self.encode_prompt(prompts)
-        return self.unet.prepare(embeds)
+    def _context(self, prompts: list[str] | Tensor) -> Tensor:
+        """Prompts or embeddings -> context (B, L, D)."""
+        return prompts.to(self.device) if isinstance(prompts, Tensor) else self.encode_prompt(prompts)
 
     def _encode(self, x: Tensor, noise: ImageNoise) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> normalized latents, drawn from the posterior with each image's seed."""

@@ -1,7 +1,7 @@
-"""Samplers: one short function each, from noise to z0 over `denoise(z_t, t) -> z0`. Imports no model.
+"""Samplers: one short pure function each, from noise to z0 through `denoise(z_t, t) -> z0`.
 
-All work on variance-preserving z_t = alpha z0 + sigma eps. diffusers runs its Euler family on x = z_t / alpha
-with sigma / alpha for noise level; the same steps are written here for z_t, so that all see one `denoise`.
+All work on variance-preserving z_t = alpha z0 + sigma eps. diffusers runs its Euler family on x = z_t / alpha with
+noise level sigma / alpha; the same steps are written here for z_t, so that all samplers see one `denoise`.
 
     grid = make_grid(schedule, "dpmpp_2m", steps=30)
     denoise = guided(Denoiser(unet, grid.schedule), context, negative, guidance=5.0)
@@ -28,7 +28,7 @@ SPACINGS = ("leading", "trailing", "linspace")
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step: the model is asked at t, where z_t has (alpha, sigma); it ends at (to_alpha, to_sigma)."""
+    """One step: the model is evaluated at t, where z_t has (alpha, sigma); the step ends at (to_alpha, to_sigma)."""
 
     t: float
     alpha: float
@@ -43,14 +43,14 @@ class Step:
 
     @property
     def half_log_snr_to(self) -> float:
-        """lambda where the step ends; infinite at sigma 0."""
+        """lambda at the end of the step; infinite at sigma 0."""
         return math.log(self.to_alpha / self.to_sigma) if self.to_sigma else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Where a sampler goes. The Denoiser it runs on must use this `schedule`. A sampler starts from
-    `initial_scale` times a standard normal. `stride` timesteps, T // steps, are between two steps' starts, rounded."""
+    """The steps of a sampler. It starts from `initial_scale` times a standard normal; its Denoiser must use `schedule`.
+    `stride` is T // steps."""
 
     schedule: Schedule
     steps: tuple[Step, ...]
@@ -61,8 +61,8 @@ class Grid:
 class ImageNoise:
     """Noise that depends on each image's seed alone, never on the batch it is drawn in.
 
-    Each call gives the next (len(seeds), *shape) float32 standard normals, image i from
-    `torch.Generator("cpu").manual_seed(seeds[i])`. UserError for a seed that this takes not, or not as it is.
+    Each call returns the next (len(seeds), *shape) float32 standard normals, image i from
+    `torch.Generator("cpu").manual_seed(seeds[i])`. Raises UserError unless 0 <= seed < 2**63.
     """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"):
@@ -73,7 +73,6 @@ class ImageNoise:
         self.shape, self.device = tuple(shape), device
 
     def __call__(self) -> Tensor:
-        """(B, *shape), float32."""
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
 
 
@@ -87,7 +86,7 @@ def ddim(
 ) -> Tensor:
     """Song et al. 2021 (DDIM), eq. 12 and 16; eta 0 is deterministic, eta 1 is DDPM on the same timesteps."""
     for i, s in enumerate(grid.steps):
-        z0, eps = _ask(denoise, z, s, i, on_step)
+        z0, eps = _evaluate(denoise, z, s, i, on_step)
         fresh = eta * s.to_sigma / s.sigma * math.sqrt(1 - (s.alpha / s.to_alpha) ** 2)
         z = s.to_alpha * z0 + math.sqrt(max(s.to_sigma**2 - fresh**2, 0)) * eps
         if fresh:
@@ -98,7 +97,7 @@ def ddim(
 def euler(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
     """Euler's method on Karras et al. 2022, eq. 1 (algorithm 2 with no churn and no second order)."""
     for i, s in enumerate(grid.steps):
-        z0, eps = _ask(denoise, z, s, i, on_step)
+        z0, eps = _evaluate(denoise, z, s, i, on_step)
         z = s.to_alpha * z0 + s.to_sigma * eps
     return z
 
@@ -106,7 +105,7 @@ def euler(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep
 def euler_a(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
     """Euler with ancestral noise: a step down to less noise than asked for, the rest drawn afresh."""
     for i, s in enumerate(grid.steps):
-        z0, eps = _ask(denoise, z, s, i, on_step)
+        z0, eps = _evaluate(denoise, z, s, i, on_step)
         here, there = s.sigma / s.alpha, s.to_sigma / s.to_alpha
         up = there * math.sqrt(1 - (there / here) ** 2)
         z = s.to_alpha * (z0 + there**2 / here * eps)  # there^2 = down^2 + up^2
@@ -117,12 +116,12 @@ def euler_a(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnSt
 
 def heun(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
     """Karras et al. 2022, algorithm 1: an Euler step, then the mean of the slopes at both of its ends; two
-    model calls a step, but one for the last. `on_step` sees the first."""
+    model calls per step, one for the last. `on_step` sees the first."""
     for i, s in enumerate(grid.steps):
-        z0, eps = _ask(denoise, z, s, i, on_step)
+        z0, eps = _evaluate(denoise, z, s, i, on_step)
         z = s.to_alpha * z0 + s.to_sigma * eps
         if i + 1 < len(grid.steps):
-            _, eps_there = _ask(denoise, z, grid.steps[i + 1])
+            _, eps_there = _evaluate(denoise, z, grid.steps[i + 1])
             width = s.to_sigma - s.to_alpha * s.sigma / s.alpha
             z = z + width / 2 * (eps_there - eps)
     return z
@@ -132,18 +131,18 @@ def dpmpp_2m(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnS
     """DPM-Solver++(2M), Lu et al. 2022, algorithm 2; first order at the first and at the last step."""
     last_z0 = None
     for i, s in enumerate(grid.steps):
-        z0, _ = _ask(denoise, z, s, i, on_step)
+        z0, _ = _evaluate(denoise, z, s, i, on_step)
         z = _exponential_step(z, z0, s, _slope(grid.steps, i, z0, last_z0) / 2)
         last_z0 = z0
     return z
 
 
 def unipc(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
-    """UniPC of order 2 with B2(h) on z0 (Zhao et al. 2023, algorithms 5 and 6): the step of dpmpp_2m,
-    corrected with the model's answer at its end, which costs no further call."""
+    """UniPC of order 2 with B2(h) on z0 (Zhao et al. 2023, algorithms 5 and 6): the step of dpmpp_2m, corrected with
+    the model's output at its end, which costs no further call."""
     start = last_z0 = slope = None
     for i, s in enumerate(grid.steps):
-        z0, _ = _ask(denoise, z, s, i, on_step)
+        z0, _ = _evaluate(denoise, z, s, i, on_step)
         if start is not None:
             z = _exponential_step(start, last_z0, grid.steps[i - 1], _corrector(grid.steps, i, z0 - last_z0, slope))
         slope = _slope(grid.steps, i, z0, last_z0)
@@ -154,11 +153,11 @@ def unipc(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep
 
 def pndm(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
     """Pseudo linear multistep of order 4 (Liu et al. 2022, eq. 9 and 12-13; "PLMS"), which begins with Heun's rule: one
-    model call more than steps. As in diffusers, what the model predicts, eps or v, is what is averaged."""
+    model call more than steps. As in diffusers, the model's predictions are averaged: v of a v model, else eps."""
     v, past = grid.schedule.config.prediction_type == "v_prediction", []
 
-    def ask(z: Tensor, s: Step, *report: Any) -> Tensor:
-        z0, eps = _ask(denoise, z, s, *report)
+    def predict(z: Tensor, s: Step, *report: Any) -> Tensor:
+        z0, eps = _evaluate(denoise, z, s, *report)
         return s.alpha * eps - s.sigma * z0 if v else eps
 
     def move(z: Tensor, output: Tensor, s: Step) -> Tensor:
@@ -167,10 +166,10 @@ def pndm(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep 
         return s.to_alpha * z0 + s.to_sigma * eps
 
     for i, s in enumerate(grid.steps):
-        past = [ask(z, s, i, on_step), *past[:3]]
+        past = [predict(z, s, i, on_step), *past[:3]]
         if i == 0 and len(grid.steps) > 1:
             there = grid.steps[1]
-            again = ask(move(z, past[0], s), there)
+            again = predict(move(z, past[0], s), there)
             z = move(z, (past[0] + again) / 2, _backwards(grid, there))
         else:
             z = move(z, sum(w * output for w, output in zip(ADAMS_BASHFORTH[min(i, 3)], past, strict=True)), s)
@@ -178,14 +177,14 @@ def pndm(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep 
 
 
 def _backwards(grid: Grid, there: Step) -> Step:
-    """The step of usual length that ends where `there` starts. With leading spacing it is the one before."""
+    """The step of usual length that ends where `there` starts; with leading spacing it is the one before."""
     t = there.t + grid.stride
     alpha, sigma = grid.schedule.alpha(t).item(), grid.schedule.sigma(t).item()
     return Step(t=t, alpha=alpha, sigma=sigma, to_alpha=there.alpha, to_sigma=there.sigma)
 
 
-def _ask(denoise: Denoise, z: Tensor, s: Step, i: int = 0, on_step: OnStep | None = None) -> tuple[Tensor, Tensor]:
-    """(z0, eps) at a step, reported to `on_step`."""
+def _evaluate(denoise: Denoise, z: Tensor, s: Step, i: int = 0, on_step: OnStep | None = None) -> tuple[Tensor, Tensor]:
+    """z0 and eps at the start of a step, reported to `on_step`."""
     z0 = denoise(z, torch.tensor(s.t))
     if on_step is not None:
         on_step(i, s.t, z, z0)
@@ -199,8 +198,8 @@ def _exponential_step(z: Tensor, z0: Tensor, s: Step, correction: Tensor) -> Ten
 
 
 def _slope(steps: Sequence[Step], i: int, z0: Tensor, last_z0: Tensor | None) -> Tensor:
-    """Change of z0 over step i, from its change over the step before; 0 where order 1 is due: the first step,
-    which has none before it, and the last, which ends at infinite lambda."""
+    """Change of z0 over step i, extrapolated from the step before; 0 where order 1 is due: at the first step, and at
+    the last, which ends at infinite lambda."""
     if last_z0 is None or i + 1 == len(steps):
         return torch.zeros_like(z0)
     s = steps[i]
@@ -209,8 +208,8 @@ def _slope(steps: Sequence[Step], i: int, z0: Tensor, last_z0: Tensor | None) ->
 
 
 def _corrector(steps: Sequence[Step], i: int, change: Tensor, slope: Tensor) -> Tensor:
-    """UniC's addition to z0 over step i - 1, from the `change` of z0 found at its end and the `slope` that
-    was foreseen (Zhao et al. 2023, eq. 5: two equations for two weights, solved by hand)."""
+    """UniC's addition to z0 over step i - 1, from the `change` of z0 at its end and the predicted `slope` (Zhao et al.
+    2023, eq. 5: two equations for two weights, solved by hand)."""
     if i == 1:
         return change / 2
     s = steps[i - 1]
@@ -230,28 +229,29 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 
 
 def get_sampler(name: str) -> Callable[..., Tensor]:
-    """The sampler of that name; UserError with the known names for another."""
+    """The sampler of that name. Raises UserError for an unknown one."""
     if name not in SAMPLERS:
         raise UserError(f"sampler {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
 
 
 def make_grid(schedule: Schedule, sampler: str, steps: int, spacing: str | None = None) -> Grid:
-    """The grid that diffusers' scheduler of that name makes of `steps` and `spacing` (default: the config's).
+    """The timesteps of diffusers' scheduler for `sampler`, with `spacing` (Lin et al. 2023, table 2; default: the
+    config's).
 
-    Spacings: Lin et al. 2023, table 2. Where alpha ends at exactly 0, samplers that divide by it get the
-    finite schedule. UserError: an unknown sampler or spacing, or steps that the timesteps have no room for.
+    Where alpha ends at exactly 0, samplers that divide by it get the finite schedule. Raises UserError for an unknown
+    sampler or spacing, or more steps than the timesteps allow.
     """
     get_sampler(sampler)
     spacing = schedule.config.timestep_spacing if spacing is None else spacing
     if sampler not in ("ddpm", "ddim"):
         schedule = Schedule(schedule.config, finite=True)
     t = _timesteps(schedule, sampler, steps, spacing)
-    made = tuple(_steps(schedule, sampler, t))
+    placed = tuple(_steps(schedule, sampler, t))
     # diffusers starts its Euler family at x = ratio * noise; for leading, at sqrt(ratio^2 + 1) * noise.
     scaled = sampler in ("euler", "euler_a", "heun") and spacing != "leading"
-    scale, stride = made[0].sigma if scaled else 1.0, len(schedule) // steps
-    return Grid(schedule=schedule, steps=made, initial_scale=scale, stride=stride)
+    scale, stride = placed[0].sigma if scaled else 1.0, len(schedule) // steps
+    return Grid(schedule=schedule, steps=placed, initial_scale=scale, stride=stride)
 
 
 def _timesteps(schedule: Schedule, sampler: str, steps: int, spacing: str) -> Tensor:
@@ -261,7 +261,7 @@ def _timesteps(schedule: Schedule, sampler: str, steps: int, spacing: str) -> Te
         raise UserError(f"timestep spacing {spacing!r} is unknown; allowed: {', '.join(SPACINGS)}")
     if not 1 <= steps <= total:
         raise UserError(f"steps {steps} is out of range; allowed: 1 to {total}")
-    # The multistep samplers lay one timestep more and leave out the last, from which no step starts.
+    # The multistep samplers place one timestep more and drop the last.
     extra = sampler in ("dpmpp_2m", "unipc")
     if spacing == "trailing":
         t = (total - torch.arange(steps, dtype=torch.float64) * (total / steps)).round() - 1
@@ -271,7 +271,7 @@ def _timesteps(schedule: Schedule, sampler: str, steps: int, spacing: str) -> Te
         t = torch.linspace(0, total - 1, steps + extra, dtype=torch.float64).flip(0)[:steps]
         t = t if sampler in ("euler", "euler_a", "heun") else t.round()
     if t[0] > total - 1 or (t.diff() >= 0).any():
-        raise UserError(f"{sampler} with {spacing} spacing cannot lay {steps} steps on {total} timesteps; use fewer")
+        raise UserError(f"{sampler} with {spacing} spacing cannot place {steps} steps on {total} timesteps; use fewer")
     return t.float()
 
 

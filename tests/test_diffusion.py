@@ -12,11 +12,9 @@ from ldm.diffusion import (
     Denoiser,
     Schedule,
     ScheduleConfig,
-    concat_contexts,
     guided,
     loss_weight,
     sample_timesteps,
-    slice_context,
 )
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -201,14 +199,3 @@ def test_guidance_acts_in_its_interval_only():
 def test_guidance_without_a_negative_context_is_refused():
     with pytest.raises(UserError, match="negative"):
         guided(Denoiser(Counter(), schedule()), contexts()[0], None, 3.0)
-
-
-def test_prepared_contexts_work_like_plain_ones():
-    z_t, t, (context, negative) = randn(3, 2, 4, 4), torch.tensor(300.0), contexts()
-    prepared = [((c, 2 * c), (3 * c, 4 * c)) for c in (context, negative)]
-    denoiser = Denoiser(Counter(), schedule())
-    got = guided(denoiser, *prepared, 4.0)(z_t, t)
-    assert torch.equal(got, guided(denoiser, context, negative, 4.0)(z_t, t))
-    both = concat_contexts(prepared)
-    assert both[1][0].shape == (6, 5, 6)
-    assert torch.equal(slice_context(both, slice(3, 6))[1][1], 4 * negative)

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm.clip import CLIP, TextEncoder, VisionConfig
-from ldm.clip_towers import TextConfig
+from ldm.clip import CLIP, TextConfig, TextEncoder, VisionConfig
 from ldm.commands.cli import run_script
 from ldm.config import UserError
 from ldm.data.emoji import Emoji

@@ -144,8 +144,10 @@ def test_stable_diffusion_sizes(config):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(UserError, match="width 10 is no multiple of norm_num_groups 4"):
-        VAE(vae_config((10,)))
+    with pytest.raises(UserError, match="width 10 must be a multiple of norm_num_groups 4"):
+        vae_config((10,))
+    with pytest.raises(UserError, match="layers_per_block is 0; it must be 1 or more"):
+        vae_config(layers_per_block=0)
     vae = VAE(vae_config())
     with pytest.raises(UserError, match="multiple of 2 px"):
         vae.encode(torch.zeros(1, 3, 15, 16))

@@ -16,6 +16,7 @@ from ldm import losses
 from ldm.config import UserError, require
 from ldm.data import DataConfig, batches, flip_half, open_dataset, spread, stack_images
 from ldm.discriminator import PatchDiscriminator
+from ldm.distributed import mean_over_processes
 from ldm.images import tile, to_float
 from ldm.metrics import psnr, ssim
 from ldm.perceptual import perceptual_network
@@ -100,7 +101,13 @@ class AutoencoderTask:
         c = self.config.loss
         x = to_float(batch["image"]).contiguous(memory_format=training_layout())
         x = flip_half(x) if self.config.data.flip else x
-        reconstruction, posterior = modules["vae"](x)
+        eps = torch.randn(
+            len(x),
+            self.modules["vae"].config.latent_channels,
+            *(side // self.modules["vae"].factor for side in x.shape[2:]),
+            device=x.device,
+        )
+        reconstruction, posterior = modules["vae"](x, eps)
         l1 = losses.reconstruction(reconstruction, x, c.l2)
         perceptual = self.perceptual.to(x.device)(reconstruction, x).mean()
         kl = losses.kl(posterior.mean.float(), posterior.logvar.float())  # bfloat16 under autocast
@@ -130,7 +137,9 @@ class AutoencoderTask:
         for parameter in parameters:
             parameter.requires_grad_(True)
         last = self.modules["vae"].decoder.conv_out.weight
-        return verdict, losses.adaptive_weight(fidelity, verdict, last, self.config.loss.gan_maximum)
+        return verdict, losses.adaptive_weight(
+            fidelity, verdict, last, self.config.loss.gan_maximum, mean_over_processes
+        )
 
     def after_step(self) -> None:
         """Nothing to hold."""

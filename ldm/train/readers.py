@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.clip_towers import TextConfig, VisionConfig
+from ldm.clip import TextConfig, VisionConfig
 from ldm.config import require
 from ldm.distributed import mean_over_processes
 from ldm.layers import TransformerBlock
