@@ -87,7 +87,7 @@ class CLIP(nn.Module):
             raise UserError(f"projection_dim is {width} for text and {vision_config.projection_dim} for images")
         self.text_config, self.vision_config = text_config, vision_config
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
-        mean, std = (rearrange(torch.tensor(c), "c -> c 1 1") for c in (self.image_mean, self.image_std))
+        mean, std = (rearrange(torch.tensor(c, device="cpu"), "c -> c 1 1") for c in (self.image_mean, self.image_std))
         # [-1, 1] -> [0, 1] -> normalized, in one step that is exactly the identity at 0.5
         self.register_buffer("pixel_scale", 0.5 / std, persistent=False)
         self.register_buffer("pixel_shift", (0.5 - mean) / std, persistent=False)

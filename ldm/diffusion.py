@@ -45,9 +45,11 @@ class ScheduleConfig:
     num_train_timesteps: int = 1000
     rescale_betas_zero_snr: bool = False
     prediction_type: Prediction = "epsilon"
-    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = (
+        "leading"  # none: that of the sampler that runs
+    )
     steps_offset: int = 1  # as in Stable Diffusion; diffusers insists on it
-    set_alpha_to_one: bool = True
+    set_alpha_to_one: bool | None = True  # none: that of the sampler that runs
     sampler: str = "dpmpp_2m"
 
     def __post_init__(self) -> None:
