@@ -226,23 +226,14 @@ def load_model(make: Callable[[], Model], folder: Path, tensors: dict[str, Tenso
         raise
     except Exception as error:  # impossible sizes raise nearly anything
         raise UserError(f"{str(path)!r} describes no model that can be built ({error})"[:300]) from None
-    _check_weights(model.state_dict(), folder, tensors)
-    # Copied, since tensors of safetensors are views of the file, not aligned in memory.
-    model.load_state_dict({n: t.to(torch.float32, copy=True) for n, t in tensors.items()}, strict=True, assign=True)
-    return model.eval()
-
-
-def _check_weights(expected: dict[str, Tensor], folder: Path, tensors: dict[str, Tensor]) -> None:
-    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    shapes = {name: (tuple(tensors[name].shape), tuple(e.shape)) for name, e in expected.items() if name in tensors}
-    wrong = [f"{name} is {a}, not {b}" for name, (a, b) in shapes.items() if a != b]
     infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    for problem, names in (
-        ("do not fit its config.json: missing", missing),
-        ("do not fit its config.json: unexpected", unexpected),
-        ("do not fit its config.json: of another shape", wrong),
-        ("are not finite (NaN or infinite)", infinite),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"the weights in {str(folder)!r} {problem}: {names[0]}{more}")
+    if infinite:
+        raise UserError(f"the weights in {str(folder)!r} are not finite (NaN or infinite): {', '.join(infinite)[:300]}")
+    # Copied, since tensors of safetensors are views of the file, not aligned in memory.
+    weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).partition(": ")[2][:300]
+        raise UserError(f"the weights in {str(folder)!r} do not fit its config.json: {reason}") from None
+    return model.eval()

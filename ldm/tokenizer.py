@@ -17,7 +17,6 @@ from ldm.config import UserError
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-LISTS = ("extra_special_tokens", "additional_special_tokens")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 CONTEXT_LENGTH = 77
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -26,7 +25,7 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 class Tokenizer:
     """`vocab` maps token -> id, `merges` are in order of rank, `context_length` is L.
 
-    `added` tokens are found in a text before it is split. Special ones (always start, end, padding, unknown) are left
+    `added` tokens are found in a text before it is split. Special ones (always start, end and padding) are left
     out by `decode`.
     """
 
@@ -36,10 +35,9 @@ class Tokenizer:
         merges: list[tuple[str, str]],
         context_length: int = CONTEXT_LENGTH,
         pad_token: str = END,
-        unk_token: str = END,
         added: Iterable[AddedToken] = (),
     ):
-        named = {token: AddedToken(token, special=True) for token in (START, END, pad_token, unk_token)}
+        named = {token: AddedToken(token, special=True) for token in (START, END, pad_token)}
         self.added = list((named | {token.content: token for token in added}).values())
         for token in self.added:
             if token.content not in vocab:
@@ -47,10 +45,9 @@ class Tokenizer:
         if context_length < 3:
             raise UserError(f"context_length is {context_length}; at least 3 are needed: start, a token, end")
         self.vocab, self.merges, self.context_length = vocab, merges, context_length
-        self.pad_token, self.unk_token = pad_token, unk_token
+        self.pad_token, self.pad_token_id = pad_token, vocab[pad_token]
         self.bos_token_id, self.eos_token_id = vocab[START], vocab[END]
-        self.pad_token_id, self.unk_token_id = vocab[pad_token], vocab[unk_token]
-        model = models.BPE(vocab=vocab, merges=merges, unk_token=unk_token, end_of_word_suffix=WORD_END)
+        model = models.BPE(vocab=vocab, merges=merges, unk_token=END, end_of_word_suffix=WORD_END)
         self._backend = tokenizers.Tokenizer(model)
         self._backend.normalizer, self._backend.pre_tokenizer = _normalizer(), _pre_tokenizer()
         self._backend.decoder = decoders.ByteLevel()
@@ -124,7 +121,7 @@ class Tokenizer:
         """Writes `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        named = {"bos_token": START, "eos_token": END, "pad_token": self.pad_token, "unk_token": self.unk_token}
+        named = {"bos_token": START, "eos_token": END, "pad_token": self.pad_token, "unk_token": END}
         added = {
             str(self.vocab[token.content]): {"content": token.content} | {flag: getattr(token, flag) for flag in FLAGS}
             for token in self.added
@@ -180,34 +177,24 @@ def _read(folder: Path) -> dict[str, Any]:
     else:
         config |= read("special_tokens_map.json")
         listed += [{"content": t, "id": i, "normalized": True} for t, i in read("added_tokens.json").items()]
-    names, tokens = _special_tokens(config, {token["content"]: token for token in listed})
-    for key in ("bos_token", "eos_token"):
-        if names[key] != ROLES[key]:
-            raise UserError(f"{folder}: {key} {names[key]!r} is not supported; CLIP's is {ROLES[key]!r}")
+    known = {token["content"]: token for token in listed}
+    names, tokens = {}, dict(known)
+    for role, default in ROLES.items():
+        token = config.get(role) or default
+        token = token if isinstance(token, dict) else {"content": token, "normalized": False}
+        names[role] = token["content"]
+        tokens[names[role]] = known.get(names[role], token) | {"special": True}
+    for role in ("bos_token", "eos_token"):
+        if names[role] != ROLES[role]:
+            raise UserError(f"{folder}: {role} {names[role]!r} is not supported; CLIP's is {ROLES[role]!r}")
     length = config.get("model_max_length", CONTEXT_LENGTH)
     return {
         "vocab": {token["content"]: token["id"] for token in tokens.values() if "id" in token} | vocab,
         "merges": [tuple(line.split() if isinstance(line, str) else line) for line in lines],
         "context_length": int(length) if length < 1e6 else CONTEXT_LENGTH,  # 1e30 there means "not known"
         "pad_token": names["pad_token"],
-        "unk_token": names["unk_token"],
-        "added": [
-            AddedToken(content, **{flag: token[flag] for flag in FLAGS if flag in token})
-            for content, token in tokens.items()
-        ],
+        "added": [AddedToken(t, **{f: flags[f] for f in FLAGS if f in flags}) for t, flags in tokens.items()],
     }
-
-
-def _special_tokens(config: dict, listed: dict[str, dict]) -> tuple[dict[str, str], dict[str, dict]]:
-    """The named tokens, and all added tokens with their flags, which the last role sets for a token not in `listed`."""
-    names, tokens = {}, dict(listed)
-    for key in (*ROLES, *LISTS):
-        value = config.get(key) or ROLES.get(key, [])
-        for token in value if isinstance(value, list) else [value]:
-            token = token if isinstance(token, dict) else {"content": token, "normalized": False}
-            names[key] = token["content"]
-            tokens[token["content"]] = listed.get(token["content"], token) | {"special": True}
-    return names, tokens
 
 
 def _normalizer() -> normalizers.Normalizer:

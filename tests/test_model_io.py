@@ -122,10 +122,9 @@ def test_a_bin_runs_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"0.bias": None}, "missing: 0.bias$"),
-        ({"0.bias": None, "0.weight": None}, "missing: 0.bias and 1 more"),
-        ({"extra": torch.zeros(1)}, "unexpected: extra"),
-        ({"0.weight": torch.zeros(3, 5)}, r"of another shape: 0.weight is \(3, 5\), not \(2, 2\)"),
+        ({"0.bias": None}, "do not fit its config.json: Missing key.*0.bias"),
+        ({"extra": torch.zeros(1)}, "Unexpected key.*extra"),
+        ({"0.weight": torch.zeros(3, 5)}, r"size mismatch for 0.weight: .*\[3, 5\].*\[2, 2\]"),
         ({"1.bias": torch.tensor([0.0, float("nan")])}, r"not finite \(NaN or infinite\): 1.bias"),
         ({"1.bias": torch.tensor([0.0, float("-inf")])}, "not finite"),
     ],
@@ -140,8 +139,8 @@ def test_weights_that_do_not_fit(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (Sizes(3), "of another shape"),
-        (Sizes(2**20), "of another shape"),  # 4 TB
+        (Sizes(3), "size mismatch"),
+        (Sizes(2**20), "size mismatch"),  # 4 TB
         (Sizes(2**40), "'width' is 1099511627776; it must be at most 1048576"),
         (Sizes(-5), "describes no model that can be built"),
         (Sizes(2, 2**20), "'layers' is 1048576; it must be at most 4 in"),
