@@ -107,11 +107,18 @@ def saved(tmp_path_factory):
     return folder
 
 
+def with_scheduler(saved: Path, folder: Path, table: dict) -> Path:
+    shutil.copytree(saved, folder)
+    write(folder / "scheduler", table)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", table["_class_name"]]}))
+    return folder
+
+
 @pytest.mark.parametrize("table", [PNDM, DDIM], ids=["PNDM", "DDIM"])
 def test_keys_that_are_left_out_take_the_defaults_of_the_sampler_that_runs(saved, tmp_path, table):
     """As diffusers' `from_config` exchanges the scheduler of the same folder."""
-    folder = shutil.copytree(saved, tmp_path / "pipe")
-    write(folder / "scheduler", table)
+    folder = with_scheduler(saved, tmp_path / "pipe", table)
     ours = Pipeline.from_pretrained(folder)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     config = theirs.scheduler.config
@@ -138,8 +145,7 @@ def test_keys_that_are_left_out_take_the_defaults_of_the_sampler_that_runs(saved
     ids=["keys of other classes", "keys that the pipeline sets"],
 )
 def test_keys_without_effect_give_the_same_pictures_as_in_diffusers(saved, tmp_path, recwarn, change):
-    folder = shutil.copytree(saved, tmp_path / "pipe")
-    write(folder / "scheduler", DDIM | change)
+    folder = with_scheduler(saved, tmp_path / "pipe", DDIM | change)
     pipe = Pipeline.from_pretrained(folder)
     assert not recwarn.list
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
