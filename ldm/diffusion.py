@@ -43,9 +43,9 @@ class ScheduleConfig:
     num_train_timesteps: int = 1000
     rescale_betas_zero_snr: bool = False
     prediction_type: Prediction = "epsilon"
-    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = "leading"  # none: the sampler's
     steps_offset: int = 1  # of leading spacing; diffusers' pipelines set 1
-    set_alpha_to_one: bool = True  # ddim, pndm: the last step ends at alpha 1 instead of at timestep 0
+    set_alpha_to_one: bool | None = True  # ddim, pndm: end at alpha 1, not at timestep 0; none: the sampler's
     sampler: str = "dpmpp_2m"
 
     def __post_init__(self) -> None:

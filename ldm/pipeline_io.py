@@ -1,12 +1,13 @@
-"""A whole pipeline as a folder in diffusers' Stable Diffusion layout, both ways."""
+"""A pipeline as a folder in diffusers' Stable Diffusion layout, both ways."""
 
-import math
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ldm import model_io as weights
+import torch
+
+from ldm import model_io
 from ldm.clip import TextEncoder
 from ldm.config import UserError, build
 from ldm.diffusion import Schedule, ScheduleConfig
@@ -26,32 +27,32 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "pndm": "PNDMScheduler",
 }
-# What else a class needs to take these steps: PNDM would begin with Runge-Kutta ones.
-EXTRAS: dict[str, dict] = {"pndm": {"skip_prk_steps": True}}
-# Keys of scheduler configs beside ScheduleConfig's, and the values that this code supports.
-SUPPORTED: dict[str, tuple] = {
-    "trained_betas": (None,),
-    "clip_sample": (False,),
-    "thresholding": (False,),
-    "algorithm_type": ("dpmsolver++",),
-    "solver_order": (2,),
-    "solver_type": ("midpoint", "bh2"),
-    "solver_p": (None,),
-    "lower_order_final": (True,),
-    "final_sigmas_type": ("zero",),
-    "predict_x0": (True,),
-    "interpolation_type": ("linear",),
-    "variance_type": ("fixed_small", None),
-    "timestep_type": ("discrete",),
-    "disable_corrector": (None,),  # or an empty list
-    "lambda_min_clipped": (-math.inf,),
-    "skip_prk_steps": (True,),
+# The nearest sampler to other classes; "dpmpp_2m" to those that are not listed.
+NEAREST = {
+    "DDIMParallelScheduler": "ddim",
+    "DDPMParallelScheduler": "ddpm",
+    "DPMSolverSDEScheduler": "euler_a",
+    "IPNDMScheduler": "pndm",
+    "KDPM2AncestralDiscreteScheduler": "euler_a",
+    "KDPM2DiscreteScheduler": "heun",
+    "LCMScheduler": "euler_a",
+    "LMSDiscreteScheduler": "euler",
+    "TCDScheduler": "euler_a",
 }
-# Keys that say nothing while those above are switched off.
-UNUSED = {"clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "sigma_min"}
-UNUSED |= {"sigma_max", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"}
-LAYOUT = "0.42.1"  # the diffusers whose layout is written; its inpainting asks for a version
-# What opens; the last two hold the same parts.
+# The options of each class that change its steps, with their values in the sampler here.
+SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+SOLVER = SIGMAS | {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero", "thresholding": False}
+OPTIONS: dict[str, dict] = {
+    "ddpm": {"variance_type": "fixed_small", "thresholding": False},
+    "ddim": {"thresholding": False},
+    "euler": SIGMAS | {"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
+    "euler_a": {},
+    "heun": SIGMAS,
+    "dpmpp_2m": SOLVER | {"algorithm_type": "dpmsolver++", "use_lu_lambdas": False, "euler_at_final": False},
+    "unipc": SOLVER | {"solver_type": "bh2", "predict_x0": True, "disable_corrector": []},
+    "pndm": {"skip_prk_steps": True},
+}
+LAYOUT = "0.42.1"  # the diffusers version whose layout is written
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 CLASSES = {
     "vae": ["diffusers", "AutoencoderKL"],
@@ -65,7 +66,7 @@ CLASSES = {
 
 
 class Parts(NamedTuple):
-    """What a pipeline is composed of."""
+    """The parts of a pipeline."""
 
     vae: VAE
     text_encoder: TextEncoder
@@ -75,36 +76,42 @@ class Parts(NamedTuple):
 
 
 def save_parts(folder: str | Path, parts: Parts, half: bool = False) -> None:
-    """Writes the five parts and `model_index.json` last, for `StableDiffusionPipeline.from_pretrained`. `half`
-    stores the weights as float16; both libraries load them as float32."""
-    folder = Path(folder)
-    parts.vae.save_pretrained(folder / "vae")
-    parts.text_encoder.save_pretrained(folder / "text_encoder")
+    """Writes the parts and, last, `model_index.json`, for diffusers' `StableDiffusionPipeline.from_pretrained`.
+
+    `half` stores the weights as float16, which load as float32. Raises UserError for weights that float16 cannot hold.
+    """
+    folder, models = Path(folder), {"vae": parts.vae, "text_encoder": parts.text_encoder, "unet": parts.unet}
+    largest = torch.finfo(torch.float16).max
+    for name, model in models.items() if half else ():
+        for key, tensor in model.state_dict().items():
+            if tensor.abs().max() > largest:
+                raise UserError(f"{name}: {key} has values above {largest:g}, which float16 cannot hold; save it whole")
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        for file in (folder / name).glob("*.safetensors") if half else ():
+            model_io.save_tensors(file, {key: tensor.half() for key, tensor in model_io.load_tensors(file).items()})
     parts.tokenizer.save_pretrained(folder / "tokenizer")
-    parts.unet.save_pretrained(folder / "unet")
     save_schedule(folder / "scheduler", parts.schedule.config)
-    for file in folder.glob("*/*.safetensors") if half else ():
-        weights.save_tensors(file, {name: tensor.half() for name, tensor in weights.load_tensors(file).items()})
     scheduler = ["diffusers", SCHEDULERS[parts.schedule.config.sampler]]
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": LAYOUT, **CLASSES, "scheduler": scheduler}
-    weights.write_json(folder / "model_index.json", index | {"requires_safety_checker": False})
+    index = {"_class_name": PIPELINES[0], "_diffusers_version": LAYOUT, **CLASSES, "scheduler": scheduler}
+    model_io.write_json(folder / "model_index.json", index | {"requires_safety_checker": False})
 
 
 def load_parts(folder: str | Path) -> Parts:
-    """The five parts of a run folder, a shipped model's name or a Stable Diffusion folder. UserError when one is
+    """The parts in a run folder, a Stable Diffusion folder, or of a shipped model. Raises UserError where one is
     missing, is not supported, or does not fit the others."""
-    root = weights.find_root(folder)
+    root = model_io.find_root(folder)
     if (root / "model_index.json").is_file():
-        kind = weights.read_json(root / "model_index.json").get("_class_name")
+        kind = model_io.read_json(root / "model_index.json").get("_class_name")
         if kind not in PIPELINES:
             raise UserError(f"{str(root)!r} is a {kind}; supported: {PIPELINES[0]}, of Stable Diffusion 1.x and 2.x")
-    missing = [p for p in ("vae", "text_encoder", "tokenizer", "unet", "scheduler") if not (root / p).is_dir()]
+    missing = [part for part in (*Parts._fields[:4], "scheduler") if not (root / part).is_dir()]
     if missing:
         raise UserError(
             f"{str(root)!r} is not a whole pipeline: {', '.join(missing)} missing; "
             "train_diffusion writes one, from a VAE and a text encoder"
         )
-    schedule = Schedule(read_schedule(root / "scheduler"))  # first: what it refuses, it refuses at once
+    schedule = Schedule(read_schedule(root / "scheduler"))  # first, since it is read at once
     parts = Parts(
         VAE.from_pretrained(root / "vae"),
         TextEncoder.from_pretrained(root / "text_encoder"),
@@ -112,81 +119,68 @@ def load_parts(folder: str | Path) -> Parts:
         UNet.from_pretrained(root / "unet"),
         schedule,
     )
-    _check_fit(parts, str(root))
+    _check_sizes(parts, root)
     return parts
 
 
-def _check_fit(parts: Parts, where: str) -> None:
-    """UserError unless the parts have the same sizes where they meet."""
-    channels, unet, text = parts.vae.config.latent_channels, parts.unet.config, parts.text_encoder.config
-    tokenizer = parts.tokenizer
-    if (unet.in_channels, unet.out_channels) != (channels, channels):
-        problem = f"U-Net of {unet.in_channels} channels in, {unet.out_channels} out; latents have {channels}"
-    elif unet.cross_attention_dim != text.hidden_size:
-        problem = f"U-Net for a context of width {unet.cross_attention_dim}; the text encoder's is {text.hidden_size}"
-    elif len(tokenizer) > text.vocab_size:
-        problem = f"tokenizer of {len(tokenizer)} tokens; the text encoder knows {text.vocab_size}"
-    elif tokenizer.context_length > text.max_position_embeddings:
-        problem = (
-            f"tokenizer of context length {tokenizer.context_length}; "
-            f"the text encoder reads {text.max_position_embeddings}"
-        )
-    else:
-        return
-    raise UserError(f"the parts in {where!r} do not fit each other: {problem}")
+def _check_sizes(parts: Parts, root: Path) -> None:
+    latent, unet, text = parts.vae.config.latent_channels, parts.unet.config, parts.text_encoder.config
+    tokens, length = len(parts.tokenizer), parts.tokenizer.context_length
+    problems = {
+        f"U-Net of {unet.in_channels} channels in, {unet.out_channels} out; latents have {latent}": (
+            (unet.in_channels, unet.out_channels) != (latent, latent)
+        ),
+        f"U-Net for a context of width {unet.cross_attention_dim}; the text encoder's is {text.hidden_size}": (
+            unet.cross_attention_dim != text.hidden_size
+        ),
+        f"tokenizer of {tokens} tokens; the text encoder has {text.vocab_size}": tokens > text.vocab_size,
+        f"tokenizer of context length {length}; the text encoder reads {text.max_position_embeddings}": (
+            length > text.max_position_embeddings
+        ),
+    }
+    for problem, applies in problems.items():
+        if applies:
+            raise UserError(f"the parts in {str(root)!r} do not fit each other: {problem}")
 
 
 def save_schedule(folder: Path, config: ScheduleConfig) -> None:
-    """Writes `scheduler_config.json` for the diffusers class that takes the steps of `config.sampler`.
-
-    Every field is written, also those which only other classes read: diffusers keeps them, in silence, for when
-    the scheduler is exchanged. UserError for an unknown sampler.
-    """
+    """Writes `scheduler_config.json` for the diffusers class of `config.sampler`, with the keys that only other classes
+    read, which diffusers keeps for an exchange of the scheduler. Raises UserError for an unknown sampler."""
     get_sampler(config.sampler)
     name = SCHEDULERS[config.sampler]
-    if config.sampler in ("heun", "pndm") and config.rescale_betas_zero_snr:
-        warnings.warn(f"diffusers' {name} has no zero terminal SNR: other pictures there", stacklevel=2)
-    if config.sampler == "pndm" and config.prediction_type == "sample":
-        warnings.warn(f"diffusers' {name} cannot sample with prediction 'sample'", stacklevel=2)
-    if config.timestep_spacing == "leading" and config.steps_offset != 1:
-        message = (
-            f"diffusers' Stable Diffusion pipeline sets steps_offset {config.steps_offset} to 1: other pictures there"
-        )
-        warnings.warn(message, stacklevel=2)
-    values = {key: value for key, value in asdict(config).items() if key != "sampler"} | EXTRAS.get(config.sampler, {})
+    differences = {
+        "has no zero terminal SNR": config.sampler in ("heun", "pndm") and config.rescale_betas_zero_snr,
+        "cannot sample with prediction 'sample'": config.sampler == "pndm" and config.prediction_type == "sample",
+        "is given steps_offset 1 by its pipelines": config.timestep_spacing == "leading" and config.steps_offset != 1,
+    }
+    for difference, applies in differences.items():
+        if applies:
+            warnings.warn(f"diffusers' {name} {difference}: other pictures there", stacklevel=2)
+    values = {key: value for key, value in asdict(config).items() if key != "sampler" and value is not None}
+    prk = {"skip_prk_steps": True} if config.sampler == "pndm" else {}  # else PNDM begins with Runge-Kutta steps
     folder.mkdir(parents=True, exist_ok=True)
-    table = {"_class_name": name, **values, "clip_sample": False}
-    weights.write_json(folder / "scheduler_config.json", table)
+    model_io.write_json(folder / "scheduler_config.json", {"_class_name": name, **values, **prk, "clip_sample": False})
 
 
 def read_schedule(folder: Path) -> ScheduleConfig:
-    """`scheduler_config.json` of any class in SCHEDULERS; a missing key has that class's default. UserError names what
-    is not supported."""
+    """`scheduler_config.json` as diffusers' Stable Diffusion pipeline runs it, which sets steps_offset and clip_sample.
+
+    Keys of other classes are ignored. For a class or an option that no sampler here has, the nearest sampler takes its
+    place, with a warning. Raises UserError for noise schedules and predictions that would give wrong pictures.
+    """
     path = folder / "scheduler_config.json"
-    table = weights.read_json(path)
-    name, names = table.get("_class_name"), {f.name for f in fields(ScheduleConfig)} - {"sampler"}
-    samplers = {cls: sampler for sampler, cls in SCHEDULERS.items()}
-    if not isinstance(name, str) or name not in samplers:
-        raise UserError(f"scheduler {name!r} in {str(folder)!r} is not supported; known: {', '.join(samplers)}")
-    table = _class_defaults(name) | table
-    unused = UNUSED if name == SCHEDULERS["pndm"] else UNUSED | {"skip_prk_steps"}
-    for key, value in table.items():
-        if key not in names and key not in unused and not key.startswith("_"):
-            weights.check_supported(key, value, SUPPORTED, path)
-    values = {key: value for key, value in table.items() if key in names}
-    return build(ScheduleConfig, values | {"sampler": samplers[name]}, f"{path}: ")
-
-
-def _class_defaults(name: str) -> dict[str, Any]:
-    """What diffusers' scheduler `name` takes for keys that its config does not have, where that is not ours."""
-    start, end = (0.00085, 0.012) if name == "HeunDiscreteScheduler" else (0.0001, 0.02)
-    pndm = name == SCHEDULERS["pndm"]
-    leading = pndm or name in ("DDPMScheduler", "DDIMScheduler")
-    return {
-        "beta_schedule": "linear",
-        "beta_start": start,
-        "beta_end": end,
-        "timestep_spacing": "leading" if leading else "linspace",
-        "set_alpha_to_one": not pndm,
-        "clip_sample": name in ("DDPMScheduler", "DDIMScheduler"),
-    } | ({"skip_prk_steps": False} if pndm else {})
+    table = model_io.read_json(path)
+    name = str(table.get("_class_name"))
+    samplers = {scheduler: sampler for sampler, scheduler in SCHEDULERS.items()}
+    sampler = samplers.get(name) or NEAREST.get(name, ScheduleConfig.sampler)
+    start, end = (0.00085, 0.012) if sampler == "heun" else (0.0001, 0.02)
+    defaults = {"beta_schedule": "linear", "beta_start": start, "beta_end": end, "skip_prk_steps": False}
+    table = defaults | dict.fromkeys(("timestep_spacing", "set_alpha_to_one")) | table
+    if table.get("trained_betas") is not None or "Flow" in name or "EDM" in name:
+        raise UserError(f"{path}: the noise schedule of this {name} is not supported; known: {', '.join(samplers)}")
+    options = [key for key, value in OPTIONS[sampler].items() if table.get(key, value) not in (value, None)]
+    if options or name not in samplers:
+        variant = ", ".join([name, *(f"{key} = {table[key]!r}" for key in options)])
+        warnings.warn(f"{path}: {variant} is not supported; {sampler!r} takes its place by default", stacklevel=2)
+    values = {field.name: table[field.name] for field in fields(ScheduleConfig) if field.name in table}
+    return build(ScheduleConfig, values | {"steps_offset": 1, "sampler": sampler}, f"{path}: ")

@@ -24,6 +24,7 @@ Noise = Callable[[], Tensor]  # draws a standard normal of z's shape
 OnStep = Callable[[int, float, Tensor, Tensor], None]  # (step, t, z_t, z0)
 ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 SPACINGS = ("leading", "trailing", "linspace")
+DEFAULT_SPACING = {"ddpm": "leading", "ddim": "leading", "pndm": "leading"}  # as in diffusers; others: linspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +244,7 @@ def make_grid(schedule: Schedule, sampler: str, steps: int, spacing: str | None 
     sampler or spacing, or more steps than the timesteps allow.
     """
     get_sampler(sampler)
-    spacing = schedule.config.timestep_spacing if spacing is None else spacing
+    spacing = spacing or schedule.config.timestep_spacing or DEFAULT_SPACING.get(sampler, "linspace")
     if sampler not in ("ddpm", "ddim"):
         schedule = Schedule(schedule.config, finite=True)
     t = _timesteps(schedule, sampler, steps, spacing)
@@ -281,7 +282,8 @@ def _steps(schedule: Schedule, sampler: str, t: Tensor) -> list[Step]:
     to = list(zip(alpha[1:] + [1.0], sigma[1:] + [0.0], strict=True))
     if sampler in ("ddim", "pndm"):
         clean = (1.0, 0.0)
-        if not schedule.config.set_alpha_to_one:
+        to_one = schedule.config.set_alpha_to_one
+        if not (sampler == "ddim" if to_one is None else to_one):
             clean = schedule.alpha(0).item(), schedule.sigma(0).item()
         before = [int(x) - len(schedule) // len(t) for x in t]
         to = [(schedule.alpha(b).item(), schedule.sigma(b).item()) if b >= 0 else clean for b in before]

@@ -27,7 +27,7 @@ from ldm.app.studio import LONGEST, Models, Settings, about_picture, make, resto
 from ldm.app.study import ANSWERS, begin, caption_of, judge
 from ldm.config import UserError
 from ldm.data import DataConfig
-from ldm.images import read_about, save_png
+from ldm.images import read_metadata, save_png
 from ldm.pipeline import Pipeline
 
 SKIP = gr.skip()
@@ -233,7 +233,7 @@ def test_the_desk_gives_out_only_its_own_pictures(tmp_path):
     (tmp_path / "app/served/1").mkdir(parents=True)
     (tmp_path / "app/served/1/image.png").touch()
     path = desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a", "seed": "1"})
-    assert desk.own(path) == path and read_about(desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a", "seed": "1"}))
+    assert desk.own(path) == path and read_metadata(desk.keep(Image.new("RGB", (4, 4)), {"prompt": "a", "seed": "1"}))
     (tmp_path / "x.png").write_bytes(b"")
     (tmp_path / "app/pictures/link.png").symlink_to(tmp_path / "x.png")
     for bad in (
@@ -448,7 +448,7 @@ def pool(shapes, tmp_path_factory) -> tuple[pools.Pool, Path]:
 def test_a_pool_has_real_and_made_pictures_of_the_same_captions(pool, shapes):
     found, folder = pool
     assert len(found.real) == len(found.made) == len(found.captions) == 10 and found.seeds == list(range(10))
-    about = read_about(found.made[9])
+    about = read_metadata(found.made[9])
     assert about["prompt"] == found.captions[9] and about["seed"] == "9"
     (own,) = shapes["shapes"](found.captions[9], seed=9, guidance=3.0)
     assert abs(pixels(own) - pixels(Image.open(found.made[9]))).max() <= 1

@@ -1,7 +1,5 @@
 """Prompts to pictures: seeds, batches, guidance, callbacks, and what is refused."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ from tiny_models import tiny_parts
 
 from ldm.config import UserError
 from ldm.diffusion import Denoiser, guided
-from ldm.layers import Attention
+from ldm.model_io import DIFFUSERS_FILE
 from ldm.pipeline import Pipeline
 from ldm.samplers import SAMPLERS, ImageNoise, make_grid
 
@@ -69,23 +67,38 @@ def test_default_sampler_is_the_models_own():
 
 
 @pytest.mark.parametrize(("guidance", "batch"), [(1.0, 3), (5.0, 6), (0.0, 6)])
-def test_one_model_call_a_step_and_text_once_a_picture(pipe, guidance, batch):
-    batches, texts, projections = [], [], []
-    crosses = [m for name, m in pipe.unet.named_modules() if name.endswith("attn2") and isinstance(m, Attention)]
+def test_one_model_call_per_step_and_one_text_call_per_batch(pipe, guidance, batch):
+    batches, texts = [], []
     hooks = [
         pipe.unet.register_forward_hook(lambda module, inputs, output: batches.append(len(output))),
         pipe.text_encoder.register_forward_pre_hook(lambda module, inputs: texts.append(len(inputs[0]))),
-        *(m.to_k.register_forward_pre_hook(lambda _, inputs: projections.append(len(inputs[0]))) for m in crosses),
     ]
     try:
         pipe(PROMPTS[:3], steps=4, guidance=guidance, sampler="ddim")
     finally:
         for hook in hooks:
             hook.remove()
-    passes = batch // 3
-    assert batches == [batch] * 4
-    assert texts == [3] * passes
-    assert projections == [3] * passes * len(crosses)
+    assert batches == [batch] * 4 and texts == [3] * (batch // 3)
+
+
+def test_live_parts_are_only_looked_at():
+    """Sampling leaves weights, memory layout, modes and random state of the parts as they were."""
+    parts = tiny_parts()
+    parts.unet.train()
+    tensors = {id(p): (p, p.clone(), p.stride()) for model in parts[:2] + parts[3:4] for p in model.parameters()}
+    modes = [module.training for model in (parts.vae, parts.unet) for module in model.modules()]
+    state = torch.get_rng_state()
+    Pipeline(parts)("a red circle", steps=2, sampler="euler_a")
+    assert all(torch.equal(p, old) and p.stride() == stride for p, old, stride in tensors.values())
+    assert modes == [module.training for model in (parts.vae, parts.unet) for module in model.modules()]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_pixels_that_are_not_finite_are_an_error():
+    parts = tiny_parts()
+    parts.vae.decoder.conv_out.bias.data[0] = float("inf")
+    with pytest.raises(UserError, match="NaN or infinite"):
+        Pipeline(parts)("circle", steps=1)
 
 
 def test_compiled_pictures_are_the_same():
@@ -116,14 +129,11 @@ def test_callback_sees_every_step_and_decodes_on_demand(pipe):
         del pipe.decode
 
 
-def test_guidance_interval_and_rescale_reach_the_sampler(pipe):
+def test_options_reach_the_sampler(pipe):
     plain, guided_all = (arrays(pipe("circle", steps=3, guidance=g)) for g in (1.0, 6.0))
     never = arrays(pipe("circle", steps=3, guidance=6.0, guidance_interval=(0, -1)))
     assert abs(never - plain).max() <= 1 < abs(guided_all - plain).max()
     assert abs(arrays(pipe("circle", steps=3, guidance=6.0, guidance_rescale=0.7)) - guided_all).max() > 1
-
-
-def test_sampler_options(pipe):
     ddpm = arrays(pipe("circle", steps=3, sampler="ddim", eta=1.0))
     assert abs(ddpm - arrays(pipe("circle", steps=3, sampler="ddim"))).max() > 1
 
@@ -159,29 +169,24 @@ def test_mistakes_are_named(pipe, options, message):
         pipe("circle", **options)
 
 
-def test_unknown_models():
-    with pytest.raises(UserError, match="unknown model 'no-such-model'"):
-        Pipeline.from_pretrained("no-such-model")
-
-
 def test_long_prompts_are_cut_with_a_warning(pipe):
     with pytest.warns(UserWarning, match="cut off"):
         context = pipe.encode_prompt(["a red circle above a blue square " * 5])
     assert context.shape == (1, 12, 24)
 
 
-def test_folder_gives_the_same_picture(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
-    again = Pipeline.from_pretrained(tmp_path)
-    assert np.array_equal(arrays(pipe("circle", steps=2)), arrays(again("circle", steps=2)))
-    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
-
-
-def test_half_folder_is_half_as_large_and_gives_nearly_the_same_picture(pipe, tmp_path):
+def test_folders_give_the_same_pictures(pipe, tmp_path):
+    """Half as large and nearly the same with float16, which is refused where it cannot hold the weights."""
+    pictures = arrays(pipe("circle", steps=2))
     pipe.save_pretrained(tmp_path / "whole")
     pipe.save_pretrained(tmp_path / "half", half=True)
-    whole, half = (tmp_path / kind / "unet" / "diffusion_pytorch_model.safetensors" for kind in ("whole", "half"))
-    assert half.stat().st_size < 0.6 * whole.stat().st_size
-    again = Pipeline.from_pretrained(tmp_path / "half")
-    assert next(again.unet.parameters()).dtype == torch.float32
-    assert np.abs(arrays(pipe("circle", steps=2)) - arrays(again("circle", steps=2))).max() <= 2
+    assert np.abs(arrays(Pipeline.from_pretrained(tmp_path / "whole")("circle", steps=2)) - pictures).max() <= 1
+    half = Pipeline.from_pretrained(tmp_path / "half")
+    assert next(half.unet.parameters()).dtype == torch.float32
+    assert np.abs(arrays(half("circle", steps=2)) - pictures).max() <= 2
+    sizes = [(tmp_path / kind / "unet" / DIFFUSERS_FILE).stat().st_size for kind in ("half", "whole")]
+    assert sizes[0] < 0.6 * sizes[1]
+    half.unet.conv_in.bias.data[0] = 1e5
+    with pytest.raises(UserError, match="unet: conv_in.bias has values above 65504, which float16 cannot hold"):
+        half.save_pretrained(tmp_path / "large", half=True)
+    assert not (tmp_path / "large").exists()

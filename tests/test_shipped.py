@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_checkpoint import open_in_diffusers
+from test_pipeline_io import open_in_diffusers
 
 from ldm import Pipeline
 from ldm.data import DataConfig, batches, open_dataset, spread

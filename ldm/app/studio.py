@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from ldm.config import UserError
-from ldm.images import read_about
+from ldm.images import read_metadata
 from ldm.layers import ResnetBlock
 from ldm.model_io import ASSETS
 from ldm.pipeline import Pipeline, Progress
@@ -251,7 +251,7 @@ def restore(file: str | Path, models: Models) -> tuple[Settings, list[str]]:
 
     UserError for a file that is no such PNG, and for settings that are out of bounds.
     """
-    texts = read_about(file)
+    texts = read_metadata(file)
     if "share" in texts:
         raise UserError("that picture lies between two prompts; Edit makes such pictures")
     notes = (

@@ -116,7 +116,7 @@ class Bench:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.settings["seed"])
                 unet = UNet(self.pipe.unet.config)
-            model = Pipeline(Parts(*self.pipe.parts[:3], unet, self.pipe.schedule), self.pipe.device)
+            model = Pipeline(Parts(*self.pipe.parts[:3], unet, self.pipe.schedule)).to(self.pipe.device)
             self.make([made], [UNTRAINED], "generating, untrained", model)
         return source_of(made, UNTRAINED, "untrained")
 

@@ -201,7 +201,7 @@ class DiffusionTask:
         """A captioned grid of samples from fixed prompts and seeds."""
         c = self.config.preview
         prompts = list(c.prompts) or [self.held_out.captions(i)[0] for i in spread(self.held_out, c.count)]
-        pipe = Pipeline(self.parts(), device)
+        pipe = Pipeline(self.parts()).to(device)
         images = pipe(prompts, steps=c.steps, guidance=c.guidance, seed=c.seed)
         return captioned_grid(images, prompts, columns=min(8, len(prompts)))
 

@@ -1,19 +1,17 @@
 """Whole folders against diffusers' StableDiffusionPipeline: ours opened there, theirs opened here, same pictures."""
 
-import inspect
 import json
 import shutil
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from tiny_models import LENGTH, diffusers_unet, diffusers_vae, no_complaints, shapes, tiny_parts
+from tiny_models import LENGTH, no_complaints, shapes, tiny_parts
 
-from ldm import pipeline_io as checkpoint
+from ldm import pipeline_io
 from ldm.config import UserError, load
 from ldm.diffusion import ScheduleConfig
 from ldm.pipeline import Pipeline
@@ -72,126 +70,143 @@ def test_our_folder_gives_the_same_pictures_in_diffusers(tmp_path, schedule):
         assert expected.std() > 10 and abs(expected[0] - expected[1]).max() > 10
 
 
-@pytest.mark.parametrize(
-    "name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"]
-)
-def test_diffusers_folder_gives_the_same_pictures_here(tmp_path, name):
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    parts = tiny_parts()
-    parts.text_encoder.save_pretrained(tmp_path / "text")
-    parts.tokenizer.save_pretrained(tmp_path / "tokens")
-    vae, unet = diffusers_vae(parts.vae.config), diffusers_unet(parts.unet.config)
-    vae.load_state_dict(parts.vae.state_dict())
-    unet.load_state_dict(parts.unet.state_dict())
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    if name == "DDIMScheduler":
-        betas |= {"clip_sample": False, "set_alpha_to_one": False}
-    if name == "PNDMScheduler":
-        betas |= {"skip_prk_steps": True}
-    theirs = diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel.from_pretrained(tmp_path / "text"),
-        tokenizer=CLIPTokenizer.from_pretrained(tmp_path / "tokens"),
-        unet=unet,
-        scheduler=getattr(diffusers, name)(**betas),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    theirs.save_pretrained(tmp_path / "pipe")
-    pipe = Pipeline.from_pretrained(tmp_path / "pipe")
-    assert checkpoint.SCHEDULERS[pipe.schedule.config.sampler] == name
-    for guidance in (1.0, 5.0):
-        assert abs(our_pictures(pipe, 4, guidance, 0) - diffusers_pictures(theirs, 4, guidance, 0)).max() <= 1
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_schedules_round_trip_and_open_in_diffusers(tmp_path, sampler):
     values = {"beta_start": 0.001, "beta_end": 0.01, "steps_offset": 1, "set_alpha_to_one": False}
     config = ScheduleConfig(
         sampler=sampler, beta_schedule="linear", prediction_type="v_prediction", timestep_spacing="trailing", **values
     )
-    checkpoint.save_schedule(tmp_path / "ours", config)
-    assert checkpoint.read_schedule(tmp_path / "ours") == config
+    pipeline_io.save_schedule(tmp_path / "ours", config)
+    assert pipeline_io.read_schedule(tmp_path / "ours") == config
     with no_complaints():
-        theirs = getattr(diffusers, checkpoint.SCHEDULERS[sampler]).from_pretrained(tmp_path / "ours")
+        theirs = getattr(diffusers, pipeline_io.SCHEDULERS[sampler]).from_pretrained(tmp_path / "ours")
         other = diffusers.DDIMScheduler.from_config(theirs.config)
     kept = {"set_alpha_to_one", "clip_sample"}
     assert all(getattr(theirs.config, name) == values[name] for name in values if name not in kept)
     assert other.config.set_alpha_to_one is False and other.config.clip_sample is False
     theirs.save_pretrained(tmp_path / "theirs")
-    assert checkpoint.read_schedule(tmp_path / "theirs") == config
+    assert pipeline_io.read_schedule(tmp_path / "theirs") == config
 
 
-@pytest.mark.parametrize("name", checkpoint.SCHEDULERS.values())
-def test_missing_scheduler_keys_have_the_defaults_of_diffusers(name):
-    defaults = {key: p.default for key, p in inspect.signature(getattr(diffusers, name)).parameters.items()}
-    for key, value in checkpoint._class_defaults(name).items():
-        assert defaults.get(key, value) == value, key
-    ours = asdict(ScheduleConfig()) | checkpoint._class_defaults(name)
-    for key in ScheduleConfig.__dataclass_fields__.keys() & defaults.keys():
-        # the offset is 0 in diffusers' schedulers, but its Stable Diffusion pipeline makes it 1
-        assert ours[key] == (1 if key == "steps_offset" else defaults[key]), key
+# As in the folders of 2022: neither timestep_spacing nor clip_sample, and some without steps_offset.
+SD1 = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000}
+PNDM = SD1 | {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False, "trained_betas": None}
+DDIM = SD1 | {"_class_name": "DDIMScheduler", "steps_offset": 1}
 
 
-def test_stable_diffusion_1_scheduler(tmp_path):
-    table = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012}
-    table |= {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000}
-    table |= {"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None}
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(table | {"clip_sample": False}))
-    config = checkpoint.read_schedule(tmp_path)
-    assert config == ScheduleConfig(sampler="pndm", steps_offset=1, set_alpha_to_one=False)
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(table | {"skip_prk_steps": False}))
-    with pytest.raises(UserError, match="skip_prk_steps = False is not supported"):
-        checkpoint.read_schedule(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"_class_name": "LCMScheduler"}, "scheduler 'LCMScheduler' .* known: DDPMScheduler"),
-        ({"_class_name": None}, "scheduler None"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas = True is not supported"),
-        ({"clip_sample": True}, "clip_sample = True"),
-        ({"clip_sample": "absent"}, "clip_sample = True"),  # what diffusers' DDIM then does
-        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule"),
-        ({"rescale_betas_zero_snr": True}, "epsilon"),
-        ({"brand_new": 3}, "brand_new = 3"),
-    ],
-)
-def test_unsupported_schedulers_are_named(tmp_path, change, message):
-    checkpoint.save_schedule(tmp_path, ScheduleConfig(sampler="ddim", steps_offset=1))
-    table = json.loads((tmp_path / "scheduler_config.json").read_text()) | change
-    table = {key: value for key, value in table.items() if value != "absent"}
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(table))
-    with pytest.raises(UserError, match=message):
-        checkpoint.read_schedule(tmp_path)
-
-
-def test_schedules_that_diffusers_cannot_follow(tmp_path):
-    with pytest.warns(UserWarning, match="Heun"):
-        config = ScheduleConfig(
-            sampler="heun", rescale_betas_zero_snr=True, prediction_type="v_prediction", steps_offset=1
-        )
-        checkpoint.save_schedule(tmp_path, config)
-    assert checkpoint.read_schedule(tmp_path) == config
-    with pytest.warns(UserWarning, match="steps_offset 0"):
-        checkpoint.save_schedule(tmp_path, ScheduleConfig(timestep_spacing="leading", steps_offset=0))
-    with pytest.raises(UserError, match="sampler 'eulr' is unknown"):
-        checkpoint.save_schedule(tmp_path, ScheduleConfig(sampler="eulr"))
+def write(folder, table: dict):
+    folder.mkdir(exist_ok=True)
+    (folder / "scheduler_config.json").write_text(json.dumps(table))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    checkpoint.save_parts(folder, tiny_parts())
+    pipeline_io.save_parts(folder, tiny_parts())
     return folder
 
 
+def with_scheduler(saved: Path, folder: Path, table: dict) -> Path:
+    shutil.copytree(saved, folder)
+    write(folder / "scheduler", table)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", table["_class_name"]]}))
+    return folder
+
+
+@pytest.mark.parametrize("table", [PNDM, DDIM], ids=["PNDM", "DDIM"])
+def test_keys_that_are_left_out_take_the_defaults_of_the_sampler_that_runs(saved, tmp_path, table):
+    """As diffusers' `from_config` exchanges the scheduler of the same folder."""
+    folder = with_scheduler(saved, tmp_path / "pipe", table)
+    ours = Pipeline.from_pretrained(folder)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    config = theirs.scheduler.config
+    for sampler in ("ddim", "pndm", "euler", "heun", "dpmpp_2m", "unipc"):
+        options = {"skip_prk_steps": True} if sampler == "pndm" else {"clip_sample": False} if sampler == "ddim" else {}
+        theirs.scheduler = getattr(diffusers, pipeline_io.SCHEDULERS[sampler]).from_config(
+            config, **options, steps_offset=1
+        )
+        expected = diffusers_pictures(theirs, 10, 5.0, 7)
+        assert abs(our_pictures(ours, 10, 5.0, 7, sampler=sampler) - expected).max() <= 1, sampler
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {
+            "use_karras_sigmas": True,
+            "solver_order": 3,
+            "algorithm_type": "sde-dpmsolver++",
+            "interpolation_type": "log",
+        },
+        {"clip_sample": True, "steps_offset": 0},
+    ],
+    ids=["keys of other classes", "keys that the pipeline sets"],
+)
+def test_keys_without_effect_give_the_same_pictures_as_in_diffusers(saved, tmp_path, recwarn, change):
+    folder = with_scheduler(saved, tmp_path / "pipe", DDIM | change)
+    pipe = Pipeline.from_pretrained(folder)
+    assert not recwarn.list
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    assert abs(our_pictures(pipe, 5, 5.0, 7) - diffusers_pictures(theirs, 5, 5.0, 7)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "sampler", "message"),
+    [
+        ({"_class_name": "LCMScheduler"}, "euler_a", "LCMScheduler is not supported; 'euler_a' takes its place"),
+        ({"_class_name": "DEISMultistepScheduler"}, "dpmpp_2m", "DEISMultistepScheduler is not supported"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "euler", "use_karras_sigmas = True"),
+        ({"_class_name": "PNDMScheduler"}, "pndm", "skip_prk_steps = False"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+            "dpmpp_2m",
+            "solver_order = 3, algorithm_type = 'sde-dpmsolver[+][+]'",
+        ),
+    ],
+)
+def test_the_nearest_sampler_replaces_one_that_is_not_here_with_a_warning(tmp_path, change, sampler, message):
+    with pytest.warns(UserWarning, match=message) as warned:
+        config = pipeline_io.read_schedule(write(tmp_path / "s", DDIM | change))
+    assert config.sampler == sampler and len(warned) == 1 and "\n" not in str(warned[0].message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prediction_type": "flow_prediction"}, "prediction_type"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule"),
+        ({"trained_betas": [0.1, 0.2]}, "the noise schedule of this DDIMScheduler is not supported"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler is not supported"),
+        ({"rescale_betas_zero_snr": True}, "epsilon"),
+    ],
+)
+def test_schedules_that_would_give_wrong_pictures_are_refused(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        pipeline_io.read_schedule(write(tmp_path / "s", DDIM | change))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"sampler": "heun", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+            "no zero terminal SNR",
+        ),
+        ({"sampler": "pndm", "prediction_type": "sample"}, "cannot sample with prediction 'sample'"),
+        ({"timestep_spacing": "leading", "steps_offset": 0}, "steps_offset 1"),
+    ],
+)
+def test_schedules_that_diffusers_cannot_follow_are_written_with_a_warning(tmp_path, config, message):
+    with pytest.warns(UserWarning, match=message):
+        pipeline_io.save_schedule(tmp_path, ScheduleConfig(**config))
+    with pytest.raises(UserError, match="sampler 'eulr' is unknown"):
+        pipeline_io.save_schedule(tmp_path, ScheduleConfig(sampler="eulr"))
+
+
 def test_parts_round_trip(saved):
-    before, after = tiny_parts(), checkpoint.load_parts(saved)
+    before, after = tiny_parts(), pipeline_io.load_parts(saved)
     for ours, loaded in zip(before[:2], after[:2], strict=True):
         assert ours.config == loaded.config
         assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in ours.state_dict().items())
@@ -214,7 +229,7 @@ def test_parts_that_do_not_fit(saved, tmp_path, monkeypatch, part, key, value, m
     # The sizes are looked at after the weights, which would not fit either.
     monkeypatch.setattr("ldm.model_io.load_model", lambda make, folder, tensors, *configs: make())
     with pytest.raises(UserError, match=message):
-        checkpoint.load_parts(folder)
+        pipeline_io.load_parts(folder)
 
 
 @pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", None])
@@ -225,16 +240,16 @@ def test_other_pipelines_are_named(saved, tmp_path, kind):
     with pytest.raises(
         UserError, match=f"is a {kind}; supported: StableDiffusionPipeline, of Stable Diffusion 1.x and"
     ):
-        checkpoint.load_parts(folder)
+        pipeline_io.load_parts(folder)
 
 
 def test_incomplete_folders(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "copy")
     shutil.rmtree(folder / "unet")
     with pytest.raises(UserError, match="not a whole pipeline: unet missing; train_diffusion writes one"):
-        checkpoint.load_parts(folder)
+        pipeline_io.load_parts(folder)
     with pytest.raises(UserError, match="unknown model"):
-        checkpoint.load_parts(tmp_path / "nowhere")
+        pipeline_io.load_parts(tmp_path / "nowhere")
 
 
 def test_sd15_text_encoder_has_the_published_sizes():
