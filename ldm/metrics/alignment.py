@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Rows = Tensor | np.ndarray
-PART = 1024  # queries whose similarities are held at once
+from ldm.metrics.rows import PART, Rows, two_sets
 
 
 def cosine(image_embeddings: Rows, text_embeddings: Rows) -> Tensor:
@@ -88,7 +86,5 @@ def _partners(count: int, same: Rows | None) -> Tensor:
 
 
 def _unit_pairs(images: Rows, texts: Rows) -> tuple[Tensor, Tensor]:
-    images, texts = (F.normalize(torch.as_tensor(x).detach().double(), dim=-1) for x in (images, texts))
-    if images.shape != texts.shape or not len(images):
-        raise ValueError(f"embeddings {tuple(images.shape)} and {tuple(texts.shape)} are not pairs")
-    return images, texts
+    images, texts = two_sets(images, texts, pairs=True)
+    return F.normalize(images, dim=1), F.normalize(texts, dim=1)

@@ -37,8 +37,8 @@ def curve(pixels: Tensor, codec: str, qualities: Sequence[int] = QUALITIES) -> l
 
 
 def nearest_to(pixels: Tensor, codec: str, size: int) -> tuple[int, Tensor]:
-    """A uint8 (3, H, W) picture at the most bytes that are at most `size`, or else at the fewest: bytes, and the decoded
-    picture, uint8 (3, H, W)."""
+    """A uint8 (3, H, W) picture at the most bytes up to `size`, or else at the fewest: bytes, and the decoded picture,
+    uint8 (3, H, W)."""
     image = rearrange(pixels, "c h w -> h w c").numpy()
     results = [encoded(image, codec, quality) for quality in range(1, 101)]
     fitting = [result for result in results if result[0] <= size]

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Rows = Tensor | np.ndarray
-PART = 1024  # rows whose distances are held at once
+from ldm.metrics.rows import PART, Rows, two_sets
 
 
 def inception_score(probabilities: Rows, splits: int = 10) -> tuple[float, float]:
@@ -44,11 +43,9 @@ def precision_recall(real: Rows, fake: Rows, k: int = 5) -> dict[str, float]:
 def neighbourhoods(real: Rows, fake: Rows, k: int = 5) -> dict[str, Tensor]:
     """The values that `precision_recall` averages: "precision" and "density" of each fake (M,), "recall" and
     "coverage" of each real (N,), float64."""
-    real, fake = (torch.as_tensor(rows).detach().double() for rows in (real, fake))
     if k < 1:
         raise ValueError(f"k {k} must be 1 or more")
-    if real.ndim != 2 or real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) <= k:
-        raise ValueError(f"features {tuple(real.shape)} and {tuple(fake.shape)} need one width and more than {k} rows")
+    real, fake = two_sets(real, fake, least=k + 1)
     real_radius, fake_radius = (
         torch.cat([distances.kthvalue(k + 1, dim=1).values for distances in _distances(rows, rows)])
         for rows in (real, fake)
@@ -66,8 +63,7 @@ def neighbourhoods(real: Rows, fake: Rows, k: int = 5) -> dict[str, Tensor]:
 
 def nearest(x: Rows, bank: Rows) -> tuple[Tensor, Tensor]:
     """The distance from each row of x (N, D) to the nearest of `bank` (M, D), and its index; (N,) and (N,)."""
-    x, bank = (torch.as_tensor(rows).detach().double() for rows in (x, bank))
-    minima = [distances.min(1) for distances in _distances(x, bank)]
+    minima = [distances.min(1) for distances in _distances(*two_sets(x, bank))]
     return torch.cat([m.values for m in minima]), torch.cat([m.indices for m in minima])
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Rows = Tensor | np.ndarray
-PART = 4096  # rows in float64 at once
+from ldm.metrics.rows import Rows, two_sets
+
 SIZES = 15  # of the samples that a distance is extrapolated from
 
 
@@ -17,38 +17,31 @@ class GaussianMoments:
     """
 
     def __init__(self) -> None:
-        self.count, self.mean, self.scatter = 0, torch.zeros(0), torch.zeros(0, 0)
+        self.count, self.mean, self.scatter = 0, torch.zeros(()), torch.zeros(())
 
     def update(self, features: Rows) -> "GaussianMoments":
-        """Adds the rows of `features` (N, D), N >= 0; returns itself."""
-        x = torch.as_tensor(features).detach()
-        if x.ndim != 2:
-            raise ValueError(f"features must be (N, D), not {tuple(x.shape)}")
-        for part in x.split(PART):
-            other = GaussianMoments()
-            other.count, other.mean = len(part), part.double().mean(0)
-            centred = part.double() - other.mean
-            other.scatter = centred.T @ centred
-            self.merge(other)
-        return self
+        """Adds the rows of `features` (N, D), N >= 1; returns itself."""
+        x, batch = torch.as_tensor(features).detach().double(), GaussianMoments()
+        batch.count, batch.mean = len(x), x.mean(0)
+        batch.scatter = (x - batch.mean).T @ (x - batch.mean)
+        return self.merge(batch)
 
     def merge(self, other: "GaussianMoments") -> "GaussianMoments":
         """Adds the rows of another; returns itself."""
-        if not self.count or not other.count:
-            source = self if self.count else other
-            self.count, self.mean, self.scatter = source.count, source.mean, source.scatter
-            return self
-        _same_dimensions(self.mean, other.mean)
         total, shift = self.count + other.count, other.mean - self.mean
-        self.scatter = self.scatter + other.scatter + torch.outer(shift, shift) * (self.count * other.count / total)
-        self.mean = self.mean + shift * (other.count / total)
-        self.count = total
+        if other.count:
+            between = torch.outer(shift, shift) * (self.count * other.count / total)
+            self.scatter = self.scatter + other.scatter + between
+            self.mean = self.mean + shift * (other.count / total)
+            self.count = total
         return self
 
     @property
     def covariance(self) -> Tensor:
         """(D, D), with ddof 1. Raises ValueError for fewer than two rows."""
-        return self.scatter / (_at_least_two(self.count) - 1)
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 rows, not {self.count}")
+        return self.scatter / (self.count - 1)
 
 
 def frechet_distance(x: Rows | GaussianMoments, y: Rows | GaussianMoments) -> float:
@@ -58,20 +51,25 @@ def frechet_distance(x: Rows | GaussianMoments, y: Rows | GaussianMoments) -> fl
     Inception's (Heusel et al. 2017). Biased up by about (d + d(d+1)/4) / N per side for unit covariances: always
     print N. Raises ValueError for fewer than two rows, unequal dimensions or values that are not finite.
     """
-    sides = [side if isinstance(side, GaussianMoments) else torch.as_tensor(side).detach() for side in (x, y)]
-    if all(isinstance(side, Tensor) and side.ndim == 2 for side in sides):
-        _same_dimensions(sides[0].T, sides[1].T)
-        if sides[0].shape[1] > min(map(len, sides)):
-            return _distance_of_few(*sides)
-    first, second = (side if isinstance(side, GaussianMoments) else GaussianMoments().update(side) for side in sides)
-    _same_dimensions(first.mean, second.mean)
-    s1, s2 = _finite(first.covariance), _finite(second.covariance)
+    if not isinstance(x, GaussianMoments) and not isinstance(y, GaussianMoments):
+        x, y = two_sets(x, y, least=2)
+        if x.shape[1] > min(len(x), len(y)):
+            return _distance_of_few(x, y)
+    first, second = (side if isinstance(side, GaussianMoments) else GaussianMoments().update(side) for side in (x, y))
+    s1, s2 = first.covariance, second.covariance
     values, vectors = torch.linalg.eigh(s1)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     # The product is symmetric, unlike S1 S2, so its eigenvalues are real; round-off leaves some below zero.
     cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp_min(0).sqrt().sum()
-    distance = (first.mean - second.mean).square().sum() + s1.trace() + s2.trace() - 2 * cross
-    return max(float(distance), 0.0)
+    return max(float((first.mean - second.mean).square().sum() + s1.trace() + s2.trace() - 2 * cross), 0.0)
+
+
+def _distance_of_few(x: Tensor, y: Tensor) -> float:
+    """The same distance for fewer rows than dimensions: with S1 = A^T A and S2 = B^T B, the trace of the root is the
+    sum of the singular values of A B^T, which is small."""
+    a, b = ((rows - rows.mean(0)) / (len(rows) - 1) ** 0.5 for rows in (x, y))
+    cross = torch.linalg.svdvals(a @ b.T).sum()
+    return max(float((x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum() - 2 * cross), 0.0)
 
 
 def frechet_distance_infinite(x: Rows, y: Rows, seed: int = 0) -> float:
@@ -81,9 +79,7 @@ def frechet_distance_infinite(x: Rows, y: Rows, seed: int = 0) -> float:
     which may be below 0. Features (N, D) and (M, D). Raises ValueError for fewer rows than twice the dimensions (4 at
     least), where there is no line.
     """
-    x, y = torch.as_tensor(x).detach().double(), torch.as_tensor(y).detach().double()
-    if x.ndim != 2 or x.shape[1:] != y.shape[1:]:
-        raise ValueError(f"features {tuple(x.shape)} and {tuple(y.shape)} cannot be compared")
+    x, y = two_sets(x, y)
     count, fewest = min(len(x), len(y)), max(x.shape[1], 2)
     if count < 2 * fewest:
         raise ValueError(f"{count} rows of {x.shape[1]} features are too few to extrapolate; use {2 * fewest} or more")
@@ -94,35 +90,3 @@ def frechet_distance_infinite(x: Rows, y: Rows, seed: int = 0) -> float:
         subsets = (rows[torch.randperm(len(rows), generator=generator)[:size]] for rows in (x, y))
         distances.append(frechet_distance(*subsets))
     return float(np.polynomial.polynomial.polyfit(1 / sizes, distances, 1)[0])
-
-
-def _distance_of_few(x: Tensor, y: Tensor) -> float:
-    """The same distance for fewer rows than dimensions: with S1 = A^T A and S2 = B^T B, the trace of the root is the
-    sum of the singular values of A B^T, which is small."""
-    (a, mean_a), (b, mean_b) = _centred(x), _centred(y)
-    cross = torch.linalg.svdvals(a @ b.T).sum()
-    return max(float((mean_a - mean_b).square().sum() + a.square().sum() + b.square().sum() - 2 * cross), 0.0)
-
-
-def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (N, D) -> (N, D) minus their mean, over sqrt(N - 1), so that the covariance is X^T X; and the mean (D,)."""
-    rows = _finite(features.double())
-    mean = rows.mean(0)
-    return (rows - mean) / (_at_least_two(len(rows)) - 1) ** 0.5, mean
-
-
-def _finite(x: Tensor) -> Tensor:
-    if not x.isfinite().all():
-        raise ValueError("features have values that are not finite (nan or infinity)")
-    return x
-
-
-def _at_least_two(count: int) -> int:
-    if count < 2:
-        raise ValueError(f"a covariance needs at least 2 rows, not {count}")
-    return count
-
-
-def _same_dimensions(x: Tensor, y: Tensor) -> None:
-    if len(x) != len(y):
-        raise ValueError(f"features of {len(x)} and of {len(y)} dimensions cannot be compared")

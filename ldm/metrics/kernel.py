@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Rows = Tensor | np.ndarray
-PART = 1024  # rows whose kernels are held at once
+from ldm.metrics.rows import PART, Rows, two_sets
+
 SIGMA = 10.0  # of CMMD's kernel, in unit embeddings
 
 
@@ -19,7 +19,7 @@ def kernel_distance(
     Features (N, D) and (M, D); 0 in expectation for two samples of one distribution, so values below 0 occur. Raises
     ValueError for fewer rows than `subset_size`, which must be at least 2, and for no subsets.
     """
-    x, y = _pair(x, y)
+    x, y = two_sets(x, y)
     if subsets < 1:
         raise ValueError(f"subsets {subsets} must be 1 or more")
     if not 2 <= subset_size <= min(len(x), len(y)):
@@ -36,7 +36,7 @@ def kernel_distance(
 def cmmd(x: Rows, y: Rows) -> float:
     """CMMD (Jayasumana et al. 2024): 1,000 times the squared MMD of embeddings (N, D) and (M, D), scaled to unit length
     here, with a Gaussian kernel of sigma 10; rows are paired with themselves too (biased, as published). At least 0."""
-    x, y = (F.normalize(rows, dim=1) for rows in _pair(x, y))
+    x, y = (F.normalize(rows, dim=1) for rows in two_sets(x, y))
     return max(1000 * (_mean_gaussian(x, x) + _mean_gaussian(y, y) - 2 * _mean_gaussian(x, y)), 0.0)  # round-off
 
 
@@ -52,10 +52,3 @@ def gaussian(x: Tensor, y: Tensor) -> Tensor:
 
 def _mean_gaussian(x: Tensor, y: Tensor) -> float:
     return sum(float(gaussian(part, y).sum()) for part in x.split(PART)) / (len(x) * len(y))
-
-
-def _pair(x: Rows, y: Rows) -> tuple[Tensor, Tensor]:
-    x, y = (torch.as_tensor(rows).detach().double() for rows in (x, y))
-    if x.ndim != 2 or x.shape[1:] != y.shape[1:] or not len(x) or not len(y):
-        raise ValueError(f"features must be (N, D) and (M, D), not {tuple(x.shape)} and {tuple(y.shape)}")
-    return x, y

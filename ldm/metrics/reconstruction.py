@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldm.metrics.preprocess import checked
 
 Pictures = Tensor | np.ndarray
+LAPLACIAN = torch.tensor([[0, -1, 0], [-1, 4, -1], [0, -1, 0]])
 # Mean square of the Laplacian of rounding to 8 bits alone: 4^2 + 4 * 1^2 times its variance, in [0, 1].
 ROUNDING = 20 / 255**2 / 12
 
@@ -34,12 +35,13 @@ def ssim(x: Pictures, y: Pictures) -> Tensor:
     picture. Raises ValueError where a side has under 11 pixels.
     """
     x, y = _unit_range(x, y, side=11)
+    taps = torch.exp(-torch.arange(-5, 6).double().square() / (2 * 1.5**2))
+    taps = taps / taps.sum()
+    blurred = (_filter(_filter(image, taps[:, None]), taps[None]) for image in (x, y, x * x, y * y, x * y))
+    mean_x, mean_y, xx, yy, xy = blurred
     c1, c2 = 0.01**2, 0.03**2
-    mean_x, mean_y = _blur(x), _blur(y)
-    var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
-    covariance = _blur(x * y) - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    structure = (2 * (xy - mean_x * mean_y) + c2) / (xx - mean_x**2 + yy - mean_y**2 + c2)
     return (luminance * structure).mean((1, 2, 3))
 
 
@@ -50,7 +52,7 @@ def sharpness(x: Pictures, y: Pictures) -> Tensor:
     The energy of rounding to 8 bits is added to both, so that two plain pictures get 1. Raises ValueError where a side
     has under 3 pixels.
     """
-    energy_x, energy_y = (_laplacian(side).square().mean((1, 2, 3)) for side in _unit_range(x, y, side=3))
+    energy_x, energy_y = (_filter(image, LAPLACIAN).square().mean((1, 2, 3)) for image in _unit_range(x, y, side=3))
     return (energy_y + ROUNDING) / (energy_x + ROUNDING)
 
 
@@ -90,20 +92,9 @@ def discretized_logistic(pixels: Tensor, mean: Tensor, scale: float | Tensor) ->
     return -(log_high + torch.log1p(-torch.exp(log_low - log_high).clamp_max(1 - 1e-16)))
 
 
-def _laplacian(x: Tensor) -> Tensor:
-    """Four times each pixel minus its four neighbours, (B, C, H, W) -> (B, C, H-2, W-2)."""
-    rows = 2 * x[..., 1:-1, :] - x[..., 2:, :] - x[..., :-2, :]
-    columns = 2 * x[..., 1:-1] - x[..., 2:] - x[..., :-2]
-    return rows[..., 1:-1] + columns[..., 1:-1, :]
-
-
-def _blur(x: Tensor) -> Tensor:
-    """The 11-tap Gaussian of sigma 1.5 over (B, C, H, W) -> (B, C, H-10, W-10)."""
-    taps = torch.arange(-5, 6, dtype=x.dtype, device=x.device)
-    taps = torch.exp(-taps.square() / (2 * 1.5**2))
-    taps = taps / taps.sum()
-    planes = rearrange(x, "b c h w -> (b c) 1 h w")
-    planes = F.conv2d(F.conv2d(planes, taps[None, None, :, None]), taps[None, None, None, :])
+def _filter(x: Tensor, kernel: Tensor) -> Tensor:
+    """Each plane of (B, C, H, W) correlated with `kernel` (h, w), without padding."""
+    planes = F.conv2d(rearrange(x, "b c h w -> (b c) 1 h w"), kernel.to(x)[None, None])
     return rearrange(planes, "(b c) 1 h w -> b c h w", b=len(x))
 
 

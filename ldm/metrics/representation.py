@@ -58,8 +58,8 @@ def mig(codes: Rows, factors: Rows) -> float:
 
 
 def dci(codes: Rows, factors: Rows, seed: int = 0) -> dict[str, float]:
-    """ "disentanglement", "completeness" and "informativeness" (Eastwood & Williams 2018, section 2) from the importance
-    of each dimension to boosted trees that tell each factor (N, F) from the code (N, D).
+    """ "disentanglement", "completeness" and "informativeness" (Eastwood & Williams 2018, section 2) from how
+    important each dimension is to boosted trees that tell each factor (N, F) from the code (N, D).
 
     Disentanglement: 1 - entropy of a dimension's importance over factors, weighted by its sum; completeness: 1 -
     entropy of a factor's over dimensions; informativeness: accuracy on the last fifth of the rows. In [0, 1]. Raises
