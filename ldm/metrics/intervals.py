@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ldm.metrics.kernel import cubic, gaussian
 from ldm.metrics.libraries import library
 
-REPLICATES = 1000
+REPLICATES, BATCH = 1000, 100  # and how many of them are drawn at once
 FEW, FEWEST = 100, 20  # where one costs a decomposition, of up to SMALL rows or columns and of more
 SMALL = 700
 MOST = 3000  # rows whose kernels are held at once
@@ -23,7 +23,7 @@ def mean_interval(values: Tensor | np.ndarray | Sequence[float], seed: int = 0) 
     x = torch.as_tensor(values).double().numpy()
     if len(x) < 2:
         return float(x[0]), float(x[0])
-    return _bounds(_replicates(lambda rows, axis: x[rows].mean(axis), [len(x)], REPLICATES, seed, batch=100))
+    return _bounds(_replicates(lambda rows, axis: x[rows].mean(axis), [len(x)], REPLICATES, seed))
 
 
 def resampled_interval(
@@ -44,7 +44,7 @@ def resampled_interval(
             bar.update()
             return statistic(*(rows[numbers] for rows, numbers in zip(sets, drawn, strict=True)))
 
-        values = _replicates(replicate, [len(rows) for rows in sets], count, seed)
+        values = _replicates(replicate, [len(rows) for rows in sets], count, seed, vectorized=False)
     if few:
         half = 1.96 * float(values.std(ddof=1))
         return value - half, value + half
@@ -55,33 +55,33 @@ def kernel_interval(x: Tensor, y: Tensor, kind: str, value: float, seed: int = 0
     """95% interval of the squared MMD of rows x (N, D) and y (N, D), drawn in pairs; `kind` "kid" (unbiased, cubic
     kernel) or "cmmd" (of unit rows, times 1,000). As above the spread of the replicates, around `value`; of more than
     MOST rows the spread of the first MOST, scaled down by the square root of the rows left out."""
-    kernel, scale = (cubic, 1.0) if kind == "kid" else (gaussian, 1000.0)
+    unbiased = kind == "kid"  # Gretton et al. 2012, eq. 4: pairs of pairs, none with itself
     shrink = min(MOST / len(x), 1.0) ** 0.5
-    x, y = (rows[:MOST].double() if kind == "kid" else F.normalize(rows[:MOST].double(), dim=1) for rows in (x, y))
+    x, y = (rows[:MOST].double() for rows in (x, y))
+    kernel, scale = cubic, 1.0
+    if not unbiased:
+        kernel, scale, x, y = gaussian, 1000.0, F.normalize(x, dim=1), F.normalize(y, dim=1)
     count, across = len(x), kernel(x, y)
     both = (kernel(x, x) + kernel(y, y) - across - across.T).numpy()
-    pairs = count**2
-    if kind == "kid":  # Gretton et al. 2012, eq. 4: pairs of pairs, none with itself
+    if unbiased:
         np.fill_diagonal(both, 0)
-        pairs = count * (count - 1)
 
     def mmd(drawn: np.ndarray, axis: int) -> np.ndarray:
         weights = np.stack([np.bincount(rows, minlength=count) for rows in drawn]).astype(float)
-        return scale * ((weights @ both) * weights).sum(1) / pairs
+        return scale * ((weights @ both) * weights).sum(1) / (count * (count - unbiased))
 
-    values = _replicates(mmd, [count], REPLICATES, seed, batch=REPLICATES)
+    values = _replicates(mmd, [count], REPLICATES, seed)
     return _bounds(shrink * (values - values.mean()) + value)
 
 
 def _replicates(
-    statistic: Callable[..., np.ndarray | float], sizes: list[int], count: int, seed: int, batch: int = 0
+    statistic: Callable[..., np.ndarray | float], sizes: list[int], count: int, seed: int, vectorized: bool = True
 ) -> np.ndarray:
-    """The statistic of `count` bootstrap samples (count,). It takes the drawn row numbers (N,) of each set; with
-    `batch`, those of so many samples (batch, N), and an axis."""
+    """The statistic of `count` bootstrap samples (count,). It takes the drawn row numbers of each set: (BATCH, N) and
+    an axis, or with `vectorized` false (N,)."""
+    options = {"n_resamples": count, "batch": BATCH, "vectorized": vectorized, "method": "percentile", "rng": seed}
     numbers = [np.arange(size) for size in sizes]
-    options = {"vectorized": bool(batch), "batch": batch or 1, "method": "percentile"}
-    bootstrap = library("scipy.stats").bootstrap
-    return bootstrap(numbers, statistic, n_resamples=count, rng=seed, **options).bootstrap_distribution
+    return library("scipy.stats").bootstrap(numbers, statistic, **options).bootstrap_distribution
 
 
 def _bounds(values: np.ndarray) -> Interval:
