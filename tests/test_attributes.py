@@ -1,3 +1,5 @@
+"""Attributes in captions: reading, exchanging and leaving them out, and the paired tests."""
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ TONES = list(TONE.values)
         (STYLE, "a dog", None),
     ],
 )
-def test_what_a_caption_names(attribute, caption, value):
+def test_the_value_that_a_caption_names(attribute, caption, value):
     assert attribute.named(caption) == value
 
 
@@ -38,7 +40,7 @@ def test_exchanging_and_leaving_open():
     assert STYLE.exchanged("a 3D emoji of a dog", "flat") == "a flat emoji of a dog"
     assert TONE.open("a man with light skin tone, 3D") == "a man, 3D"
     assert TONE.open("man frowning, light skin tone") == "man frowning"
-    assert TONE.open("a man") is None and TONE.open("dark skin tone hands") is None  # cannot be left out so
+    assert TONE.open("a man") is None and TONE.open("dark skin tone hands") is None
     assert GENDER.open("a woman with light skin tone") == "a person with light skin tone"
     assert GENDER.open("woman mechanic, female mechanic") is None and STYLE.open("dog, flat") is None
 

@@ -1,4 +1,4 @@
-"""Feature networks and judges by name, each against the library it comes from."""
+"""Feature networks and judges by name, each against the library it comes from, and on real pictures."""
 
 import hashlib
 
@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 from test_clip import TOKENS, text_config, vision_config
 from tiny_models import randomize
+from torchvision.transforms.v2 import functional as TF
 
 from ldm.clip import CLIP
 from ldm.config import UserError
+from ldm.data import DataConfig, open_dataset, spread
 from ldm.images import to_uint8
-from ldm.metrics import features
+from ldm.metrics import clip_score, cmmd, cosine, frechet_distance, kernel_distance
 from ldm.metrics.features import feature_extractor
 from ldm.metrics.judges import image_text_model
 from ldm.metrics.preprocess import resized
@@ -24,29 +26,70 @@ def pictures(count: int = 2, size: int = 40) -> torch.Tensor:
     return torch.rand(count, 3, size, size) * 2 - 1
 
 
+def picture_and_pixels(size: int) -> tuple[torch.Tensor, np.ndarray]:
+    """A picture (1, 3, size, size) in [-1, 1], and as uint8 (size, size, 3)."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1, pixels
+
+
+@pytest.fixture(scope="module")
+def effnet():
+    return feature_extractor("effnet-lite0")
+
+
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    """A judge as train_clip leaves it."""
+    """A judge as train_clip saves it."""
     folder = tmp_path_factory.mktemp("run")
     tokenizer = Tokenizer.train(["a red circle", "two blue stars"], 540, context_length=16)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = text_config(
-        vocab_size=len(tokenizer), max_position_embeddings=16, pad_token_id=tokenizer.pad_token_id, **ends
-    )
-    randomize(CLIP(text, vision_config())).save_pretrained(folder / "judge")
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "pad_token_id": tokenizer.pad_token_id}
+    randomize(CLIP(text_config(**sizes, **ends), vision_config())).save_pretrained(folder / "judge")
     tokenizer.save_pretrained(folder / "judge")
     return folder
 
 
 def test_pictures_are_resized_as_pillow_does():
     """Antialiased, unlike torch's default, which is far off."""
-    pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
-    x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+    x, pixels = picture_and_pixels(96)
     ours = to_uint8(resized(32, torch.zeros(3), torch.ones(3))(x))[0].permute(1, 2, 0).numpy().astype(int)
     theirs = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
     assert np.abs(ours - theirs).max() <= 2
-    same = resized(96, torch.zeros(3), torch.full((3,), 0.5))(x)
-    assert torch.equal(same, 2 * x)
+    assert torch.equal(resized(96, torch.zeros(3), torch.full((3,), 0.5))(x), 2 * x)
+
+
+def test_effnet_lite0_has_features_of_any_size_and_classes(effnet):
+    x = pictures(size=32)
+    rows = effnet(x)
+    assert rows.shape == (2, 1280) and rows.dtype == torch.float32
+    assert effnet(pictures(1, 300)).shape == (1, 1280) and torch.allclose(effnet(x[:1]), rows[:1], atol=1e-4)
+    assert (effnet.name, effnet.size) == ("effnet-lite0", 224)
+    assert effnet.sha256.startswith("57934424") and len(effnet.sha256) == 64
+    classes = effnet.probabilities(rows)
+    assert classes.shape == (2, 1000) and torch.allclose(classes.sum(1), torch.ones(2), atol=1e-5)
+    assert not effnet.train().training
+
+
+def test_effnet_lite0_knows_a_cat(effnet):
+    """It names a photograph: weights and input scaling are right."""
+    from skimage import data
+
+    cat = torch.from_numpy(data.chelsea()[:, 75:375]).permute(2, 0, 1)[None] / 127.5 - 1
+    assert effnet.probabilities(effnet(cat)).argmax().item() in (281, 282, 285)  # tabby, tiger and Egyptian cat
+
+
+@pytest.mark.parametrize(
+    "x, words",
+    [
+        (torch.full((1, 3, 8, 8), 255.0), r"\[-1, 1\], not up to 255"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "not torch.uint8; ldm.images.to_float"),
+        (torch.zeros(3, 8, 8), r"must be \(B, 3, H, W\)"),
+    ],
+)
+def test_networks_refuse_other_ranges_and_shapes(effnet, judge, x, words):
+    for network in (effnet, image_text_model(str(judge)).images):
+        with pytest.raises(ValueError, match=words):
+            network(x)
 
 
 def test_judge_is_the_clip_of_the_folder(judge):
@@ -56,11 +99,10 @@ def test_judge_is_the_clip_of_the_folder(judge):
     clip, tokenizer = CLIP.from_pretrained(judge / "judge"), Tokenizer.from_pretrained(judge / "judge")
     x = pictures(size=16)
     assert torch.allclose(model.images(x), clip.encode_image(x))
-    captions = ["a red circle", "two blue stars " * 20]  # the second is cut, without a word
+    captions = ["a red circle", "two blue stars " * 20]  # the second is cut, without a warning
     assert torch.allclose(model.texts(captions), clip.encode_text(tokenizer(captions, warn=False)))
     extractor = feature_extractor(f"judge:{judge}")
-    assert torch.allclose(extractor(x), model.images(x)) and extractor.sha256 == model.sha256
-    assert extractor.about["resize"] == "16 px, bicubic, antialiased"
+    assert torch.allclose(extractor(x), model.images(x)) and extractor.about == model.about
     assert extractor.probabilities(extractor(x)) is None
 
 
@@ -72,7 +114,7 @@ def test_transformers_opens_a_judge_and_scores_the_same(judge):
     assert torch.allclose(ours.texts(captions), theirs.texts(captions), atol=1e-5)
 
 
-def test_clip_of_others_is_transformers_own(tmp_path):
+def test_published_clip_is_transformers_own(tmp_path):
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     sizes = {"text_config": text_config().to_dict(), "vision_config": vision_config().to_dict()}
@@ -81,44 +123,45 @@ def test_clip_of_others_is_transformers_own(tmp_path):
     processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
     processor.save_pretrained(tmp_path)
     Tokenizer.train(["a red circle"], 514, context_length=9).save_pretrained(tmp_path)
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    x, pixels = picture_and_pixels(16)
     values = processor(Image.fromarray(pixels), return_tensors="pt").pixel_values
     expected = model(input_ids=TOKENS, pixel_values=values).image_embeds
-    x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
     assert torch.allclose(image_text_model(f"clip:{tmp_path}").images(x), expected, atol=1e-5)
     assert torch.allclose(feature_extractor(f"clip:{tmp_path}")(x), expected, atol=1e-5)
 
 
-def test_missing_weights_are_not_drawn_anew_in_silence(tmp_path):
-    from safetensors.torch import load_file, save_file
+@pytest.fixture
+def dinov2(tmp_path):
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file({k: v for k, v in tensors.items() if k != "layernorm.weight"}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="not all weights of a Dinov2Model: 'layernorm.weight' is missing"):
-        feature_extractor(f"dinov2:{tmp_path}")
-    save_file(tensors, tmp_path / "model.safetensors")
-    BitImageProcessor(size={"shortest_edge": 28}, crop_size=None, do_center_crop=False).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="names no square crop_size"):
-        feature_extractor(f"dinov2:{tmp_path}")
+    randomize(Dinov2Model(Dinov2Config(**sizes))).save_pretrained(tmp_path)
+    BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    return tmp_path
 
 
-def test_dinov2_is_transformers_own(tmp_path):
-    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+def test_dinov2_is_transformers_own(dinov2):
+    from transformers import AutoImageProcessor, Dinov2Model
 
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    model = randomize(Dinov2Model(Dinov2Config(**sizes))).eval()
-    model.save_pretrained(tmp_path)
-    processor = BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    processor.save_pretrained(tmp_path)
-    pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
-    expected = model(processor(Image.fromarray(pixels), return_tensors="pt").pixel_values).pooler_output
-    x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
-    extractor = feature_extractor(f"dinov2:{tmp_path}")
+    x, pixels = picture_and_pixels(28)
+    values = AutoImageProcessor.from_pretrained(dinov2)(Image.fromarray(pixels), return_tensors="pt").pixel_values
+    extractor = feature_extractor(f"dinov2:{dinov2}")
+    expected = Dinov2Model.from_pretrained(dinov2).eval()(values).pooler_output
     assert torch.allclose(extractor(x), expected, atol=1e-5)
-    assert extractor.about["extractor"] == f"dinov2:{tmp_path}" and len(extractor.sha256) == 64
+    assert extractor.about["extractor"] == f"dinov2:{dinov2}" and len(extractor.sha256) == 64
+
+
+def test_missing_weights_are_not_initialized_in_silence(dinov2):
+    from safetensors.torch import load_file, save_file
+    from transformers import BitImageProcessor
+
+    BitImageProcessor(size={"shortest_edge": 28}, crop_size=None, do_center_crop=False).save_pretrained(dinov2)
+    with pytest.raises(UserError, match="names no square crop_size"):
+        feature_extractor(f"dinov2:{dinov2}")
+    tensors = load_file(dinov2 / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "layernorm.weight"}, dinov2 / "model.safetensors")
+    with pytest.raises(UserError, match="not all weights of a Dinov2Model: 'layernorm.weight' is missing"):
+        feature_extractor(f"dinov2:{dinov2}")
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +183,7 @@ def test_inception_is_torch_fidelitys(inception_file, monkeypatch):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     sha256 = hashlib.sha256(inception_file.read_bytes()).hexdigest()
-    monkeypatch.setattr(features, "INCEPTION_SHA256", sha256)
+    monkeypatch.setattr("ldm.metrics.features.INCEPTION_SHA256", sha256)
     ours = feature_extractor(f"inception:{inception_file}")
     names = ["2048", "logits_unbiased"]
     theirs = FeatureExtractorInceptionV3("inception", names, feature_extractor_weights_path=str(inception_file))
@@ -161,24 +204,47 @@ def test_inception_with_other_weights_or_none_is_refused(inception_file, tmp_pat
         feature_extractor("inception")
 
 
-@pytest.mark.parametrize("name", ["clip:{}", "dinov2:{}", "clip:", "dinov2:", "judge:{}", "resnet:{}"])
-def test_what_does_not_open_is_one_line(name, tmp_path):
+@pytest.mark.parametrize("file", ["", "pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["clip:{}", "dinov2:{}", "clip:", "judge:{}", "resnet:{}", "effnet-lite0:x"]
+)
+def test_models_that_do_not_open_are_one_line(name, file, tmp_path):
     (tmp_path / "config.json").write_text("{}")
+    if file:
+        (tmp_path / file).write_bytes(b"\x80\x02cos\nsystem\n.")
     with pytest.raises(UserError) as error:
         feature_extractor(name.format(tmp_path))
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
-def test_damaged_weights_are_one_line(file, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / file).write_bytes(b"\x80\x02cos\nsystem\n.")
-    with pytest.raises(UserError, match="cannot be opened") as error:
-        feature_extractor(f"dinov2:{tmp_path}")
-    assert "\n" not in str(error.value)
+def real_emoji(count: int) -> tuple[torch.Tensor, list[str]]:
+    """Held-out pictures in [-1, 1] and a caption of each."""
+    dataset = open_dataset(DataConfig(name="emoji", size=64), "test")
+    chosen = spread(dataset, count)
+    return torch.stack([dataset[i]["image"] for i in chosen]) / 127.5 - 1, [dataset.captions(i)[0] for i in chosen]
 
 
-def test_effnet_lite0_knows_classes():
-    extractor = feature_extractor("effnet-lite0")
-    found = extractor.probabilities(extractor(pictures()))
-    assert found.shape == (2, 1000) and torch.allclose(found.sum(1), torch.ones(2), atol=1e-5)
+def test_distances_of_real_pictures_grow_with_blur_and_noise(effnet):
+    """Four levels of each, in the features that evaluations use."""
+    x, _ = real_emoji(12)
+    judge, noise = image_text_model("emoji"), torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    blurred = [TF.gaussian_blur(x, [15, 15], [s, s]).clamp(-1, 1) for s in (0.5, 1.0, 2.0, 4.0)]
+    noisy = [(x + s * noise).clamp(-1, 1) for s in (0.1, 0.2, 0.4, 0.8)]
+    features, embeddings = effnet(x), judge.images(x)
+    for levels in (blurred, noisy):
+        rows = [effnet(y) for y in levels]
+        frechet = [frechet_distance(features, y) for y in rows]
+        kernel = [kernel_distance(features, y, 1, 12)[0] for y in rows]
+        mean = [cmmd(embeddings, judge.images(y)) for y in levels]
+        for values in (frechet, kernel, mean):
+            assert values == sorted(values) and len(set(values)) == 4, values
+
+
+def test_shuffled_captions_of_real_pictures_lower_the_clip_score():
+    from scipy.stats import ttest_rel
+
+    x, captions = real_emoji(60)
+    judge = image_text_model("emoji")
+    images, texts = judge.images(x), judge.texts(captions)
+    right, wrong = clip_score(cosine(images, texts)), clip_score(cosine(images, texts.roll(1, 0)))
+    assert ttest_rel(right.numpy(), wrong.numpy(), alternative="greater").pvalue < 0.01

@@ -1,4 +1,11 @@
-"""Metrics against the vectors of their definitions and the usual libraries."""
+"""Metrics of pictures, of captions and of codes against the vectors of their definitions and the usual libraries; and
+the inputs that every public metric takes or refuses."""
+
+import itertools
+import math
+import subprocess
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,23 +13,13 @@ import torch
 from scipy.ndimage import laplace
 from torchvision.transforms.v2 import functional as TF
 
+from ldm import metrics
 from ldm.config import UserError
-from ldm.data import DataConfig, open_dataset, spread
-from ldm.metrics import (
-    GaussianMoments,
-    clip_score,
-    cmmd,
-    cosine,
-    frechet_distance,
-    kernel_distance,
-    psnr,
-    retrieval,
-    sharpness,
-    ssim,
-)
-from ldm.metrics.features import feature_extractor
-from ldm.metrics.judges import image_text_model
-from ldm.metrics.reconstruction import ROUNDING
+from ldm.metrics import clip_score, cosine, psnr, retrieval, sharpness, ssim
+from ldm.metrics.alignment import chance, retrieval_hits
+from ldm.metrics.codecs import curve, encoded, nearest_to
+from ldm.metrics.libraries import library
+from ldm.metrics.reconstruction import ROUNDING, discretized_logistic
 
 
 def two_sets() -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,134 +28,109 @@ def two_sets() -> tuple[torch.Tensor, torch.Tensor]:
     return x, 1.3 * torch.randn(500, 64, generator=g, dtype=torch.float64) + 0.2
 
 
-def rows_with(mean: list[float], covariance: list[list[float]]) -> torch.Tensor:
-    """Rows whose mean and covariance (ddof 1) are exactly those."""
-    torch.manual_seed(0)
-    x = torch.randn(50, len(mean), dtype=torch.float64)
-    x = x - x.mean(0)
-    whiten = torch.linalg.inv(torch.linalg.cholesky(x.T @ x / 49)).T
-    root = torch.linalg.cholesky(torch.tensor(covariance, dtype=torch.float64)).T
-    return x @ whiten @ root + torch.tensor(mean, dtype=torch.float64)
-
-
 def pictures(count: int = 3, size: int = 32) -> torch.Tensor:
     torch.manual_seed(0)
     return TF.gaussian_blur(torch.rand(count, 3, size, size, dtype=torch.float64) * 2 - 1, [5, 5], [1.0, 1.0])
 
 
-def test_frechet_vectors():
-    eye = torch.eye(8).tolist()
-    four = (4 * torch.eye(8)).tolist()
-    assert frechet_distance(rows_with([0.0] * 8, eye), rows_with([1.0] * 8, four)) == pytest.approx(16, abs=1e-9)
-    a, b = rows_with([0.0, 0.0], [[2, 1], [1, 2]]), rows_with([0.0, 0.0], [[1, 0], [0, 3]])
-    assert frechet_distance(a, b) == pytest.approx(0.5166852264521, abs=1e-9)
-    x, y = two_sets()
-    assert frechet_distance(x, y) == pytest.approx(13.952707919131, abs=1e-9)
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(x.numpy(), y.numpy()) == frechet_distance(x, y)
+def noisy(x: torch.Tensor, amount: float = 0.1) -> torch.Tensor:
+    g = torch.Generator().manual_seed(1)
+    return (x + amount * torch.randn(x.shape, generator=g, dtype=x.dtype)).clamp(-1, 1)
 
 
-def test_frechet_equals_scipy_and_torchmetrics():
-    from scipy.linalg import sqrtm
-    from torchmetrics.image.fid import _compute_fid
-
-    x, y = two_sets()
-    s1, s2 = np.cov(x.numpy().T), np.cov(y.numpy().T)
-    gap = ((x.mean(0) - y.mean(0)) ** 2).sum().item()
-    expected = gap + np.trace(s1 + s2 - 2 * np.real(sqrtm(s1 @ s2)))
-    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-8)
-    oracle = _compute_fid(x.mean(0), x.T.cov(), y.mean(0), y.T.cov()).item()
-    assert frechet_distance(x, y) == pytest.approx(oracle, rel=1e-8)
-
-
-def test_frechet_of_fewer_rows_than_dimensions_is_finite_and_symmetric():
-    x, y = two_sets()
-    few = frechet_distance(x[:20], y[:20])
-    assert np.isfinite(few) and few == pytest.approx(frechet_distance(y[:20], x[:20]), rel=1e-6)
-
-
-@pytest.mark.parametrize("batch", [1, 7, 500])
-def test_moments_do_not_depend_on_the_batching(batch):
-    x = two_sets()[0] + 1e4  # a large mean costs the naive formula its digits
-    moments = GaussianMoments()
-    for part in x.split(batch):
-        moments.update(part)
-    assert moments.count == 500
-    assert torch.allclose(moments.mean, x.mean(0), rtol=1e-12)
-    assert torch.allclose(moments.covariance, x.T.cov(), atol=1e-9)
-
-
-def test_two_processes_equal_one():
-    x, y = two_sets()
-    first, second = GaussianMoments().update(x[:123]), GaussianMoments().update(x[123:])
-    merged = GaussianMoments().merge(first).merge(second).merge(GaussianMoments())
-    assert frechet_distance(merged, y) == pytest.approx(frechet_distance(x, y), abs=1e-9)
-    assert first.count == 123  # merging changes only its target
-    assert torch.allclose(first.covariance, x[:123].T.cov())
-
-
-def test_frechet_refuses_what_it_cannot_compare():
-    x, y = two_sets()
-    with pytest.raises(ValueError, match="at least 2 rows"):
-        frechet_distance(x[:1], y)
-    with pytest.raises(ValueError, match="64 and of 3"):
-        frechet_distance(x, y[:, :3])
-
-
-def test_psnr_vector_and_scikit_image():
+def test_psnr_vector_and_libraries():
     from skimage.metrics import peak_signal_noise_ratio
+    from torchmetrics.functional.image import peak_signal_noise_ratio as torchmetrics_psnr
 
     x = torch.zeros(2, 3, 8, 8)
     assert psnr(x, x + 2 / 255).tolist() == pytest.approx([48.1308, 48.1308], abs=1e-4)
     assert psnr(x, x).tolist() == [100.0, 100.0]
     a = pictures()
-    b = a + 0.1 * torch.randn_like(a)
-    expected = [peak_signal_noise_ratio(p.numpy(), q.numpy(), data_range=2) for p, q in zip(a, b, strict=True)]
-    assert psnr(a, b).tolist() == pytest.approx(expected, rel=1e-9)
+    b = noisy(a)
+    units = [((p + 1) / 2, (q + 1) / 2) for p, q in zip(a, b, strict=True)]
+    skimage = [peak_signal_noise_ratio(p.numpy(), q.numpy(), data_range=1) for p, q in units]
+    assert psnr(a, b).tolist() == pytest.approx(skimage, rel=1e-9)
+    assert psnr(a, b).tolist() == pytest.approx(
+        [torchmetrics_psnr(q, p, data_range=1.0).item() for p, q in units], rel=1e-6
+    )
 
 
-def test_ssim_vector_and_libraries():
+def test_ssim_vector_and_libraries_on_the_unit_range():
     from skimage.metrics import structural_similarity
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    flat = torch.full((1, 3, 32, 32), 0.25)
-    assert ssim(flat, 3 * flat, data_range=1.0).item() == pytest.approx(0.600064, abs=1e-6)
+    flat = torch.full((1, 3, 32, 32), 0.5)
+    assert ssim(-flat, flat).item() == pytest.approx(0.600064, abs=1e-6)  # 0.25 and 0.75 in [0, 1]
     a = pictures()
-    b = a + 0.1 * torch.randn_like(a)
+    b = noisy(a)
+    u, v = (a + 1) / 2, (b + 1) / 2
     assert ssim(a, a).tolist() == pytest.approx([1, 1, 1])
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 0}
-    expected = [structural_similarity(p.numpy(), q.numpy(), data_range=2, **options) for p, q in zip(a, b, strict=True)]
+    expected = [structural_similarity(p.numpy(), q.numpy(), data_range=1, **options) for p, q in zip(u, v, strict=True)]
     assert ssim(a, b).tolist() == pytest.approx(expected, abs=5e-5)
-    _, full = structural_similarity_index_measure(a, b, data_range=2.0, return_full_image=True)
+    _, full = structural_similarity_index_measure(u, v, data_range=1.0, return_full_image=True)
     inner = full[..., 5:-5, 5:-5].mean((1, 2, 3))  # torchmetrics also counts windows over reflected borders
     assert ssim(a, b).tolist() == pytest.approx(inner.tolist(), abs=1e-9)
-    with pytest.raises(ValueError, match="11x11"):
-        ssim(a[..., :10], b[..., :10])
 
 
 def test_sharpness_equals_scipy_and_falls_with_blur():
     x = pictures()
     y = TF.gaussian_blur(x, [5, 5], [0.7, 0.7])
-    energy = [[np.square(laplace(p.numpy(), axes=(1, 2))[:, 1:-1, 1:-1]).mean() for p in side] for side in (x, y)]
+    unit = [[(p.numpy() + 1) / 2 for p in side] for side in (x, y)]
+    energy = [[np.square(laplace(p, axes=(1, 2))[:, 1:-1, 1:-1]).mean() for p in side] for side in unit]
     expected = [(b + ROUNDING) / (a + ROUNDING) for a, b in zip(*energy, strict=True)]
     assert sharpness(x, y).tolist() == pytest.approx(expected, rel=1e-9) and sharpness(x, y).max() < 1
-    assert sharpness(x, x).tolist() == [1.0] * len(x) and (sharpness(x, x + 0.1 * torch.randn_like(x)) > 1).all()
+    assert sharpness(x, x).tolist() == [1.0] * len(x) and (sharpness(x, noisy(x)) > 1).all()
     plain = torch.zeros(1, 3, 64, 64)
     assert sharpness(plain, plain + 0.5).tolist() == [1.0]
-    many = 127.5 * torch.rand(1, 1, 512, 512, dtype=torch.float64)
-    assert sharpness(0 * many, (many.round() - many) / 127.5).item() == pytest.approx(2, rel=0.03)  # rounding alone
-    with pytest.raises(ValueError, match="3x3"):
-        sharpness(x[..., :2], y[..., :2])
+    levels = 127.5 * torch.rand(1, 1, 512, 512, dtype=torch.float64)
+    assert sharpness(0 * levels, (levels.round() - levels) / 127.5).item() == pytest.approx(2, rel=0.03)  # rounding
 
 
-def test_quality_falls_with_blur_and_noise():
+@pytest.mark.parametrize("metric", [psnr, ssim])
+@pytest.mark.parametrize("change", [lambda x, s: TF.gaussian_blur(x, [9, 9], [10 * s, 10 * s]), noisy])
+def test_quality_falls_with_blur_and_noise(metric, change):
     x = pictures()
-    noise = torch.randn_like(x)
-    for metric in (psnr, ssim):
-        blurred = [metric(x, TF.gaussian_blur(x, [9, 9], [s, s])) for s in (0.5, 1.0, 2.0, 4.0)]
-        noisy = [metric(x, x + s * noise) for s in (0.05, 0.1, 0.2, 0.4)]
-        for levels in (blurred, noisy):
-            assert all((a > b).all() for a, b in zip(levels, levels[1:], strict=False))
+    levels = [metric(x, change(x, amount)) for amount in (0.05, 0.1, 0.2, 0.4)]
+    assert all((a > b).all() for a, b in itertools.pairwise(levels))
+
+
+def test_bits_per_dimension_vectors():
+    kl = 0.5 * (torch.tensor(0.5) ** 2 + 0.25 - 1 - math.log(0.25))
+    assert kl.item() == pytest.approx(0.44314718056)
+    zero = torch.zeros(2)
+    uniform = metrics.bits_per_dimension(torch.full((2,), 12 * math.log(256)), zero, 12)
+    assert uniform.tolist() == pytest.approx([8.0, 8.0], abs=1e-6)
+    assert metrics.bits_per_dimension(zero, zero + 12 * math.log(2), 12).tolist() == pytest.approx([1, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("mean, scale", [(0.3, 0.01), (0.999, 1e-4), (-1.2, 0.05), (-0.2, 0.3), (0.0, 50.0)])
+def test_discretized_logistic_is_scipys_on_256_levels(mean, scale):
+    from scipy.stats import logistic
+
+    levels = torch.arange(256, dtype=torch.uint8)
+    nll = discretized_logistic(levels, torch.tensor(mean), scale)
+    assert torch.isfinite(nll).all() and torch.exp(-nll).sum().item() == pytest.approx(1, abs=1e-9)
+    edges = (np.arange(257) - 0.5) / 127.5 - 1
+    edges[0], edges[-1] = -np.inf, np.inf
+    mass = np.diff(logistic(np.float32(mean), scale).cdf(edges))
+    probable = mass > 1e-8
+    assert torch.exp(-nll)[probable].numpy() == pytest.approx(mass[probable], rel=1e-5)
+
+
+@pytest.mark.parametrize("codec", ["JPEG", "WEBP"])
+def test_codecs_trade_bytes_for_quality(codec):
+    torch.manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.rand(3, 3, 6, 6) * 255, size=(48, 48), mode="bicubic")
+    pixels = smooth.clamp(0, 255).to(torch.uint8)
+    points = curve(pixels, codec, (5, 50, 95))
+    assert points == sorted(points) and points[0][1] < points[1][1] < points[2][1]
+    sizes = [encoded(pixels[0].permute(1, 2, 0).numpy(), codec, quality)[0] for quality in range(1, 101)]
+    middle = sorted(sizes)[50]
+    used, decoded = nearest_to(pixels[0], codec, middle)
+    assert used == middle and (decoded.shape, decoded.dtype) == ((3, 48, 48), torch.uint8)
+    assert psnr(decoded / 127.5 - 1, pixels[0] / 127.5 - 1).mean() > 25
+    assert nearest_to(pixels[0], codec, 1)[0] == min(sizes)
 
 
 def test_cosine_and_clip_score():
@@ -167,29 +139,22 @@ def test_cosine_and_clip_score():
     assert torch.allclose(cosine(a, 3 * b), torch.cosine_similarity(a.double(), b.double()), atol=1e-12)
     assert clip_score([1.0, 0.0, -0.5]).tolist() == [2.5, 0.0, 0.0]
     assert clip_score(np.array([0.25]), weight=100).tolist() == [25.0]
-    with pytest.raises(ValueError, match="not pairs"):
-        cosine(a, b[:4])
 
 
 def test_retrieval_equals_a_ranking_by_hand():
     torch.manual_seed(0)
     texts = torch.randn(40, 16)
     images = texts + 1.5 * torch.randn(40, 16)
-    found = retrieval(images, texts, k=(1, 5))
+    scores = retrieval(images, texts, k=(1, 5))
     similarity = torch.cosine_similarity(images[:, None].double(), texts[None].double(), dim=-1)
-    for name, scores in (("image_to_text", similarity), ("text_to_image", similarity.T)):
-        order = scores.argsort(1, descending=True)
+    for name, matrix in (("image_to_text", similarity), ("text_to_image", similarity.T)):
+        order = matrix.argsort(1, descending=True)
         for k in (1, 5):
-            hits = [i in order[i, :k] for i in range(40)]
-            assert found[f"{name}@{k}"] == pytest.approx(np.mean(hits))
-    assert 0.2 < found["image_to_text@1"] < 1
-    assert [found["chance@1"], found["chance@5"]] == pytest.approx([1 / 40, 5 / 40])
+            assert scores[f"{name}@{k}"] == pytest.approx(np.mean([i in order[i, :k] for i in range(40)]))
+    assert 0.2 < scores["image_to_text@1"] < 1
 
 
-def test_retrieval_of_constant_embeddings_is_chance_and_shared_captions_count():
-    flat = torch.ones(10, 4)
-    found = retrieval(flat, flat, k=(1, 5))
-    assert found["image_to_text@1"] == pytest.approx(0.1) and found["text_to_image@5"] == pytest.approx(0.5)
+def test_shared_captions_count_as_right():
     eye = torch.eye(4)
     swapped = eye[[1, 0, 2, 3]]  # the first two take each other's caption
     assert retrieval(eye, swapped, k=(1,))["image_to_text@1"] == 0.5
@@ -198,75 +163,134 @@ def test_retrieval_of_constant_embeddings_is_chance_and_shared_captions_count():
     assert retrieval(eye, swapped, k=(1,), same=same)["image_to_text@1"] == 1.0
 
 
-@pytest.fixture(scope="module")
-def extractor():
-    return feature_extractor("effnet-lite0")
+@pytest.mark.parametrize("k", [1, 2, 5, 6, 9])
+def test_chance_is_the_share_of_all_orders_and_the_score_of_equal_embeddings(k):
+    same = torch.eye(6) > 0
+    same[:3, :3] = True
+    drawn = list(itertools.combinations(range(6), min(k, 6)))
+    want = np.mean([any(row[i] for i in first) for row in same for first in drawn])
+    assert chance(same, k) == pytest.approx(want)
+    scores = retrieval(torch.ones(6, 4), torch.ones(6, 4), k=(k,), same=same)
+    assert set(scores) == {f"image_to_text@{k}", f"text_to_image@{k}", f"chance@{k}"}
+    assert all(value == pytest.approx(want) for value in scores.values())
 
 
-def test_extractor_gives_pooled_features_of_any_size(extractor):
-    x = pictures(2, 32).float()
-    features = extractor(x)
-    assert features.shape == (2, 1280) and features.dtype == torch.float32
-    assert extractor(pictures(1, 300).float()).shape == (1, 1280)
-    assert torch.allclose(extractor(x[:1]), features[:1], atol=1e-4)
-    assert (extractor.name, extractor.size) == ("effnet-lite0", 224)
-    assert extractor.sha256.startswith("57934424") and len(extractor.sha256) == 64
+def test_a_tie_of_right_and_wrong_is_shared_by_its_orders():
+    texts = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0]])
+    images = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 1], [0, 1, 0]])
+    same = torch.eye(4) > 0
+    same[0, 1] = same[1, 0] = True  # two of the three equal captions are right for picture 0
+    hits = retrieval_hits(images, texts, (1, 2), same)
+    assert [hits[f"image_to_text@{k}"][0].item() for k in (1, 2)] == pytest.approx([2 / 3, 1])
 
 
-def test_extractor_refuses_other_ranges_and_names(extractor):
-    with pytest.raises(ValueError, match="-1, 1"):
-        extractor(torch.full((1, 3, 8, 8), 255.0))
-    with pytest.raises(UserError, match="effnet-lite0"):
-        feature_extractor("inception-v9")
+X, Y = (rows[:60, :8] for rows in two_sets())
+LABELS = np.arange(60) % 3
+FACTORS = np.stack([LABELS, np.arange(60) // 20], 1)
+PICTURES = 2 * torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
 
 
-def test_extractor_knows_a_cat(extractor):
-    """With its own classifier on top the network names a photograph: weights and input scaling are right."""
-    from efficientnet_lite_pytorch import EfficientNet
-    from skimage import data
-
-    from ldm.perceptual import effnet_lite0_file
-
-    net = EfficientNet.from_name("efficientnet-lite0", image_size=None).eval()
-    net.load_state_dict(torch.load(effnet_lite0_file(), weights_only=True))
-    cat = torch.from_numpy(data.chelsea()[:, 75:375]).permute(2, 0, 1)[None] / 127.5 - 1
-    assert net._fc(extractor(cat)).argmax().item() in (
-        281,
-        282,
-        285,
-    )  # ImageNet's tabby, tiger and Egyptian cat
+def squared_error(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (x - y).square().mean((1, 2, 3))
 
 
-def real_emoji(count: int) -> tuple[torch.Tensor, list[list[str]]]:
-    """Held-out pictures in [-1, 1] and their captions."""
-    dataset = open_dataset(DataConfig(name="emoji", size=64), "test")
-    chosen = spread(dataset, count)
-    return torch.stack([dataset[i]["image"] for i in chosen]) / 127.5 - 1, [dataset.captions(i) for i in chosen]
+PAIRWISE = {
+    "perceptual_distance": partial(metrics.perceptual_distance, network=squared_error),
+    "psnr": psnr,
+    "sharpness": sharpness,
+    "ssim": ssim,
+}
+CALLS = {
+    "bits_per_dimension": (partial(metrics.bits_per_dimension, dimensions=3), X[:, 0], Y[:, 0]),
+    "clip_score": (clip_score, X[:, 0]),
+    "cluster_scores": (lambda x: metrics.cluster_scores(x, LABELS), X),
+    "cmmd": (metrics.cmmd, X, Y),
+    "cosine": (cosine, X, Y),
+    "dci": (metrics.dci, X, torch.as_tensor(FACTORS)),
+    "frechet_distance": (metrics.frechet_distance, X, Y),
+    "frechet_distance_infinite": (metrics.frechet_distance_infinite, X, Y),
+    "inception_score": (metrics.inception_score, X.softmax(1)),
+    "kernel_distance": (partial(metrics.kernel_distance, subsets=3, subset_size=20), X, Y),
+    "linear_probe": (lambda x, y: metrics.linear_probe(x, LABELS, y, LABELS), X, Y),
+    "mig": (metrics.mig, X, torch.as_tensor(FACTORS)),
+    "precision_recall": (metrics.precision_recall, X, Y),
+    "retrieval": (retrieval, X, Y),
+} | {name: (metric, PICTURES, PICTURES.flip(3)) for name, metric in PAIRWISE.items()}
 
 
-def test_distances_of_real_pictures_grow_with_blur_and_noise(extractor):
-    """Four levels of each, in the features that evaluations use."""
-    x, _ = real_emoji(32)
-    judge = image_text_model("emoji")
-    g = torch.Generator().manual_seed(0)
-    noise = torch.randn(x.shape, generator=g)
-    features, embeddings = extractor(x), judge.images(x)
-    blurred = [TF.gaussian_blur(x, [15, 15], [s, s]) for s in (0.5, 1.0, 2.0, 4.0)]
-    noisy = [(x + s * noise).clamp(-1, 1) for s in (0.1, 0.2, 0.4, 0.8)]
-    for levels in (blurred, noisy):
-        seen, judged = [extractor(y) for y in levels], [judge.images(y) for y in levels]
-        frechet = [frechet_distance(features, y) for y in seen]
-        kernel = [kernel_distance(features, y, 1, 32)[0] for y in seen]
-        mean = [cmmd(embeddings, y) for y in judged]
-        for found in (frechet, kernel, mean):
-            assert found == sorted(found) and len(set(found)) == 4, found
+def plain(result) -> list[float]:
+    values = result.values() if isinstance(result, dict) else [result]
+    return np.concatenate([np.ravel(torch.as_tensor(value).detach().double()) for value in values]).tolist()
 
 
-def test_shuffled_captions_of_real_pictures_lower_the_clip_score():
-    from scipy.stats import ttest_rel
+@pytest.mark.parametrize("name", CALLS)
+def test_arrays_and_tensors_with_gradients_measure_as_tensors_do(name):
+    call, *inputs = CALLS[name]
+    want = plain(call(*inputs))
+    assert plain(call(*(x.numpy() for x in inputs))) == want
+    assert plain(call(*(x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs))) == want
 
-    x, captions = real_emoji(60)
-    judge = image_text_model("emoji")
-    images, texts = judge.images(x), judge.texts([own[0] for own in captions])
-    right, wrong = clip_score(cosine(images, texts)), clip_score(cosine(images, texts.roll(1, 0)))
-    assert ttest_rel(right.numpy(), wrong.numpy(), alternative="greater").pvalue < 0.01
+
+def test_every_public_metric_is_called_here_and_documents_its_input():
+    assert CALLS.keys() == set(metrics.__all__) - {"GaussianMoments"}
+    for name in metrics.__all__:
+        assert any(shape in getattr(metrics, name).__doc__ for shape in ("(N", "(B", "rows")), name
+
+
+@pytest.mark.parametrize("metric", PAIRWISE.values(), ids=PAIRWISE)
+def test_pictures_of_another_range_or_shape_are_refused(metric):
+    for pixels in ((PICTURES + 1) * 127.5, torch.where(PICTURES > 0.9, torch.nan, PICTURES)):
+        with pytest.raises(ValueError, match=r"floats in \[-1, 1\], not up to (255|254|nan)"):
+            metric(pixels, PICTURES)
+    with pytest.raises(ValueError, match="not torch.uint8; ldm.images.to_float"):
+        metric(PICTURES, ((PICTURES + 1) * 127.5).to(torch.uint8))
+    with pytest.raises(ValueError, match="cannot be compared"):
+        metric(PICTURES, PICTURES[:1])
+
+
+NOT_PAIRS = r"\(60, 8\) and \(60, 3\)"
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: metrics.frechet_distance(X[:1], Y), "at least 2 rows"),
+        (lambda: metrics.frechet_distance(X, Y[:, :3]), NOT_PAIRS),
+        (lambda: metrics.frechet_distance(X, torch.where(Y > 2, torch.nan, Y)), "not finite"),
+        (lambda: metrics.frechet_distance(X[:4], torch.where(Y > 2, torch.inf, Y)), "not finite"),
+        (lambda: metrics.frechet_distance_infinite(X, Y[:, :3]), NOT_PAIRS),
+        (lambda: metrics.frechet_distance_infinite(X[:3, :1], Y[:3, :1]), "use 4 or more"),
+        (lambda: metrics.frechet_distance_infinite(X[:15], Y), "use 16 or more"),
+        (lambda: metrics.kernel_distance(X, Y[:, :3], 1, 20), NOT_PAIRS),
+        (lambda: metrics.kernel_distance(X, Y, 0, 20), "subsets 0"),
+        (lambda: metrics.kernel_distance(X, Y, subset_size=61), "2..60"),
+        (lambda: metrics.cmmd(X, Y[:, :3]), NOT_PAIRS),
+        (lambda: metrics.cmmd(X, Y[:0]), r"\(0, 8\)"),
+        (lambda: metrics.inception_score(X), "softmax"),
+        (lambda: metrics.inception_score(X[:9].softmax(1)), "at least 10"),
+        (lambda: metrics.inception_score(X.softmax(1), splits=0), "at least 0"),
+        (lambda: metrics.precision_recall(X, Y, k=0), "k 0"),
+        (lambda: metrics.precision_recall(X, Y[:5]), "at least 6 rows"),
+        (lambda: metrics.precision_recall(X[:, 0], Y[:, 0]), r"must be \(N, D\)"),
+        (lambda: metrics.mig(X, FACTORS * 0), "factor 0 has one class"),
+        (lambda: metrics.mig(X[:, :1], FACTORS), "2 or more"),
+        (lambda: metrics.dci(X, FACTORS[:, :1]), "2 or more"),
+        (lambda: cosine(X, Y[:5]), "not pairs"),
+        (lambda: retrieval(X[:0], Y[:0]), "at least 1 rows"),
+        (lambda: ssim(PICTURES[..., :10], PICTURES[..., :10]), "11x11"),
+        (lambda: sharpness(PICTURES[..., :2], PICTURES[..., :2]), "3x3"),
+    ],
+)
+def test_inputs_that_cannot_be_measured_are_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_importing_metrics_imports_no_extra_and_a_missing_one_is_one_line(monkeypatch):
+    code = "import sys, ldm.metrics.features, ldm.metrics.intervals, ldm.metrics.representation as r;"
+    code += "sys.exit(', '.join({'sklearn', 'scipy', 'jinja2', 'matplotlib', 'psutil'} & set(sys.modules)) or 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    with pytest.raises(UserError, match="this evaluation needs scikit-learn: pip install scikit-learn"):
+        metrics.cluster_scores(X, LABELS)
+    assert library("scipy.stats").__name__ == "scipy.stats"

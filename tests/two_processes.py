@@ -42,7 +42,9 @@ def main(out: Path) -> None:
             save_tensors(out / f"{name}.safetensors", next(iter(task.modules.values())).state_dict())
     rank = int(torch.distributed.get_rank())
     rows = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100
-    gathered = GaussianMoments().update(rows[:13] if rank == 0 else rows[13:]).gather()
+    gathered = GaussianMoments()
+    for part in gather_object([GaussianMoments().update(rows[:13] if rank == 0 else rows[13:])]):
+        gathered.merge(part)
     assert gathered.count == 50 and torch.allclose(gathered.mean, rows.mean(0), rtol=1e-12)
     assert torch.allclose(gathered.covariance, rows.T.cov(), atol=1e-9), "moments of two processes are not those of one"
     data(out, rank)

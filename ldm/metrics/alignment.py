@@ -1,24 +1,21 @@
-"""Do pictures say what their captions say? From the embeddings of an image-text model, row i with row i."""
+"""Do pictures show what their captions say? From the embeddings of an image-text model, row i with row i."""
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PART = 1024  # queries whose similarities are held at once
+from ldm.metrics.rows import PART, Rows, two_sets
 
 
-def cosine(image_embeddings: Tensor | np.ndarray, text_embeddings: Tensor | np.ndarray) -> Tensor:
+def cosine(image_embeddings: Rows, text_embeddings: Rows) -> Tensor:
     """Cosine of each picture with its own caption, (N, D) and (N, D) -> (N,) float64 in [-1, 1]."""
-    images, texts = _unit(image_embeddings), _unit(text_embeddings)
-    if images.shape != texts.shape:
-        raise ValueError(f"embeddings {tuple(images.shape)} and {tuple(texts.shape)} are not pairs")
+    images, texts = _unit_pairs(image_embeddings, text_embeddings)
     return (images * texts).sum(1)
 
 
-def clip_score(cosines: Tensor | np.ndarray, weight: float = 2.5) -> Tensor:
+def clip_score(cosines: Rows, weight: float = 2.5) -> Tensor:
     """weight * max(cos, 0) per sample, (N,) -> (N,); its mean is the score.
 
     Weight 2.5 as in Hessel et al. 2021, eq. 1; 100 is the other scale in use: print which, and the model.
@@ -27,22 +24,17 @@ def clip_score(cosines: Tensor | np.ndarray, weight: float = 2.5) -> Tensor:
 
 
 def retrieval(
-    image_embeddings: Tensor | np.ndarray,
-    text_embeddings: Tensor | np.ndarray,
-    k: Sequence[int] = (1, 5),
-    same: Tensor | np.ndarray | None = None,
+    image_embeddings: Rows, text_embeddings: Rows, k: Sequence[int] = (1, 5), same: Rows | None = None
 ) -> dict[str, float]:
     """Share of queries whose partner is among the k most similar of all N, both ways.
 
     Embeddings (N, D). `same` (N, N) bool marks further pairs that count as right, as where two pictures share
-    a caption. Of a tie each order counts alike, so that constant embeddings score chance. Returns "image_to_text@k",
+    a caption. The orders of a tie count alike, so that constant embeddings score chance. Returns "image_to_text@k",
     "text_to_image@k" and "chance@k", the score of a random order, in [0, 1].
     """
-    found = retrieval_hits(image_embeddings, text_embeddings, k, same)
-    right = torch.eye(len(found[f"image_to_text@{k[0]}"]), dtype=torch.bool)
-    right = right if same is None else right | torch.as_tensor(same).cpu()
-    by_chance = {f"chance@{top}": chance(right, top) for top in k}
-    return {name: float(hits.mean()) for name, hits in found.items()} | by_chance
+    scores = {n: float(h.mean()) for n, h in retrieval_hits(image_embeddings, text_embeddings, k, same).items()}
+    right = _partners(len(image_embeddings), same)
+    return scores | {f"chance@{top}": chance(right, top) for top in k}
 
 
 def chance(right: Tensor, k: int) -> float:
@@ -53,49 +45,46 @@ def chance(right: Tensor, k: int) -> float:
 
 
 def retrieval_hits(
-    image_embeddings: Tensor | np.ndarray,
-    text_embeddings: Tensor | np.ndarray,
-    k: Sequence[int] = (1, 5),
-    same: Tensor | np.ndarray | None = None,
+    image_embeddings: Rows, text_embeddings: Rows, k: Sequence[int] = (1, 5), same: Rows | None = None
 ) -> dict[str, Tensor]:
-    """What `retrieval` takes the means of: each query's 0, 1 or, in a tie, share of a hit; (N,) float64 by name."""
-    images, texts = _unit(image_embeddings), _unit(text_embeddings)
-    if images.shape != texts.shape or not len(images):
-        raise ValueError(f"embeddings {tuple(images.shape)} and {tuple(texts.shape)} are not pairs")
-    right = torch.eye(len(images), dtype=torch.bool, device=images.device)
-    if same is not None:
-        right = right | torch.as_tensor(same, device=images.device)
-    result = {}
+    """The values that `retrieval` averages: each query's 0, 1 or, in a tie, share of a hit; (N,) float64 by name."""
+    images, texts = _unit_pairs(image_embeddings, text_embeddings)
+    right = _partners(len(images), same).to(images.device)
+    hits = {}
     for name, queries, others, answers in (
         ("image_to_text", images, texts, right),
         ("text_to_image", texts, images, right.T),
     ):
         parts = zip(queries.split(PART), answers.split(PART), strict=True)
-        found = [_rivals(part @ others.T, own) for part, own in parts]  # of (PART, N)
-        places = [torch.cat(values) for values in zip(*found, strict=True)]
-        result |= {f"{name}@{top}": _hit(*places, top) for top in k}
-    return result
+        ranks = torch.cat([_ranks(part @ others.T, answer) for part, answer in parts], dim=1)
+        hits |= {f"{name}@{top}": _hit(*ranks, top) for top in k}
+    return hits
 
 
-def _rivals(scores: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row, how many wrong columns beat the best right one, and how many right and wrong ones equal it; (N,)
-    float64."""
-    best = scores.masked_fill(~answers, float("-inf")).amax(1, keepdim=True)
-    close = (scores - best).abs() < 1e-12  # equal but for round-off
-    counted = (scores > best) & ~close & ~answers, close & answers, close & ~answers
-    return tuple(columns.sum(1).double() for columns in counted)
+def _ranks(scores: Tensor, right: Tensor) -> Tensor:
+    """For each row of `scores` (Q, N): how many wrong columns beat its best right one, how many right and how many
+    wrong ones equal it; (3, Q) float64."""
+    best = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
+    tied = (scores - best).abs() < 1e-12  # equal but for round-off
+    return torch.stack([(scores > best) & ~tied & ~right, tied & right, tied & ~right]).sum(2).double()
 
 
 def _hit(ahead: Tensor, right: Tensor, wrong: Tensor, k: int) -> Tensor:
     """The chance (N,) that one of `right` is among the first k, where `ahead` come first and then right and wrong in
-    random order."""
+    random order: 1 - C(wrong, k - ahead) / C(wrong + right, k - ahead)."""
     missed = torch.ones_like(ahead)
-    for place in range(k):
-        drawn = (place - ahead).clamp_min(0)  # of the random order, all of them wrong
-        left = (wrong - drawn).clamp_min(0) / (wrong + right - drawn).clamp_min(1)
-        missed = torch.where(ahead > place, missed, missed * left)
+    for i in range(k):
+        miss = (wrong - i).clamp_min(0) / (wrong + right - i).clamp_min(1)
+        missed = torch.where(i < k - ahead, missed * miss, missed)
     return 1 - missed
 
 
-def _unit(embeddings: Tensor | np.ndarray) -> Tensor:
-    return F.normalize(torch.as_tensor(embeddings).detach().double(), dim=-1)
+def _partners(count: int, same: Rows | None) -> Tensor:
+    """Which captions are right for which pictures, (N, N) bool."""
+    own = torch.eye(count, dtype=torch.bool)
+    return own if same is None else own | torch.as_tensor(same).cpu()
+
+
+def _unit_pairs(images: Rows, texts: Rows) -> tuple[Tensor, Tensor]:
+    images, texts = two_sets(images, texts, pairs=True)
+    return F.normalize(images, dim=1), F.normalize(texts, dim=1)

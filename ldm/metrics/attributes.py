@@ -1,8 +1,9 @@
-"""What captions name that a picture must get right: skin tone, gender, style. For paired tests, and group by group.
+"""Skin tone, gender and style, as captions name them and pictures must get right: for paired tests, and by group.
 
 A further attribute is an entry in ATTRIBUTES.
 """
 
+import itertools
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -14,40 +15,38 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Attribute:
-    """Values that exclude each other: `values` are the words for each, as many for one as for another. `where` is a
-    regular expression of how a caption names one, with {} for the word. `left_out` matches what names any value, in
-    captions that still say something without it, and `neutral` takes its place; None: it cannot be left out."""
+    """Values that exclude each other."""
 
     name: str
-    values: dict[str, tuple[str, ...]]
-    where: str
-    left_out: str | None = None
-    neutral: str = ""
+    values: dict[str, tuple[str, ...]]  # the words for each value, as many for one as for another
+    where: str  # regular expression of how a caption names a value, with {} for the word
+    left_out: str | None = None  # matches the mention of any value, in captions that are whole without; None: cannot be
+    neutral: str = ""  # replaces the mention
 
     def named(self, caption: str) -> str | None:
         """The one value that a caption names; None for none and for several."""
-        found = [v for v, words in self.values.items() if any(self._regex(w).search(caption) for w in words)]
-        return found[0] if len(found) == 1 else None
+        values = self._mentions(caption)
+        return values[0] if len(values) == 1 else None
 
     def exchanged(self, caption: str, value: str) -> str:
-        """The caption with another value in place of its own, wherever that is named; the caption itself where it names
-        none, or several."""
-        own = self.named(caption)
-        if own is None:
-            return caption
-        for word, other in zip(self.values[own], self.values[value], strict=True):
-            caption = self._regex(word).sub(lambda m, w=word, o=other: m.group().replace(w, o), caption)
+        """The caption with its value replaced by another, wherever it is named; the caption itself where it names none
+        or several."""
+        for word, other in zip(self.values.get(self.named(caption), ()), self.values[value], strict=False):
+            caption = self._pattern(word).sub(lambda match, w=word, o=other: match.group().replace(w, o), caption)
         return caption
 
     def open(self, caption: str) -> str | None:
-        """The caption without the attribute; None where it names none, or cannot be said so."""
+        """The caption without the attribute; None where it names none, or cannot do without."""
         if self.left_out is None or self.named(caption) is None:
             return None
         result = re.sub(self.left_out, self.neutral, caption)
-        names = any(self._regex(word).search(result) for words in self.values.values() for word in words)
-        return None if names or result == caption else result
+        return None if self._mentions(result) else result
 
-    def _regex(self, word: str) -> re.Pattern:
+    def _mentions(self, caption: str) -> list[str]:
+        """All values that a caption names."""
+        return [v for v, words in self.values.items() if any(self._pattern(word).search(caption) for word in words)]
+
+    def _pattern(self, word: str) -> re.Pattern:
         return re.compile(self.where.replace("{}", re.escape(word)))
 
 
@@ -71,25 +70,18 @@ ATTRIBUTES = (
         name="style", values={"3D": ("3D",), "flat": ("flat",)}, where=r", {}$|(?<![\w-]){} (?=(?:emoji|icon) of )"
     ),
 )
-PERSON = ATTRIBUTES[:2]  # what a combination held out of emoji's training is made of, beside the role
+PERSON = ATTRIBUTES[:2]  # beside the role, the parts of a combination held out of emoji's training
 
 
 def paired(
     images: Tensor, captions: list[str], texts: Callable[[list[str]], Tensor], attribute: Attribute
 ) -> tuple[Tensor, list[int]]:
-    """For each picture whose caption names the attribute: the share of wrong values that its own is preferred to.
+    """For each picture whose caption names the attribute: the share of wrong values that the right one is preferred to.
 
-    Unit embeddings of pictures (N, D); `texts` embeds captions. Gives shares (K,) in [0, 1], chance 0.5, and the
+    Unit embeddings of pictures (N, D); `texts` embeds captions. Returns shares (K,) in [0, 1], chance 0.5, and the
     indices of the K pictures.
     """
-    asked = [i for i, caption in enumerate(captions) if attribute.named(caption)]
-    shares = []
-    for i in asked:
-        own = attribute.named(captions[i])
-        wrong = [attribute.exchanged(captions[i], value) for value in attribute.values if value != own]
-        cosines = texts([captions[i], *wrong]).double() @ images[i].double()
-        shares.append(float((cosines[0] > cosines[1:]).double().mean()))
-    return torch.tensor(shares, dtype=torch.float64), asked
+    return combined(images, captions, texts, (attribute,))
 
 
 def combined(
@@ -97,27 +89,26 @@ def combined(
 ) -> tuple[Tensor, list[int]]:
     """`paired` for several attributes at once: wrong is every other combination of values of those that a picture's
     caption names, one or more."""
-    asked = [i for i, caption in enumerate(captions) if any(a.named(caption) for a in attributes)]
+    indices = [i for i, caption in enumerate(captions) if any(a.named(caption) for a in attributes)]
     shares = []
-    for i in asked:
-        every = [captions[i]]
+    for i in indices:
+        variants = {captions[i]}
         for attribute in attributes:
-            every = [attribute.exchanged(caption, value) for caption in every for value in attribute.values]
-        wrong = sorted(set(every) - {captions[i]})
-        cosines = texts([captions[i], *wrong]).double() @ images[i].double()
-        shares.append(float((cosines[0] > cosines[1:]).double().mean()))
-    return torch.tensor(shares, dtype=torch.float64), asked
+            variants = {attribute.exchanged(*pair) for pair in itertools.product(variants, attribute.values)}
+        cosines = texts([captions[i], *sorted(variants - {captions[i]})]).double() @ images[i].double()
+        shares.append((cosines[0] > cosines[1:]).double().mean())
+    return torch.tensor(shares, dtype=torch.float64), indices
 
 
 def typos(caption: str, seed: int) -> str:
-    """Two neighbouring letters exchanged in a word of four letters or more; the caption itself where there is none."""
+    """Exchanges two neighbouring letters in a word of four letters or more; the caption itself where there is none."""
     rng = random.Random(f"{seed}/{caption}")
     words = caption.split(" ")
     long = [i for i, word in enumerate(words) if len(word) >= 4 and word.isalpha() and len(set(word)) > 1]
     if not long:
         return caption
-    place = rng.choice(long)
-    word = words[place]
-    i = rng.choice([i for i in range(len(word) - 1) if word[i] != word[i + 1]])
-    words[place] = word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+    chosen = rng.choice(long)
+    word = words[chosen]
+    i = rng.choice([i for i, (a, b) in enumerate(itertools.pairwise(word)) if a != b])
+    words[chosen] = word[:i] + word[i + 1] + word[i] + word[i + 2 :]
     return " ".join(words)

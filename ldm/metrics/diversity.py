@@ -1,4 +1,4 @@
-"""Fidelity and variety apart: who lies within whose neighbourhood, and the Inception Score."""
+"""Fidelity and variety apart: which rows lie within whose neighbourhood, and the Inception Score."""
 
 from collections.abc import Iterator
 
@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Rows = Tensor | np.ndarray
-CHUNK = 1024  # rows whose distances are held at once
+from ldm.metrics.rows import PART, Rows, two_sets
 
 
 def inception_score(probabilities: Rows, splits: int = 10) -> tuple[float, float]:
@@ -15,7 +14,7 @@ def inception_score(probabilities: Rows, splits: int = 10) -> tuple[float, float
 
     Class probabilities (N, classes), N >= splits, cut as the original code cuts them. Salimans et al. 2016, section 4;
     between 1 and the number of classes. The name is for Inception's classes: with another classifier's, print whose.
-    ValueError for fewer rows, and for rows that are no probabilities.
+    Raises ValueError for fewer rows, and for rows that are no probabilities.
     """
     p = torch.as_tensor(probabilities).detach().double()
     if p.ndim != 2 or not 1 <= splits <= len(p):
@@ -25,8 +24,8 @@ def inception_score(probabilities: Rows, splits: int = 10) -> tuple[float, float
     scores = []
     for i in range(splits):
         part = p[i * len(p) // splits : (i + 1) * len(p) // splits]
-        log_ratio = part.clamp_min(1e-300).log() - part.mean(0).clamp_min(1e-300).log()
-        scores.append(float((part * log_ratio).sum(1).mean().exp()))
+        divergence = torch.xlogy(part, part) - torch.xlogy(part, part.mean(0))
+        scores.append(float(divergence.sum(1).mean().exp()))
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -35,49 +34,40 @@ def precision_recall(real: Rows, fake: Rows, k: int = 5) -> dict[str, float]:
     reach to each row's k-th neighbour in its own set; features (N, D) and (M, D).
 
     precision: share of fakes within a real's ball; recall: share of reals within a fake's; density: how many reals'
-    balls hold a fake, over k; coverage: share of reals whose ball holds a fake. ValueError for k or fewer rows, k < 1.
+    balls hold a fake, over k; coverage: share of reals whose ball holds a fake. Raises ValueError for k or fewer rows,
+    and k < 1.
     """
     return {name: float(values.mean()) for name, values in neighbourhoods(real, fake, k).items()}
 
 
 def neighbourhoods(real: Rows, fake: Rows, k: int = 5) -> dict[str, Tensor]:
-    """What `precision_recall` takes the means of: "precision" and "density" of each fake (M,), "recall" and
+    """The values that `precision_recall` averages: "precision" and "density" of each fake (M,), "recall" and
     "coverage" of each real (N,), float64."""
-    real, fake = (torch.as_tensor(rows).detach().double() for rows in (real, fake))
     if k < 1:
         raise ValueError(f"k {k} must be 1 or more")
-    if real.ndim != 2 or real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) <= k:
-        raise ValueError(f"features {tuple(real.shape)} and {tuple(fake.shape)} need one width and more than {k} rows")
-    real_radius, fake_radius = radius(real, k), radius(fake, k)
-    held = torch.zeros(len(fake), dtype=torch.float64)  # how many reals' balls hold each fake
+    real, fake = two_sets(real, fake, least=k + 1)
+    real_radius, fake_radius = (
+        torch.cat([distances.kthvalue(k + 1, dim=1).values for distances in _distances(rows, rows)])
+        for rows in (real, fake)
+    )
+    balls = torch.zeros(len(fake), dtype=torch.float64)  # how many reals' balls hold each fake
     recall, coverage = [], []
-    for rows, distances in _distances(real, fake):
-        inside = distances < real_radius[rows, None]
-        held += inside.sum(0)
+    for distances, reach in zip(_distances(real, fake), real_radius.split(PART), strict=True):
+        inside = distances < reach[:, None]
+        balls += inside.sum(0)
         coverage.append(inside.any(1))
         recall.append((distances < fake_radius).any(1))
-    return {
-        "precision": (held > 0).double(),
-        "density": held / k,
-        "recall": torch.cat(recall).double(),
-        "coverage": torch.cat(coverage).double(),
-    }
-
-
-def radius(x: Tensor, k: int) -> Tensor:
-    """The distance from each row (N, D) to its k-th nearest other row, (N,)."""
-    return torch.cat([distances.kthvalue(k + 1, dim=1).values for _, distances in _distances(x, x)])
+    rows = {"recall": torch.cat(recall).double(), "coverage": torch.cat(coverage).double()}
+    return {"precision": (balls > 0).double(), "density": balls / k} | rows
 
 
 def nearest(x: Rows, bank: Rows) -> tuple[Tensor, Tensor]:
-    """The distance from each row of x (N, D) to the nearest of `bank` (M, D), and which that is; (N,) and (N,)."""
-    x, bank = (torch.as_tensor(rows).detach().double() for rows in (x, bank))
-    found = [distances.min(1) for _, distances in _distances(x, bank)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    """The distance from each row of x (N, D) to the nearest of `bank` (M, D), and its index; (N,) and (N,)."""
+    minima = [distances.min(1) for distances in _distances(*two_sets(x, bank))]
+    return torch.cat([m.values for m in minima]), torch.cat([m.indices for m in minima])
 
 
-def _distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Euclidean distances of some rows of x at a time to all of y; by differences, exact where two are the same."""
-    for start in range(0, len(x), CHUNK):
-        rows = slice(start, start + CHUNK)
-        yield rows, torch.cdist(x[rows], y, compute_mode="donot_use_mm_for_euclid_dist")
+def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """Euclidean distances of PART rows of x at a time to all of y; by differences, exact where two are the same."""
+    for part in x.split(PART):
+        yield torch.cdist(part, y, compute_mode="donot_use_mm_for_euclid_dist")

@@ -13,6 +13,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 
 from ldm.config import UserError
 from ldm.images import to_uint8
-from ldm.metrics.judges import image_text_model, preparation, pretrained, pretrained_network
-from ldm.metrics.preprocess import RESIZE, resized
+from ldm.metrics.judges import image_text_model, preparation, pretrained
+from ldm.metrics.libraries import library
+from ldm.metrics.preprocess import RESIZE, checked_batch, resized
 from ldm.model_io import module_hash
 from ldm.perceptual import EFFNET_MEAN, EFFNET_STD, effnet_lite0_file, effnet_lite0_network, effnet_lite0_stages
 
@@ -33,9 +35,9 @@ INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-20
 class FeatureExtractor(nn.Module):
     """Pictures -> features by a frozen network, always in eval mode.
 
-    Carries what a number must be printed with: `name`, `sha256` of the weights, `size` in pixels that pictures are
-    resized to, and the `resize` filter. `prepare` makes the network's input of pictures in [-1, 1], `read` the features
-    of what it gives, `classifier` the logits of the features, where the network knows classes.
+    `name`, `sha256` of the weights, `size` in pixels and `resize` filter belong beside every number of it (`about`).
+    `prepare` makes the network's input from pictures in [-1, 1], `read` the features from its output, `classifier` the
+    logits from the features, where the network knows classes.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class FeatureExtractor(nn.Module):
         prepare: Callable[[Tensor], Tensor],
         resize: str = RESIZE,
         classifier: nn.Module | None = None,
-        read: Callable[[Any], Tensor] = lambda found: found,
+        read: Callable[[Any], Tensor] = lambda output: output,
     ) -> None:
         super().__init__()
         self.name, self.sha256, self.size, self.resize = name, sha256, size, resize
@@ -60,12 +62,8 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1], any size -> features (B, D), float32; ValueError for other input."""
-        if x.ndim != 4 or x.shape[1] != 3:
-            raise ValueError(f"pictures must be (B, 3, H, W), not {tuple(x.shape)}")
-        if not x.is_floating_point() or x.abs().amax() > 1.001:
-            raise ValueError(f"pictures must be floats in [-1, 1], not {x.dtype} up to {float(x.abs().amax()):.3g}")
-        return self.read(self.network(self.prepare(x.float()))).float()
+        """x (B, 3, H, W) in [-1, 1], any size -> features (B, D), float32. Raises ValueError for other input."""
+        return self.read(self.network(self.prepare(checked_batch(x)))).float()
 
     @torch.no_grad()
     def probabilities(self, features: Tensor) -> Tensor | None:
@@ -75,22 +73,19 @@ class FeatureExtractor(nn.Module):
     @property
     def about(self) -> dict[str, str]:
         """The fields that every number of these features carries."""
-        resize = f"{self.size} px, {self.resize}"
-        return {"extractor": self.name, "extractor_sha256": self.sha256, "resize": resize}
+        return {"extractor": self.name, "extractor_sha256": self.sha256, "resize": f"{self.size} px, {self.resize}"}
 
 
 def feature_extractor(name: str) -> FeatureExtractor:
-    """The extractor `name` ("kind" or "kind:where"), on the CPU; UserError for others or where weights are missing."""
+    """The extractor `name` ("kind" or "kind:where"), on the CPU. Raises UserError for others and missing weights."""
     kind, _, where = name.partition(":")
     if kind not in EXTRACTORS:
         raise UserError(f"unknown feature network {name!r}; known: {', '.join(KNOWN)}")
-    if kind == "effnet-lite0" and where:
-        raise UserError(f"unknown feature network {name!r}: effnet-lite0 is in a package, and takes no file")
     return EXTRACTORS[kind](where)
 
 
 def judged_by(features: str, judge: str) -> str:
-    """The network that `features` names, where "judge" alone is the evaluation's own judge (UserError without one)."""
+    """The network that `features` names, where "judge" alone is the evaluation's judge (UserError without one)."""
     if features != "judge":
         return features
     if judge in ("", "none"):
@@ -100,70 +95,57 @@ def judged_by(features: str, judge: str) -> str:
 
 def _effnet_lite0(where: str) -> FeatureExtractor:
     """EfficientNet-Lite0's pooled last layer, 1280 features, at its own 224 pixels, with ImageNet's classes."""
-    file = effnet_lite0_file()
+    if where:
+        raise UserError(f"unknown feature network 'effnet-lite0:{where}': effnet-lite0 is in a package, takes no file")
     network = nn.Sequential(*effnet_lite0_stages(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    sha256 = hashlib.sha256(effnet_lite0_file().read_bytes()).hexdigest()
     prepare, classes = resized(224, EFFNET_MEAN, EFFNET_STD), effnet_lite0_network()._fc
     return FeatureExtractor("effnet-lite0", sha256, 224, network, prepare, classifier=classes)
 
 
 def _inception(where: str) -> FeatureExtractor:
     """FID's graph and weights: 2048 pooled features of uint8 pictures, resized by it as TensorFlow 1 did."""
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        raise UserError("features 'inception' need torch-fidelity: pip install torch-fidelity") from None
-    file = _inception_file(where)
+    fidelity = library("torch_fidelity.feature_extractor_inceptionv3")
+    home = Path(torch.hub.get_dir()) / "checkpoints"
+    files = [Path(where)] if where else [home / name for name in INCEPTION_FILES]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        problem = f"{where!r} does not exist" if where else f"{INCEPTION_FILES[0]} is not in {str(home)!r}"
+        raise UserError(
+            f"Inception's weights: {problem}; put the file there (torch-fidelity 0.2.0 releases it), name it as"
+            " inception:FILE, or use effnet-lite0, which needs no download"
+        )
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     if sha256 != INCEPTION_SHA256:
         raise UserError(f"{str(file)!r} has SHA-256 {sha256[:8]}..., expected {INCEPTION_SHA256[:8]}...: damaged?")
     with redirect_stdout(sys.stderr):
-        net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(file))
+        net = fidelity.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(file))
     classes = nn.Linear(2048, 1008, bias=False)  # without the bias, as the Inception Score is usually computed
     classes.weight = nn.Parameter(net.fc.weight.detach().clone())
     resize = "bilinear as in TensorFlow 1, not antialiased"
-    return FeatureExtractor("inception", sha256, 299, net, to_uint8, resize, classes, read=lambda found: found[0])
-
-
-def _inception_file(where: str) -> Path:
-    """The weights at `where`, or in torch hub's cache."""
-    home = Path(torch.hub.get_dir()) / "checkpoints"
-    places = [Path(where)] if where else [home / name for name in INCEPTION_FILES]
-    found = [place for place in places if place.is_file()]
-    if not found:
-        put = f"{where!r} does not exist" if where else f"{INCEPTION_FILES[0]} is not in {str(home)!r}"
-        raise UserError(
-            f"Inception's weights: {put}; put the file there (torch-fidelity 0.2.0 releases it), name it as"
-            " inception:FILE, or use effnet-lite0, which needs no download"
-        )
-    return found[0]
+    return FeatureExtractor("inception", sha256, 299, net, to_uint8, resize, classes, read=lambda outputs: outputs[0])
 
 
 def _dinov2(where: str) -> FeatureExtractor:
     """The final CLS token of DINOv2 (Oquab et al. 2023)."""
     from transformers import AutoImageProcessor, Dinov2Model
 
-    model = pretrained_network(Dinov2Model, where, "dinov2")
+    model = pretrained(Dinov2Model, where, "dinov2")
     size, prepare = preparation(pretrained(AutoImageProcessor, where, "dinov2"), where)
-    sha256 = module_hash(model)
-    return FeatureExtractor(f"dinov2:{where}", sha256, size, model, prepare, read=lambda found: found.pooler_output)
+    name, read = f"dinov2:{where}", lambda output: output.pooler_output
+    return FeatureExtractor(name, module_hash(model), size, model, prepare, read=read)
 
 
-def _tower(kind: str) -> Callable[[str], FeatureExtractor]:
-    """The image tower of an image-text model."""
-
-    def build(where: str) -> FeatureExtractor:
-        model = image_text_model(f"{kind}:{where}")
-        return FeatureExtractor(model.name, model.sha256, model.size, model, lambda x: x)
-
-    return build
+def _image_tower(kind: str, where: str) -> FeatureExtractor:
+    model = image_text_model(f"{kind}:{where}")
+    return FeatureExtractor(model.name, model.sha256, model.size, model, nn.Identity())
 
 
 EXTRACTORS: dict[str, Callable[[str], FeatureExtractor]] = {
     "effnet-lite0": _effnet_lite0,
     "inception": _inception,
-    "clip": _tower("clip"),
+    "clip": partial(_image_tower, "clip"),
     "dinov2": _dinov2,
-    "judge": _tower("judge"),
+    "judge": partial(_image_tower, "judge"),
 }
 KNOWN = ("effnet-lite0", "inception", "inception:FILE", "clip:FOLDER", "dinov2:FOLDER", "judge:FOLDER")

@@ -1,4 +1,4 @@
-"""How far a number would move on other captions of the same kind: bootstrap intervals (Efron 1979)."""
+"""How far a number would move on other captions of the same kind: percentile bootstrap (Efron 1979), by scipy."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,20 +9,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.metrics.kernel import cubic, gaussian
+from ldm.metrics.libraries import library
 
-REPLICATES = 1000
+REPLICATES, BATCH = 1000, 100  # and how many of them are drawn at once
 FEW, FEWEST = 100, 20  # where one costs a decomposition, of up to SMALL rows or columns and of more
 SMALL = 700
 MOST = 3000  # rows whose kernels are held at once
-BOUNDS = (0.025, 0.975)
 Interval = tuple[float, float]
 
 
-def mean_interval(values: Tensor | np.ndarray, seed: int = 0) -> Interval:
+def mean_interval(values: Tensor | np.ndarray | Sequence[float], seed: int = 0) -> Interval:
     """95% interval of the mean of independent values (N,)."""
-    x = torch.as_tensor(values).double()
-    weights = _weights(len(x), REPLICATES, seed)
-    return _bounds(weights @ x / len(x))
+    x = torch.as_tensor(values).double().numpy()
+    if len(x) < 2:
+        return float(x[0]), float(x[0])
+    return _bounds(_replicates(lambda rows, axis: x[rows].mean(axis), [len(x)], REPLICATES, seed))
 
 
 def resampled_interval(
@@ -32,48 +33,57 @@ def resampled_interval(
     `value` of all rows.
 
     Repeated rows bias a distance up as fewer rows do, so only the spread of the replicates is used, laid around
-    `value`: the interval is of the statistic at this N, bias included. 100 replicates; 20 of large sets, and where
-    `few` are asked for as each takes long, and then as a normal distribution of their deviation.
+    `value`: the interval is of the statistic at this N, bias included. 100 replicates; for large sets, and with `few`
+    for statistics that take long, 20 and the normal distribution of their deviation.
     """
-    generator = torch.Generator().manual_seed(seed)
     few = few or min(min(len(rows), rows[0].numel()) for rows in sets) > SMALL
-    found = []
-    for _ in tqdm(range(FEWEST if few else FEW), desc="interval", leave=False, disable=not few):
-        drawn = (rows[torch.randint(len(rows), (len(rows),), generator=generator)] for rows in sets)
-        found.append(statistic(*drawn))
-    values = torch.tensor(found, dtype=torch.float64)
+    count = FEWEST if few else FEW
+    with tqdm(total=count, desc="interval", leave=False, disable=not few) as bar:
+
+        def replicate(*drawn: np.ndarray) -> float:
+            bar.update()
+            return statistic(*(rows[numbers] for rows, numbers in zip(sets, drawn, strict=True)))
+
+        values = _replicates(replicate, [len(rows) for rows in sets], count, seed, vectorized=False)
     if few:
-        half = 1.96 * float(values.std())
+        half = 1.96 * float(values.std(ddof=1))
         return value - half, value + half
     return _bounds(values - values.mean() + value)
 
 
 def kernel_interval(x: Tensor, y: Tensor, kind: str, value: float, seed: int = 0) -> Interval:
     """95% interval of the squared MMD of rows x (N, D) and y (N, D), drawn in pairs; `kind` "kid" (unbiased, cubic
-    kernel) or "cmmd" (of unit rows, times 1,000). Again the replicates' spread around `value`; of more than
-    MOST rows that of the first, made as much smaller as more rows make it."""
-    if kind == "cmmd":
-        x, y = (F.normalize(rows.double(), dim=1) for rows in (x, y))
-    else:
-        x, y = x.double(), y.double()
-    kernel, scale = (cubic, 1.0) if kind == "kid" else (gaussian, 1000.0)
-    x, y, shrink = x[:MOST], y[:MOST], min(MOST / len(x), 1.0) ** 0.5
-    count = len(x)
-    both = kernel(x, x) + kernel(y, y) - kernel(x, y) - kernel(x, y).T
-    if kind == "kid":  # Gretton et al. 2012, eq. 4: pairs of pairs, none with itself
-        both.fill_diagonal_(0)
-    pairs = count * (count - 1) if kind == "kid" else count**2
-    weights = _weights(count, REPLICATES, seed)
-    found = scale * ((weights @ both) * weights).sum(1) / pairs
-    return _bounds(shrink * (found - found.mean()) + value)
+    kernel) or "cmmd" (of unit rows, times 1,000). As above the spread of the replicates, around `value`; of more than
+    MOST rows the spread of the first MOST, scaled down by the square root of the rows left out."""
+    unbiased = kind == "kid"  # Gretton et al. 2012, eq. 4: pairs of pairs, none with itself
+    shrink = min(MOST / len(x), 1.0) ** 0.5
+    x, y = (rows[:MOST].double() for rows in (x, y))
+    kernel, scale = cubic, 1.0
+    if not unbiased:
+        kernel, scale, x, y = gaussian, 1000.0, F.normalize(x, dim=1), F.normalize(y, dim=1)
+    count, across = len(x), kernel(x, y)
+    both = (kernel(x, x) + kernel(y, y) - across - across.T).numpy()
+    if unbiased:
+        np.fill_diagonal(both, 0)
+
+    def mmd(drawn: np.ndarray, axis: int) -> np.ndarray:
+        weights = np.stack([np.bincount(rows, minlength=count) for rows in drawn]).astype(float)
+        return scale * ((weights @ both) * weights).sum(1) / (count * (count - unbiased))
+
+    values = _replicates(mmd, [count], REPLICATES, seed)
+    return _bounds(shrink * (values - values.mean()) + value)
 
 
-def _weights(count: int, replicates: int, seed: int) -> Tensor:
-    """How often each of `count` rows is drawn, in each replicate: (replicates, count) float64."""
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=replicates)
-    return torch.from_numpy(drawn).double()
+def _replicates(
+    statistic: Callable[..., np.ndarray | float], sizes: list[int], count: int, seed: int, vectorized: bool = True
+) -> np.ndarray:
+    """The statistic of `count` bootstrap samples (count,). It takes the drawn row numbers of each set: (BATCH, N) and
+    an axis, or with `vectorized` false (N,)."""
+    options = {"n_resamples": count, "batch": BATCH, "vectorized": vectorized, "method": "percentile", "rng": seed}
+    numbers = [np.arange(size) for size in sizes]
+    return library("scipy.stats").bootstrap(numbers, statistic, **options).bootstrap_distribution
 
 
-def _bounds(values: Tensor) -> Interval:
-    low, high = torch.quantile(values, torch.tensor(BOUNDS, dtype=torch.float64)).tolist()
+def _bounds(values: np.ndarray) -> Interval:
+    low, high = np.quantile(values, (0.025, 0.975)).tolist()
     return low, high

@@ -1,7 +1,7 @@
-"""Image-text models that judge whether pictures say what captions say.
+"""Image-text models that judge whether pictures show what captions say.
 
 Never the model's own text encoder: scores by the encoder that conditions a model flatter it. A judge is trained apart
-(`judge = true` in a config of train_clip), or is a CLIP of others.
+(`judge = true` in a config of train_clip), or is a published CLIP.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.clip import CLIP
 from ldm.config import UserError
-from ldm.metrics.preprocess import RESIZE, resized, to_unit_range
+from ldm.metrics.preprocess import RESIZE, checked_batch, from_unit_range, resized
 from ldm.model_io import ASSETS, find_part, module_hash
 from ldm.tokenizer import Tokenizer
 
@@ -24,7 +24,7 @@ JUDGES = ASSETS.parent / "judges"
 class ImageTextModel(nn.Module):
     """Both towers of a network, frozen and in eval mode.
 
-    `name`, `sha256` of the weights, `size` in pixels and `resize` are what a number must be printed with.
+    `name`, `sha256` of the weights, `size` in pixels and `resize` belong beside every number of it (`about`).
     """
 
     def __init__(
@@ -42,23 +42,20 @@ class ImageTextModel(nn.Module):
 
     @torch.no_grad()
     def images(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> unit embeddings (B, D), float32."""
-        return F.normalize(self._images(x.float()).float(), dim=-1)
+        """Pictures (B, 3, H, W) in [-1, 1] -> unit embeddings (B, D), float32. Raises ValueError for other input."""
+        return F.normalize(self._images(checked_batch(x)).float(), dim=-1)
+
+    forward = images  # the image tower is the network of a feature extractor
 
     @torch.no_grad()
     def texts(self, captions: list[str]) -> Tensor:
         """Captions -> unit embeddings (B, D), float32."""
         return F.normalize(self._texts(captions).float(), dim=-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`images`, so that the image tower can be a feature extractor's network."""
-        return self.images(x)
-
     @property
     def about(self) -> dict[str, str]:
         """The fields that every number of this judge carries."""
-        resize = f"{self.size} px, {self.resize}"
-        return {"extractor": self.name, "extractor_sha256": self.sha256, "resize": resize}
+        return {"extractor": self.name, "extractor_sha256": self.sha256, "resize": f"{self.size} px, {self.resize}"}
 
     @property
     def learned_val(self) -> bool:
@@ -67,13 +64,11 @@ class ImageTextModel(nn.Module):
 
 
 def image_text_model(name: str) -> ImageTextModel:
-    """ "judge:NAME" (one that ships, or a folder of train_clip) or "clip:NAME" (a folder or a hub's name), on the CPU.
-
-    A bare NAME is a judge's. UserError for others and for what does not open.
-    """
+    """ "judge:NAME" (a shipped one, or a folder of train_clip), NAME alone, or "clip:NAME" (a folder or a hub's name),
+    on the CPU. Raises UserError for others and for models that do not open."""
     kind, colon, where = name.partition(":")
-    if kind == "clip" and colon:
-        return _clip_of_others(where)
+    if colon and kind == "clip":
+        return _published_clip(where)
     where = where if colon and kind == "judge" else name
     shipped = sorted(path.name for path in JUDGES.iterdir() if path.is_dir()) if JUDGES.is_dir() else []
     if where not in shipped and not Path(where).is_dir():
@@ -88,57 +83,60 @@ def _judge(where: str, folder: Path) -> ImageTextModel:
     size = clip.vision_config.image_size
     prepare = resized(size, torch.zeros(3), torch.ones(3))
 
+    def images(x: Tensor) -> Tensor:
+        return clip.encode_image(prepare(x))
+
     def texts(captions: list[str]) -> Tensor:
         return clip.encode_text(tokenizer(captions, warn=False).to(clip.logit_scale.device))
 
-    return ImageTextModel(f"judge:{where}", clip, size, lambda x: clip.encode_image(prepare(x)), texts)
+    return ImageTextModel(f"judge:{where}", clip, size, images, texts)
 
 
-def _clip_of_others(where: str) -> ImageTextModel:
-    """A CLIP of others, by transformers."""
+def _published_clip(where: str) -> ImageTextModel:
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-    model = pretrained_network(CLIPModel, where, "clip")
-    pixels, tokenizer = (pretrained(kind, where, "clip") for kind in (CLIPImageProcessor, AutoTokenizer))
-    size, prepare = preparation(pixels, where)
+    model = pretrained(CLIPModel, where, "clip")
+    size, prepare = preparation(pretrained(CLIPImageProcessor, where, "clip"), where)
+    tokenizer = pretrained(AutoTokenizer, where, "clip")
     length = model.config.text_config.max_position_embeddings
 
     def images(x: Tensor) -> Tensor:
         return model.visual_projection(model.vision_model(pixel_values=prepare(x)).pooler_output)
 
     def texts(captions: list[str]) -> Tensor:
-        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-        tokens = tokenizer(captions, **options).to(model.device)
-        return model.text_projection(model.text_model(**tokens).pooler_output)
+        tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return model.text_projection(model.text_model(**tokens.to(model.device)).pooler_output)
 
     return ImageTextModel(f"clip:{where}", model, size, images, texts)
 
 
-def preparation(pixels: Any, where: str) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """Size and preparation of pictures as a transformers image processor says (UserError where it says no crop)."""
-    crop = getattr(pixels, "crop_size", None) or {}
-    if not crop.get("height") or crop["height"] != crop.get("width"):
+def preparation(processor: Any, where: str) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """Size and preparation of pictures by a transformers image processor. Raises UserError without a square crop."""
+    crop = getattr(processor, "crop_size", None) or {}
+    size = crop.get("height")
+    if not size or size != crop.get("width"):
         raise UserError(f"the image processor of {where!r} names no square crop_size")
-    return crop["height"], resized(crop["height"], *to_unit_range(pixels.image_mean, pixels.image_std))
+    return size, resized(size, *from_unit_range(processor.image_mean, processor.image_std))
 
 
-def pretrained_network(kind: Any, where: str, name: str) -> Any:
-    """As `pretrained`, of a network; UserError too where weights are missing, which transformers would draw anew."""
-    model, info = pretrained(kind, where, name, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{name}:{where} has not all weights of a {kind.__name__}: {missing[0]!r} is missing")
-    return model
-
-
-def pretrained(kind: Any, where: str, name: str, **options: Any) -> Any:
-    """`kind.from_pretrained(where)` of transformers: a folder, or a hub's name; UserError where it cannot be had."""
+def pretrained(kind: type, where: str, name: str) -> Any:
+    """`kind.from_pretrained(where)` of transformers: a folder, or a hub's name. Raises UserError where it does not
+    open, and where weights of a network are missing, which transformers would initialize at random."""
     if not where:
         raise UserError(f"features {name!r} need a folder or a hub's name: {name}:FOLDER")
     if where.startswith((".", "/", "~")) and not Path(where).is_dir():
         raise UserError(f"{name}:{where} cannot be opened: there is no such folder; put the model's files there")
+    is_network = issubclass(kind, nn.Module)
     try:
-        return kind.from_pretrained(where, **options)
+        loaded = kind.from_pretrained(where, **({"output_loading_info": True} if is_network else {}))
     except Exception as error:  # broken files make it raise nearly anything
         reason = " ".join(str(error).split())[:160]
-        way_out = "put the model into a folder and name that"
-        raise UserError(f"{name}:{where} cannot be opened ({reason}); {way_out}") from None
+        raise UserError(
+            f"{name}:{where} cannot be opened ({reason}); put the model into a folder and name that"
+        ) from None
+    if not is_network:
+        return loaded
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{name}:{where} has not all weights of a {kind.__name__}: {missing[0]!r} is missing")
+    return model

@@ -1,12 +1,12 @@
-"""Distances between two sets of features by kernels: no Gaussian is assumed, and the first has no bias in N."""
+"""Distances between two sets of features by kernels: no Gaussian is assumed, and KID has no bias in N."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Rows = Tensor | np.ndarray
-PART = 1024  # rows whose kernels are held at once
+from ldm.metrics.rows import PART, Rows, two_sets
+
 SIGMA = 10.0  # of CMMD's kernel, in unit embeddings
 
 
@@ -16,34 +16,28 @@ def kernel_distance(
     """KID (Binkowski et al. 2018): mean and deviation, over random subsets of both, of the unbiased squared MMD with
     the kernel (x.y / d + 1)^3.
 
-    Features (N, D) and (M, D); 0 in expectation for two samples of one distribution, so values below 0 occur.
+    Features (N, D) and (M, D); 0 in expectation for two samples of one distribution, so values below 0 occur. Raises
     ValueError for fewer rows than `subset_size`, which must be at least 2, and for no subsets.
     """
-    x, y = _pair(x, y)
+    x, y = two_sets(x, y)
     if subsets < 1:
         raise ValueError(f"subsets {subsets} must be 1 or more")
     if not 2 <= subset_size <= min(len(x), len(y)):
         raise ValueError(f"subset_size {subset_size} is not in 2..{min(len(x), len(y))}, the rows there are")
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    values = []
     for _ in range(subsets):
         a, b = (rows[torch.randperm(len(rows), generator=generator)[:subset_size]] for rows in (x, y))
-        within = _mean_of_others(cubic(a, a)) + _mean_of_others(cubic(b, b))
-        found.append(float(within - 2 * cubic(a, b).mean()))
-    return float(np.mean(found)), float(np.std(found))
+        within = cubic(a, a).fill_diagonal_(0).sum() + cubic(b, b).fill_diagonal_(0).sum()
+        values.append(float(within / (subset_size * (subset_size - 1)) - 2 * cubic(a, b).mean()))
+    return float(np.mean(values)), float(np.std(values))
 
 
 def cmmd(x: Rows, y: Rows) -> float:
-    """CMMD (Jayasumana et al. 2024): 1,000 times the squared MMD of embeddings (N, D) and (M, D), made unit here,
-    with a Gaussian kernel of sigma 10, with the rows paired with themselves (biased, as published); at least 0."""
-    x, y = (F.normalize(rows, dim=1) for rows in _pair(x, y))
-    within, across = _mean(x, x) + _mean(y, y), _mean(x, y)
-    return max(1000 * (within - 2 * across), 0.0)  # round-off
-
-
-def _mean(x: Tensor, y: Tensor) -> float:
-    """Of the Gaussian kernel over all pairs, some rows at a time."""
-    return sum(float(gaussian(part, y).sum()) for part in x.split(PART)) / (len(x) * len(y))
+    """CMMD (Jayasumana et al. 2024): 1,000 times the squared MMD of embeddings (N, D) and (M, D), scaled to unit length
+    here, with a Gaussian kernel of sigma 10; rows are paired with themselves too (biased, as published). At least 0."""
+    x, y = (F.normalize(rows, dim=1) for rows in two_sets(x, y))
+    return max(1000 * (_mean_gaussian(x, x) + _mean_gaussian(y, y) - 2 * _mean_gaussian(x, y)), 0.0)  # round-off
 
 
 def cubic(x: Tensor, y: Tensor) -> Tensor:
@@ -56,14 +50,5 @@ def gaussian(x: Tensor, y: Tensor) -> Tensor:
     return torch.exp((x @ y.T - 1) / SIGMA**2)
 
 
-def _mean_of_others(kernel: Tensor) -> Tensor:
-    """The mean of (N, N) without its diagonal."""
-    count = len(kernel)
-    return (kernel.sum() - kernel.diagonal().sum()) / (count * (count - 1))
-
-
-def _pair(x: Rows, y: Rows) -> tuple[Tensor, Tensor]:
-    x, y = (torch.as_tensor(rows).detach().double() for rows in (x, y))
-    if x.ndim != 2 or x.shape[1:] != y.shape[1:] or not len(x) or not len(y):
-        raise ValueError(f"features must be (N, D) and (M, D), not {tuple(x.shape)} and {tuple(y.shape)}")
-    return x, y
+def _mean_gaussian(x: Tensor, y: Tensor) -> float:
+    return sum(float(gaussian(part, y).sum()) for part in x.split(PART)) / (len(x) * len(y))

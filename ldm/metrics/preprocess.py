@@ -1,4 +1,4 @@
-"""What networks are shown: pictures in [-1, 1], scaled with antialias, normalized. One function for all of them."""
+"""Pictures as metrics and their networks take them: checked, scaled with antialias, normalized. One place for all."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,8 +10,25 @@ from torch import Tensor
 RESIZE = "bicubic, antialiased"
 
 
+def checked(x: Tensor) -> Tensor:
+    """`x` itself. Raises ValueError unless it holds floats in [-1, 1]: with uint8 or [0, 255] metrics mislead."""
+    if not x.is_floating_point():
+        raise ValueError(f"pictures must be floats in [-1, 1], not {x.dtype}; ldm.images.to_float converts uint8")
+    if not (largest := float(x.detach().abs().amax())) <= 1.001:  # nan fails too
+        raise ValueError(f"pictures must be floats in [-1, 1], not up to {largest:.3g}")
+    return x
+
+
+def checked_batch(x: Tensor) -> Tensor:
+    """`checked` as float32. Raises ValueError unless it is also (B, 3, H, W)."""
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(f"pictures must be (B, 3, H, W), not {tuple(x.shape)}")
+    return checked(x).float()
+
+
 def resized(size: int, mean: Tensor, std: Tensor) -> Callable[[Tensor], Tensor]:
-    """What scales pictures (B, 3, H, W) in [-1, 1] to `size` pixels a side and gives (x - mean) / std, both (3,)."""
+    """A function that scales pictures (B, 3, H, W) in [-1, 1] to (size, size) and returns (x - mean) / std; `mean` and
+    `std` (3,) are of pixels in [-1, 1]."""
     mean, std = (rearrange(c, "c -> c 1 1") for c in (mean, std))
 
     def prepare(x: Tensor) -> Tensor:
@@ -22,6 +39,6 @@ def resized(size: int, mean: Tensor, std: Tensor) -> Callable[[Tensor], Tensor]:
     return prepare
 
 
-def to_unit_range(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """A mean and deviation of pixels in [0, 1] as those of pixels in [-1, 1]."""
+def from_unit_range(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of pixels in [0, 1] -> those of pixels in [-1, 1]."""
     return 2 * torch.tensor(mean) - 1, 2 * torch.tensor(std)
