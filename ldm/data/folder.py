@@ -72,16 +72,16 @@ class Folder:
     def _folder_of(self, split: str) -> str:
         """The name of the sub-folder of a split, "" where sub-folders are no splits."""
         folders: dict[str, str] = {}
-        for entry in sorted(self.path.iterdir()):
-            name = named_split(entry.name, f"sub-folder {str(entry)!r}") if entry.is_dir() else ""
-            if name and folders.setdefault(name, entry.name) != entry.name:
-                raise UserError(f"{folders[name]!r} and {entry.name!r} of {str(self.path)!r} are both {name}; keep one")
+        for name in sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir()):
+            named = named_split(name, f"sub-folder {name!r} of {str(self.path)!r}")
+            if named and folders.setdefault(named, name) != name:
+                raise UserError(f"{folders[named]!r} and {name!r} of {str(self.path)!r} are both {named}; keep one")
         if folders and split not in folders:
             names = ", ".join(folders[name] for name in SPLITS if name in folders)
             raise UserError(f"{str(self.path)!r} has sub-folders {names} but no {split!r}; add it")
-        for entry in sorted(self.path.iterdir()) if folders else ():
-            if entry.name not in folders.values() and not entry.name.startswith("."):
-                self.faults.add(entry.name, f"{entry.name!r} lies beside the folders of the splits", counts=False)
+        for name in sorted(os.listdir(self.path)) if folders else ():
+            if name not in folders.values() and not name.startswith("."):
+                self.faults.add(name, f"{name!r} lies beside the folders of the splits", counts=False)
         return folders.get(split, "")
 
     def __len__(self) -> int:
@@ -120,14 +120,14 @@ def find_pictures(root: Path, need_captions: bool, faults: Faults, limit: int, p
     Raises UserError for no pictures, or more faults than allowed.
     """
     files = set(list_files(root))
-    metadata = {file for file in files if PurePosixPath(file).name == METADATA}
+    metadata = {file for file in files if os.path.basename(file) == METADATA}
     described, broken = read_metadata(root, sorted(metadata))
-    pictures = {file for file in files if PurePosixPath(file).suffix.lower() in PICTURES}
+    pictures = {file for file in files if _kind(file) in PICTURES}
     grids = {file for file in pictures - described.keys() if _is_grid(root / file)}
     names = sorted(pictures - grids | described.keys())
     if not names and not broken:
         raise UserError(f"no pictures in {str(root)!r}; known kinds: {' '.join(SUFFIXES)}")
-    texts = {str(PurePosixPath(name).with_suffix(".txt")) for name in names}
+    texts = {os.path.splitext(name)[0] + ".txt" for name in names}
     for name, reason in _unused(sorted(files.difference(names, metadata, texts))).items():
         faults.add(prefix + name, reason, counts=False)
     for name, reason in broken.items():
@@ -161,12 +161,16 @@ def list_files(root: Path) -> list[str]:
             if entry.name.startswith("."):
                 continue
             if not entry.is_dir():
-                names.append(Path(entry.path).relative_to(root).as_posix())
+                names.append(os.path.relpath(entry.path, root))
             elif entry.is_symlink():  # last, so that a folder within `root` is read under its real name
                 folders.append(entry.path)
             else:
                 folders.appendleft(entry.path)
     return names
+
+
+def _kind(file: str | Path) -> str:
+    return os.path.splitext(file)[1].lower()
 
 
 def read_metadata(root: Path, files: list[str]) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -226,7 +230,7 @@ def _header_fault(file: Path, limit: int) -> str:
 def _is_grid(file: Path) -> bool:
     """Whether sample.py wrote a picture as a grid of others: its first text chunk is "grid", or (in older ones) it is
     grid.png beside numbered pictures."""
-    if file.suffix.lower() != ".png" or not file.is_file():
+    if _kind(file) != ".png" or not file.is_file():
         return False
     with file.open("rb") as stream:
         return b"iTXtgrid\0" in stream.read(64) or file.name == "grid.png" and any(file.parent.glob("0000*.png"))
@@ -236,7 +240,7 @@ def _unused(files: list[str]) -> dict[str, str]:
     """Why files are no samples: {name, or of an unknown kind the suffix: reason}."""
     reasons, others = {}, defaultdict(list)
     for file in files:
-        kind = PurePosixPath(file).suffix.lower()
+        kind = _kind(file)
         if kind == ".txt":
             reasons[file] = f"text {file!r} belongs to no picture"
         elif kind in PICTURES:
