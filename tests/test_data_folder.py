@@ -98,7 +98,9 @@ def test_folders_that_are_no_splits_and_two_of_one_split(tmp_path):
 
 
 def test_the_split_field_of_metadata(tmp_path):
-    lines = [{"file_name": f"{i}.png", "text": f"{i}", "split": ("train", "validation", "test")[i % 3]} for i in range(9)]
+    lines = [
+        {"file_name": f"{i}.png", "text": f"{i}", "split": ("train", "validation", "test")[i % 3]} for i in range(9)
+    ]
     for i in range(10):
         picture(tmp_path, f"{i}.png")
     lines.append({"file_name": "9.png", "text": "no split"})
@@ -286,4 +288,9 @@ def test_choices_follow_their_chances():
     x = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4)
     assert torch.equal(flip_half(x, torch.tensor([0.2, 0.7])), torch.stack([x[0].flip(-1), x[1]]))
     words = [["a", "b", "c"]] * 4
-    assert choose_captions(words, torch.tensor([0.0, 0.34, 0.67, np.nextafter(np.float32(1), 0)])) == ["a", "b", "c", "c"]
+    assert choose_captions(words, torch.tensor([0.0, 0.34, 0.67, np.nextafter(np.float32(1), 0)])) == [
+        "a",
+        "b",
+        "c",
+        "c",
+    ]

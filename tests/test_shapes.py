@@ -10,8 +10,7 @@ import torch
 
 from ldm.config import UserError
 from ldm.data import shapes
-from ldm.data.shapes import COLOURS, SHAPES, SIZES, Scene, Shapes, Thing, coverage, is_held_out, render
-from ldm.data.shapes_captions import captions
+from ldm.data.shapes import COLOURS, SHAPES, SIZES, Scene, Shapes, Thing, captions, coverage, is_held_out, render
 
 WORD = re.compile(rf"(a|one|two|three) (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:e?s)?$")
 RELATION = re.compile(r" (?:to the )?(left of|right of|above|below) (?:the )?")
