@@ -3,7 +3,6 @@
 import io
 import json
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from ldm.config import UserError
 from ldm.data import DataConfig, emoji, emoji_build, open_dataset
 from ldm.data.emoji import SHIPPED, Emoji
 from ldm.data.shards import Shards, write_shards
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
 
 
 @pytest.fixture(scope="module")
@@ -128,36 +125,6 @@ def test_no_picture_is_near_identical_across_splits(sets, blocks):
         assert nearest > 3
     twins = torch.cdist(blocks["train"][:800], blocks["train"][800:]) / 768**0.5
     assert (twins < 1).any()  # they exist, so the line above says something
-
-
-# --- words
-
-
-@pytest.fixture(scope="module")
-def words(sets) -> dict[str, dict]:
-    return {record["key"]: record for data in sets.values() for record in data.records}
-
-
-@pytest.mark.parametrize(
-    ("key", "role", "tone", "gender", "phrase"),
-    [
-        ("3D-1f468-1f3fb-200d-1f33e", "farmer", "light", "man", "a man farmer with light skin tone"),
-        ("flat-1f1ef-1f1f5", "", "", "", "flag of Japan"),
-        ("3D-1f1f3-1f1f1", "", "", "", "flag of the Netherlands"),
-        ("flat-1f44d-1f3fd", "thumbs up", "medium", "", "thumbs up with medium skin tone"),
-        ("flat-1f9d4-1f3fb-200d-2642", "beard", "light", "man", "a man with a beard and light skin tone"),
-        ("3D-1f478-1f3fe", "royal", "medium-dark", "woman", "a princess with medium-dark skin tone"),
-        ("flat-1f984", "", "", "", "a unicorn"),
-        ("3D-1f602", "", "", "", "a face with tears of joy"),
-        ("flat-1f35e", "", "", "", "bread"),
-    ],
-)
-def test_attributes_and_phrases(words, key, role, tone, gender, phrase):
-    record = words[key]
-    assert (record["role"], record["skin_tone"], record["gender"]) == (role, tone, gender)
-    style = record["style"]
-    assert f"{style} icon of {phrase}" in record["captions"]
-    assert f"a {style} emoji of {phrase}" in record["captions"]
 
 
 def test_code_points_have_one_spelling():
@@ -295,13 +262,3 @@ def test_mistakes_in_building_are_named_and_write_nothing(tmp_path, monkeypatch,
     with pytest.raises(UserError, match="E404"):
         emoji_build.build(out, 64)
     assert not out.exists()
-
-
-def test_the_script_has_help_and_exit_code_2(tmp_path):
-    def run(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True)
-
-    assert "--packages" in run("emoji", "--help").stdout
-    wrong = run("emoji", "--size", "64", "--out", str(tmp_path / "out"), "--packages", str(tmp_path))
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "Traceback" not in wrong.stderr
-    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 import re
 import signal
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def load(
         _Replacing(dataset, order.seed),
         batch_sampler=_Positions(order),
         num_workers=workers,
-        collate_fn=_Collate(collate),
+        collate_fn=partial(_collate, collate),
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
         generator=torch.Generator().manual_seed(seed),  # leaves the global generator alone
@@ -66,9 +67,6 @@ class _Positions:
     def __init__(self, order: EpochBatches) -> None:
         self.order = order
 
-    def __len__(self) -> int:
-        return len(self.order)
-
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         first = self.order.rank * self.order.batch_size
         for step, indices in enumerate(self.order, self.order.start):
@@ -80,9 +78,6 @@ class _Replacing:
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, item: tuple[int, int, int]) -> Batch:
         index, step, position = item
@@ -97,12 +92,6 @@ class _Replacing:
         raise UserError(f"no sample can be read; the first: {next(iter(faults.values()))}")
 
 
-class _Collate:
-    """A task's collate on samples with their faults."""
-
-    def __init__(self, collate: Callable[[list[dict]], dict]) -> None:
-        self.collate = collate
-
-    def __call__(self, items: list[Batch]) -> Batch:
-        faults = {name: reason for _, found in items for name, reason in found.items()}
-        return self.collate([sample for sample, _ in items]), faults
+def _collate(collate: Callable[[list[dict]], dict], items: list[Batch]) -> Batch:
+    faults = {name: reason for _, found in items for name, reason in found.items()}
+    return collate([sample for sample, _ in items]), faults

@@ -208,19 +208,16 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
     if not file.is_file():
         return {}
     table = parse_object(read_text(file), repr(str(file))).get("shards")
-    if not isinstance(table, dict) or not all(map(_is_entry, table.values())):
+    try:  # of a sample, each of two members is a header and a block or more
+        sound = all(0 <= e["samples"] <= e["bytes"] // (2 * BLOCK) and e["sha256"] for e in table.values())
+    except (AttributeError, KeyError, TypeError):
+        sound = False
+    if not sound:
         raise UserError(f"{str(file)!r} is no index of shards; delete it, or write the shards again")
     for name in table:
         if PurePosixPath(name).name != name or not (folder / name).is_file():
             raise UserError(f"shard {name!r}, listed in {str(file)!r}, is missing; write the shards again")
     return table
-
-
-def _is_entry(entry: Any) -> bool:
-    kinds = {"samples": int, "bytes": int, "sha256": str}
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
-        return False
-    return 0 <= entry["samples"] <= entry["bytes"] // (2 * BLOCK)  # a member is a header and a block or more
 
 
 def find_samples(file: Path, index: dict[str, dict[str, Any]], faults: Faults) -> tuple[list[Row], int]:
