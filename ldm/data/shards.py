@@ -60,9 +60,8 @@ class Row(NamedTuple):
 
     def fields(self) -> dict[str, Any]:
         """The sample's JSON, with `captions` cleaned. Raises SampleError."""
-        where = f"{self.key}.%s in shard {self.file.name}"
+        json_name, text_name = (f"{self.key}.{kind} in shard {self.file.name}" for kind in ("json", "txt"))
         try:
-            json_name, text_name = where % "json", where % "txt"
             fields = parse_object(decode(self.read("json"), json_name), json_name) if "json" in self.spans else {}
             captions = fields.get("captions", fields.get("text"))
             if captions is not None:
@@ -103,7 +102,7 @@ class Shards:
         check_split(split)
         self.size, self.limit, self.faults = size, limit, Faults(max_broken)
         self.files = find_shards(path)
-        self.stamps = {}  # of each shard: its hash where an index has it, else its size and time
+        self.stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, self.files)]
         rows = self._find(split, seed)
         if not rows:
             raise UserError(
@@ -112,7 +111,8 @@ class Shards:
             )
         # Arrays, not Python objects: worker processes share their memory, and a million samples take 100 MB.
         self._keys = np.array([row.key for row in rows])
-        self._shard = np.array([self.files.index(row.file) for row in rows])
+        numbers = {file: number for number, file in enumerate(self.files)}
+        self._shard = np.array([numbers[row.file] for row in rows])
         self._spans = {kind: np.array([row.spans.get(kind, Span()) for row in rows], np.int64) for kind in LARGEST}
         self.lengths = [int(n) for n in np.bincount(self._shard) if n]
 
@@ -133,9 +133,9 @@ class Shards:
         return self._row(index).fields()["captions"]
 
     def identity(self, index: int) -> tuple[str, str]:
-        """The key of sample `index`; and its shard with that one's hash or time, and where in it the picture lies."""
+        """The key of sample `index`; and its shard with size and time, and where in it the picture lies."""
         row = self._row(index)
-        return row.key, f"{row.file.name} {self.stamps[row.file.name]} {row.spans['image']} {self.limit}"
+        return row.key, f"{row.file.name} {self.stamps[self._shard[index]]} {row.spans['image']} {self.limit}"
 
     def _row(self, index: int) -> Row:
         if not -len(self) <= index < len(self):
@@ -153,8 +153,6 @@ class Shards:
                 continue
             samples, count = find_samples(file, index, self.faults)
             total += count
-            stat = file.stat()
-            self.stamps[file.name] = index[file.name]["sha256"] if index else f"{stat.st_size} {stat.st_mtime_ns}"
             for row in samples:
                 if first.setdefault(row.key, file) == file:
                     (rows if named else unnamed).append(row)
