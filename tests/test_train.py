@@ -229,8 +229,8 @@ def test_loading_processes_end_with_a_step_that_fails(tmp_path, monkeypatch):
 
 
 def test_a_loading_process_outlives_a_sigterm_but_not_for_ever():
-    code = "import os, signal, time; from ldm import interrupt; interrupt.GRACE = 1"
-    code += "; interrupt.ignore_signals(0); os.kill(os.getpid(), signal.SIGINT)"
+    code = "import os, signal, time; from ldm.data import loader; loader.GRACE = 1"
+    code += "; loader.ignore_signals(0); os.kill(os.getpid(), signal.SIGINT)"
     code += "; os.kill(os.getpid(), signal.SIGTERM); print('alive', flush=True); time.sleep(600)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGALRM and done.stdout == "alive\n"
