@@ -89,7 +89,7 @@ def facts(model: "Model", s: "Setting", size: int) -> list[tuple[str, str]]:
 
     batch = model.batch * model.accumulate * s.gpus
     yield_of = f"{model.unet_flops / 1e12:.3g} + {model.text_flops / 1e12:.3g} + {model.vae_flops / 1e12:.3g} TFLOP"
-    cache = cache_bytes(s.pictures, model.latent, s.pictures * s.caption_bytes)
+    cache = cache_bytes(s.pictures, model.latent)
     return [
         ("a picture: U-Net there and back, text, VAE encoder", yield_of),
         ("U-Net", f"{model.parameters / 1e6:,.0f}M parameters, {size_of(STATE_BYTES * model.parameters)} on each GPU"),

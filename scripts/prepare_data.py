@@ -28,11 +28,11 @@ def _add_emoji(commands: argparse._SubParsersAction) -> None:
 
 
 def _emoji(options: argparse.Namespace) -> None:
-    from ldm.data import emoji_build, emoji_split  # here, so that --help is quick
+    from ldm.data.emoji_build import build  # here, so that --help is quick
 
-    records = emoji_build.build(options.out, options.size, options.packages, options.compact)
-    print(emoji_split.table(records))
-    print(f"{len(records)} pictures of {options.size} px are in {options.out}")
+    count = build(options.out, options.size, options.packages, options.compact)
+    print((options.out / "split.txt").read_text(), end="")
+    print(f"{count} pictures of {options.size} px are in {options.out}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,19 @@ import pytest
 from scipy import ndimage
 
 from ldm.config import UserError
-from ldm.data.shapes import COLOURS, RELATIONS, SHAPES, SIZES, Scene, Shapes, Thing, is_held_out, render
-from ldm.data.shapes_captions import captions, wordings
+from ldm.data.shapes import (
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Shapes,
+    Thing,
+    captions,
+    is_held_out,
+    render,
+    wordings,
+)
 from ldm.metrics.compositional import TASKS, breakdown, cases, check, parse, score
 from ldm.metrics.compositional_parse import UNKNOWN
 

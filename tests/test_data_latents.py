@@ -1,166 +1,166 @@
+"""The latent cache: the VAE's moments, captions of the data set, and whatever has changed encoded again."""
+
 import errno
+import os
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_data_folder import picture
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ldm.config import UserError
-from ldm.data.latents import CachedLatents, cache_latents, data_hash
-from ldm.model_io import module_hash
+from ldm.data.faults import SampleError
+from ldm.data.folder import Folder
+from ldm.data.latents import open_latents
+from ldm.data.shapes import Shapes
+from ldm.images import to_float
+
+CPU = torch.device("cpu")
 
 
 class TinyVAE(nn.Module):
+    """Counts what it has encoded."""
+
     def __init__(self, seed=0):
         super().__init__()
         torch.manual_seed(seed)
         self.net = nn.Conv2d(3, 8, 4, stride=4)
         self.drop = nn.Dropout(0.5)
+        self.count = 0
 
     def encode(self, x):
         assert x.dtype == torch.float32 and x.min() >= -1 and x.max() <= 1 and not torch.is_grad_enabled()
+        self.count += len(x)
         mean, logvar = self.drop(self.net(x)).chunk(2, dim=1)
         return SimpleNamespace(mean=mean, std=torch.exp(0.5 * logvar))
 
 
-def pictures(count=7, size=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
-    return [{"image": x, "captions": [f"bild {i}", "ü" * i + "x"], "key": f"k{i}"} for i, x in enumerate(images)]
-
-
 @pytest.fixture
-def made(tmp_path):
-    vae, data, path = TinyVAE(), pictures(), tmp_path / "sub" / "latents.safetensors"
-    cache_latents(vae, data, path, batch_size=3)
-    return vae, data, path
+def root(tmp_path) -> Path:
+    """A training split of 12 captioned pictures."""
+    for i in range(12):
+        picture(tmp_path, f"photos/train/{i:02d}.png", f"caption {i}", color=(20 * i, 0, 0))
+    return tmp_path / "photos"
 
 
-def test_cached_moments_are_the_vaes(made):
-    vae, data, path = made
-    assert vae.training  # as it was before
+def encoded(cached) -> list:
+    return [cached[i]["mean"] for i in range(len(cached))]
+
+
+def test_cached_moments_are_the_vaes(root, tmp_path):
+    vae, data, path = TinyVAE(), Folder(root, 16), tmp_path / "sub" / "latents.safetensors"
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    cached = open_latents(path, vae, data, 5, CPU)
+    assert vae.training and torch.equal(torch.get_rng_state(), before) and len(cached) == 12
     vae.eval()
-    cached = CachedLatents(path, module_hash(vae), data_hash(data))
-    assert len(cached) == 7 and cached.shape == (7, 4, 4, 4)
-    for sample, item in zip(data, cached, strict=True):
+    for i, sample in enumerate(data):
+        item = cached[i]
         with torch.no_grad():
-            moments = vae.encode(sample["image"][None] / 127.5 - 1)
-        assert (item["key"], item["captions"]) == (sample["key"], sample["captions"])
+            moments = vae.encode(to_float(sample["image"][None]))
+        assert (item["key"], item["captions"]) == (sample["key"], sample["captions"]) and cached.captions(i)
         for name in ("mean", "std"):
-            want = getattr(moments, name)[0]
             assert item[name].dtype == torch.float32 and item[name].shape == (4, 4, 4)
-            torch.testing.assert_close(item[name], want, rtol=2**-10, atol=1e-6)
-    assert torch.equal(cached[-1]["mean"], cached[6]["mean"])
+            torch.testing.assert_close(item[name], getattr(moments, name)[0], rtol=2**-10, atol=1e-6)
+    assert torch.equal(cached[-1]["mean"], cached[11]["mean"])
     with pytest.raises(IndexError):
-        cached[7]
-
-
-def test_the_file_is_plain_safetensors(made):
-    vae, _, path = made
-    tensors = load_file(path)
-    assert {name: t.dtype for name, t in tensors.items()} == {
-        "mean": torch.float16,
-        "std": torch.float16,
-        "offsets": torch.int64,
-        "records": torch.uint8,
+        cached[12]
+    assert {name: tuple(t.shape) for name, t in load_file(path).items()} == {
+        "mean": (12, 4, 4, 4),
+        "std": (12, 4, 4, 4),
+        "identities": (12, 16),
     }
-    assert torch.equal(tensors["mean"][3].float(), CachedLatents(path, module_hash(vae))[3]["mean"])
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_batch_size_and_workers_do_not_change_it(made, tmp_path):
-    vae, data, path = made
-    cache_latents(vae, data, tmp_path / "b", batch_size=7, workers=1)
-    first, second = load_file(path), load_file(tmp_path / "b")
-    assert torch.equal(first["records"], second["records"]) and torch.equal(first["offsets"], second["offsets"])
-    torch.testing.assert_close(first["mean"], second["mean"], rtol=2**-9, atol=1e-5)
+def test_what_changed_is_encoded_again_and_captions_are_todays(root, tmp_path):
+    vae, path = TinyVAE(), tmp_path / "cache"
+    first = encoded(open_latents(path, vae, Folder(root, 16), 4, CPU))
+    written = path.read_bytes()
+    for i in range(12):
+        (root / "train" / f"{i:02d}.txt").write_text(f"corrected {i}")
+    vae.count = 0
+    cached = open_latents(path, vae, Folder(root, 16), 4, CPU)
+    assert vae.count == 0 and path.read_bytes() == written
+    assert [cached[i]["captions"] for i in range(12)] == [[f"corrected {i}"] for i in range(12)]
+    picture(root, "train/03.png", color=(0, 255, 0))  # under the same name
+    picture(root, "train/99.png", "new", color=(0, 0, 255))
+    (root / "train" / "05.png").unlink()
+    (root / "train" / "05.txt").unlink()
+    data = Folder(root, 16)
+    cached = open_latents(path, vae, data, 4, CPU)
+    assert vae.count == 3  # the two, and one that tells the shape
+    again = dict(zip((key for key, _ in data.samples), encoded(cached), strict=True))
+    assert len(again) == 12 and "train/05.png" not in again
+    same = [torch.equal(again[f"train/{i:02d}.png"], first[i]) for i in range(12) if i != 5]
+    assert same == [i != 3 for i in range(12) if i != 5]
+    fresh = encoded(open_latents(tmp_path / "fresh", vae, data, 4, CPU))
+    assert all(torch.allclose(a, b, rtol=2**-9, atol=1e-5) for a, b in zip(again.values(), fresh, strict=True))
 
 
-def test_caching_leaves_the_random_state_alone(tmp_path):
-    vae = TinyVAE()
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    cache_latents(vae, pictures(2), tmp_path / "a")
-    assert torch.equal(torch.get_rng_state(), before)
+def test_an_unreadable_picture_stays_one(root, tmp_path):
+    file = root / "train" / "04.png"
+    file.write_bytes(file.read_bytes()[:45])  # its header is whole
+    data = Folder(root, 16, max_broken=0.2)
+    for _ in range(2):
+        cached = open_latents(tmp_path / "cache", TinyVAE(), data, 4, CPU)
+        with pytest.raises(SampleError, match=r"04\.png"):
+            cached[4]
+        assert cached[5]["mean"].isfinite().all()
+    assert data.faults.reasons.keys() == {"train/04.png"}
 
 
-def test_another_vae_is_refused(made):
-    vae, data, path = made
-    with torch.no_grad():
-        vae.net.bias[0] += 1e-6
-    with pytest.raises(UserError, match="made by another VAE"):
-        CachedLatents(path, module_hash(vae))
-    CachedLatents(path, module_hash(TinyVAE()), data_hash(data))
-
-
-def test_another_data_set_or_size_is_refused(made):
-    vae, data, path = made
-    others = [pictures(seed=1), pictures(size=8), pictures(6), data[::-1]]
-    others.append([sample | {"captions": ["other"]} for sample in data])
-    for other in others:
+def test_another_vae_other_data_and_older_caches_are_refused(root, tmp_path):
+    vae, path = TinyVAE(), tmp_path / "cache"
+    open_latents(path, vae, Folder(root, 16), 4, CPU)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="made by another VAE .*; delete it"):
+        open_latents(path, TinyVAE(1), Folder(root, 16), 4, CPU)
+    for data in (Folder(root, 8), Shapes(32, "val")):
         with pytest.raises(UserError, match="another data set, split or picture size"):
-            CachedLatents(path, module_hash(vae), data_hash(other))
-
-
-def test_module_hash_depends_on_every_name_type_and_value():
-    vae = TinyVAE()
-    known = {module_hash(vae)}
-    assert module_hash(TinyVAE()) in known
-    renamed = nn.ModuleDict({"other": vae.net})
-    for module in (TinyVAE(1), renamed, TinyVAE().double(), TinyVAE().bfloat16(), nn.BatchNorm2d(2)):
-        known.add(module_hash(module))
-    assert len(known) == 6
-
-
-def test_broken_and_missing_files(made, tmp_path):
-    vae, _, path = made
-    with pytest.raises(UserError, match="does not exist"):
-        CachedLatents(tmp_path / "gone", module_hash(vae))
-    data = path.read_bytes()
-    for part in (data[:-1], data[:3000], b"", b"rubbish" * 999):
+            open_latents(path, vae, data, 4, CPU)
+    assert path.read_bytes() == before
+    save_file({"mean": torch.zeros(1)}, path, {"format": "ldm-latents-1", "vae": "x", "data": "y"})
+    with pytest.raises(UserError, match=r"is of another version \(ldm-latents-1, not ldm-latents-2\); delete it"):
+        open_latents(path, vae, Folder(root, 16), 4, CPU)
+    for part in (before[:-1], before[:500], b"", b"rubbish" * 999):
         path.write_bytes(part)
         with pytest.raises(UserError, match="is damaged"):
-            CachedLatents(path, module_hash(vae))
-    from safetensors.torch import save_file
-
-    save_file({"mean": torch.zeros(1)}, path)
-    with pytest.raises(UserError, match="no latent cache of this version"):
-        CachedLatents(path, module_hash(vae))
+            open_latents(path, vae, Folder(root, 16), 4, CPU)
 
 
-def test_a_failed_write_keeps_the_old_file(made):
-    vae, data, path = made
+def test_a_failed_write_keeps_the_old_file(root, tmp_path, monkeypatch):
+    vae, path = TinyVAE(), tmp_path / "cache" / "file"
+    open_latents(path, vae, Folder(root, 16), 4, CPU)
     before = path.read_bytes()
-
-    class Failing(list):
-        def __getitem__(self, index):
-            if index == 6 and self.probed:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            self.probed = self.probed or index == 6
-            return super().__getitem__(index)
-
-    broken = Failing(data)
-    broken.probed = False
-    with pytest.raises(UserError, match="cannot write the latent cache .* No space left"):
-        cache_latents(vae, broken, path)
-    with torch.no_grad():
-        vae.net.weight.fill_(float("nan"))
+    picture(root, "train/99.png", "new")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(UserError, match="cannot write the latent cache .* No space left"):
+            open_latents(path, vae, Folder(root, 16), 4, CPU)
+    vae.encode = lambda x: SimpleNamespace(
+        mean=torch.full((len(x), 4, 4, 4), torch.nan), std=torch.ones(len(x), 4, 4, 4)
+    )
     with pytest.raises(UserError, match="not finite"):
-        cache_latents(vae, data, path)
+        open_latents(path, vae, Folder(root, 16), 4, CPU)
     with pytest.raises(UserError, match="no samples"):
-        cache_latents(vae, [], path)
+        open_latents(tmp_path / "new", vae, [], 4, CPU)
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_worker_processes_and_pickling(made):
-    vae, data, path = made
-    cached = CachedLatents(path, module_hash(vae))
-    cached[0]
+def test_worker_processes_pickling_and_a_cache_that_another_run_replaced(root, tmp_path):
+    vae, data = TinyVAE(), Folder(root, 16)
+    cached = open_latents(tmp_path / "cache", vae, data, 4, CPU)
     copy = pickle.loads(pickle.dumps(cached))
     assert torch.equal(copy[5]["std"], cached[5]["std"])
     loaded = [item for batch in DataLoader(cached, 3, num_workers=2, collate_fn=list) for item in batch]
-    assert [item["key"] for item in loaded] == [sample["key"] for sample in data]
-    assert all(torch.equal(item["mean"], cached[i]["mean"]) for i, item in enumerate(loaded))
+    assert [item["key"] for item in loaded] == [key for key, _ in data.samples]
+    picture(root, "train/00.png", color=(9, 9, 9))
+    open_latents(tmp_path / "cache", vae, Folder(root, 16), 4, CPU)
+    with pytest.raises(UserError, match="replaced by another run"):
+        cached[3]

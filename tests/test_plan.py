@@ -1,6 +1,5 @@
 """What a training takes, against closed forms, and what its script says."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from torch import nn
 
 from ldm.commands import plan
 from ldm.commands.plan import Model, Setting
-from ldm.data.latents import CachedLatents, cache_bytes, cache_latents
-from ldm.model_io import module_hash
+from ldm.data import open_dataset
+from ldm.data.latents import cache_bytes, open_latents
 from ldm.unet import UNetConfig
 
 SD15 = Path(__file__).parents[1] / "configs" / "sd15"
@@ -56,13 +55,11 @@ def test_stable_diffusions_size_is_as_published():
 
 
 def test_a_cache_has_the_bytes_that_were_foreseen(tmp_path):
-    samples = tiny.samples(5)
+    samples = open_dataset(replace(tiny.DATA, length=5), "train")
     vae = tiny.encoder()
-    cache_latents(vae, samples, tmp_path / "cache", batch_size=2)
-    cached = CachedLatents(tmp_path / "cache", module_hash(vae))
-    text = sum(len(json.dumps([s["key"], s["captions"]]).encode()) for s in samples)
-    assert cache_bytes(5, cached.shape[1:], text) == (tmp_path / "cache").stat().st_size
-    assert plan.sample_bytes(MODEL, SETTING, 64) == 2 * 2 * 4 * 8 * 8 + 8 + 100
+    cached = open_latents(tmp_path / "cache", vae, samples, 2, torch.device("cpu"))
+    assert cache_bytes(5, cached[0]["mean"].shape) == (tmp_path / "cache").stat().st_size
+    assert plan.sample_bytes(MODEL, SETTING, 64) == 2 * 2 * 4 * 8 * 8 + 16 + 100
     assert plan.sample_bytes(MODEL, replace(SETTING, cached=False), 64) == 64 * 64 / 4 + 100
 
 
@@ -80,7 +77,7 @@ def test_time_is_work_over_rate_and_cost_is_time_of_all_gpus():
     assert found.reduce_seconds == 2 * 3 / 4 * 4 * 30 / 1e6 and found.waited_seconds == 0  # 2 s of backward hide it
     assert found.step_seconds == 6 * 600 / 1200 and found.limit == "computing"
     assert found.train_seconds == 4800 * 600 / 1200 / 4
-    assert found.pictures_per_second == 24 / 3 and found.read_rate == 8 * 1132
+    assert found.pictures_per_second == 24 / 3 and found.read_rate == 8 * 1140
     assert found.gpu_hours == pytest.approx(4800 * 700 / 1200 / 3600) and found.cost == found.gpu_hours * 3
 
 
@@ -89,7 +86,7 @@ def test_the_slowest_part_sets_the_pace():
     assert slow_links.reduce_seconds == 6.0 and slow_links.waited_seconds == pytest.approx(6 - 2 / 3)
     assert slow_links.step_seconds == pytest.approx(3 + 6 - 2 / 3) and slow_links.limit == "all-reduce"
     slow_disk = plan.plan(MODEL, replace(SETTING, storage=100.0), 64, 1200.0)
-    assert slow_disk.step_seconds == 24 * 1132 / 100 and slow_disk.limit == "storage"
+    assert slow_disk.step_seconds == 24 * 1140 / 100 and slow_disk.limit == "storage"
     assert slow_disk.read_rate == pytest.approx(100)
     uncached = plan.plan(MODEL, replace(SETTING, cached=False), 64, 1200.0)
     assert uncached.encode_seconds == 0 and uncached.step_seconds == 6 * 700 / 1200

@@ -10,8 +10,7 @@ import torch
 
 from ldm.config import UserError
 from ldm.data import shapes
-from ldm.data.shapes import COLOURS, SHAPES, SIZES, Scene, Shapes, Thing, coverage, is_held_out, render
-from ldm.data.shapes_captions import captions
+from ldm.data.shapes import COLOURS, SHAPES, SIZES, Scene, Shapes, Thing, captions, coverage, is_held_out
 
 WORD = re.compile(rf"(a|one|two|three) (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:e?s)?$")
 RELATION = re.compile(r" (?:to the )?(left of|right of|above|below) (?:the )?")
@@ -93,14 +92,6 @@ def test_every_caption_is_true_complete_and_short(scenes):
     assert len(words) <= 45
 
 
-def test_a_changed_caption_is_false():
-    scene = next(s for s in (Shapes().scene(i) for i in range(99)) if s.relation == "left of")
-    text = captions(scene)[0]
-    for old, new in (("left of", "right of"), ("left of", "above"), (scene.things[0].shape, "ring")):
-        if old != new:
-            assert not is_true(text.replace(old, new), scene)
-
-
 def test_things_lie_inside_and_apart(scenes):
     for scene in scenes:
         for thing in scene.things:
@@ -177,15 +168,6 @@ def test_coverage_has_the_exact_area(shape):
     mask = coverage(shape, 40.0, 22.3, 21.6, 44)
     assert mask.min() == 0 and mask.max() == 1 and 0 < ((mask > 0) & (mask < 1)).mean() < 0.2
     assert mask.sum() == pytest.approx(AREAS[shape] * 20**2, rel=0.02)
-
-
-def test_a_picture_holds_its_colours_where_the_scene_says():
-    thing = Thing(colour="green", shape="square", size="large", x=0.3, y=0.6)
-    picture = render(Scene(things=(thing,)), 64)
-    assert tuple(picture[38, 19]) == COLOURS["green"] and tuple(picture[0, 0]) == shapes.BACKGROUND
-    rows, columns = np.nonzero((picture != 128).any(-1))
-    assert (columns.mean() + 0.5) / 64 == pytest.approx(0.3, abs=0.01)
-    assert (rows.mean() + 0.5) / 64 == pytest.approx(0.6, abs=0.01)
 
 
 def test_shapes_are_told_apart_even_when_small():

@@ -15,7 +15,7 @@ import tiny
 import torch
 
 from ldm.config import UserError, build
-from ldm.data.latents import cache_latents
+from ldm.data.latents import open_latents
 from ldm.data.shards import Shards, write_shards
 from ldm.model_io import load_tensors, read_json
 from ldm.train import state as run_state
@@ -229,8 +229,8 @@ def test_loading_processes_end_with_a_step_that_fails(tmp_path, monkeypatch):
 
 
 def test_a_loading_process_outlives_a_sigterm_but_not_for_ever():
-    code = "import os, signal, time; from ldm import interrupt; interrupt.GRACE = 1"
-    code += "; interrupt.leave_to_the_main_process(0); os.kill(os.getpid(), signal.SIGINT)"
+    code = "import os, signal, time; from ldm.data import loader; loader.GRACE = 1"
+    code += "; loader.ignore_signals(0); os.kill(os.getpid(), signal.SIGINT)"
     code += "; os.kill(os.getpid(), signal.SIGTERM); print('alive', flush=True); time.sleep(600)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGALRM and done.stdout == "alive\n"
@@ -260,7 +260,7 @@ def check_data(folder: Path) -> None:
     """Two processes have written the cache that one writes, and have read every sample once an epoch."""
     shards = Shards(folder / "shards", 32)
     assert len(shards) == 23 and len(shards.lengths) == 3
-    cache_latents(tiny.encoder(), shards, folder / "one.safetensors", batch_size=4)
+    open_latents(folder / "one.safetensors", tiny.encoder(), shards, 4, torch.device("cpu"))
     assert (folder / "one.safetensors").read_bytes() == (folder / "latents.safetensors").read_bytes()
     both = [read_json(folder / f"names-{rank}.json") for rank in range(2)]
     for name in ("shards", "cache"):

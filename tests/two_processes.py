@@ -12,10 +12,10 @@ import tiny
 import torch
 from accelerate.utils import gather_object
 
-from ldm.data.latents import CachedLatents, cache_latents, data_hash
+from ldm.data.latents import open_latents
 from ldm.data.shards import Shards
 from ldm.metrics import GaussianMoments
-from ldm.model_io import module_hash, save_tensors, write_json
+from ldm.model_io import save_tensors, write_json
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
 from ldm.train.loop import Run, train
@@ -54,8 +54,7 @@ def main(out: Path) -> None:
 def data(out: Path, rank: int) -> None:
     """Which samples of shards and of a cache each process gets in three epochs, in names-RANK.json."""
     shards = Shards(out / "shards", 32)
-    cache_latents(tiny.encoder(), shards, out / "latents.safetensors", batch_size=4)
-    cached = CachedLatents(out / "latents.safetensors", module_hash(tiny.encoder()), data_hash(shards))
+    cached = open_latents(out / "latents.safetensors", tiny.encoder(), shards, 4, torch.device("cpu"))
     names = {}
     for name, dataset in (("shards", shards), ("cache", cached)):
         task = tiny.Toy()

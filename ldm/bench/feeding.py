@@ -12,12 +12,11 @@ from ldm.bench import models
 from ldm.bench.worker import Job
 from ldm.data import DataConfig, open_dataset, spread, stack_images
 from ldm.data.emoji import Emoji
-from ldm.data.latents import CachedLatents, cache_latents
+from ldm.data.latents import CachedLatents, open_latents
 from ldm.data.loader import load
 from ldm.data.order import EpochBatches
 from ldm.data.shards import write_shards
 from ldm.metrics.features import feature_extractor
-from ldm.model_io import module_hash
 from ldm.train.diffusion import stack_latents
 from ldm.vae import VAE
 
@@ -63,9 +62,7 @@ def emoji_shards(home: Path) -> Path:
 def emoji_latents(home: Path, device: torch.device) -> CachedLatents:
     """What the shipped autoencoder makes of the same pictures."""
     path, vae = home / "pictures.safetensors", VAE.from_pretrained("emoji").eval().to(device)
-    if not path.exists():
-        cache_latents(vae, _open("folder", home), path, 64, device)
-    return CachedLatents(path, module_hash(vae))
+    return open_latents(path, vae, _open("folder", home), 64, device)
 
 
 def _open(source: str, home: Path) -> Any:

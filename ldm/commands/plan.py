@@ -188,7 +188,7 @@ def all_reduce_bytes(parameters: int, gpus: int) -> float:
 def sample_bytes(model: Model, s: Setting, size: int) -> float:
     """Bytes read for one sample of a training: its part of the cache, or its picture and caption."""
     if s.cached:
-        return cache_bytes(1, model.latent, s.caption_bytes) - cache_bytes(0, model.latent, 0)
+        return cache_bytes(1, model.latent) - cache_bytes(0, model.latent) + s.caption_bytes
     return (s.picture_bytes or size**2 // 4) + s.caption_bytes
 
 

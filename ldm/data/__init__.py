@@ -1,7 +1,8 @@
 """Captioned images by name. A data set is a pure function of the index:
 
-dataset[i] -> {"image": uint8 (3, size, size), "captions": list[str], "key": str}
-dataset.captions(i) -> the same captions, without touching the image
+dataset[i] -> {"image": uint8 (3, size, size), "captions": list[str], "key": str}, or raises SampleError
+dataset.captions(i) -> the same captions, without decoding the image
+dataset.identity(i) -> the key, and a string that changes when the image's file does
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +13,14 @@ import torch
 from torch import Tensor
 
 from ldm.config import UserError, require
+from ldm.data.emoji import Emoji
+from ldm.data.faults import readable
+from ldm.data.folder import Folder
+from ldm.data.shapes import Shapes
+from ldm.data.shards import Shards
+from ldm.data.splits import SPLITS, check_split
 
-SPLITS = ("train", "val", "test")
+__all__ = ["SPLITS"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,65 +28,53 @@ class DataConfig:
     """Which captioned images, at which size."""
 
     name: str = "shapes"  # shapes | emoji | folder | shards
-    path: str = ""  # where a folder or shards are
-    size: int = 32  # pixels a side, after resize and centre crop
-    length: int | None = None  # scenes of the training split of shapes
-    seed: int = 0  # of the shapes, and of the split of a folder or shards that have none
+    path: str = ""  # of the folder or shards
+    size: int = 32  # pixels per side, after resizing and centre crop
+    length: int | None = None  # scenes in the training split of shapes
+    seed: int = 0  # of the shapes, and of the split of a folder or shards that names none
     flip: bool = False  # mirror half of the training images; wrong where captions say left or right
-    max_pixels: int = 16_000_000  # of a picture of a folder or shards; a larger one is not decoded
+    max_pixels: int = 16_000_000  # of a picture in a folder or shards; a larger one is left out, not decoded
     max_broken: float = 0.01  # share of the samples of a folder or shards that may be left out as unusable
 
     def __post_init__(self) -> None:
         # up to what Pillow itself opens
         require(1 <= self.max_pixels <= 178_000_000, "data.max_pixels", self.max_pixels, "from 1 to 178000000")
         require(0 <= self.max_broken <= 1, "data.max_broken", self.max_broken, "in [0, 1]")
+        require(self.size >= 1, "data.size", self.size, "1 or more")
 
 
 def open_dataset(config: DataConfig, split: str, need_captions: bool = True) -> Any:
-    """The data set `config.name`, split train, val or test. UserError for an unknown name or split.
+    """The data set `config.name`, split train, val or test. Raises UserError for an unknown name or split.
 
     Without `need_captions` the pictures of a folder may have none, which is enough for an autoencoder.
     """
     if config.name not in DATASETS:
         raise UserError(f"unknown data set {config.name!r}; known: {', '.join(DATASETS)}")
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    check_split(split)
     return DATASETS[config.name](config, split, need_captions)
 
 
-def _shapes(config: DataConfig, split: str, need_captions: bool) -> Any:
-    from ldm.data.shapes import Shapes
-
+def _shapes(config: DataConfig, split: str, need_captions: bool) -> Shapes:
     return Shapes(config.size, split, config.length if split == "train" else None, config.seed)
 
 
-def _emoji(config: DataConfig, split: str, need_captions: bool) -> Any:
-    from ldm.data.emoji import Emoji
-
+def _emoji(config: DataConfig, split: str, need_captions: bool) -> Emoji:
     return Emoji(config.size, split, config.path or None)
 
 
-def _folder(config: DataConfig, split: str, need_captions: bool) -> Any:
-    from ldm.data.folder import Folder
-
-    return Folder(need_captions=need_captions, **_own(config, split))
+def _folder(config: DataConfig, split: str, need_captions: bool) -> Folder:
+    return Folder(need_captions=need_captions, **_of_user(config, split))
 
 
-def _shards(config: DataConfig, split: str, need_captions: bool) -> Any:
-    from ldm.data.shards import Shards
-
-    return Shards(**_own(config, split))
+def _shards(config: DataConfig, split: str, need_captions: bool) -> Shards:
+    return Shards(**_of_user(config, split))
 
 
-def _own(config: DataConfig, split: str) -> dict[str, Any]:
-    """What a user's own folder and shards are opened with (UserError)."""
-    c = config
+def _of_user(c: DataConfig, split: str) -> dict[str, Any]:
     if not c.path:
-        raise UserError(
-            f"data set {c.name!r} needs a path: --data-path PATH in an evaluation, data.path=PATH in a training"
-        )
-    about = {"path": c.path, "size": c.size, "split": split, "seed": c.seed}
-    return about | {"limit": c.max_pixels, "max_broken": c.max_broken}
+        raise UserError(f"data set {c.name!r} needs a path: --data-path PATH to evaluate, data.path=PATH to train")
+    options = {"path": c.path, "size": c.size, "split": split, "seed": c.seed}
+    return options | {"limit": c.max_pixels, "max_broken": c.max_broken}
 
 
 DATASETS: dict[str, Callable[[DataConfig, str, bool], Any]] = {
@@ -96,9 +91,9 @@ def stack_images(samples: list[dict]) -> dict:
 
 
 def spread(dataset: Any, count: int) -> list[int]:
-    """At most `count` indices, evenly spread over the data set: it may be sorted."""
+    """At most `count` indices, evenly spread over the data set, which may be sorted; without unreadable samples."""
     count = min(count, len(dataset))
-    return [i * (len(dataset) - 1) // max(count - 1, 1) for i in range(count)]
+    return readable(dataset, [i * (len(dataset) - 1) // max(count - 1, 1) for i in range(count)])
 
 
 def batches(dataset: Any, indices: Sequence[int], batch_size: int) -> Iterator[dict]:
@@ -107,13 +102,11 @@ def batches(dataset: Any, indices: Sequence[int], batch_size: int) -> Iterator[d
         yield stack_images([dataset[i] for i in indices[start : start + batch_size]])
 
 
-def choose_captions(captions: list[list[str]]) -> list[str]:
-    """One caption of each list, by torch's global generator (which the training loop seeds every step)."""
-    places = torch.rand(len(captions)).tolist()
-    return [c[int(place * len(c))] for c, place in zip(captions, places, strict=True)]
+def choose_captions(captions: list[list[str]], places: Tensor) -> list[str]:
+    """One caption of each list, the one at its place (B,) in [0, 1)."""
+    return [c[int(place * len(c))] for c, place in zip(captions, places.tolist(), strict=True)]
 
 
-def flip_half(image: Tensor) -> Tensor:
-    """Mirrors each image (B, 3, H, W) with probability one half, by torch's global generator."""
-    mirrored = torch.rand(len(image), device=image.device) < 0.5
-    return torch.where(mirrored[:, None, None, None], image.flip(-1), image)
+def flip_half(image: Tensor, chances: Tensor) -> Tensor:
+    """Mirrors each image (B, 3, H, W) whose chance (B,), uniform in [0, 1), is below one half."""
+    return torch.where((chances < 0.5)[:, None, None, None], image.flip(-1), image)

@@ -1,17 +1,18 @@
 """About 7,000 captioned emoji in two styles: Microsoft's Fluent ("3D") and Google's Noto ("flat").
 
-The 64 px copy in `ldm/assets/data/emoji64` ships with the package; `scripts/prepare_data.py emoji` builds
-others (`emoji_build`), captions come from `emoji_names`, the split from `emoji_split`:
+The 64 px copy in `ldm/assets/data/emoji64` ships with the package; `scripts/prepare_data.py emoji` draws others
+(`emoji_build`). The split is by content:
 
                pictures   held-out concepts   held-out combinations
     train      6442
     val         144              72                    72
     test        575             287                   288
 
-A held-out concept is seen in the other style only; a held-out (role, skin tone, gender) in neither. No
-picture of val or test is near-identical to one of train, and no caption is shared (`split.txt`: whole table).
+A held-out concept is seen in the other style only; a held-out (role, skin tone, gender) in neither. No picture of val
+or test is near-identical to one of train, and no caption is shared (`split.txt`: whole table).
 """
 
+import hashlib
 import io
 import json
 import tarfile
@@ -21,7 +22,7 @@ from typing import Any
 from PIL import Image
 
 from ldm.config import UserError
-from ldm.data.splits import SPLITS
+from ldm.data.splits import check_split
 from ldm.images import read_image
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "data" / "emoji64"
@@ -34,16 +35,15 @@ class Emoji:
     key, captions, concept, style ("3D" | "flat"), group, held_out ("" | "concept" | "combination"), and role,
     skin_tone and gender (empty where there is none). `folder` is a set that `prepare_data.py emoji` built;
     without it the shipped copy is read, up to 64 px. Raises UserError for an unknown split, a folder that is
-    no such set, and a size above the stored pictures'.
+    no such set, and a size above that of the stored pictures.
     """
 
     def __init__(self, size: int = 64, split: str = "train", folder: str | Path | None = None) -> None:
-        if split not in SPLITS:
-            raise UserError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
+        check_split(split)
         folder = Path(folder or SHIPPED)
         self.size = size
-        self.records, self._pictures = _read(folder, split)
-        stored = Image.open(io.BytesIO(self._pictures[0])).width
+        self.records, self.pictures = _read(folder, split)
+        stored = Image.open(io.BytesIO(self.pictures[0])).width
         if not 1 <= size <= stored:
             raise UserError(
                 f"emoji size {size} is not in 1..{stored}, the size of {folder.name}; for larger pictures run"
@@ -55,12 +55,16 @@ class Emoji:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        image = read_image(self._pictures[index], self.size, name=record["key"])
+        image = read_image(self.pictures[index], self.size, name=record["key"])
         return {"image": image, "captions": record["captions"], "key": record["key"]}
 
     def captions(self, index: int) -> list[str]:
         """The captions of picture `index`, without decoding it."""
         return self.records[index]["captions"]
+
+    def identity(self, index: int) -> tuple[str, str]:
+        """The key and the hash of picture `index`."""
+        return self.records[index]["key"], hashlib.sha256(self.pictures[index]).hexdigest()
 
     def new_combination(self, index: int) -> bool:
         """Whether training shows the role of picture `index` in no style with its skin tone and gender."""

@@ -1,17 +1,18 @@
-"""Samples that cannot be used: passed over and listed, until they are too many to be an accident."""
+"""Samples that cannot be used: listed with the reason, tolerated up to a share of the data set."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ldm.config import UserError
 
-SHARE = 0.01  # of all samples that may be left out
+SHARE = 0.01  # of all samples, at most
 
 
 class SampleError(UserError):
-    """One sample that cannot be used: its `name`, and in the message why and the way out, in one line."""
+    """One sample that cannot be used: its `name`, and as the message the reason in one line."""
 
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(why)
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
         self.name = name
 
     def __reduce__(self) -> tuple:
@@ -19,72 +20,60 @@ class SampleError(UserError):
 
 
 class Faults:
-    """What is wrong with the samples of a data set, each counted once: `reasons[name]` says why.
+    """The unusable samples of a data set, `reasons[name]`; among them, `uncounted`, files that are no samples.
 
-    UserError as soon as they are more than `share` of the `total` of samples (None: not known yet, all are noted).
+    Raises UserError as soon as the samples are more than `share` of the `total` (None: not known yet).
     """
 
     def __init__(self, share: float = SHARE, total: int | None = None) -> None:
         self.share, self.total = share, total
         self.reasons: dict[str, str] = {}
+        self.uncounted: set[str] = set()
+        self.tried: dict[int, bool] = {}  # index of a sample -> whether it can be read
 
-    def add(self, name: str, why: str) -> None:
-        """Notes a sample that is left out."""
-        self.reasons.setdefault(name, why)
+    def add(self, name: str, reason: str, counts: bool = True) -> None:
+        """Lists a sample, once, or a file that does not count as one."""
+        if not counts and name not in self.reasons:
+            self.uncounted.add(name)
+        self.reasons.setdefault(name, reason)
         self.check()
 
     def settle(self, total: int) -> None:
-        """Says how many samples there are, those left out among them."""
+        """Sets the number of samples, the unusable ones included."""
         self.total = total
         self.check()
 
     def check(self) -> None:
-        """UserError, with the first of them, where too many are left out."""
-        if self.total is None or len(self.reasons) <= self.share * self.total:
-            return
-        first = next(iter(self.reasons.values()))
-        raise UserError(
-            f"{first} ({len(self.reasons)} of {self.total} samples cannot be used; data.max_broken = {self.share:g} is"
-            " the share that may be left out)"
-        )
+        """Raises UserError, with the first reason, when more samples are unusable than tolerated."""
+        names = [name for name in self.reasons if name not in self.uncounted]
+        if self.total is not None and len(names) > self.share * self.total:
+            raise UserError(
+                f"{self.reasons[names[0]]} ({len(names)} of {self.total} samples cannot be used; data.max_broken ="
+                f" {self.share:g} is the share that may be left out)"
+            )
 
 
-class Tolerant:
-    """A map-style data set in whose place of a sample that cannot be read the next one stands that can.
-
-    So it stays a function of the index, whoever reads it: `data[i]` of such a sample has, beside what the other one
-    has, "faults": {name: why}; `captions(i)` is still its own where only its picture is broken. They are also noted in
-    `faults` of this process. A subclass gives `__len__`, and `read(index)` and `read_captions(index)`, which raise
-    SampleError.
-    """
-
-    faults: Faults
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample, found = self._next(index, self.read)
-        return sample | ({"faults": found} if found else {})
-
-    def captions(self, index: int) -> list[str]:
-        """The captions of sample `index`; its picture is not read."""
-        return self._next(index, self.read_captions)[0]
-
-    def readable(self, index: int) -> bool:
-        """Whether sample `index` itself can be read."""
-        return "faults" not in self[index]
-
-    def _next(self, index: int, read: Any) -> tuple[Any, dict[str, str]]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        found: dict[str, str] = {}
-        for step in range(len(self)):
+def readable(dataset: Any, indices: Sequence[int]) -> list[int]:
+    """The indices whose samples can be read; the others go into the data set's `faults`."""
+    faults = getattr(dataset, "faults", None)
+    if faults is None:
+        return list(indices)
+    for index in indices:
+        if index not in faults.tried:
             try:
-                return read((index + step) % len(self)), found
+                dataset[index]
+                faults.tried[index] = True
             except SampleError as error:
-                found[error.name] = str(error)
-                self.faults.add(error.name, str(error))
-        raise UserError(f"no sample can be read; the first: {next(iter(found.values()))}")
+                faults.tried[index] = False
+                faults.add(error.name, str(error))
+    return [index for index in indices if faults.tried[index]]
 
 
-def readable(dataset: Any, indices: list[int]) -> list[int]:
-    """Those indices whose own sample can be read; all of a data set that has no such thing."""
-    return [i for i in indices if dataset.readable(i)] if isinstance(dataset, Tolerant) else indices
+def all_captions(dataset: Any) -> Iterator[list[str]]:
+    """The captions of every sample in order, none of one whose captions cannot be read."""
+    for index in range(len(dataset)):
+        try:
+            yield dataset.captions(index)
+        except SampleError as error:
+            dataset.faults.add(error.name, str(error))
+            yield []

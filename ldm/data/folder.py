@@ -1,32 +1,43 @@
-"""A user's folder of captioned pictures."""
+"""A user's folder of captioned pictures: whatever lies in it is either used or listed with the reason, once."""
 
 import os
-import warnings
+from collections import defaultdict, deque
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.config import UserError
-from ldm.data.captions import captions_of, decode, parse_object
-from ldm.data.faults import SHARE, Faults, SampleError, Tolerant
-from ldm.data.splits import SPLITS, assign, caption_group
-from ldm.images import LIMIT, SUFFIXES, ImageError, read_image
+from ldm.data.faults import SHARE, Faults, SampleError
+from ldm.data.splits import SPLITS, caption_group, check_split, named_split, split_all
+from ldm.data.text import clean_captions, decode, parse_object, read_text
+from ldm.images import LIMIT, SUFFIXES, ImageError, image_size, read_image
 
 METADATA = "metadata.jsonl"
+# Pictures too, though perhaps none that can be read here: they count as samples.
+PICTURES = {*SUFFIXES, ".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tga", ".ico"}
 
 
-class Folder(Tolerant):
+class Entry(NamedTuple):
+    """What text files say of a picture."""
+
+    captions: list[str]
+    split: Any = None  # the field of its metadata
+
+
+class Folder:
     """Samples of one split of a folder of pictures, with captions in files, map-style.
 
     `folder[i]` -> {"image": uint8 (3, size, size), "captions": list[str], "key": str}; the key is the
-    picture's name relative to `path`. Captions come from `metadata.jsonl`, a line a picture: {"file_name":
+    picture's name relative to `path`. Captions come from a `metadata.jsonl`, one line per picture: {"file_name":
     "a.png", "text": a string or a list of strings} (several lines for one picture add up), else from a
-    `.txt` of the same name beside the picture, a caption a line. Sub-folders `train`, `val` and `test`,
-    where there are any, are the splits, each with a `metadata.jsonl` or `.txt` files of its own; else
-    pictures are split by a hash of their captions (`splits.assign`). Hidden files and folders are passed
-    over. Left out and noted in `faults`, up to a share `max_broken`: a picture without caption (unless
-    `need_captions` is false: its list is then empty, and its name decides its split), a line of metadata that is
-    broken, names a missing file or one outside the folder, and (on reading) a picture that cannot be read or has
-    more than `limit` pixels. UserError beyond that share, and for a missing or empty folder or split.
+    `.txt` of the same name beside the picture, one caption per line. Sub-folders named after splits are the splits,
+    each with a `metadata.jsonl` or `.txt` files; else the metadata's field `split` decides, else a hash of the
+    captions. Linked sub-folders are read as well; hidden files and folders are not.
+
+    Left out and listed in `faults`, up to a share `max_broken`: pictures without caption (unless `need_captions` is
+    false: the list is then empty, and the name decides the split), that cannot be read or have more than `limit`
+    pixels, as far as their headers tell, and lines of metadata that are broken or name a missing file or one outside
+    the folder. Files that are no pictures are listed but not counted. Raises UserError beyond that share, and for a
+    missing or empty folder or split.
     """
 
     def __init__(
@@ -35,38 +46,48 @@ class Folder(Tolerant):
         size: int,
         split: str = "train",
         seed: int = 0,
-        val: float = 0.02,
-        test: float = 0.08,
         limit: int = LIMIT,
         need_captions: bool = True,
         max_broken: float = SHARE,
     ) -> None:
-        if split not in SPLITS:
-            raise UserError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
-        self.path, self.size, self.limit = Path(path), size, limit
+        check_split(split)
+        self.path, self.size, self.limit, self.faults = Path(path), size, limit, Faults(max_broken)
         if not self.path.is_dir():
             raise UserError(f"image folder {str(path)!r} does not exist")
-        named = [name for name in SPLITS if (self.path / name).is_dir()]
-        if named and split not in named:
-            raise UserError(f"{str(path)!r} has sub-folders {', '.join(named)} but no {split!r}; add it")
-        root = self.path / split if named else self.path
-        self.faults = Faults(max_broken)
-        found = captioned(root, need_captions, self.faults, f"{split}/" if named else "")
-        if not named:
-            splits = assign([caption_group(captions) or key for key, captions in found.items()], seed, val, test)
-            found = {key: found[key] for key, name in zip(found, splits, strict=True) if name == split}
-        if not found:
+        root = self.path / self._folder_of(split)
+        prefix = "" if root == self.path else f"{root.name}/"
+        entries = find_pictures(root, need_captions, self.faults, limit, prefix)
+        if not prefix:
+            named = [entry.split for entry in entries.values()]
+            groups = [caption_group(entry.captions) or name for name, entry in entries.items()]
+            splits = split_all(named, groups, list(entries), seed, self.faults)
+            entries = {name: entries[name] for name, of in zip(entries, splits, strict=True) if of == split}
+        if not entries:
             raise UserError(
-                f"split {split!r} of {str(path)!r} is empty; add pictures, raise its share,"
-                " or sort them into sub-folders train, val and test"
+                f"split {split!r} of {str(path)!r} is empty; add pictures, or sort them into sub-folders train, val and"
+                " test"
             )
-        self.samples = [((root / key).relative_to(self.path).as_posix(), captions) for key, captions in found.items()]
+        self.samples = [(prefix + name, entry.captions) for name, entry in entries.items()]
+
+    def _folder_of(self, split: str) -> str:
+        """The name of the sub-folder of a split, "" where sub-folders are no splits."""
+        folders: dict[str, str] = {}
+        for name in sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir()):
+            named = named_split(name, f"sub-folder {name!r} of {str(self.path)!r}")
+            if named and folders.setdefault(named, name) != name:
+                raise UserError(f"{folders[named]!r} and {name!r} of {str(self.path)!r} are both {named}; keep one")
+        if folders and split not in folders:
+            names = ", ".join(folders[name] for name in SPLITS if name in folders)
+            raise UserError(f"{str(self.path)!r} has sub-folders {names} but no {split!r}; add it")
+        for name in sorted(os.listdir(self.path)) if folders else ():
+            if name not in folders.values() and not name.startswith("."):
+                self.faults.add(name, f"{name!r} lies beside the folders of the splits", counts=False)
+        return folders.get(split, "")
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def read(self, index: int) -> dict[str, Any]:
-        """Sample `index` itself (SampleError)."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
         key, captions = self.samples[index]
         try:
             image = read_image(self.path / key, self.size, self.limit)
@@ -74,93 +95,157 @@ class Folder(Tolerant):
             raise SampleError(key, f"{error}; repair or remove it") from None
         return {"image": image, "captions": list(captions), "key": key}
 
-    def read_captions(self, index: int) -> list[str]:
+    def captions(self, index: int) -> list[str]:
         """The captions of picture `index`, without reading it."""
         return list(self.samples[index][1])
 
+    def identity(self, index: int) -> tuple[str, str]:
+        """The key of picture `index`, and its size and modification time."""
+        key = self.samples[index][0]
+        stat = (self.path / key).stat()
+        return key, f"{stat.st_size} {stat.st_mtime_ns}"
 
-def captioned(
-    root: Path, need_captions: bool = True, faults: Faults | None = None, prefix: str = ""
-) -> dict[str, list[str]]:
-    """{name relative to `root`: captions} of every picture under a folder, in order of name.
 
-    Where captions are needed, pictures without one and broken lines of metadata are left out and noted in `faults`
-    (without it, none may be) under their name after `prefix`. A line that does not tell its picture is noted with a
-    picture that has no caption, where there is one: one mistake counts once. UserError for no pictures, or more faults
-    than allowed.
+def captioned(root: Path) -> dict[str, list[str]]:
+    """{name relative to `root`: captions, perhaps none} of every picture under a folder, in order of name.
+
+    Raises UserError for no pictures, or one that cannot be read as far as its header tells.
     """
-    faults = Faults(share=0) if faults is None else faults
-    captions, broken = read_metadata(root / METADATA) if (root / METADATA).is_file() else ({}, {})
-    names = sorted(captions.keys() | set(_pictures(root)))
+    return {name: entry.captions for name, entry in find_pictures(root, False, Faults(share=0), LIMIT).items()}
+
+
+def find_pictures(root: Path, need_captions: bool, faults: Faults, limit: int, prefix: str = "") -> dict[str, Entry]:
+    """The usable pictures under a folder, in order of name; the other files go into `faults`, by name after `prefix`.
+
+    Raises UserError for no pictures, or more faults than allowed.
+    """
+    files = set(list_files(root))
+    metadata = {file for file in files if os.path.basename(file) == METADATA}
+    described, broken = read_metadata(root, sorted(metadata))
+    pictures = {file for file in files if _kind(file) in PICTURES}
+    grids = {file for file in pictures - described.keys() if _is_grid(root / file)}
+    names = sorted(pictures - grids | described.keys())
     if not names and not broken:
         raise UserError(f"no pictures in {str(root)!r}; known kinds: {' '.join(SUFFIXES)}")
-    without: dict[str, str] = {}
+    texts = {os.path.splitext(name)[0] + ".txt" for name in names}
+    for name, reason in _unused(sorted(files.difference(names, metadata, texts))).items():
+        faults.add(prefix + name, reason, counts=False)
+    for name, reason in broken.items():
+        faults.add(prefix + name, reason, counts=need_captions)
+    entries, lines = {}, len(broken)
     for name in names:
+        entry = described.get(name, Entry([]))
         try:
-            captions[name] = captions.get(name) or _beside(root / name)
-            if not captions[name]:
-                text = PurePosixPath(name).with_suffix(".txt")
-                without[name] = f"picture {str(root / name)!r} has no caption; write {str(text)!r} or add {METADATA}"
-        except UserError as error:
-            captions[name], without[name] = [], str(error)
-    if not need_captions:
-        if broken:
-            warnings.warn(
-                f"{len(broken)} lines of metadata are passed over: {next(iter(broken.values()))}", stacklevel=2
-            )
-        faults.settle(len(names))
-        return {name: captions[name] for name in names}
-    unread = list(broken.items())
-    for name, why in without.items():
-        line = f" ({unread.pop(0)[1]})" if unread else ""
-        faults.add(prefix + name, why + line)
-    for name, why in unread:
-        faults.add(prefix + name, why)
-    faults.settle(len(names) + len(unread))
-    return {name: captions[name] for name in names if name not in without}
+            captions = entry.captions or _captions_beside(root / name, need_captions)
+        except UserError as error:  # perhaps for a broken line of metadata: the two are one mistake
+            faults.add(prefix + name, str(error), counts=lines <= 0)
+            lines -= 1
+            continue
+        if reason := _header_fault(root / name, limit):
+            faults.add(prefix + name, reason)
+        else:
+            entries[name] = Entry(captions, entry.split)
+    faults.settle(len(names) + max(lines, 0) * need_captions)
+    return entries
 
 
-def read_metadata(file: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """{file_name: captions} of a `metadata.jsonl`, and {line: why} of lines that are wrong."""
-    found: dict[str, list[str]] = {}
+def list_files(root: Path) -> list[str]:
+    """Names relative to `root` of all files that are not hidden. Linked folders are followed, each folder once."""
+    folders, visited, names = deque([str(root)]), set(), []
+    while folders:
+        folder = folders.popleft()
+        if (real := os.path.realpath(folder)) in visited:
+            continue
+        visited.add(real)
+        for entry in os.scandir(folder):
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                names.append(os.path.relpath(entry.path, root))
+            elif entry.is_symlink():  # last, so that a folder within `root` is read under its real name
+                folders.append(entry.path)
+            else:
+                folders.appendleft(entry.path)
+    return names
+
+
+def _kind(file: str | Path) -> str:
+    return os.path.splitext(file)[1].lower()
+
+
+def read_metadata(root: Path, files: list[str]) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The pictures that metadata files under `root` describe, and {line: reason} of lines that are wrong."""
+    entries: dict[str, Entry] = {}
     broken: dict[str, str] = {}
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            where = f"{str(file)!r} line {number}"
+    for file in files:
+        for number, line in enumerate((root / file).read_bytes().split(b"\n"), start=1):
+            where = f"{str(root / file)!r} line {number}"
             try:
                 if text := decode(line, where).strip():
-                    name, captions = _entry(parse_object(text, where), file.parent, where)
-                    found[name] = list(dict.fromkeys(found.get(name, []) + captions))
+                    name, captions, split = _line(parse_object(text, where), root, PurePosixPath(file).parent, where)
+                    known = entries.get(name, Entry([]))
+                    entries[name] = Entry(list(dict.fromkeys(known.captions + captions)), split or known.split)
             except UserError as error:
-                broken[f"{METADATA} line {number}"] = str(error)
-    return found, broken
+                broken[f"{file} line {number}"] = str(error)
+    return entries, broken
 
 
-def _entry(fields: dict[str, Any], folder: Path, where: str) -> tuple[str, list[str]]:
-    """The picture that a line is about, and its captions."""
-    name = _safe_name(fields.get("file_name"), where)
-    if not os.path.isfile(folder / name):  # unlike Path.is_file, never raises
-        raise UserError(f"{where} names {name!r}, which does not exist; add the file or drop the line")
-    if "text" not in fields:
-        raise UserError(f"{where} has no 'text'; give {name!r} a string or a list of strings")
-    return name, captions_of(fields["text"], where)
-
-
-def _safe_name(value: Any, where: str) -> str:
+def _line(fields: dict[str, Any], root: Path, folder: PurePosixPath, where: str) -> tuple[str, list[str], Any]:
+    """The picture that a line of metadata in `root / folder` describes, its captions and its split."""
+    value = fields.get("file_name")
     if not isinstance(value, str) or not value:
         raise UserError(f"{where} has no 'file_name'; give the picture's name relative to the folder")
-    name = PurePosixPath(value)
-    if name.is_absolute() or ".." in name.parts or "\\" in value or "\0" in value:
+    name = PurePosixPath(value.replace("\\", "/"))
+    if name.is_absolute() or ".." in name.parts or "\0" in value:
         raise UserError(f"{where} names {value!r}, outside the folder; only names inside it are read")
-    return name.as_posix()
+    if not os.path.isfile(root / folder / name):  # unlike Path.is_file, never raises
+        raise UserError(f"{where} names {value!r}, which does not exist; add the file or drop the line")
+    if "text" not in fields:
+        raise UserError(f"{where} has no 'text'; give {value!r} a string or a list of strings")
+    return (folder / name).as_posix(), clean_captions(fields["text"], where), fields.get("split")
 
 
-def _pictures(root: Path) -> list[str]:
-    paths = [path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in SUFFIXES]
-    return [p.as_posix() for p in paths if not any(part.startswith(".") for part in p.parts)]
-
-
-def _beside(picture: Path) -> list[str]:
+def _captions_beside(picture: Path, needed: bool) -> list[str]:
     file = picture.with_suffix(".txt")
-    lines = decode(file.read_bytes(), repr(str(file))).split("\n") if file.is_file() else []
-    return captions_of(lines, str(file)) if any(line.strip() for line in lines) else []
+    try:
+        if file.is_file() and (text := read_text(file)).strip():
+            return clean_captions(text.split("\n"), str(file))
+        raise UserError(f"picture {str(picture)!r} has no caption; write {file.name!r} or add {METADATA}")
+    except UserError:
+        if needed:
+            raise
+        return []
+
+
+def _header_fault(file: Path, limit: int) -> str:
+    try:
+        width, height = image_size(file)
+    except ImageError as error:
+        return f"{error}; repair or remove it"
+    if width * height > limit:
+        return f"image {str(file)!r} has {width}x{height} pixels, more than the limit of {limit / 1e6:g} million"
+    return ""
+
+
+def _is_grid(file: Path) -> bool:
+    """Whether sample.py wrote a picture as a grid of others: its first text chunk is "grid", or (in older ones) it is
+    grid.png beside numbered pictures."""
+    if _kind(file) != ".png" or not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return b"iTXtgrid\0" in stream.read(64) or file.name == "grid.png" and any(file.parent.glob("0000*.png"))
+
+
+def _unused(files: list[str]) -> dict[str, str]:
+    """Why files are no samples: {name, or of an unknown kind the suffix: reason}."""
+    reasons, others = {}, defaultdict(list)
+    for file in files:
+        kind = _kind(file)
+        if kind == ".txt":
+            reasons[file] = f"text {file!r} belongs to no picture"
+        elif kind in PICTURES:
+            reasons[file] = f"picture {file!r} is a grid of other pictures"
+        else:
+            others[f"*{kind}"].append(file)
+    text = "{} files of a kind that is not read, such as {!r}; known kinds: {}"
+    return reasons | {kind: text.format(len(names), names[0], " ".join(SUFFIXES)) for kind, names in others.items()}

@@ -1,23 +1,22 @@
-"""A training's batches from loading processes that end with it."""
+"""Batches for training, by worker processes; a sample that cannot be read is listed and replaced by another one."""
 
+import re
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from ldm.config import UserError
+from ldm.data.faults import SampleError
 from ldm.data.order import EpochBatches
 
-GRACE = 120  # seconds that a loader's process outlives a SIGTERM
-
-
-def leave_to_the_main_process(worker: int) -> None:
-    """For a loader's process: a signal to the whole group reaches it too, while the training that finishes its step
-    still needs it. A SIGTERM ends it late, not never: multiprocessing sends one at exit and waits without limit."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+GRACE = 120  # seconds that a worker process outlives a SIGTERM
+ATTEMPTS = 1000  # at finding a replacement
+Batch = tuple[dict, dict[str, str]]
 
 
 def load(
@@ -28,42 +27,71 @@ def load(
     workers: int,
     seed: int,
     pin_memory: bool,
-) -> Generator[tuple[dict, dict], None, None]:
-    """Batches in the given order of lists of indices, collated, and {name: why} of samples passed over for them."""
+) -> Generator[Batch, None, None]:
+    """Yields the collated batches of `order`, each with {name: reason} of the samples that were replaced in it.
+
+    The replacement depends on (order.seed, step, position in the global batch) alone: resuming and more processes do
+    not change it. Raises a worker's UserError in one line. The workers end with the generator.
+    """
     loader = DataLoader(
-        dataset,
-        batch_sampler=order,
+        _Replacing(dataset, order.seed),
+        batch_sampler=_Positions(order),
         num_workers=workers,
-        collate_fn=_Collate(collate),
+        collate_fn=partial(_collate, collate),
         pin_memory=pin_memory,
-        worker_init_fn=leave_to_the_main_process,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator().manual_seed(seed),  # leaves the global generator alone
     )
-    return _plain_errors(loader)
-
-
-class _Collate:
-    """A task's collate, with what the samples say of those in whose place they stand."""
-
-    def __init__(self, collate: Callable[[list[dict]], dict]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list[dict]) -> tuple[dict, dict]:
-        faults = {name: why for sample in samples for name, why in sample.get("faults", {}).items()}
-        return self.collate(samples), faults
-
-
-def _plain_errors(loader: DataLoader) -> Generator[tuple[dict, dict], None, None]:
-    """The loader's batches; a UserError of a loading process comes without that process's traceback in its text.
-
-    However it ends, the loading processes end with it. Left to the garbage collector they may outlive an error whose
-    traceback refers to them, to the end of the program.
-    """
     batches = iter(loader)
     try:
         yield from batches
-    except UserError as error:
-        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
+    except UserError as error:  # without the traceback that a worker adds to its text
+        raise UserError(re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1])) from None
     finally:
-        if loader.num_workers:
+        if workers:  # an error whose traceback refers to them would keep them alive
             batches._shutdown_workers()
+
+
+def ignore_signals(worker: int) -> None:
+    """Keeps a worker process alive when its process group is told to stop: the main process finishes its step first.
+
+    A SIGTERM ends it late, not never: multiprocessing sends one at exit and waits without limit.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+
+
+class _Positions:
+    """An order's batches as lists of (index, step, position in the global batch)."""
+
+    def __init__(self, order: EpochBatches) -> None:
+        self.order = order
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        first = self.order.rank * self.order.batch_size
+        for step, indices in enumerate(self.order, self.order.start):
+            yield [(index, step, position) for position, index in enumerate(indices, first)]
+
+
+class _Replacing:
+    """Samples by (index, step, position), each with {name: reason} of those that could not be read."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, item: tuple[int, int, int]) -> Batch:
+        index, step, position = item
+        faults: dict[str, str] = {}
+        for attempt in range(ATTEMPTS):
+            try:
+                return self.dataset[index], faults
+            except SampleError as error:
+                faults[error.name] = str(error)
+            draw = np.random.SeedSequence([self.seed % 2**64, step, position, attempt])
+            index = int(draw.generate_state(1, np.uint64)[0] % len(self.dataset))
+        raise UserError(f"no sample can be read; the first: {next(iter(faults.values()))}")
+
+
+def _collate(collate: Callable[[list[dict]], dict], items: list[Batch]) -> Batch:
+    faults = {name: reason for _, found in items for name, reason in found.items()}
+    return collate([sample for sample, _ in items]), faults

@@ -15,13 +15,12 @@ class EpochBatches:
 
     Every epoch is a permutation of range(`length`); the epochs follow each other without a gap. The global
     batch of a step is the next `batch_size * world` entries, and rank r has its r-th run of `batch_size`. So
-    the last batch of an epoch is filled up from the next epoch and nothing is dropped: per epoch every
-    sample comes exactly once, over all ranks together. Nothing is remembered between steps: starting at k
-    gives the batches that a run from 0 has from step k on, and 2 ranks with batch 8 see the global batches
-    of 1 rank with 16.
+    per epoch every sample comes exactly once, over all ranks together. Nothing is remembered between steps:
+    starting at k gives the batches that a run from 0 has from step k on, and 2 ranks with batch 8 see the
+    global batches of 1 rank with 16.
 
     `blocks` (lengths of consecutive runs of indices, `Shards.lengths`) keeps reading local: blocks are
-    shuffled, then samples within each WINDOW of blocks. UserError for a data set without samples.
+    shuffled, then samples within each WINDOW of blocks. Raises UserError for a data set without samples.
     """
 
     def __init__(
@@ -37,18 +36,10 @@ class EpochBatches:
     ) -> None:
         if length < 1:
             raise UserError("the data set has no samples; give a folder, shards or a split that has some")
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} of {world} processes")
-        if blocks is not None and sum(blocks) != length:
-            raise ValueError(f"blocks hold {sum(blocks)} samples, the data set {length}")
         self.length, self.batch_size, self.seed, self.blocks = length, batch_size, seed, blocks
         self.rank, self.world, self.start, self.steps = rank, world, start, steps
 
     def __len__(self) -> int:
-        if self.steps is None:
-            raise TypeError("EpochBatches without `steps` is endless")
         return max(self.steps - self.start, 0)
 
     def __iter__(self) -> Iterator[list[int]]:

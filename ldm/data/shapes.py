@@ -1,54 +1,269 @@
-"""Procedural pictures of coloured shapes, their captions and exact scenes, as a map-style data set."""
+"""Procedural pictures of coloured shapes with their exact scenes: which there are, how they are drawn and described.
 
+Shipped models depend on every scene, caption and pixel of it.
+"""
+
+import itertools
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from einops import rearrange, reduce
 
 from ldm.config import UserError
-from ldm.data.shapes_captions import captions
-from ldm.data.shapes_scene import (
-    BACKGROUND,
-    COLOURS,
-    HELD_OUT_COUNTS,
-    HELD_OUT_RELATIONS,
-    HELD_OUT_THINGS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Scene,
-    Thing,
-    is_held_out,
-    relation_of,
-    sample_scene,
-)
-
-__all__ = [
-    "BACKGROUND",
-    "COLOURS",
-    "HELD_OUT_COUNTS",
-    "HELD_OUT_RELATIONS",
-    "HELD_OUT_THINGS",
-    "LENGTHS",
-    "RELATIONS",
-    "SHAPES",
-    "SIZES",
-    "Scene",
-    "Shapes",
-    "Thing",
-    "captions",
-    "coverage",
-    "is_held_out",
-    "relation_of",
-    "render",
-    "sample_scene",
-]
+from ldm.data.splits import check_split
 
 LENGTHS = {"train": 200_000, "val": 2_000, "test": 2_000}
-SAMPLES = 4  # sub-pixel samples a side for antialiasing
-MIN_SIZE = 24  # below this a ring's hole and a star's points are gone
+MIN_SIZE = 24  # pixels; below this a ring's hole and a star's points are gone
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
+COLOURS = {  # near the corners of the RGB cube: as far from each other, and from the grey middle, as can be
+    "red": (240, 20, 25),
+    "green": (20, 215, 40),
+    "blue": (25, 40, 240),
+    "yellow": (248, 230, 20),
+    "cyan": (20, 225, 235),
+    "pink": (242, 40, 220),
+    "black": (10, 10, 10),
+    "white": (248, 248, 248),
+}
+BACKGROUND = (128, 128, 128)
+SIZES = {"small": 0.30, "large": 0.42}  # diameter over picture side: 9.6 and 13.4 pixels of 32
+RELATIONS = {"left of": "right of", "above": "below", "right of": "left of", "below": "above"}  # and converse
+KINDS = {"single": 0.2, "pair": 0.45, "count": 0.2, "trio": 0.15}  # share of each kind of scene
+
+HELD_OUT_THINGS = frozenset({("red", "star"), ("green", "ring"), ("yellow", "triangle"), ("pink", "cross")})
+HELD_OUT_RELATIONS = frozenset(
+    {
+        ("circle", "left of", "star"),
+        ("ring", "left of", "cross"),
+        ("triangle", "left of", "square"),
+        ("square", "above", "triangle"),
+        ("star", "above", "circle"),
+        ("cross", "above", "ring"),
+    }
+)
+HELD_OUT_COUNTS = frozenset({(2, "cyan"), (3, "white"), (3, "star")})
+
+MARGIN, GAP = 1 / 32, 2 / 32  # least room to the picture's edge and between two things, in picture sides
+CLEAR = 1.4  # two things are "left of" or "above" only when one axis leads the other by this factor
+SAMPLES = 4  # sub-pixel samples per side for antialiasing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thing:
+    """One object. `x` (to the right) and `y` (down) are its centre in picture sides, in (0, 1);
+    `size`, `x` and `y` are None where a requirement leaves them open."""
+
+    colour: str
+    shape: str
+    size: str | None = None
+    x: float | None = None
+    y: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """All objects of a picture, or all that a caption requires: these things and no others.
+
+    `relation` is that of things[0] to things[1] ("left of", "right of", "above", "below"), or None.
+    """
+
+    things: tuple[Thing, ...]
+    relation: str | None = None
+
+
+class Shapes:
+    """Map-style data set of 1 to 3 coloured shapes; the same (seed, split, index) is the same item anywhere.
+
+    `train` and `val` show no held-out composition; of `test` every second item (odd index) shows one. `size` is the
+    side in pixels, `length` the number of items (None: LENGTHS[split]). Raises UserError for an unknown split, a size
+    below MIN_SIZE or a length below 1.
+    """
+
+    def __init__(self, size: int = 32, split: str = "train", length: int | None = None, seed: int = 0) -> None:
+        check_split(split)
+        if size < MIN_SIZE:
+            raise UserError(f"shapes at {size} px cannot be told apart; use a size of {MIN_SIZE} or more")
+        if length is not None and length < 1:
+            raise UserError(f"shapes length {length} is empty; use 1 or more, or leave it out")
+        self.size, self.split, self.seed = size, split, seed
+        self.length = length or LENGTHS[split]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def scene(self, index: int) -> Scene:
+        """The exact scene of an item, without drawing it. Raises IndexError outside 0..len-1."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"index {index} is outside 0..{self.length - 1}")
+        rng = random.Random(f"{self.seed}/{self.split}/{index}")
+        return sample_scene(rng, held_out=self.split == "test" and index % 2 == 1)
+
+    def captions(self, index: int) -> list[str]:
+        """All captions of an item, without drawing it."""
+        return captions(self.scene(index))
+
+    def identity(self, index: int) -> tuple[str, str]:
+        """The key of an item, of which it is a pure function."""
+        return f"shapes-{self.seed}-{self.split}-{index:07d}", ""
+
+    def __getitem__(self, index: int) -> dict:
+        """{"image": uint8 (3, size, size), "captions": list of str, "key": str, "scene": Scene}."""
+        scene = self.scene(index)
+        image = torch.from_numpy(rearrange(render(scene, self.size), "h w c -> c h w").copy())
+        return {"image": image, "captions": captions(scene), "key": self.identity(index)[0], "scene": scene}
+
+
+# --- scenes
+
+
+def relation_of(a: Thing, b: Thing) -> str:
+    """Where `a` lies as seen from `b`, by the axis on which their centres are further apart."""
+    dx, dy = b.x - a.x, b.y - a.y
+    if abs(dx) > abs(dy):
+        return "left of" if dx > 0 else "right of"
+    return "above" if dy > 0 else "below"
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether the scene, or a requirement, shows a composition that the train split never shows.
+
+    One of HELD_OUT_THINGS (colour and shape), of HELD_OUT_RELATIONS (an ordered pair of shapes in a relation,
+    in any wording), or of HELD_OUT_COUNTS (a number of equal things, by their colour or by their shape).
+    """
+    things = scene.things
+    if any((thing.colour, thing.shape) in HELD_OUT_THINGS for thing in things):
+        return True
+    colour, shape = things[0].colour, things[0].shape
+    if len(things) > 1 and all((t.colour, t.shape) == (colour, shape) for t in things):
+        return bool({(len(things), colour), (len(things), shape)} & HELD_OUT_COUNTS)
+    if things[0].x is not None:
+        related = [(a.shape, relation_of(a, b), b.shape) for a, b in itertools.permutations(things, 2)]
+    elif scene.relation:
+        a, b = things[0].shape, things[1].shape
+        related = [(a, scene.relation, b), (b, RELATIONS[scene.relation], a)]
+    else:
+        related = []
+    return not HELD_OUT_RELATIONS.isdisjoint(related)
+
+
+def sample_scene(rng: random.Random, held_out: bool, kind: str | None = None) -> Scene:
+    """A random scene of a kind in KINDS (None: drawn by their shares) that is, or is not, held out."""
+    while True:
+        chosen = kind or rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
+        things = _place(rng, _draw_things(rng, chosen))
+        clear = chosen != "pair" or _is_clear(*things)
+        scene = Scene(things=things, relation=relation_of(*things) if chosen == "pair" else None)
+        if clear and is_held_out(scene) == held_out:
+            return scene
+
+
+def _draw_things(rng: random.Random, kind: str) -> list[Thing]:
+    def draw() -> Thing:
+        size = rng.choice(tuple(SIZES))
+        return Thing(colour=rng.choice(tuple(COLOURS)), shape=rng.choice(SHAPES), size=size)
+
+    if kind == "count":
+        return [draw()] * rng.choice((2, 3))
+    things: list[Thing] = []
+    while len(things) < {"single": 1, "pair": 2, "trio": 3}[kind]:
+        thing = draw()
+        if all((thing.colour, thing.shape) != (t.colour, t.shape) for t in things):
+            things.append(thing)
+    return things
+
+
+def _is_clear(a: Thing, b: Thing) -> bool:
+    near, far = sorted((abs(a.x - b.x), abs(a.y - b.y)))
+    return far > CLEAR * near
+
+
+def _place(rng: random.Random, things: list[Thing]) -> tuple[Thing, ...]:
+    """Gives the things centres: never overlapping or touching, each wholly inside."""
+    order = rng.sample(range(len(things)), len(things))
+    boxes = _cut(rng, [SIZES[things[i].size] for i in order], MARGIN, MARGIN, 1 - MARGIN, 1 - MARGIN)
+    placed = list(things)
+    for i, (x0, y0, x1, y1) in zip(order, boxes, strict=True):
+        half = SIZES[things[i].size] / 2
+        placed[i] = replace(things[i], x=rng.uniform(x0 + half, x1 - half), y=rng.uniform(y0 + half, y1 - half))
+    return tuple(placed)
+
+
+def _cut(rng: random.Random, sides: list[float], x0: float, y0: float, x1: float, y1: float) -> list[tuple]:
+    """Cuts a box into one cell per side length by straight cuts: no trial and error, whatever the sizes.
+
+    Of three, one stands alone and the two others share the rest, cut on the other axis, where they fit."""
+    if len(sides) == 1:
+        return [(x0, y0, x1, y1)]
+    alone, rest = sides[0], sides[1:]
+    tight = len(sides) == 2 and min(x1 - x0, y1 - y0) < sum(sides) + GAP  # room for two on one axis only
+    across = x1 - x0 > y1 - y0 if tight else rng.random() < 0.5
+    low, high = (x0, x1) if across else (y0, y1)
+    first_ends = low + alone + rng.uniform(0, high - low - alone - GAP - max(rest))
+    if across:
+        first, second = (x0, y0, first_ends, y1), (first_ends + GAP, y0, x1, y1)
+    else:
+        first, second = (x0, y0, x1, first_ends), (x0, first_ends + GAP, x1, y1)
+    if rng.random() < 0.5:  # the lone thing to the other end, by mirroring
+        first, second = (_mirror(box, low + high, across) for box in (first, second))
+    return [first, *_cut(rng, rest, *second)]
+
+
+def _mirror(box: tuple, total: float, across: bool) -> tuple:
+    x0, y0, x1, y1 = box
+    return (total - x1, y0, total - x0, y1) if across else (x0, total - y1, x1, total - y0)
+
+
+# --- captions: a small grammar in which every sentence is true and names every object
+
+NUMBERS = {2: "two", 3: "three"}
+WORDINGS = {  # of "A is in this relation to B"
+    "left of": ("{a} left of {b}", "{a} to the left of {b}"),
+    "right of": ("{a} right of {b}", "{a} to the right of {b}"),
+    "above": ("{a} above {b}",),
+    "below": ("{a} below {b}",),
+}
+
+
+def captions(scene: Scene) -> list[str]:
+    """All captions of the scene: with and without sizes, in each wording, some as "a picture of ...".
+
+    Each names every object; a caption without sizes, or without the relation, leaves them open.
+    """
+    plain, sized = _sentences(unsized(scene)), _sentences(scene)
+    return [*plain, *sized, *(f"a picture of {sentence}" for sentence in plain)]
+
+
+def _sentences(scene: Scene) -> list[str]:
+    lists = wordings(replace(scene, relation=None))
+    return [*wordings(scene), *lists] if scene.relation else lists
+
+
+def unsized(scene: Scene) -> Scene:
+    """The scene with the sizes of its things left open."""
+    return replace(scene, things=tuple(replace(thing, size=None) for thing in scene.things))
+
+
+def wordings(required: Scene) -> list[str]:
+    """The sentences that require exactly this: sizes if they are given, the relation if there is one."""
+    things, relation = required.things, required.relation
+    nouns = [" ".join(filter(None, (thing.size, thing.colour, thing.shape))) for thing in things]
+    if len(things) == 1:
+        return [f"a {nouns[0]}", f"one {nouns[0]}"]
+    if len(set(nouns)) == 1:
+        return [f"{NUMBERS[len(things)]} {nouns[0]}{'es' if nouns[0].endswith('s') else 's'}"]
+    names = [f"a {noun}" for noun in nouns]
+    if relation is None:
+        orders = [names[i:] + names[:i] for i in range(len(names))]
+        return [", ".join(order[:-1]) + " and " + order[-1] for order in orders]
+    a, b = names
+    forth = [wording.format(a=a, b=b) for wording in WORDINGS[relation]]
+    return forth + [wording.format(a=b, b=a) for wording in WORDINGS[RELATIONS[relation]]]
+
+
+# --- pictures
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -100,45 +315,3 @@ def render(scene: Scene, size: int) -> np.ndarray:
         patch = picture[top : top + side, left : left + side]
         patch += cover * (np.asarray(COLOURS[thing.colour], np.float32) - patch)
     return (picture + 0.5).astype(np.uint8)
-
-
-class Shapes:
-    """Map-style data set of 1 to 3 coloured shapes; the same (seed, split, index) is the same item anywhere.
-
-    `train` and `val` show no held-out composition; of `test` every second item (odd index) shows one.
-    """
-
-    def __init__(self, size: int = 32, split: str = "train", length: int | None = None, seed: int = 0) -> None:
-        """`size` is the side in pixels, `length` the number of items (None: LENGTHS[split]).
-
-        Raises UserError for an unknown split, a size below MIN_SIZE or a length below 1.
-        """
-        if split not in LENGTHS:
-            raise UserError(f"shapes split {split!r} is unknown; use one of {', '.join(LENGTHS)}")
-        if size < MIN_SIZE:
-            raise UserError(f"shapes at {size} px cannot be told apart; use a size of {MIN_SIZE} or more")
-        if length is not None and length < 1:
-            raise UserError(f"shapes length {length} is empty; use 1 or more, or leave it out")
-        self.size, self.split, self.seed = size, split, seed
-        self.length = length or LENGTHS[split]
-
-    def __len__(self) -> int:
-        return self.length
-
-    def scene(self, index: int) -> Scene:
-        """The exact scene of an item, without drawing it; IndexError outside 0..len-1."""
-        if not 0 <= index < self.length:
-            raise IndexError(f"index {index} is outside 0..{self.length - 1}")
-        rng = random.Random(f"{self.seed}/{self.split}/{index}")
-        return sample_scene(rng, held_out=self.split == "test" and index % 2 == 1)
-
-    def captions(self, index: int) -> list[str]:
-        """All captions of an item, without drawing it."""
-        return captions(self.scene(index))
-
-    def __getitem__(self, index: int) -> dict:
-        """{"image": uint8 (3, size, size), "captions": list of str, "key": str, "scene": Scene}."""
-        scene = self.scene(index)
-        image = torch.from_numpy(rearrange(render(scene, self.size), "h w c -> c h w").copy())
-        key = f"shapes-{self.seed}-{self.split}-{index:07d}"
-        return {"image": image, "captions": captions(scene), "key": key, "scene": scene}

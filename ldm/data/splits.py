@@ -1,29 +1,49 @@
-"""Which split a sample belongs to, decided by a hash: no lists to keep, the same on every machine.
+"""Which split a sample belongs to: the one it is named after, else a hash of its captions decides.
 
-The hash is over the captions, not over the file name. Pictures with the same set of captions (two scans of
-one photo, a frame saved as .jpg and as .png) are one group and land in one split, so a model is never tested
-on a caption set it was trained on. What this does not see: near-identical pictures under different captions,
-and a caption that two pictures share while their other captions differ. Sub-folders or shard names `train`,
-`val` and `test` override it.
+The hash needs no lists and is the same on every machine. It is over the captions, not the file name: pictures with the
+same set of captions (two scans of one photo) land in one split, so a model is never tested on a caption set that it was
+trained on. Near-identical pictures under different captions are not seen.
 """
 
 import hashlib
+import re
+from typing import Any
+
+from ldm.config import UserError
+from ldm.data.faults import Faults
 
 SPLITS = ("train", "val", "test")
+VAL, TEST = 0.02, 0.08  # shares of what the hash splits
+NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
+NAMES |= {"evaluation": "test", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+SUSPECT = re.compile(
+    r"(mini|rest|half)?(train|trainval|val|valid|validation|dev|development|test|eval|evaluation|h[eo]ld[ _-]?out)"
+    r"(ing)?[\W\d_]*(set|data|split|images|pictures|photos)?[\W\d_]*"
+)
+
+
+def check_split(split: str) -> None:
+    """Raises UserError unless `split` is one of SPLITS."""
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+
+
+def named_split(name: str, owner: str) -> str:
+    """The split that a folder, shard or field is named after, "" for any other name.
+
+    Raises UserError, naming the `owner` of the name, for one that looks like a split and is none of NAMES: guessing it
+    would train on test pictures.
+    """
+    word = name.strip().lower()
+    if word not in NAMES and SUSPECT.fullmatch(word):
+        raise UserError(f"{owner} looks like a split that is not known here; name it train, val or test, or otherwise")
+    return NAMES.get(word, "")
 
 
 def position(key: str, seed: int) -> float:
-    """A number in [0, 1), uniform over keys and fixed for a (key, seed): SHA-256's first 53 bits."""
+    """A number in [0, 1), uniform over keys and fixed for a (key, seed): the first 53 bits of SHA-256."""
     digest = hashlib.sha256(f"{seed}\n{key}".encode("utf-8", "surrogatepass")).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
-
-
-def split_of(key: str, seed: int, val: float, test: float) -> str:
-    """ "test" for a share `test` of all keys, "val" for a share `val`, else "train". Adding or removing
-    samples never moves another one; raising `val` or `test` only moves samples out of "train"
-    (and with `test` from "val" to "test")."""
-    place = position(key, seed)
-    return "test" if place < test else "val" if place < test + val else "train"
 
 
 def caption_group(captions: list[str]) -> str:
@@ -31,25 +51,37 @@ def caption_group(captions: list[str]) -> str:
     return "\n".join(sorted({" ".join(caption.casefold().split()) for caption in captions}))
 
 
-def assign(groups: list[str], seed: int, val: float, test: float) -> list[str]:
-    """The split of each sample, by its group's `split_of`.
+def assign(groups: list[str], seed: int) -> list[str]:
+    """The split of each sample by the hash of its group: adding or removing samples never moves another one.
 
-    A small set can leave a split empty by chance. Where there are at least three groups, "train" and each
-    split with a share above 0 get at least one: the group whose hash is nearest; the rest stays put.
+    A small set can leave a split empty by chance. Where there are three groups or more, each split gets at least one:
+    the group whose hash is nearest; the rest stays put.
     """
     places = {group: position(group, seed) for group in set(groups)}
-    splits = {group: split_of(group, seed, val, test) for group in places}
-    if len(places) >= 3:
-        ordered = sorted(places, key=lambda group: (places[group], group))
-        if "train" not in splits.values():
-            splits[ordered[-1]] = "train"
-        for name, share in (("test", test), ("val", val)):
-            if share > 0 and name not in splits.values():
-                splits[_spare(ordered, splits)] = name
+    splits = {group: "test" if p < TEST else "val" if p < TEST + VAL else "train" for group, p in places.items()}
+    ordered = sorted(places, key=lambda group: (places[group], group))
+    if len(places) >= 3 and "train" not in splits.values():
+        splits[ordered[-1]] = "train"
+    for name in ("test", "val") if len(places) >= 3 else ():
+        if name not in splits.values():
+            members = ([group for group in ordered if splits[group] == other] for other in SPLITS)
+            splits[next(groups for groups in members if len(groups) > 1)[0]] = name
     return [splits[group] for group in groups]
 
 
-def _spare(ordered: list[str], splits: dict[str, str]) -> str:
-    """The first group, by hash, whose split has another one left; "train" gives before the others do."""
-    members = {name: [group for group in ordered if splits[group] == name] for name in SPLITS}
-    return next(groups[0] for groups in members.values() if len(groups) > 1)
+def split_all(named: list[Any], groups: list[str], names: list[str], seed: int, faults: Faults) -> list[str]:
+    """The split of each sample: that of its field `split`, `named` (None where it has none), else by `assign`.
+
+    Where some have the field, those that have none go into `faults`, and into no split. Raises UserError for a field
+    that is no split's name.
+    """
+    if all(value is None for value in named):
+        return assign(groups, seed)
+    splits = []
+    for value, name in zip(named, names, strict=True):
+        splits.append(named_split(str(value), f"split {value!r} of {name}") if value is not None else "")
+        if value is None:
+            faults.add(name, f"{name} has no 'split', though other samples have one; add it")
+        elif not splits[-1]:
+            raise UserError(f"{name} has the unknown split {value!r}; name it train, val or test")
+    return splits

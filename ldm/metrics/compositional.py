@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ldm.data.shapes import Scene, Thing, is_held_out, relation_of, sample_scene
-from ldm.data.shapes_captions import unsized, wordings
+from ldm.data.shapes import Scene, Thing, is_held_out, relation_of, sample_scene, unsized, wordings
 from ldm.metrics.compositional_parse import parse
 
 TASKS = ("single object", "two objects", "counting", "colours", "position", "attribute binding")

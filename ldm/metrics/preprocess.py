@@ -14,7 +14,7 @@ def checked(x: Tensor) -> Tensor:
     """`x` itself. Raises ValueError unless it holds floats in [-1, 1]: with uint8 or [0, 255] metrics mislead."""
     if not x.is_floating_point():
         raise ValueError(f"pictures must be floats in [-1, 1], not {x.dtype}; ldm.images.to_float converts uint8")
-    if not (largest := float(x.detach().abs().amax())) <= 1.001:  # nan fails too
+    if (largest := float(x.detach().abs().amax())) > 1.001:
         raise ValueError(f"pictures must be floats in [-1, 1], not up to {largest:.3g}")
     return x
 

@@ -100,7 +100,7 @@ class AutoencoderTask:
         """The VAE's loss with the discriminator frozen, then the discriminator's on detached pictures."""
         c = self.config.loss
         x = to_float(batch["image"]).contiguous(memory_format=training_layout())
-        x = flip_half(x) if self.config.data.flip else x
+        x = flip_half(x, torch.rand(len(x), device=x.device)) if self.config.data.flip else x
         eps = torch.randn(
             len(x),
             self.modules["vae"].config.latent_channels,

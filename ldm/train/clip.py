@@ -19,7 +19,7 @@ from ldm import model_io as weights
 from ldm.clip import CLIP, TextConfig, TextEncoder, VisionConfig
 from ldm.config import UserError, require
 from ldm.data import DataConfig, batches, choose_captions, flip_half, open_dataset, spread, stack_images
-from ldm.data.faults import Faults
+from ldm.data.faults import Faults, all_captions
 from ldm.data.minimal_pairs import alter
 from ldm.images import to_float
 from ldm.metrics import retrieval
@@ -70,7 +70,7 @@ class CLIPTask:
         if config.tokenizer or start:
             self.tokenizer = Tokenizer.from_pretrained(config.tokenizer or weights.find_root(config.text_encoder))
         else:
-            captions = (c for i in range(len(self.dataset)) for c in self.dataset.captions(i))
+            captions = (caption for captions in all_captions(self.dataset) for caption in captions)
             self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.text.max_position_embeddings)
         torch.manual_seed(config.train.seed)
         text = replace(
@@ -104,9 +104,9 @@ class CLIPTask:
         """The contrastive loss, where pictures that share a caption are not each other's negatives, and those of the
         readers of the context."""
         x = to_float(batch["image"])
-        x = flip_half(x) if self.config.data.flip else x
+        x = flip_half(x, torch.rand(len(x), device=x.device)) if self.config.data.flip else x
         captions = batch["captions"]
-        said = choose_captions(captions)
+        said = choose_captions(captions, torch.rand(len(captions)))
         tokens = self.tokenizer(said, warn=False).to(x.device)
         images, texts, scale, context = modules["clip"](x, tokens)
         if distributed.is_initialized():
@@ -172,6 +172,7 @@ class Joined(ConcatDataset):
         self.faults = Faults(parts[0].share, sum(totals.values())) if parts else None
         for faults in parts:
             self.faults.reasons |= faults.reasons
+            self.faults.uncounted |= faults.uncounted
         if any(hasattr(d, "lengths") for d in datasets):  # of shards, to be read one after the other
             self.lengths = [n for d in datasets for n in getattr(d, "lengths", [len(d)])]
 

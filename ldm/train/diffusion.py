@@ -148,7 +148,7 @@ class DiffusionTask:
             z = self.vae.normalize(mean + std * torch.randn_like(mean))
         else:
             x = to_float(batch["image"]).contiguous(memory_format=torch.channels_last)
-            x = flip_half(x) if flip else x
+            x = flip_half(x, torch.rand(len(x), device=x.device)) if flip else x
             with torch.no_grad():
                 z = self.vae.to(x.device).normalize(self.vae.encode(x).sample())
         return z.contiguous(memory_format=training_layout())
@@ -164,7 +164,9 @@ class DiffusionTask:
     def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
         """The weighted squared error at random timesteps, captions dropped at random."""
         z0 = self.latents(batch, flip=self.config.data.flip)
-        captions = drop_captions(choose_captions(batch["captions"]), self.config.caption_dropout)
+        captions = drop_captions(
+            choose_captions(batch["captions"], torch.rand(len(batch["captions"]))), self.config.caption_dropout
+        )
         c, total = self.config, len(self.schedule)
         draw = lambda count: sample_timesteps(count, total, c.timesteps, mean=c.logit_mean, std=c.logit_std)  # noqa: E731
         t = draw_for_all(draw, len(z0)).to(z0.device)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tiny
 from PIL import Image
-from test_faults import bomb
+from test_data_folder import bomb
 
 from ldm.data import DataConfig
 from ldm.train.autoencoder import AutoencoderTask

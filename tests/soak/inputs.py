@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ldm.config import load
-from ldm.data.latents import CachedLatents
+from ldm.data.latents import open_cache
 from ldm.model_io import load_tensors, read_json
 from ldm.pipeline_io import load_parts
 from ldm.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class Inputs:
         path = self.folder / "fuzzed.safetensors"
         path.write_bytes(data)
         if self.draw.random() < 0.25:
-            return "latent cache", lambda: CachedLatents(path, "0")
+            return "latent cache", lambda: open_cache(path)
         return "tensors", lambda: load_tensors(path)
 
     def toml(self) -> tuple[str, Work]:
