@@ -29,8 +29,6 @@ OTHER_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit
 class TextEncoder(nn.Module):
     """Token ids (B, L) -> context (B, L, D): the text tower's last hidden state after its final norm."""
 
-    _no_split_modules = ["Layer"]  # for `ldm.train.sharding`
-
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
@@ -71,8 +69,6 @@ class CLIP(nn.Module):
     Images are in [-1, 1]. `image_mean` and `image_std` are those (of pixels in [0, 1]) that the weights
     expect: 0.5 for models trained here, others for models loaded.
     """
-
-    _no_split_modules = ["Layer"]  # for `ldm.train.sharding`
 
     def __init__(
         self,

@@ -1,12 +1,12 @@
 """Losses as pure functions. Every one is a mean over elements, so that a weight means the same at any size
 and batch (a KL summed over the latent and divided by the batch, which is common, changes with the size)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-
-from ldm.distributed import mean_over_processes
 
 
 def reconstruction(prediction: Tensor, target: Tensor, l2_weight: float = 0.0) -> Tensor:
@@ -37,18 +37,22 @@ def hinge_generator(fake_logits: Tensor) -> Tensor:
 
 
 def adaptive_weight(
-    reconstruction_loss: Tensor, gan_loss: Tensor, last_layer_weight: Tensor, maximum: float = 1e4
+    reconstruction_loss: Tensor,
+    gan_loss: Tensor,
+    last_layer_weight: Tensor,
+    maximum: float = 1e4,
+    mean: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> Tensor:
     """Weight that gives the GAN term the reconstruction term's gradient norm at the decoder's last layer.
 
     Both losses are scalars whose graphs hold `last_layer_weight`; the graphs are kept for the backward pass.
     Returns |grad reconstruction| / (|grad gan| + 1e-4), at most `maximum`, a detached scalar.
     Esser et al. 2021 (VQGAN), eq. 7, with the constant of its published code. Raises RuntimeError where a
-    loss does not depend on that weight. Over the batches of all processes that take a step together.
+    loss does not depend on that weight. `mean` averages the gradients over the processes of a run.
     """
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer_weight, retain_graph=True)
     (of_gan,) = torch.autograd.grad(gan_loss, last_layer_weight, retain_graph=True)
-    of_reconstruction, of_gan = (mean_over_processes(gradient.float()) for gradient in (of_reconstruction, of_gan))
+    of_reconstruction, of_gan = (mean(gradient.float()) for gradient in (of_reconstruction, of_gan))
     ratio = of_reconstruction.norm() / (of_gan.norm() + 1e-4)
     return ratio.clamp(0, maximum).detach()
 

@@ -47,7 +47,10 @@ class Pipeline:
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Pipeline":
         """A shipped model's name, a run folder, or a Stable Diffusion folder in diffusers' layout (UserError)."""
-        return cls(load_parts(folder), device)
+        pipe = cls(load_parts(folder), device)
+        for model in (pipe.vae, pipe.unet):
+            model.to(memory_format=torch.channels_last)  # faster convolutions
+        return pipe
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
         """Writes a folder that diffusers' StableDiffusionPipeline opens; `half` stores float16, for half the size."""
@@ -59,12 +62,10 @@ class Pipeline:
         return Parts(self.vae, self.text_encoder, self.tokenizer, self.unet, self.schedule)
 
     def to(self, device: str | torch.device) -> "Pipeline":
-        """Moves the models; convolutions run channels-last, which is faster on CPU and GPU alike."""
+        """Moves the models to a device, in evaluation mode."""
         self.device = torch.device(device)
         for model in (self.vae, self.text_encoder, self.unet):
             model.eval().to(self.device)
-        for model in (self.vae, self.unet):
-            model.to(memory_format=torch.channels_last)
         return self
 
     def compile(self, backend: str = "inductor") -> "Pipeline":

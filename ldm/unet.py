@@ -179,8 +179,6 @@ class UpLevel(nn.Module):
 class UNet(nn.Module):
     """z_t (B, C, h, w), t (B,) or a scalar, context (B, L, D) -> prediction (B, C, h, w)."""
 
-    _no_split_modules = ["ResnetBlock", "SpatialTransformer"]  # for `ldm.train.sharding`
-
     def __init__(self, config: UNetConfig):
         super().__init__()
         _check(config)

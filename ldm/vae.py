@@ -155,8 +155,6 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Images x (B, 3, H, W) in [-1, 1] <-> latents z (B, C, H/f, W/f)."""
 
-    _no_split_modules = ["ResnetBlock"]  # for `ldm.train.sharding`
-
     def __init__(self, config: VAEConfig):
         super().__init__()
         for width in config.block_out_channels:
@@ -193,10 +191,10 @@ class VAE(nn.Module):
         """Raw latents (B, C, h, w) -> x (B, 3, h*f, w*f)."""
         return self.decoder(self.post_quant_conv(z))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, DiagonalGaussian]:
-        """A reconstruction through one sample of the latent, and the posterior: what training needs."""
+    def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, DiagonalGaussian]:
+        """The reconstruction from the latent sample mean + std * eps, eps (B, C, h, w), and the posterior."""
         posterior = self.encode(x)
-        return self.decode_raw(posterior.sample()), posterior
+        return self.decode_raw(posterior.mean + posterior.std * eps), posterior
 
     @torch.no_grad()
     def with_statistics(self, mean: Tensor, std: Tensor) -> "VAE":

@@ -15,10 +15,11 @@ from ldm.diffusion import ScheduleConfig
 from ldm.images import to_float, to_pil
 from ldm.model_io import save_tensors, write_json
 from ldm.train.autoencoder import AutoencoderConfig, LossConfig
+from ldm.train.auxiliary import GroundingConfig
 from ldm.train.clip import CLIPConfig
+from ldm.train.config import OptimizerConfig, TrainConfig
 from ldm.train.diffusion import DiffusionConfig, PreviewConfig
-from ldm.train.loop import OptimizerConfig, Run, Task, TrainConfig
-from ldm.train.readers import GroundingConfig
+from ldm.train.loop import Run, Task
 from ldm.unet import UNetConfig
 from ldm.vae import VAE, VAEConfig
 

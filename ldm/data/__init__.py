@@ -107,13 +107,12 @@ def batches(dataset: Any, indices: Sequence[int], batch_size: int) -> Iterator[d
         yield stack_images([dataset[i] for i in indices[start : start + batch_size]])
 
 
-def choose_captions(captions: list[list[str]]) -> list[str]:
-    """One caption of each list, by torch's global generator (which the training loop seeds every step)."""
-    places = torch.rand(len(captions)).tolist()
-    return [c[int(place * len(c))] for c, place in zip(captions, places, strict=True)]
+def choose_captions(captions: list[list[str]], places: Tensor) -> list[str]:
+    """One caption of each list, at `places` (B,) in [0, 1) of its length."""
+    return [c[int(place * len(c))] for c, place in zip(captions, places.tolist(), strict=True)]
 
 
-def flip_half(image: Tensor) -> Tensor:
-    """Mirrors each image (B, 3, H, W) with probability one half, by torch's global generator."""
-    mirrored = torch.rand(len(image), device=image.device) < 0.5
+def flip_half(image: Tensor, chances: Tensor) -> Tensor:
+    """Mirrors the images (B, 3, H, W) whose chance (B,) in [0, 1) is below one half."""
+    mirrored = (chances < 0.5).to(image.device)
     return torch.where(mirrored[:, None, None, None], image.flip(-1), image)
