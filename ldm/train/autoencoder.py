@@ -1,7 +1,7 @@
 """Training the VAE: reconstruction + perceptual + KL + patch-GAN (Rombach et al. 2022, section 3.1)."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ldm import losses
-from ldm.config import UserError, require
+from ldm.config import require
 from ldm.data import DataConfig, batches, flip_half, open_dataset, spread, stack_images
 from ldm.discriminator import PatchDiscriminator
-from ldm.distributed import Draws, mean_over_processes
+from ldm.distributed import Draws, mean_over_processes, processes
 from ldm.images import tile, to_float
 from ldm.metrics import psnr, ssim
 from ldm.perceptual import perceptual_network
 from ldm.train.config import TrainConfig
+from ldm.train.loop import Losses, Modules, Task
 from ldm.train.optim import freeze
 from ldm.vae import VAE, VAEConfig
 
@@ -70,33 +71,30 @@ class AutoencoderConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
 
 
-class AutoencoderTask:
+class AutoencoderTask(Task):
     """The generator's and the discriminator's step on one batch of images."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
-        self.config = config
+        self.config, self.device, loss, size = config, processes().device, config.loss, config.data.size
         self.dataset = open_dataset(config.data, "train", need_captions=False)
         self.held_out = open_dataset(config.data, "val", need_captions=False)
         self.collate = stack_images
         self.batch_size = min(64, config.train.batch_size)  # outside the training steps
         torch.manual_seed(config.train.seed)
         vae = VAE.from_pretrained(config.vae) if config.vae else VAE(config.model)
-        vae.config = replace(vae.config, sample_size=config.data.size)
+        require(size % vae.factor == 0, "data.size", size, f"a multiple of {vae.factor}, the VAE's reduction")
+        vae.config = replace(vae.config, sample_size=size)
         freeze(vae, config.frozen)
-        if config.data.size % vae.factor:
-            raise UserError(f"data.size {config.data.size} must be a multiple of {vae.factor}, the VAE's reduction")
-        self.modules: dict[str, nn.Module] = {"vae": vae}
-        if config.loss.gan:
+        self.modules = {"vae": vae}
+        if loss.gan:
             self.modules["discriminator"] = make_discriminator(config)
-        if config.loss.discriminator_lr:
-            changes = {"lr": config.loss.discriminator_lr, "muon_lr": None, "betas": DISCRIMINATOR_BETAS}
+        if loss.discriminator_lr:
+            changes = {"lr": loss.discriminator_lr, "muon_lr": None, "betas": DISCRIMINATOR_BETAS}
             self.optimizers = {"discriminator": replace(config.train.optimizer, **changes)}
-        loss = config.loss
-        self.perceptual = perceptual_network(loss.perceptual_net, loss.perceptual_path, loss.perceptual_depth)
+        perceptual = perceptual_network(loss.perceptual_net, loss.perceptual_path, loss.perceptual_depth)
+        self.perceptual = perceptual.to(self.device)
 
-    def losses(
-        self, modules: dict[str, nn.Module], batch: dict, step: int, draws: Draws
-    ) -> Iterator[tuple[str, Tensor, dict]]:
+    def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
         """The VAE's loss with the discriminator frozen, then the discriminator's on detached pictures."""
         c, vae = self.config.loss, self.modules["vae"]
         x = to_float(batch["image"])
@@ -107,7 +105,7 @@ class AutoencoderTask:
         # VAE
         reconstruction, posterior = modules["vae"](x, eps)
         l1 = losses.reconstruction(reconstruction, x, c.l2)
-        perceptual = self.perceptual.to(x.device)(reconstruction, x).mean()
+        perceptual = self.perceptual(reconstruction, x).mean()
         kl = losses.kl(posterior.mean.float(), posterior.logvar.float())  # bfloat16 under autocast
         fidelity = l1 + c.perceptual * perceptual
         total, values = fidelity + c.kl * kl, {"l1": l1, "perceptual": perceptual, "kl": kl}
@@ -131,36 +129,36 @@ class AutoencoderTask:
             values = {"logits_real": real.mean(), "logits_fake": fake.mean()}
             yield "discriminator", losses.hinge_discriminator(real, fake), values
 
-    def after_step(self) -> None:
-        """The weights have no constraints."""
-
-    def validate(self, modules: dict[str, nn.Module], device: torch.device) -> dict[str, float]:
+    def validate(self, modules: Modules) -> dict[str, float]:
         """PSNR (dB), SSIM and perceptual distance of the reconstructions (from the mean) of held-out images."""
-        sums = {"psnr": 0.0, "ssim": 0.0, "perceptual": 0.0}
+        metrics = {"psnr": psnr, "ssim": ssim, "perceptual": self.perceptual}
         count = min(self.config.held_out, len(self.held_out))
-        for x in images(self.held_out, count, self.batch_size, device):
+        sums = dict.fromkeys(metrics, 0.0)
+        for x in images(self.held_out, count, self.batch_size, self.device):
             y = reconstruct(modules["vae"], x)
-            sums["psnr"] += float(psnr(y, x).sum())
-            sums["ssim"] += float(ssim(y, x).sum())
-            sums["perceptual"] += float(self.perceptual.to(device)(y, x).sum())
-        return {name: value / count for name, value in sums.items()}
+            for name, metric in metrics.items():
+                sums[name] += float(metric(y, x).sum())
+        return {name: total / count for name, total in sums.items()}
 
-    def preview(self, modules: dict[str, nn.Module], device: torch.device) -> Image.Image:
+    def preview(self, modules: Modules) -> Image.Image:
         """Two rows of eight held-out images, each above its reconstruction; one row of fewer than sixteen."""
-        x = next(images(self.held_out, 16, 16, device))
+        x = next(images(self.held_out, 16, 16, self.device))
         columns = min(8, len(x))
         x = x[: len(x) - len(x) % columns]
-        pairs = torch.stack([x, reconstruct(modules["vae"], x)], 1)  # (B, 2, 3, H, W)
-        rows = rearrange(pairs, "(r c) p k h w -> (r p c) k h w", c=columns)
+        pairs = torch.stack([x, reconstruct(modules["vae"], x)])  # (2, B, 3, H, W)
+        rows = rearrange(pairs, "p (r c) k h w -> (r p c) k h w", c=columns)
         return tile(rows, columns=columns, scale=max(1, 128 // x.shape[-1]))
 
-    def export(self, modules: dict[str, nn.Module], folder: Path, device: torch.device, final: bool) -> None:
+    def export(self, modules: Modules, folder: Path, final: bool) -> None:
         """Writes `folder/vae` with the shift and scale of the training set's latents folded in, measured on few images
         unless `final`. A frozen encoder keeps its own: models trained on its latents still fit."""
         vae, trained = modules["vae"], self.modules["vae"]
         if any(p.requires_grad for part in (trained.encoder, trained.quant_conv) for p in part.parameters()):
             count = min(self.config.statistics if final else 1024, len(self.dataset))
-            vae = vae.with_statistics(*latent_statistics(vae, self.dataset, count, self.batch_size, device))
+            batches = images(self.dataset, count, self.batch_size, self.device)
+            total = -(-count // self.batch_size)
+            bar = tqdm(batches, total=total, desc="latent statistics", leave=False)
+            vae = vae.with_statistics(*latent_statistics(vae, bar))
         vae.save_pretrained(folder / "vae")
 
 
@@ -168,11 +166,8 @@ def make_discriminator(config: AutoencoderConfig) -> PatchDiscriminator:
     """A new discriminator. Raises UserError where it needs larger images; warns where the run ends before it counts."""
     loss, size, steps = config.loss, config.data.size, config.train.steps
     discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
-    if size < discriminator.smallest:
-        raise UserError(
-            f"data.size {size} is too small for loss.discriminator_layers {loss.discriminator_layers}, which needs"
-            f" {discriminator.smallest}; take fewer layers"
-        )
+    allowed = f"{discriminator.smallest} or more for {loss.discriminator_layers} loss.discriminator_layers"
+    require(size >= discriminator.smallest, "data.size", size, allowed)
     if loss.gan_start >= steps:
         warnings.warn(
             f"the discriminator never counts: loss.gan_start is {loss.gan_start} and train.steps {steps}; give e.g."
@@ -194,20 +189,16 @@ def reconstruct(vae: VAE, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def latent_statistics(
-    vae: VAE, dataset: Any, count: int, batch_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of raw latent samples over `count` images spread over the data set.
+def latent_statistics(vae: VAE, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of raw latent samples over batches x (B, 3, H, W).
 
     The variance of a sampled latent is E[std^2] + Var[mean]; accumulated in float64.
     """
-    first = second = samples = 0.0
-    total = -(-count // batch_size)
-    for x in tqdm(images(dataset, count, batch_size, device), total=total, desc="latent statistics", leave=False):
+    sums, count = 0.0, 0
+    for x in batches:
         posterior = vae.encode(x)
-        mean, variance = posterior.mean.double(), posterior.std.double() ** 2
-        first = first + mean.sum((0, 2, 3))
-        second = second + (mean**2 + variance).sum((0, 2, 3))
-        samples += mean[:, 0].numel()
-    mean = first / samples
-    return mean.float(), (second / samples - mean**2).sqrt().float()
+        mean, std = posterior.mean.double(), posterior.std.double()
+        sums = sums + len(x) * torch.stack([mean, mean**2 + std**2]).mean((1, 3, 4))
+        count += len(x)
+    first, second = sums / count
+    return first.float(), (second - first**2).sqrt().float()

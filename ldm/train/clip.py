@@ -3,28 +3,27 @@ losses on the context (`ldm/train/auxiliary.py`) where they have a weight."""
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
+from torch.distributed.nn.functional import all_gather
 from torch.utils.data import ConcatDataset
 
 from ldm import losses, model_io
 from ldm.clip import CLIP, TextConfig, TextEncoder, VisionConfig
 from ldm.config import UserError, require
 from ldm.data import DataConfig, batches, choose_captions, flip_half, open_dataset, spread, stack_images
-from ldm.data.faults import Faults
 from ldm.data.minimal_pairs import alter
-from ldm.distributed import Draws, all_gather_objects, mean_over_processes
+from ldm.distributed import Draws, all_gather_objects, mean_over_processes, processes
 from ldm.images import to_float
 from ldm.metrics import retrieval
 from ldm.tokenizer import Tokenizer
 from ldm.train.auxiliary import Grounding, GroundingConfig
 from ldm.train.config import TrainConfig
+from ldm.train.loop import Losses, Modules, Task
 from ldm.train.optim import freeze
 
 BATCH = 32  # pairs in validation
@@ -56,15 +55,14 @@ class CLIPConfig:
             )
 
 
-class CLIPTask:
+class CLIPTask(Task):
     """One step on a batch of pairs; with many processes the contrast is over the global batch."""
 
     contrasts = True
 
     def __init__(self, config: CLIPConfig) -> None:
-        self.config = config
-        self.held_out = open_dataset(config.data, "val")
-        self.dataset = open_dataset(config.data, "train")
+        self.config, self.device = config, processes().device
+        self.dataset, self.held_out = (open_dataset(config.data, split) for split in ("train", "val"))
         if config.judge:
             self.dataset = Joined([self.dataset, self.held_out])
         self.collate = stack_images
@@ -82,28 +80,20 @@ class CLIPTask:
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        self.check_sizes(text)
-        vision = replace(config.vision, image_size=config.data.size)
+        size, patch, length = config.data.size, config.vision.patch_size, self.tokenizer.context_length
+        require(size % patch == 0, "data.size", size, f"a multiple of vision.patch_size {patch}")
+        positions, allowed = text.max_position_embeddings, f"{length} or more, the tokenizer's context"
+        require(positions >= length, "text.max_position_embeddings", positions, allowed)
+        vision = replace(config.vision, image_size=size)
         clip = CLIP(text, vision)
         if start:
             clip.text_model.load_state_dict(start.text_model.state_dict())
         freeze(clip, config.frozen)
-        self.modules: dict[str, nn.Module] = {"clip": clip}
+        self.modules = {"clip": clip}
         if config.grounding.words or config.grounding.picture:
             self.modules["grounding"] = Grounding(config.grounding, text, vision)
 
-    def check_sizes(self, text: TextConfig) -> None:
-        """Raises UserError where the patches do not tile the images or the tokens do not fit the text tower."""
-        size, patch = self.config.data.size, self.config.vision.patch_size
-        if size % patch:
-            raise UserError(f"data.size {size} must be a multiple of vision.patch_size {patch}")
-        positions, length = text.max_position_embeddings, self.tokenizer.context_length
-        if positions < length:
-            raise UserError(f"text.max_position_embeddings {positions} is less than the tokenizer's context, {length}")
-
-    def losses(
-        self, modules: dict[str, nn.Module], batch: dict, step: int, draws: Draws
-    ) -> Iterator[tuple[str, Tensor, dict]]:
+    def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
         """The contrastive loss, where images that share a caption are not each other's negatives, and the auxiliary
         losses."""
         x, captions = to_float(batch["image"]), batch["captions"]
@@ -112,7 +102,7 @@ class CLIPTask:
         tokens = self.tokenizer(chosen, warn=False).to(x.device)
         images, texts, scale, context = modules["clip"](x, tokens)
         if distributed.is_initialized():
-            images, texts = Gather.apply(images), Gather.apply(texts)
+            images, texts = (torch.cat(all_gather(rows)) for rows in (images, texts))
             captions = [each for part in all_gather_objects(captions) for each in part]
         same = sharing(captions).to(x.device)
         loss, values = losses.contrastive(images, texts, scale, same), {"scale": scale}
@@ -125,9 +115,10 @@ class CLIPTask:
         """Clamps the temperature."""
         self.modules["clip"].clamp_scale()
 
-    def validate(self, modules: dict[str, nn.Module], device: torch.device) -> dict[str, float]:
+    def validate(self, modules: Modules) -> dict[str, float]:
         """R@1 and R@5 both ways among validation pairs (the first caption of each; a judge has learned them), beside
         chance; how often a caption is preferred to itself with one word wrong (chance 0.5); the auxiliary losses."""
+        device = self.device
         clip, draws = modules["clip"], Draws(self.config.train.seed, 0, device=device)
         images, texts, altered, captions = [], [], [], []
         sums: dict[str, float] = defaultdict(float)
@@ -148,15 +139,10 @@ class CLIPTask:
         values = retrieval(image, text, same=sharing(captions)) | {"one_word_wrong": float(preferred)}
         return values | {name: total / len(captions) for name, total in sums.items()}
 
-    def preview(self, modules: dict[str, nn.Module], device: torch.device) -> Image.Image | None:
-        """Retrieval has no picture."""
-        return None
-
-    def export(self, modules: dict[str, nn.Module], folder: Path, device: torch.device, final: bool) -> None:
+    def export(self, modules: Modules, folder: Path, final: bool) -> None:
         """Writes `folder/clip` (both towers), `folder/text_encoder` and `folder/tokenizer`; of a judge `folder/judge`
         alone, as the model that conditions a U-Net must not judge it."""
-        clip: Any = modules["clip"]
-        both = folder / ("judge" if self.config.judge else "clip")
+        clip, both = modules["clip"], folder / ("judge" if self.config.judge else "clip")
         clip.save_pretrained(both)
         self.tokenizer.save_pretrained(both)
         if not self.config.judge:
@@ -165,15 +151,11 @@ class CLIPTask:
 
 
 class Joined(ConcatDataset):
-    """Data sets one after the other, with the captions of each; broken samples count against all of them."""
+    """Data sets one after the other, with the captions of each."""
 
     def __init__(self, datasets: list[Any]) -> None:
         super().__init__(datasets)
-        parts = [d.faults for d in datasets if hasattr(d, "faults")]
-        totals = {(faults.total, *faults.reasons): faults.total for faults in parts}
-        self.faults = Faults(parts[0].share, sum(totals.values())) if parts else None
-        for faults in parts:
-            self.faults.reasons |= faults.reasons
+        self.faults = getattr(datasets[0], "faults", None)
         if any(hasattr(d, "lengths") for d in datasets):  # of shards, to be read one after the other
             self.lengths = [n for d in datasets for n in getattr(d, "lengths", [len(d)])]
 
@@ -181,24 +163,6 @@ class Joined(ConcatDataset):
         """The captions of image `index`, without decoding it."""
         which = bisect_right(self.cumulative_sizes, index)
         return self.datasets[which].captions(index - (self.cumulative_sizes[which - 1] if which else 0))
-
-
-class Gather(torch.autograd.Function):
-    """The rows of all processes in order of rank, (B, D) -> (B * world, D); the gradient is summed over processes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """`x` has the same shape in all processes."""
-        parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """This process's rows of the sum."""
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(grad)
-        return grad.chunk(distributed.get_world_size())[distributed.get_rank()]
 
 
 def sharing(captions: list[list[str]]) -> Tensor:

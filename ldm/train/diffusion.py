@@ -2,13 +2,12 @@
 
 import math
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm import losses, model_io
 from ldm.clip import TextEncoder
@@ -20,12 +19,16 @@ from ldm.distributed import Draws, processes
 from ldm.images import captioned_grid, to_float
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts, read_schedule, save_parts
-from ldm.samplers import get_sampler, make_grid
+from ldm.samplers import make_grid
 from ldm.tokenizer import Tokenizer
 from ldm.train.config import TrainConfig
+from ldm.train.loop import Losses, Modules, Task, to_device
 from ldm.train.optim import freeze
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE
+
+# Keys of a schedule that a U-Net depends on.
+NOISE = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr", "prediction_type")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,33 +78,32 @@ class DiffusionConfig:
             raise UserError("a latent cache holds no mirrored pictures: leave out cache, or set data.flip=false")
 
 
-class DiffusionTask:
+class DiffusionTask(Task):
     """One denoising step on a batch of latents and captions. The VAE is frozen, and by default the text encoder."""
 
     def __init__(self, config: DiffusionConfig) -> None:
-        self.config = config
+        self.config, self.device = config, processes().device
         for name in ("vae", "text_encoder"):
-            if not getattr(config, name):
-                raise UserError(f"config key {name!r} is empty: name the run folder (or model) to take it from")
-        device = processes().device
+            require(getattr(config, name) != "", name, "", "the run folder (or model) to take it from")
         vae = VAE.from_pretrained(config.vae).requires_grad_(False)
-        self.vae = vae.to(device, memory_format=torch.channels_last)
-        self.text_encoder = TextEncoder.from_pretrained(config.text_encoder).to(device)
+        self.vae = vae.to(self.device, memory_format=torch.channels_last)
+        self.text_encoder = TextEncoder.from_pretrained(config.text_encoder).to(self.device)
         self.text_encoder.requires_grad_(config.train_text_encoder)
         self.tokenizer = Tokenizer.from_pretrained(model_io.find_root(config.text_encoder))
         self.schedule = Schedule(config.schedule)
-        get_sampler(config.schedule.sampler)
-        make_grid(self.schedule, config.schedule.sampler, config.preview.steps)  # refuses what cannot be sampled
-        self.modules: dict[str, nn.Module] = {"unet": self.make_unet()}
+        make_grid(self.schedule, config.schedule.sampler, config.preview.steps)  # refuses an unknown sampler now
+        self.modules = {"unet": self.make_unet()}
         if config.train_text_encoder:
             self.modules["text_encoder"] = self.text_encoder
         self.batch_size = min(64, config.train.batch_size)  # outside the training steps
         self.dataset, self.held_out = (open_dataset(config.data, split) for split in ("train", "val"))
         self.collate = stack_images
         if config.cache:
-            self.dataset = open_latents(Path(config.cache), self.vae, self.dataset, self.batch_size, device)
+            self.dataset = open_latents(Path(config.cache), self.vae, self.dataset, self.batch_size, self.device)
             self.collate = stack_latents
-        self.check_latents()
+        batch = self.collate([self.dataset[i] for i in spread(self.dataset, self.batch_size)])
+        draws = Draws(config.train.seed, 0, device=self.device)
+        check_normalized(self.latents(to_device(batch, self.device), draws))
 
     def make_unet(self) -> UNet:
         """The U-Net to start from, new or loaded. Raises UserError where it does not fit the other parts."""
@@ -115,11 +117,9 @@ class DiffusionTask:
             value, needed = getattr(unet.config, key), getattr(fitted, key)
             if value != needed:
                 raise UserError(f"the U-Net in {config.unet!r} has {key} {value}, VAE and text encoder need {needed}")
-        multiple = self.vae.factor * 2 ** (len(unet.config.block_out_channels) - 1)
-        if config.data.size % multiple:
-            raise UserError(
-                f"data.size {config.data.size} must be a multiple of {multiple}, what VAE and U-Net reduce by together"
-            )
+        multiple, size = self.vae.factor * 2 ** (len(unet.config.block_out_channels) - 1), config.data.size
+        allowed = f"a multiple of {multiple}, the reduction of VAE and U-Net together"
+        require(size % multiple == 0, "data.size", size, allowed)
         freeze(unet, config.frozen)
         return unet
 
@@ -134,13 +134,6 @@ class DiffusionTask:
             cross_attention_dim=self.text_encoder.config.hidden_size,
         )
 
-    def check_latents(self) -> None:
-        """Raises UserError unless the latents of some training images are near zero mean and unit variance."""
-        device = processes().device
-        batch = self.collate([self.dataset[i] for i in spread(self.dataset, self.batch_size)])
-        tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-        check_normalized(self.latents(tensors, Draws(self.config.train.seed, 0, device=device)))
-
     @torch.no_grad()
     def latents(self, batch: dict, draws: Draws) -> Tensor:
         """Normalized latents (B, C, h, w), sampled from the posterior that is in the batch or of its images."""
@@ -153,9 +146,7 @@ class DiffusionTask:
             mean, std = batch["mean"], batch["std"]
         return self.vae.normalize(mean + std * draws.randn(*mean.shape))
 
-    def losses(
-        self, modules: dict[str, nn.Module], batch: dict, step: int, draws: Draws
-    ) -> Iterator[tuple[str, Tensor, dict]]:
+    def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
         """The weighted squared error at random timesteps, with captions dropped at random."""
         c = self.config
         z0 = self.latents(batch, draws)
@@ -169,7 +160,7 @@ class DiffusionTask:
         eps = draws.randn(*z0.shape)
         yield "unet", self.loss(modules, z0, captions, t.to(z0.device), eps), {"z_std": z0.std()}
 
-    def loss(self, modules: dict[str, nn.Module], z0: Tensor, captions: list[str], t: Tensor, eps: Tensor) -> Tensor:
+    def loss(self, modules: Modules, z0: Tensor, captions: list[str], t: Tensor, eps: Tensor) -> Tensor:
         """The weighted squared error at timesteps t (B,) with noise eps (B, C, h, w)."""
         denoiser = Denoiser(modules["unet"], self.schedule)
         tokens = self.tokenizer(captions, warn=False).to(z0.device)
@@ -182,10 +173,7 @@ class DiffusionTask:
         weight = loss_weight(self.schedule, t, denoiser.prediction, self.config.min_snr_gamma)
         return losses.diffusion(prediction, denoiser.target(z0, eps, t), weight.to(z0.device, z0.dtype))
 
-    def after_step(self) -> None:
-        """The weights have no constraints."""
-
-    def validate(self, modules: dict[str, nn.Module], device: torch.device) -> dict[str, float]:
+    def validate(self, modules: Modules) -> dict[str, float]:
         """The loss on held-out pairs, each at a fixed timestep, evenly spread, and with fixed noise."""
         chosen = spread(self.held_out, self.config.held_out)
         fixed = torch.Generator().manual_seed(self.config.train.seed)
@@ -193,30 +181,30 @@ class DiffusionTask:
         timesteps = torch.linspace(0, len(self.schedule) - 1, len(chosen)).long()[order]
         total, done = 0.0, 0
         for batch in batches(self.held_out, chosen, self.batch_size):
-            x = to_float(batch["image"].to(device))
-            posterior = self.vae.encode(x)
-            eps = torch.stack([torch.randn(2, *posterior.mean.shape[1:], generator=fixed) for _ in x]).to(device)
-            z0 = self.vae.normalize(posterior.mean + posterior.std * eps[:, 0])
-            t = timesteps[done : done + len(z0)].to(device)
+            posterior = self.vae.encode(to_float(batch["image"].to(self.device)))
+            shape = posterior.mean.shape
+            noise = torch.stack([torch.randn(2, *shape[1:], generator=fixed) for _ in range(shape[0])]).to(self.device)
+            z0 = self.vae.normalize(posterior.mean + posterior.std * noise[:, 0])
+            t = timesteps[done : done + len(z0)].to(self.device)
             captions = [c[0] for c in batch["captions"]]
-            total += float(self.loss(modules, z0, captions, t, eps[:, 1])) * len(z0)
+            total += float(self.loss(modules, z0, captions, t, noise[:, 1])) * len(z0)
             done += len(z0)
         return {"loss": total / done}
 
-    def preview(self, modules: dict[str, nn.Module], device: torch.device) -> Image.Image:
+    def preview(self, modules: Modules) -> Image.Image:
         """A captioned grid of pictures from fixed prompts and seeds."""
         c = self.config.preview
         prompts = list(c.prompts) or [self.held_out.captions(i)[0] for i in spread(self.held_out, c.count)]
-        pipe = Pipeline(self.parts(modules), device)
+        pipe = Pipeline(self.parts(modules), self.device)
         images = pipe(prompts, steps=c.steps, guidance=c.guidance, seed=c.seed)
         return captioned_grid(images, prompts, columns=min(8, len(prompts)))
 
-    def parts(self, modules: dict[str, nn.Module]) -> Parts:
+    def parts(self, modules: Modules) -> Parts:
         """The pipeline's parts, with the trained `modules`."""
         text_encoder = modules.get("text_encoder", self.text_encoder)
         return Parts(self.vae, text_encoder, self.tokenizer, modules["unet"], self.schedule)
 
-    def export(self, modules: dict[str, nn.Module], folder: Path, device: torch.device, final: bool) -> None:
+    def export(self, modules: Modules, folder: Path, final: bool) -> None:
         """Writes the whole pipeline into `folder`."""
         save_parts(folder, self.parts(modules))
 
@@ -224,16 +212,12 @@ class DiffusionTask:
 def warn_of_another_schedule(folder: str, schedule: ScheduleConfig) -> None:
     """Warns where the U-Net to start from was trained with another noise schedule or prediction."""
     root = model_io.find_root(folder)
-    if not (root / "scheduler").is_dir():
-        return
-    theirs = read_schedule(root / "scheduler")
-    names = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
-    pairs = {
-        n: (getattr(theirs, n), getattr(schedule, n)) for n in (*names, "rescale_betas_zero_snr", "prediction_type")
-    }
-    changes = [f"{name} {was!r}, here {now!r}" for name, (was, now) in pairs.items() if was != now]
-    if changes:
-        warnings.warn(f"the U-Net of {folder!r} was trained with schedule.{'; schedule.'.join(changes)}", stacklevel=2)
+    if (root / "scheduler").is_dir():
+        theirs, ours = asdict(read_schedule(root / "scheduler")), asdict(schedule)
+        changes = [f"{key} {theirs[key]!r}, here {ours[key]!r}" for key in NOISE if theirs[key] != ours[key]]
+        if changes:
+            text = f"the U-Net of {folder!r} was trained with schedule.{'; schedule.'.join(changes)}"
+            warnings.warn(text, stacklevel=2)
 
 
 def check_normalized(z: Tensor) -> None:

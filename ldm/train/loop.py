@@ -4,7 +4,6 @@ It knows no model: a task computes the losses. All random numbers of a step come
 is a pure function of (seed, step), so a run that is resumed, or shared by many processes, takes the same steps.
 """
 
-import copy
 import math
 import signal
 import threading
@@ -14,8 +13,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,57 +25,63 @@ from ldm import model_io
 from ldm.config import UserError
 from ldm.data.loader import load
 from ldm.data.order import EpochBatches
-from ldm.distributed import Draws, from_main, fsdp_requested, processes
+from ldm.distributed import Draws, from_main, processes
 from ldm.train import sharding, state
-from ldm.train.config import TrainConfig
+from ldm.train.config import OptimizerConfig, TrainConfig
 from ldm.train.log import Log
 from ldm.train.optim import EMA, make_optimizers
 
+Modules = dict[str, nn.Module]
+Losses = Iterator[tuple[str, Tensor, dict]]  # the name of a module, its loss, values to log
 
-class Task(Protocol):
-    """One kind of training. `modules` are those trained, each with an optimizer of its own: by `optimizers[name]`, an
-    OptimizerConfig, where a task has one, else by that of the run. `held_out` is an optional second data set, and
-    `contrasts` is true where a loss compares the samples of a batch."""
 
-    modules: dict[str, nn.Module]
+class Task:
+    """One kind of training: which modules are trained, on which data, by which losses."""
+
+    modules: Modules
     dataset: Any
+    held_out: Any = None  # a second data set
+    optimizers: dict[str, OptimizerConfig] = {}  # of modules that do not use that of the run
+    contrasts = False  # whether a loss compares the samples of a batch
 
     def collate(self, samples: list[dict]) -> dict:
         """Samples -> a batch; runs in the loading processes, without random numbers."""
+        raise NotImplementedError
 
-    def losses(
-        self, modules: dict[str, nn.Module], batch: dict, step: int, draws: Draws
-    ) -> Iterator[tuple[str, Tensor, dict]]:
-        """Yields (module, its loss, values to log) in turn; the loop runs backward after each."""
+    def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
+        """The losses of a batch in turn; the loop runs backward after each."""
+        raise NotImplementedError
 
     def after_step(self) -> None:
         """Restores constraints after the weights have changed, e.g. by a clamp."""
 
-    def validate(self, modules: dict[str, nn.Module], device: torch.device) -> dict[str, float]:
+    def validate(self, modules: Modules) -> dict[str, float]:
         """Values on held-out data, of the averaged `modules`."""
+        raise NotImplementedError
 
-    def preview(self, modules: dict[str, nn.Module], device: torch.device) -> Image.Image | None:
+    def preview(self, modules: Modules) -> Image.Image | None:
         """A picture to look at, from fixed inputs and seeds."""
 
-    def export(self, modules: dict[str, nn.Module], folder: Path, device: torch.device, final: bool) -> None:
+    def export(self, modules: Modules, folder: Path, final: bool) -> None:
         """Writes the loadable folder; `final` at the end of the run."""
+        raise NotImplementedError
 
 
 def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, force: bool = False) -> None:
     """Trains `task` to `config.steps` from the newest whole checkpoint in `out`; ends with an export into `out`.
 
     `resolved` is the config as a dict, stored as `out/config.json`. Raises UserError where a resumed run has another
-    one, unless `force`; where losses stay non-finite; and where memory or disk run out. At SIGINT or SIGTERM the step
-    is finished and saved, then `Stopped` is raised; a second signal ends the process at once.
+    one, unless `force`; where losses stay non-finite; and where memory runs out. At SIGINT or SIGTERM the step is
+    finished and saved, then `Stopped` is raised; a second signal ends the process at once.
     """
     c, out = config, Path(out)
     with ExitStack() as stack:
         # Set up
         processes()
         from_main(partial(stack.enter_context, state.lock(out)))
-        signals = stack.enter_context(Signals())
+        signals = stack.enter_context(caught_signals())
         run = Run(task, c, out)
-        accelerator, log, optimizers = run.accelerator, run.log, run.optimizers
+        a, log, trained = run.accelerator, run.log, run.trained
 
         # Resume
         if run.resume():
@@ -86,7 +90,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
 
         # Train
         batches = stack.enter_context(closing(run.batches()))
-        bar = stack.enter_context(tqdm(initial=run.start, total=c.steps, disable=not run.main, unit="step"))
+        bar = stack.enter_context(tqdm(initial=run.start, total=c.steps, disable=not a.is_main_process, unit="step"))
         for step in range(run.start, c.steps):
             kept, values, updating, fits = [], [], False, True
             try:
@@ -94,41 +98,42 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
                 for micro in range(c.accumulate):
                     batch, faults = next(batches)
                     log.note_faults(faults)
-                    batch = to_device(batch, run.device)
+                    batch = to_device(batch, a.device)
                     kept.append(batch)
-                    draws = Draws(c.seed, step * c.accumulate + micro, run.rank, run.world, run.device)
+                    draws = Draws(c.seed, step * c.accumulate + micro, a.process_index, a.num_processes, a.device)
                     sharding.set_gradient_sync(run.called.values(), micro == c.accumulate - 1)
                     for name, loss, extra in task.losses(run.called, batch, step, draws):
-                        accelerator.backward(loss / c.accumulate)
-                        values.append(scalars({f"{name}_loss": loss} | extra, run.device))
+                        a.backward(loss / c.accumulate)
+                        values.append(scalars({f"{name}_loss": loss} | extra, a.device))
 
                 # Clip and update, in all processes or in none
-                norms = {f"{n}_grad_norm": sharding.clip(m, c.clip, accelerator) for n, m in task.modules.items()}
-                finite, number = run.agree([*values, norms], signals.received)
+                values.append({f"{n}_grad_norm": sharding.clip(m, c.clip, a) for n, m in task.modules.items()})
+                finite, stopped_by = run.agree(values, signals)
                 if finite:
                     updating, rate = True, c.optimizer.rate(step, c.steps)
-                    for optimizer in optimizers:
+                    for optimizer in trained.all_optimizers():
                         for group in optimizer.param_groups:
                             group["lr"] = rate * optimizer.defaults["lr"]
                         optimizer.step()
                     task.after_step()
-                    for name, average in run.trained.averages.items():
+                    for name, average in trained.averages.items():
                         average.update(task.modules[name], step)
-                    log.add([*values, norms, scalars({"lr": rate * c.optimizer.lr}, run.device)])
-                run.count_skipped(finite)
+                    log.add([*values, scalars({"lr": rate * c.optimizer.lr}, a.device)])
+                run.skipped = 0 if finite else run.skipped + 1
+                log.skipped += not finite
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 fits = False
-            for optimizer in optimizers:
+            for optimizer in trained.all_optimizers():
                 optimizer.zero_grad(set_to_none=True)
 
             # Give up where memory ran out or losses stay non-finite
             if not fits:  # here, where no error holds the memory any more
                 batch = loss = extra = None
-                if step > run.start and run.world == 1 and not updating:
+                if step > run.start and a.num_processes == 1 and not updating:
                     run.save(step)
-                raise UserError(how_to_fit(c, getattr(task, "contrasts", False), step))
+                raise UserError(how_to_fit(c, task.contrasts, step))
             if run.skipped >= c.max_skipped:
                 run.give_up(kept, step)
 
@@ -137,10 +142,10 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
             done = step + 1
             if c.due(done, c.log_every):
                 bar.set_postfix_str(log.write_means(done))
-            if number:
+            if stopped_by:
                 batches.close()  # the loading processes may have got the signal as well
                 run.save(done, looked=False)
-                raise Stopped(number, done)
+                raise Stopped(stopped_by, done)
             improved = run.look(done)
             if done == c.steps:
                 run.export()  # before the last checkpoint, which marks the run as finished
@@ -155,30 +160,22 @@ class Run:
     def __init__(self, task: Task, config: TrainConfig, out: Path) -> None:
         self.task, self.config, self.out = task, config, out
         trackers = ["tensorboard"] if find_spec("tensorboard") else []
-        self.accelerator = a = Accelerator(mixed_precision=config.precision, log_with=trackers, project_dir=out)
-        self.device, self.main, self.rank, self.world = a.device, a.is_main_process, a.process_index, a.num_processes
-        self.log = Log(a, out, [task.dataset, getattr(task, "held_out", None)])
+        self.accelerator = Accelerator(mixed_precision=config.precision, log_with=trackers, project_dir=out)
+        self.log = Log(self.accelerator, out, [task.dataset, task.held_out])
         self.start, self.looked = 0, True  # the first step; whether the one before was validated and previewed
         self.skipped = 0  # consecutive steps
         self.best: dict[str, Any] | None = None  # step, value and name of the best validation
-        self.called: dict[str, nn.Module] = {}  # the modules as a step calls them, with autocast and DDP
-        self.whole: dict[str, nn.Module] = {}  # of sharded modules, copies for evaluation, in the main process
-        self.sharded = fsdp_requested() and self.world > 1
-        averages, by_module = {}, {}
+        self.called: Modules = {}  # the modules as a step calls them, with autocast and DDP or FSDP
+        self.whole: Modules = {}  # where the averages are sharded, copies to evaluate, in the main process
+        averages, optimizers = {}, {}
         for name, module in task.modules.items():
-            module.train().to(self.device)
+            module.train().to(self.accelerator.device)
             averages[name] = EMA(module, config.ema_decay, config.ema_power)
-            if self.sharded:
-                self.called[name] = a.prepare_model(module, evaluation_mode=True)  # adds autocast
-                if self.main:
-                    self.whole[name] = copy.deepcopy(averages[name].module).cpu()
-                sharding.shard(module, a)
-                sharding.shard(averages[name].module, a)
-            else:
-                self.called[name] = a.prepare_model(module)
-            by_module[name] = make_optimizers(name, module, getattr(task, "optimizers", {}).get(name, config.optimizer))
-        self.optimizers = [optimizer for table in by_module.values() for optimizer in table.values()]
-        self.trained = state.Trained(modules=task.modules, averages=averages, optimizers=by_module)
+            self.called[name], whole = sharding.prepare(module, averages[name].module, self.accelerator)
+            if whole is not None:
+                self.whole[name] = whole
+            optimizers[name] = make_optimizers(name, module, task.optimizers.get(name, config.optimizer))
+        self.trained = state.Trained(modules=task.modules, averages=averages, optimizers=optimizers)
 
     def resume(self) -> bool:
         """Loads the newest whole checkpoint, if there is one; returns whether the run is finished."""
@@ -194,9 +191,8 @@ class Run:
             return False
         if not model_io.is_finished(self.out, folder):  # stopped at the last step, or train.steps was lowered
             self.export()
-        self.log.say(
-            f"{self.out} is finished at step {self.start}; raise train.steps (now {self.config.steps}) to go on"
-        )
+        steps = self.config.steps
+        self.log.say(f"{self.out} is finished at step {self.start}; raise train.steps (now {steps}) to go on")
         return True
 
     def begin(self, resolved: dict, force: bool) -> None:
@@ -211,37 +207,25 @@ class Run:
 
     def batches(self) -> Generator[tuple[dict, dict], None, None]:
         """Micro-batches from the first step on, each with {name: reason} of samples that could not be read."""
-        c, dataset = self.config, self.task.dataset
-        order = EpochBatches(
-            len(dataset),
-            c.batch_size,
-            c.seed,
-            rank=self.rank,
-            world=self.world,
-            start=self.start * c.accumulate,
-            steps=c.steps * c.accumulate,
-            blocks=getattr(dataset, "lengths", None),
-        )
-        pin = self.device.type == "cuda"
+        c, a, dataset = self.config, self.accelerator, self.task.dataset
+        start, steps, blocks = self.start * c.accumulate, c.steps * c.accumulate, getattr(dataset, "lengths", None)
+        rank, world = a.process_index, a.num_processes
+        order = EpochBatches(len(dataset), c.batch_size, c.seed, rank, world, start, steps, blocks)
+        pin = a.device.type == "cuda"
         return load(dataset, order, self.task.collate, workers=c.workers, seed=c.seed, pin_memory=pin)
 
-    def agree(self, tables: list[dict[str, Tensor]], received: int) -> tuple[bool, int]:
+    def agree(self, tables: list[dict[str, Tensor]], signals: list[int]) -> tuple[bool, int]:
         """Whether all losses and gradient norms of all processes are finite, and the number of a signal that any of
         them got, else 0."""
         checked = [v for table in tables for k, v in table.items() if k.endswith(("_loss", "_norm"))]
-        finite = torch.isfinite(torch.stack(checked)).all().float()
-        votes = self.accelerator.gather(torch.stack([1 - finite, torch.full_like(finite, received)])[None])
-        skip, number = votes.amax(0).tolist()
+        broken = (~torch.isfinite(torch.stack(checked))).any().float()
+        votes = torch.stack([broken, torch.full_like(broken, signals[0] if signals else 0)])
+        skip, number = self.accelerator.gather(votes[None]).amax(0).tolist()
         return not skip, int(number)
 
-    def count_skipped(self, finite: bool) -> None:
-        """Counts consecutive steps that were skipped."""
-        self.skipped = 0 if finite else self.skipped + 1
-        self.log.skipped += not finite
-
-    def give_up(self, kept: list[dict], step: int) -> NoReturn:
+    def give_up(self, kept: list[dict], step: int) -> None:
         """Saves the batch of a non-finite step and raises UserError."""
-        file = self.out / f"non-finite-step-{step:08d}-process-{self.rank}.pt"
+        file = self.out / f"non-finite-step-{step:08d}-process-{self.accelerator.process_index}.pt"
         torch.save([to_device(batch, torch.device("cpu")) for batch in kept], file)
         raise UserError(
             f"{self.skipped} steps in a row had a non-finite loss or gradient, the last at step {step}; the weights"
@@ -250,16 +234,17 @@ class Run:
         )
 
     @contextmanager
-    def averaged(self) -> Iterator[dict[str, nn.Module]]:
+    def averaged(self) -> Iterator[Modules]:
         """The averaged modules, whole in the main process, without gradients and with a random state of their own. All
         processes must enter it."""
+        device = self.accelerator.device
         modules = {name: average.module for name, average in self.trained.averages.items()}
-        for name, average in self.trained.averages.items() if self.sharded else ():
-            tensors = sharding.model_state(average.module)
-            if self.main:
+        for name, module in modules.items() if sharding.is_sharded(self.accelerator) else ():
+            tensors = sharding.gather(module.state_dict())
+            if name in self.whole:
                 self.whole[name].load_state_dict(tensors)
-                modules[name] = self.whole[name].to(self.device)
-        with torch.no_grad(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                modules[name] = self.whole[name].to(device)
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.config.seed)
             yield modules
         for module in self.whole.values():
@@ -270,7 +255,7 @@ class Run:
         c, improved = self.config, False
         if c.due(done, c.validate_every):
             with self.averaged() as modules:
-                values = from_main(partial(self.task.validate, modules, self.device))
+                values = from_main(partial(self.task.validate, modules))
             self.log.write(done, {f"val/{name}": value for name, value in values.items()})
             self.log.say(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
             improved = bool(c.best) and self.is_best(done, values)
@@ -281,20 +266,20 @@ class Run:
         return improved
 
     def is_best(self, done: int, values: dict[str, float]) -> bool:
-        """Whether a validation is the best so far by `train.best`, and remembers it."""
-        name = self.config.best.removeprefix("-")
-        if name not in values and self.main:
+        """Whether a validation is the best so far by `train.best`; remembers it."""
+        name, sign = self.config.best.removeprefix("-"), -1 if self.config.best.startswith("-") else 1
+        if name not in values:
             known = ", ".join(values)
             warnings.warn(f"train.best is {name!r}, which is not validated; these are: {known}", stacklevel=2)
-        value = values.get(name, math.nan) * (-1 if self.config.best.startswith("-") else 1)
-        if not value < (self.best["value"] if self.best else math.inf):
-            return False
-        self.best = {"step": done, "value": value, "name": self.config.best}
-        return True
+        value = sign * values.get(name, math.nan)
+        improved = value < (self.best["value"] if self.best else math.inf)
+        if improved:
+            self.best = {"step": done, "value": value, "name": self.config.best}
+        return improved
 
-    def preview(self, modules: dict[str, nn.Module], done: int) -> None:
+    def preview(self, modules: Modules, done: int) -> None:
         """Saves the task's picture as previews/step-N.png."""
-        image = self.task.preview(modules, self.device)
+        image = self.task.preview(modules)
         if image is not None:
             (self.out / "previews").mkdir(exist_ok=True)
             image.save(self.out / "previews" / f"step-{done:08d}.png")
@@ -302,19 +287,20 @@ class Run:
     def export(self) -> None:
         """Writes the loadable folder into the run folder, from the averaged weights."""
         with self.averaged() as modules:
-            from_main(partial(self.task.export, modules, self.out, self.device, final=True))
+            from_main(partial(self.task.export, modules, self.out, final=True))
 
     def save(self, done: int, looked: bool = True) -> None:
         """Writes a checkpoint: the loadable folder, and `state/` with all that resuming needs. `looked`: whether the
         step was validated and previewed."""
         self.log.list_left_out()
         progress = {"step": done, "skipped": self.skipped, "looked": looked, "best": self.best} | self.log.state()
-        best = self.best["step"] if self.best else None
-        new = state.new_checkpoint(self.out, done, self.config.keep, best) if self.main else nullcontext()
+        new = nullcontext()
+        if self.accelerator.is_main_process:
+            new = state.new_checkpoint(self.out, done, self.config.keep, self.best and self.best["step"])
         with new as folder:
             with self.averaged() as modules:
                 if folder:
-                    self.task.export(modules, folder, self.device, final=False)
+                    self.task.export(modules, folder, final=False)
             state.write_state(folder and folder / "state", self.trained, progress)
         self.accelerator.wait_for_everyone()
 
@@ -329,11 +315,9 @@ class Run:
 
 def to_device(batch: dict, device: torch.device) -> dict:
     """A batch with its tensors on `device`; on a GPU images and latents are channels-last, for tensor cores."""
-    moved = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-    for key, value in moved.items() if device.type == "cuda" else ():
-        if torch.is_tensor(value) and value.ndim == 4:
-            moved[key] = value.contiguous(memory_format=torch.channels_last)
-    return moved
+    tensors = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+    images = [k for k, v in tensors.items() if v.ndim == 4 and device.type == "cuda"]
+    return batch | tensors | {k: tensors[k].contiguous(memory_format=torch.channels_last) for k in images}
 
 
 def scalars(table: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
@@ -349,30 +333,26 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-class Signals:
-    """While entered, the first SIGINT or SIGTERM only sets `received` to its number; a second one has its usual effect.
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Within the block the first SIGINT or SIGTERM only adds its number to the list; a second one ends the process.
 
-    Only the main thread can have handlers; in another one this does nothing.
+    Only the main thread can have handlers; in another one the list stays empty.
     """
+    received: list[int] = []
 
-    def __init__(self) -> None:
-        self.received = 0
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():
-            self.before = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        """The handler."""
-        self.received = number
-        for each in self.before:
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        for each in handlers:
             signal.signal(each, signal.SIG_DFL)
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, receive) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -382,14 +362,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def how_to_fit(config: TrainConfig, contrasts: bool, step: int) -> str:
-    """The error's text where a step needs too much memory; `contrasts`: its loss depends on the batch's size."""
-    c = config
+    """The error's text where a step needs too much memory."""
+    size, accumulate = config.batch_size, config.accumulate
+    way = "a smaller train.batch_size or a smaller model, with --force"
     if contrasts:
         way = "a smaller train.batch_size with --force (the contrast then has fewer negatives)"
-    elif c.batch_size == 1:
-        way = "smaller pictures or a smaller model with another --out, or train.precision='bf16' with --force"
-    elif c.batch_size % 2:
-        way = "a smaller train.batch_size and as much more train.accumulate"
-    else:
-        way = f"train.batch_size={c.batch_size // 2} train.accumulate={c.accumulate * 2}, the same batch in all"
-    return f"out of memory in step {step + 1} with train.batch_size={c.batch_size}; go on with {way}"
+    elif size % 2 == 0:
+        way = f"train.batch_size={size // 2} train.accumulate={accumulate * 2}, the same batch in all"
+    return f"out of memory in step {step + 1} with train.batch_size={size}; go on with {way}"

@@ -3,7 +3,7 @@
 import copy
 import fnmatch
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from einops import rearrange
@@ -14,7 +14,6 @@ from ldm.train.config import OptimizerConfig
 from ldm.train.sharding import full, local, shard_like
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # takes singular values from (0, 1] to about [0.7, 1.2] in five rounds
-WIDE = 4  # columns per row from which the rounds are cheaper on the small side
 NARROW = 16  # a layer with fewer inputs or outputs has too few directions to equalize
 
 
@@ -74,7 +73,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self) -> None:
         """One update of all parameters that have a gradient, those of one shape at once."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
@@ -106,18 +105,12 @@ def orthogonalize(updates: Tensor, rounds: int = 5) -> Tensor:
     """
     a, b, c = QUINTIC
     x = updates / updates.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    if x.shape[2] < WIDE * x.shape[1]:
-        for _ in range(rounds):
-            gram = x @ x.mT
-            x = a * x + (b * gram + c * gram @ gram) @ x
-        return x
     # Every round multiplies x by a polynomial of x x^T, and these commute: the rounds need M x M matrices only.
-    gram, product = x @ x.mT, None
+    gram, product = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     for _ in range(rounds):
         factor = b * gram + c * gram @ gram
         factor.diagonal(dim1=1, dim2=2).add_(a)
-        gram = factor @ gram @ factor
-        product = factor if product is None else factor @ product
+        gram, product = factor @ gram @ factor, factor @ product
     return product @ x
 
 

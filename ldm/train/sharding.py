@@ -4,29 +4,40 @@ state as DTensors, and gathers a layer only while it computes with it (Zhao et a
 A step equals that of DDP: gradients are summed in float32, and the forward pass runs under the same autocast.
 """
 
+import copy
 from collections.abc import Iterable
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-LAYERS = ("ResnetBlock", "SpatialTransformer", "Layer")  # classes that are gathered as a unit
-WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+from ldm.distributed import fsdp_requested, rank_and_world
+
+LAYERS = ("ResnetBlock", "SpatialTransformer", "Layer")  # classes whose parameters are gathered together
 
 
-def shard(module: nn.Module, accelerator: Accelerator) -> None:
-    """Shards a module's parameters in place, except those without dimensions, which cannot be."""
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether this run shards its modules."""
+    return fsdp_requested() and accelerator.num_processes > 1
+
+
+def prepare(module: nn.Module, average: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, nn.Module | None]:
+    """The module as a step calls it, with autocast and DDP. With FSDP it and its average are sharded in place instead,
+    and the main process gets an unsharded copy on the CPU as well."""
+    if not is_sharded(accelerator):
+        return accelerator.prepare_model(module), None
+    called = accelerator.prepare_model(module, evaluation_mode=True)  # autocast alone
+    whole = copy.deepcopy(average).cpu() if accelerator.is_main_process else None
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    scalars = {p for p in module.parameters() if not p.ndim}
-    layers = [m for m in module.modules() if type(m).__name__ in LAYERS]
-    for unit in (*reversed(layers), module):
-        fully_shard(unit, mesh=mesh, ignored_params=scalars)
+    for root in (module, average):
+        scalars = {p for p in root.parameters() if not p.ndim}  # cannot be sharded
+        layers = [m for m in root.modules() if type(m).__name__ in LAYERS]
+        for unit in (*reversed(layers), root):
+            fully_shard(unit, mesh=mesh, ignored_params=scalars)
+    return called, whole
 
 
 def set_gradient_sync(modules: Iterable[nn.Module], sync: bool) -> None:
@@ -46,31 +57,14 @@ def clip(module: nn.Module, maximum: float, accelerator: Accelerator) -> Tensor:
     return full(nn.utils.clip_grad_norm_(module.parameters(), maximum)).to(accelerator.device)
 
 
-def model_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with every tensor whole and on the CPU, in the main process; a collective."""
-    return dcp.get_model_state_dict(module, options=WHOLE)
-
-
-def load_model_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Loads a `model_state`, the same in all processes, sharded as the module is."""
-    dcp.set_model_state_dict(module, state, options=WHOLE)
-
-
-def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state by parameter name, whole and on the CPU, in the main process; a collective. Empty before
-    its first step, which torch would otherwise take to make one."""
-    return dcp.get_optimizer_state_dict(module, optimizer, options=WHOLE) if optimizer.state else {}
-
-
-def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads an `optimizer_state`, the same in all processes, sharded as the module is."""
-    if state:
-        dcp.set_optimizer_state_dict(module, optimizer, state, options=WHOLE)
-
-
-def local(x: Tensor) -> Tensor:
-    """This process's share of a sharded tensor, in the same memory; any other tensor itself."""
-    return x.to_local() if isinstance(x, DTensor) else x
+def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whole and on the CPU in the main process, nothing in the others; a collective."""
+    whole, main = {}, rank_and_world()[0] == 0
+    for name, x in tensors.items():
+        x = full(x)
+        if main:
+            whole[name] = x.cpu()
+    return whole
 
 
 def full(x: Tensor) -> Tensor:
@@ -78,8 +72,14 @@ def full(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def local(x: Tensor) -> Tensor:
+    """This process's share of a sharded tensor, in the same memory; any other tensor itself."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def shard_like(x: Tensor, like: Tensor) -> Tensor:
-    """This process's shard of `x`, which is the same in all processes, laid out as `like`; `x` where that is whole."""
-    if not isinstance(like, DTensor):
+    """This process's shard of `x`, which is the same in all processes, laid out as `like`; `x` itself where `like` is
+    not sharded or has another shape."""
+    if not isinstance(like, DTensor) or x.shape != like.shape:
         return x
-    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,6 +1,5 @@
 """A run folder: checkpoints that are whole or not there, the lock, the config that it was started with, its log."""
 
-import errno
 import hashlib
 import json
 import os
@@ -13,17 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm import model_io
 from ldm.config import UserError
-from ldm.train import sharding
 from ldm.train.optim import EMA
+from ldm.train.sharding import gather, shard_like
 
 try:
     import fcntl
@@ -32,7 +31,6 @@ except ImportError:  # not on Windows
 
 FORMAT = 2  # of the training state; runs of format 1 had other optimizer groups
 MANIFEST = "manifest.json"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Keys of a config that do not change the trained weights.
 FREE = ("train.log_every", "train.validate_every", "train.preview_every", "train.save_every", "train.keep")
 FREE += ("train.workers", "train.max_skipped", "preview.", "cache", "data.max_broken", "train.best")
@@ -47,8 +45,40 @@ class Trained:
     averages: dict[str, EMA]
     optimizers: dict[str, dict[str, torch.optim.Optimizer]]  # those of each module, by a name of their own
 
+    def all_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers of all modules."""
+        return [optimizer for table in self.optimizers.values() for optimizer in table.values()]
 
-# Checkpoints
+    def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The live tensors of each module, average and optimizer, by the name of its file."""
+        for name, module in self.modules.items():
+            yield name, module.state_dict()
+            yield f"{name}-ema", self.averages[name].module.state_dict()
+            names = {parameter: key for key, parameter in module.named_parameters()}
+            for key, optimizer in self.optimizers[name].items():
+                entries = ((names[p], k, v) for p, entry in optimizer.state.items() for k, v in entry.items())
+                yield f"{key}-optimizer", {f"{parameter}/{k}": v for parameter, k, v in entries}
+
+    def load(self, folder: Path) -> None:
+        """Loads the files of `states`, sharded as the modules are. Raises UserError or RuntimeError for others."""
+        for name, module in self.modules.items():
+            for file, part in ((name, module), (f"{name}-ema", self.averages[name].module)):
+                tensors, live = model_io.load_tensors(folder / f"{file}.safetensors"), part.state_dict()
+                part.load_state_dict({k: shard_like(v, live[k]) if k in live else v for k, v in tensors.items()})
+            for key, optimizer in self.optimizers[name].items():
+                load_optimizer(optimizer, module, model_io.load_tensors(folder / f"{key}-optimizer.safetensors"))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Sets an optimizer's state from {"parameter/entry": tensor}. Raises UserError where it has other parameters."""
+    parameters, mine = dict(module.named_parameters()), {p for g in optimizer.param_groups for p in g["params"]}
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("/")
+        parameter = parameters[name]
+        optimizer.state[parameter][entry] = shard_like(value.to(parameter.device), parameter)
+    if tensors and optimizer.state.keys() != mine:
+        raise UserError("its optimizers have other parameters")
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -80,26 +110,20 @@ def newest(out: Path) -> Path | None:
 @contextmanager
 def new_checkpoint(out: Path, step: int, keep: int, best: int | None = None) -> Iterator[Path]:
     """A hidden folder to fill. After the block its files are synced, hashed and renamed to `checkpoints/step-N` at
-    once; then all but the newest `keep` and that of step `best` are removed.
-
-    Raises UserError where the disk is full; the earlier checkpoints are still whole.
-    """
+    once; then all but the newest `keep` and that of step `best` are removed. After an error nothing has changed."""
     folder = checkpoint(out, step)
     hidden = folder.with_name(f".{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
     try:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
+        (hidden / "state").mkdir(parents=True)
         yield hidden
         seal(hidden)
-    except Exception as error:
-        full = _is_full(error, out)
+    except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
-        if full:
-            raise UserError(_disk_full(out, step)) from None
         raise
     shutil.rmtree(folder, ignore_errors=True)
     hidden.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     # a checkpoint newer than this one is damaged, and was skipped
     for old in [path for path in checkpoints(out) if path.name <= folder.name][:-keep]:
         if best is None or old != checkpoint(out, best):
@@ -107,34 +131,30 @@ def new_checkpoint(out: Path, step: int, keep: int, best: int | None = None) -> 
 
 
 def seal(folder: Path) -> None:
-    """Syncs all files of a folder to the disk, and lists them with sizes and SHA-256 in its manifest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    table = {str(f.relative_to(folder)): {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
-    model_io.write_json(folder / MANIFEST, {"files": table})
+    """Syncs all files of a folder to the disk, and lists them with their SHA-256 in its manifest."""
+    files = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    model_io.write_json(folder / MANIFEST, {"files": files})
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
+        sync(path)
 
 
 def find_damage(folder: Path) -> str:
     """What is wrong with a sealed folder; "" where every file is there and unchanged. (A flipped bit in tensor data
-    loads from safetensors and from torch's files without an error.)"""
+    loads without an error.)"""
     try:
-        files = model_io.read_json(folder / MANIFEST)["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (UserError, KeyError, TypeError, AttributeError):
+        files = model_io.read_json(folder / MANIFEST)["files"].items()
+    except (UserError, KeyError, AttributeError):
         return f"it has no {MANIFEST} that can be read"
-    for name, (size, sha256) in expected.items():
-        file = folder / name
-        if not file.is_file():
+    for name, expected in files:
+        if not (folder / name).is_file():
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}"
-        if _sha256(file) != sha256:
+        if sha256(folder / name) != expected:
             return f"{name} was changed since it was written"
     return ""
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -142,47 +162,19 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The hexadecimal hash of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_full(error: Exception, out: Path) -> bool:
-    """Whether writing failed for lack of space; torch has errors of its own for that."""
-    words = ("No space left", "unexpected pos", "file write failed", "iostream error")
-    full = getattr(error, "errno", None) in FULL or any(word in str(error) for word in words)
-    return full or shutil.disk_usage(out).free < 2**20
-
-
-def _disk_full(out: Path, step: int) -> str:
-    need = kept = ""
-    for before in checkpoints(out)[-1:]:
-        size = sum(file.stat().st_size for file in before.rglob("*") if file.is_file())
-        need, kept = f"; one took {size / 2**20:,.1f} MiB before", f"; the one of {before.name} is whole"
-    return (
-        f"the disk is full, or a file larger than allowed (ulimit -f), so the checkpoint of step {step} could not be"
-        f" written: {shutil.disk_usage(out).free / 2**20:,.1f} MiB are free{need}{kept}. Free some space and give the"
-        " same command again"
-    )
-
-
-# The training's state within a checkpoint
-
-
 def write_state(folder: Path | None, trained: Trained, progress: dict[str, Any]) -> None:
-    """Writes weights, averages and optimizers of all modules, and `progress` (JSON), into `folder`; None in processes
-    that only contribute their shards."""
-    if folder:
-        folder.mkdir()
-    for name, module in trained.modules.items():
-        for suffix, part in (("", module), ("-ema", trained.averages[name].module)):
-            tensors = sharding.model_state(part)
-            if folder:
-                model_io.save_tensors(folder / f"{name}{suffix}.safetensors", tensors)
-        for key, optimizer in trained.optimizers[name].items():
-            state = sharding.optimizer_state(module, optimizer)
-            if folder:
-                torch.save(state, folder / f"{key}-optimizer.pt")
+    """Writes everything trained, and `progress` (JSON), into `folder`; None in processes that only contribute their
+    shards."""
+    for name, tensors in trained.states():
+        tensors = gather(tensors)
+        if folder:
+            model_io.save_tensors(folder / f"{name}.safetensors", tensors)
     if folder:
         model_io.write_json(folder / "state.json", {"format": FORMAT} | progress)
 
@@ -191,30 +183,20 @@ def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
     """Loads what `write_state` wrote; returns `progress`. Raises UserError for a state of an earlier version of this
     code, or of other modules or optimizers."""
     progress = model_io.read_json(folder / "state.json")
-    run = folder.parents[2]
     if progress.get("format") != FORMAT:
         raise UserError(
-            f"the training state in {str(run)!r} was written by an earlier version of this code and cannot be resumed,"
-            " though its model still opens; use another --out to start anew"
+            f"the training state in {str(folder.parents[2])!r} was written by an earlier version of this code and"
+            " cannot be resumed, though its model still opens; use another --out to start anew"
         )
     try:
-        for name, module in trained.modules.items():
-            for suffix, part in (("", module), ("-ema", trained.averages[name].module)):
-                sharding.load_model_state(part, model_io.load_tensors(folder / f"{name}{suffix}.safetensors"))
-            for key, optimizer in trained.optimizers[name].items():
-                state = torch.load(folder / f"{key}-optimizer.pt", map_location="cpu", weights_only=True)
-                sharding.load_optimizer_state(module, optimizer, state)
-    # A file that is no state, or holds more than tensors, makes the unpickler raise nearly anything.
-    except Exception as error:
+        trained.load(folder)
+    except (UserError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the checkpoint {str(folder.parent)!r} is of another model than the config describes ({reason}); "
             "use another --out, or the config that the run was started with"
         ) from None
     return progress
-
-
-# The run folder
 
 
 @contextmanager
@@ -249,9 +231,9 @@ def begin(out: Path, resolved: dict[str, Any], seed: int, start: int, looked: bo
         check_changes(out / "config.json", resolved, force)
     drop_later_lines(out / "metrics.jsonl", start, looked)
     model_io.write_json(out / "config.json", resolved)
-    versions = {name: _version(name) for name in PACKAGES}
     entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv, "seed": seed}
-    entry |= {"python": platform.python_version(), "packages": versions, "commit": _commit()}
+    entry |= {"python": platform.python_version(), "packages": {name: version(name) for name in PACKAGES}}
+    entry["commit"] = commit()
     with (out / "starts.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
@@ -297,20 +279,11 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the code, with "+" where files were changed since; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        changed = subprocess.run(status, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(["git", *describe], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return done.stdout.strip() or None
