@@ -190,6 +190,8 @@ class Run:
         if self.start < self.config.steps:
             return False
         if not model_io.is_finished(self.out, folder):  # stopped at the last step, or train.steps was lowered
+            if not self.looked:
+                self.look(self.start)
             self.export()
         steps = self.config.steps
         self.log.say(f"{self.out} is finished at step {self.start}; raise train.steps (now {steps}) to go on")
