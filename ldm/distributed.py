@@ -1,31 +1,28 @@
-"""This process among the others of the run: device, rank, gathering, random draws for the global batch."""
+"""This process among the others of the run: device, rank, gathering, and the random numbers of a global batch."""
 
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, distributed
-from torch.overrides import TorchFunctionMode
 
 from ldm.config import UserError
 
-LIKE = (torch.rand_like, torch.randn_like)
-SIZED = (torch.rand, torch.randn, torch.randint)
 Item, Result = TypeVar("Item"), TypeVar("Result")
-# What accelerate's launch sets for ways to split a model that the training loop does not know.
-SPLIT = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
-# Settings of accelerate's FSDP that its launch hands on in variables, their defaults, and what they must be here.
-SETTINGS = (("VERSION", "1", "2"), ("OFFLOAD_PARAMS", "false", "false"), ("ACTIVATION_CHECKPOINTING", "false", "false"))
+MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# Options of `accelerate launch` for FSDP, as it hands them on: the default there, and the only value supported here.
+FSDP = (("VERSION", "1", "2"), ("OFFLOAD_PARAMS", "false", "false"), ("ACTIVATION_CHECKPOINTING", "false", "false"))
 
 
 def processes() -> PartialState:
     """This process among those of the run: its device, and `main_process_first()` for work that one does for all.
 
-    The others wait for up to a day where the usual ten minutes would end the run. UserError for a launch that this
-    project cannot do.
+    Collectives wait for up to a day: one process may encode a data set meanwhile. Raises UserError for an unsupported
+    launch.
     """
     check_launch()
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
@@ -33,56 +30,49 @@ def processes() -> PartialState:
     return PartialState(cpu=cpu, timeout=timedelta(days=1))
 
 
-def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """`work` of each item, done in one of the processes and then known to all; all of them must call this alike."""
-    place = processes()
-    own = [work(item) for item in items[place.process_index :: place.num_processes]]
-    if place.num_processes == 1:
-        return own
-    parts: list[list[Result]] = [[]] * place.num_processes
-    distributed.all_gather_object(parts, own)
-    return [parts[i % place.num_processes][i // place.num_processes] for i in range(len(items))]
-
-
 def check_launch() -> None:
-    """UserError where `accelerate launch` was told to split the model, or to start several processes and started one,
-    as it does without a GPU."""
-    for key, name in SPLIT.items():
-        if os.environ.get(f"ACCELERATE_USE_{key}", "").lower() == "true":
+    """Raises UserError where the environment asks for a way to split the model that is not supported, or for several
+    processes that nobody has started."""
+    env = os.environ
+    for key, name in {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}.items():
+        if env.get(f"ACCELERATE_USE_{key}", "").lower() == "true":
             raise UserError(
                 f"{name} is not supported. Launch with --config_file configs/accelerate/one-node-8-gpus.yaml or"
                 " multi-node.yaml, where every process holds the whole model, or fsdp.yaml, where each holds a share"
             )
-    asked()
-    # its simple launcher gives several processes an address, but only mpirun, with variables of its own, starts them
-    alone = not any(
-        name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-    )
-    if alone and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+    fsdp_requested()
+    mpi = any(name in env for name in MPI)
+    if not mpi and "WORLD_SIZE" not in env and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= env.keys():
         raise UserError(
             "accelerate launch was to start several processes and started one, as it does without a GPU; add"
-            " --multi_gpu, which starts them on CPUs too (where one is meant, unset MASTER_ADDR)"
+            " --multi_gpu, which starts them on CPUs too (for a single process, unset MASTER_ADDR)"
+        )
+    if not mpi and env.get("WORLD_SIZE", "1") not in ("", "1") and "RANK" not in env:
+        raise UserError(
+            f"WORLD_SIZE is {env['WORLD_SIZE']}, but no launcher has started this process: unset WORLD_SIZE, or use"
+            " accelerate launch"
         )
 
 
-def asked() -> bool:
-    """Whether `accelerate launch` was told to use FSDP. UserError where it was told of one that is not supported."""
+def fsdp_requested() -> bool:
+    """Whether `accelerate launch` asks for FSDP. Raises UserError for options of it that are not supported."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return False
-    for key, default, only in SETTINGS:
+    for key, default, supported in FSDP:
         value = os.environ.get(f"FSDP_{key}", default).lower()
-        if value != only:
+        if value != supported:
             raise UserError(
-                f"fsdp_{key.lower()} is {value}; supported is {only}: see configs/accelerate/fsdp.yaml, or do without"
-                " FSDP (one-node-8-gpus.yaml or multi-node.yaml)"
+                f"fsdp_{key.lower()} is {value}; supported is {supported}: see configs/accelerate/fsdp.yaml, or launch"
+                " without FSDP (one-node-8-gpus.yaml or multi-node.yaml)"
             )
     return True
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name, or the best one there is for an empty name (UserError)."""
-    if not name and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return processes().device  # each process has one of its own
+    """The device called `name`; for an empty name this process's GPU, or the CPU. Raises UserError where it is
+    unusable."""
+    if not name and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        return processes().device
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()  # "meta" holds no values
@@ -92,81 +82,90 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-class Together(TorchFunctionMode):
-    """While entered, each of `world` processes, all with the same seed, has its `rows` samples of a batch of
-    `rows * world`: a tensor of so many rows that torch draws (LIKE, SIZED) without a generator of its own is drawn for
-    the whole batch, of which process `rank` gets its part.
-
-    So what is random belongs to a sample's place in the batch, however many processes there are. Drawing for all costs
-    `world` times the memory: for 256 processes of 16 latents of 4x64x64 that is 268 MB, for a moment.
-    """
-
-    current: ClassVar["Together | None"] = None
-
-    def __init__(self, rows: int, rank: int, world: int) -> None:
-        super().__init__()
-        self.rows, self.rank, self.world = rows, rank, world
-
-    def __enter__(self) -> "Together":
-        Together.current = self
-        return super().__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        Together.current = None
-        super().__exit__(*error)
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Every call of a torch function comes here."""
-        kwargs = kwargs or {}
-        if func in LIKE and len(args[0]) == self.rows:
-            return self.own(func(torch.cat([args[0].detach()] * self.world), **kwargs))
-        if func in SIZED and kwargs.get("generator") is None:
-            head, size = _split_size(func, args)
-            if size and size[0] == self.rows:
-                return self.own(func(*head, (self.rows * self.world, *size[1:]), **kwargs))
-        return func(*args, **kwargs)
-
-    def own(self, drawn: Tensor) -> Tensor:
-        """This process's rows of those of all."""
-        return drawn.chunk(self.world)[self.rank]
-
-
-def draw_for_all(draw: Callable[[int], Tensor], count: int) -> Tensor:
-    """This process's `count` rows of `draw(n)`, n the samples of all processes that take a step together: for draws
-    whose rows depend on each other."""
-    step = Together.current
-    return draw(count) if step is None else step.own(draw(count * step.world))
-
-
-def mean_over_processes(x: Tensor) -> Tensor:
-    """The mean of `x` over the processes that take a step together, without a graph; else `x` itself."""
-    step = Together.current
-    if step is None:
-        return x.detach()
-    total = x.detach().clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(total)
-    return total / step.world
-
-
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank among those of the launch, and how many they are."""
-    there = distributed.is_available() and distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if there else (0, 1)
+    """This process's rank, and the number of processes."""
+    ready = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if ready else (0, 1)
 
 
 def gather_objects(x: Any) -> list[Any]:
-    """What each process gives, in order of rank, in process 0; nothing in the others, which wait for the slowest."""
+    """`x` of every process in order of rank, in process 0; an empty list in the others."""
     rank, world = rank_and_world()
     if world == 1:
         return [x]
-    found: list[Any] = [None] * world
-    distributed.gather_object(x, found if rank == 0 else None)
+    gathered: list[Any] = [None] * world
+    distributed.gather_object(x, gathered if rank == 0 else None)
     distributed.barrier()
-    return found if rank == 0 else []
+    return gathered if rank == 0 else []
 
 
-def _split_size(func: Any, args: tuple) -> tuple[tuple, tuple[int, ...]]:
-    """What stands before the size in the arguments, and the size; `rand` takes it as one argument or many."""
-    if func is torch.randint:
-        return args[:-1], tuple(args[-1])
-    return (), tuple(args[0]) if args and not isinstance(args[0], int) else args
+def all_gather_objects(x: Any) -> list[Any]:
+    """`x` of every process in order of rank, in all processes."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return [x]
+    gathered: list[Any] = [None] * world
+    distributed.all_gather_object(gathered, x)
+    return gathered
+
+
+def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """`work` of each item, shared out among the processes; all results in all of them."""
+    rank, world = rank_and_world()
+    parts = all_gather_objects([work(item) for item in items[rank::world]])
+    return [parts[i % world][i // world] for i in range(len(items))]
+
+
+def from_main(work: Callable[[], Result]) -> Result:
+    """The result of `work`, which runs in process 0 alone, in all processes; so is its UserError."""
+    rank, world = rank_and_world()
+    outcome: list[Any] = [None]
+    if rank == 0:
+        try:
+            outcome = [work()]
+        except UserError as error:
+            outcome = [error]
+    if world > 1:
+        distributed.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean of `x` over all processes, without a graph."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return x.detach()
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(total)
+    return total / world
+
+
+class Draws:
+    """The random numbers of one step, drawn for the samples of all processes; each process gets its own rows.
+
+    So they belong to a sample's position in the global batch, however many processes share it. For 256 processes with
+    16 latents of 4x64x64 each that is 268 MB of noise, for a moment. `randn` returns tensors on the device, the others
+    on the CPU.
+    """
+
+    def __init__(self, seed: int, step: int, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> None:
+        self.rank, self.world, self.device = rank, world, torch.device(device)
+        mixed = int(np.random.SeedSequence((seed, step, 0)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        self.generator = torch.Generator().manual_seed(mixed)
+        on_cpu = self.device.type == "cpu"
+        self.noise = self.generator if on_cpu else torch.Generator(self.device).manual_seed(mixed)
+
+    def rows(self, function: Callable[[int, torch.Generator], Tensor], rows: int) -> Tensor:
+        """This process's `rows` of `function(n, generator)`, n being the rows of all processes."""
+        return function(rows * self.world, self.generator).chunk(self.world)[self.rank]
+
+    def rand(self, rows: int, *shape: int) -> Tensor:
+        """Uniform in [0, 1), (rows, *shape)."""
+        return self.rows(lambda n, generator: torch.rand(n, *shape, generator=generator), rows)
+
+    def randn(self, rows: int, *shape: int) -> Tensor:
+        """Standard normal, (rows, *shape)."""
+        size = (rows * self.world, *shape)
+        return torch.randn(size, generator=self.noise, device=self.device).chunk(self.world)[self.rank]

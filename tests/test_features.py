@@ -205,9 +205,7 @@ def test_inception_with_other_weights_or_none_is_refused(inception_file, tmp_pat
 
 
 @pytest.mark.parametrize("file", ["", "pytorch_model.bin", "model.safetensors"])
-@pytest.mark.parametrize(
-    "name", ["clip:{}", "dinov2:{}", "clip:", "judge:{}", "resnet:{}", "effnet-lite0:x"]
-)
+@pytest.mark.parametrize("name", ["clip:{}", "dinov2:{}", "clip:", "judge:{}", "resnet:{}", "effnet-lite0:x"])
 def test_models_that_do_not_open_are_one_line(name, file, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     if file:

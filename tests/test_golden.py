@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ldm.tasks.autoencoder import AutoencoderConfig, AutoencoderTask
+from ldm.tasks.clip import CLIPConfig, CLIPTask
+from ldm.tasks.diffusion import DiffusionConfig, DiffusionTask
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.config import build, to_dict
-from ldm.tasks.autoencoder import AutoencoderConfig, AutoencoderTask
-from ldm.tasks.clip import CLIPConfig, CLIPTask
-from ldm.tasks.diffusion import DiffusionConfig, DiffusionTask
 from ldm.train import train
 
 HERE = Path(__file__).parent

@@ -1,99 +1,142 @@
-"""All three trainings and the evaluation in two processes, through the real launcher and scripts, against one."""
+"""The three trainings in two processes, with DDP and with FSDP, through the real launcher and scripts, against one."""
 
 import json
 import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from launching import EXAMPLES, free_port, launch, start
-from PIL import Image
-from test_scripts import AUTOENCODER, CLIP, DIFFUSION, in_process
+from launching import CONFIGS, EXAMPLES, launch, train_here
 
-CONFIGS = {"autoencoder": AUTOENCODER, "clip": CLIP, "diffusion": DIFFUSION}
-# Sums over two halves are rounded in another order, by 1e-7 of them a step. AdamW divides by the gradient's own size,
-# which would blow that up where a gradient is zero but for rounding: a larger eps keeps such weights where they are.
+from ldm import Pipeline
+from ldm.config import UserError
+from ldm.data.latents import open_latents
+from ldm.data.shards import Shards, write_shards
+from ldm.distributed import check_launch
+from ldm.model_io import load_tensors, read_json
+
+FSDP = ("--config_file", str(EXAMPLES / "fsdp.yaml"), "--num_processes", "2")
+# Sums over two halves are rounded in another order, by 1e-7 of them per step. AdamW divides by the gradient's own size,
+# which would amplify that where a gradient is zero but for rounding: a larger eps keeps such weights where they are.
 SETTINGS = ["train.log_every=1", "train.steps=6", "train.optimizer.eps=1e-4", "train.save_every=4"]
+MUON = "train.optimizer.muon_lr=3e-3"
 OWN = {
-    "autoencoder": ["data.flip=true"],
-    "clip": ["data.flip=true", "grounding.words=1.0", "grounding.picture=1.0"],
-    "diffusion": ["vae=autoencoder", "text_encoder=clip", "cache=latents.safetensors", "caption_dropout=0.3"]
-    + ['timesteps="logit_normal"'],
+    "ddp": {
+        "autoencoder": ["data.flip=true"],
+        "clip": ["data.flip=true", "grounding.words=1.0", "grounding.picture=1.0"],
+        "diffusion": ["cache=latents.safetensors", "caption_dropout=0.3", 'timesteps="logit_normal"'],
+    },
+    # steps so large that the weights move far beyond the tolerance
+    "fsdp": {
+        "autoencoder": ["data.flip=true", "train.accumulate=2", "train.optimizer.lr=3e-3"],
+        "clip": [MUON, "train.optimizer.lr=3e-3", "data.flip=true", "grounding.words=1.0", "grounding.picture=1.0"],
+        "diffusion": [MUON, "train.optimizer.lr=3e-3", "train_text_encoder=true", "caption_dropout=0.3"],
+    },
 }
-TOLERANCE = 1e-4
-MEASURED = ["--guidance", "1,2", "--steps", 2, "--num", 16, "--train-num", 40, "--batch-size", 5]
+
+
+def given(kind: str, name: str, batch: int, *more: str) -> list[str]:
+    parts = [f"vae=../{kind}/autoencoder", f"text_encoder=../{kind}/clip"] if name == "diffusion" else []
+    return [*SETTINGS, *OWN[kind][name], *parts, f"train.batch_size={batch}", *more]
+
+
+def launched(kind: str, name: str, *more: str, cwd: Path, out: str = "") -> None:
+    """A training in two processes of batches of 4, to its end."""
+    options = {"options": FSDP} if kind == "fsdp" else {}
+    arguments = ["--config", f"../{name}.toml", "--out", out or name, *given(kind, name, 4), *more]
+    done = launch(f"scripts/train_{name}.py", *arguments, cwd=cwd, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """`two/`: the three trainings, each in two processes."""
+    """`ddp/` and `fsdp/`: the trainings in two processes; `ddp-one/` and `fsdp-one/`: in one, from the same parts."""
     folder = tmp_path_factory.mktemp("launch")
-    (folder / "two").mkdir()
-    for name, text in CONFIGS.items():
-        (folder / f"{name}.toml").write_text(text)
-        done = launch(f"scripts/train_{name}.py", *given(name, batch=4), cwd=folder / "two")
-        assert done.returncode == 0, done.stderr[-3000:]
+    for kind in OWN:
+        (folder / kind).mkdir()
+        (folder / f"{kind}-one").mkdir()
+        for name, text in CONFIGS.items():
+            (folder / f"{name}.toml").write_text(text)
+            launched(kind, name, cwd=folder / kind)
+            train_here(name, given(kind, name, 8), name, folder / f"{kind}-one")
     return folder
 
 
-def given(name: str, batch: int) -> list[str]:
-    return ["--config", f"../{name}.toml", "--out", name, *SETTINGS, *OWN[name], f"train.batch_size={batch}"]
-
-
-def logged(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def check_same_lines(one: Path, two: Path, count: int, tolerance: float = 1e-4) -> None:
+    """Every logged number: losses, gradient norms, the adaptive weight, validation."""
+    one, two = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two))
+    assert [line.keys() for line in one] == [line.keys() for line in two] and len(one) == count
+    for a, b in zip(one, two, strict=True):
+        for key in a.keys() - {"z_std"}:  # a deviation is no mean over samples
+            assert math.isclose(a[key], b[key], rel_tol=tolerance, abs_tol=1e-6), (a["step"], key, a[key], b[key])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_processes_have_the_loss_curve_of_one_at_the_same_global_batch(folder, capsys, monkeypatch, name):
-    """Every logged number: losses, gradient norms, the adaptive weight, validation. Each begins with the same parts."""
-    (folder / "one").mkdir(exist_ok=True)
-    arguments = given(name, batch=8)
-    if name == "diffusion":
-        arguments += ["vae=../two/autoencoder", "text_encoder=../two/clip"]
-    code, _, error = in_process(capsys, monkeypatch, f"train_{name}.py", *arguments, cwd=folder / "one")
-    assert code == 0, error
-    check_alike(folder / "one" / name, folder / "two" / name, lines=7)
+@pytest.mark.parametrize("kind", OWN)
+def test_two_processes_train_as_one_with_their_batches_together(folder, one_thread, kind, name):
+    """All numbers, and every tensor of every file: the model, weights, averages, optimizers, under the same names."""
+    one, two = folder / f"{kind}-one" / name, folder / kind / name
+    check_same_lines(one, two, 7)
+    files, others = ({p.relative_to(run) for p in run.rglob("*") if "tensorboard" not in p.parts} for run in (one, two))
+    assert files == others
+    tensors = [file for file in files if file.suffix == ".safetensors"]
+    assert len(tensors) > 6
+    for file in tensors:
+        torch.testing.assert_close(load_tensors(two / file), load_tensors(one / file), rtol=1e-3, atol=2e-5)
 
 
-def test_a_run_of_two_processes_goes_on_in_one(folder, capsys, monkeypatch):
-    """As an undisturbed one of twice the batch, with another number of steps from the same one on."""
-    shutil.copytree(folder / "two" / "clip", folder / "two" / "resumed")
-    for out, more in (("resumed", ["--force"]), ("straight", [])):
-        if out == "straight":
-            first = (*given("clip", batch=8), "--out", out)
-            assert in_process(capsys, monkeypatch, "train_clip.py", *first, cwd=folder / "two")[0] == 0
-        arguments = (*given("clip", batch=8), "--out", out, *more, "train.steps=9")
-        code, _, error = in_process(capsys, monkeypatch, "train_clip.py", *arguments, cwd=folder / "two")
-        assert code == 0, error
-    check_alike(folder / "two" / "straight", folder / "two" / "resumed", lines=11)
+def test_a_run_goes_on_in_one_or_two_processes_sharded_or_not(folder, one_thread):
+    for before, after in (("fsdp-one", "fsdp-one"), ("fsdp", "fsdp-one"), ("fsdp", "fsdp"), ("fsdp-one", "fsdp")):
+        out = folder / after / f"from-{before}"
+        shutil.copytree(folder / before / "clip", out)
+        if after == "fsdp":
+            launched("fsdp", "clip", "train.steps=9", "--force", cwd=out.parent, out=out.name)
+        else:
+            train_here("clip", given("fsdp", "clip", 8, "train.steps=9"), out.name, out.parent, force=True)
+        check_same_lines(folder / "fsdp-one" / "from-fsdp-one", out, 11)
 
 
-def check_alike(one: Path, two: Path, lines: int) -> None:
-    """Asserts that all logged numbers of two runs agree."""
-    one, two = logged(one), logged(two)
-    assert [line.keys() for line in one] == [line.keys() for line in two] and len(one) == lines
-    for a, b in zip(one, two, strict=True):
-        for key in a.keys() - {"z_std"}:  # a deviation is no mean over samples
-            assert math.isclose(a[key], b[key], rel_tol=TOLERANCE, abs_tol=1e-6), (a["step"], key, a[key], b[key])
-
-
-def test_two_machines_do_what_two_processes_of_one_do(folder):
-    """Two launches that find each other by address, by the example file for several machines."""
-    network = ("--num_machines", "2", "--num_processes", "2", "--main_process_port", str(free_port()))
-    options = ("--config_file", str(EXAMPLES / "multi-node.yaml"), *network)
-    arguments = (*given("clip", batch=4), "--out", "machines")
-    both = [
-        start("scripts/train_clip.py", *arguments, cwd=folder / "two", options=(*options, "--machine_rank", str(rank)))
-        for rank in range(2)
+def test_the_folder_of_a_sharded_run_opens_as_usual(folder):
+    pictures = [
+        Pipeline.from_pretrained(folder / n / "diffusion")("a red circle", steps=2) for n in ("fsdp-one", "fsdp")
     ]
-    for launched in both:
-        _, error = launched.communicate(timeout=1800)
-        assert launched.returncode == 0, error[-3000:]
-    assert logged(folder / "two" / "machines") == logged(folder / "two" / "clip")
+    one, two = (np.asarray(picture[0]).astype(int) for picture in pictures)
+    assert np.abs(one - two).max() <= 1 and one.std() > 1
+
+
+def test_bf16_is_autocast_over_float32_weights_with_and_without_fsdp(folder):
+    for kind in OWN:
+        launched(
+            kind, "clip", *OWN["fsdp"]["clip"], "train.precision=bf16", "train.steps=3", cwd=folder / kind, out="half"
+        )
+    check_same_lines(folder / "ddp" / "half", folder / "fsdp" / "half", 4)
+
+
+def test_two_processes_share_data_features_and_parameters(tmp_path):
+    """They write the cache that one writes, read every sample once per epoch, and hold about half of every parameter
+    each, except CLIP's scale, which has no dimensions."""
+    write_shards(tiny.files(23), tmp_path / "shards", "train", shard_bytes=30_000)
+    done = launch("tests/two_processes.py", tmp_path, cwd=tmp_path, options=FSDP)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shards = Shards(tmp_path / "shards", 32)
+    assert len(shards) == 23 and len(shards.lengths) == 3
+    open_latents(tmp_path / "one.safetensors", tiny.encoder(), shards, 4, torch.device("cpu"))
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "latents.safetensors").read_bytes()
+    first, second = (read_json(tmp_path / f"process-{rank}.json") for rank in range(2))
+    for a, b in zip(first["names"].values(), second["names"].values(), strict=True):
+        seen = [key for parts in zip(a, b, strict=True) for part in parts for key in part]
+        for epoch in range(3):
+            assert sorted(seen[23 * epoch : 23 * (epoch + 1)]) == sorted(sample["key"] for sample in shards)
+    shares = list(zip(first["sizes"], first["shares"], second["shares"], strict=True))
+    assert [size for size, a, b in shares if a is None and b is None] == [1]
+    assert all(a + b == size for size, a, b in shares if a is not None)
+    assert 0.4 < sum(a or 0 for _, a, _ in shares) / sum(first["sizes"]) < 0.75
 
 
 @pytest.mark.parametrize(
@@ -113,43 +156,32 @@ def test_accelerate_reads_the_example_files_as_they_are_meant(file, nodes, each,
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no" and "ACCELERATE_USE_FSDP" not in environment
 
 
-def test_two_processes_measure_what_one_measures(folder, capsys, monkeypatch, one_thread):
-    """The same pictures to the bit, and all numbers but time and memory."""
-    arguments = ["--model", "two/diffusion", "--data", "shapes", *MEASURED]
-    done = launch("scripts/evaluate.py", *arguments, "--out", "both", cwd=folder)
-    assert done.returncode == 0 and done.stdout.count("best guidance") == 1, done.stderr[-3000:]
-    code, said, error = in_process(capsys, monkeypatch, "evaluate.py", *arguments, "--out", "alone", cwd=folder)
-    assert code == 0, error
-    assert done.stdout == said.replace("alone", "both")
-    tables = [json.loads((folder / out / "metrics.json").read_text()) for out in ("alone", "both")]
-    alone, both = ([r for r in table.pop("results") if "device" not in r] for table in tables)
-    assert tables[0] == tables[1] and len(alone) == len(both) > 60
-    assert all(a == b for a, b in zip(alone, both, strict=True))
-    pictures = sorted(p.relative_to(folder / "alone") for p in (folder / "alone").rglob("*.png"))
-    assert len(pictures) > 100
-    for name in pictures:
-        with Image.open(folder / "alone" / name) as a, Image.open(folder / "both" / name) as b:
-            assert a.tobytes() == b.tobytes() and a.text == b.text
-
-
-def test_a_launch_that_would_start_one_process_for_two_is_refused_in_one_line(folder):
+def test_a_launch_that_would_start_one_process_for_two_is_refused_in_one_line(tmp_path):
     """What accelerate does without a GPU and --multi_gpu."""
-    arguments, options = given("clip", batch=4), ("--num_processes", "2")
-    done = launch("scripts/train_clip.py", *arguments, "--out", "new", cwd=folder / "two", options=options)
+    (tmp_path / "clip.toml").write_text(CONFIGS["clip"])
+    options = ("--num_processes", "2")
+    done = launch("scripts/train_clip.py", "--config", "clip.toml", "--out", "new", cwd=tmp_path, options=options)
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert done.returncode != 0 and "started one" in line and "add --multi_gpu" in line
-    assert not (folder / "two" / "new").exists()
+    assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
-def test_a_launch_that_splits_the_model_otherwise_is_refused_in_one_line(tmp_path, capsys, monkeypatch, name):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    (tmp_path / "clip.toml").write_text(CLIP)
-    arguments = ("--config", "clip.toml", "--out", "clip")
-    code, _, error = in_process(capsys, monkeypatch, "train_clip.py", *arguments, cwd=tmp_path)
-    assert (
-        code == 2
-        and error.count("\n") == 1
-        and "is not supported. Launch with --config_file configs/accelerate/" in error
-    )
-    assert not (tmp_path / "clip").exists()
+SHARDED = {"ACCELERATE_USE_FSDP": "true"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
+        (SHARDED, "fsdp_version is 1; supported is 2"),
+        (SHARDED | {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params is true"),
+        (SHARDED | {"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing is"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but no launcher has started this process"),
+    ],
+)
+def test_an_unsupported_launch_is_refused(monkeypatch, environment, said):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match=said):
+        check_launch()

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from ldm.clip import TextConfig, VisionConfig
 from ldm.data import DataConfig, open_dataset
 from ldm.diffusion import ScheduleConfig
+from ldm.distributed import Draws
 from ldm.images import to_float, to_pil
 from ldm.model_io import save_tensors, write_json
 from ldm.train.autoencoder import AutoencoderConfig, LossConfig
+from ldm.train.auxiliary import GroundingConfig
 from ldm.train.clip import CLIPConfig
+from ldm.train.config import OptimizerConfig, TrainConfig
 from ldm.train.diffusion import DiffusionConfig, PreviewConfig
-from ldm.train.loop import OptimizerConfig, Run, Task, TrainConfig
-from ldm.train.readers import GroundingConfig
+from ldm.train.loop import Losses, Modules, Task, train
 from ldm.unet import UNetConfig
 from ldm.vae import VAE, VAEConfig
 
@@ -97,14 +99,15 @@ def files(count: int) -> Iterator[dict]:
         yield {"key": key, "suffix": "png", "image": buffer.getvalue(), "captions": sample["captions"]}
 
 
-def steps(task: Task, config: TrainConfig, out: Path, count: int | None = None) -> Run:
-    """Takes `count` steps, or `config.steps`, without writing more than the log."""
-    run = Run(task, config, out)
-    run.begin(0, {})
-    batches = run.batches(0)
-    for step in range(count or config.steps):
-        run.step(batches, step)
-    return run
+def steps(task: Task, config: TrainConfig, out: Path, count: int | None = None) -> Task:
+    """Trains for `count` steps, or `config.steps`."""
+    train(task, replace(config, steps=count or config.steps), out, {})
+    return task
+
+
+def draws(step: int = 0, **others: int) -> Draws:
+    """The random numbers of a step."""
+    return Draws(0, step, **others)
 
 
 def copied(module: nn.Module) -> dict[str, Tensor]:
@@ -117,12 +120,12 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-class Toy:
+class Toy(Task):
     """Two linear maps on noisy points: a task for the loop alone. `wrong` is added to the loss at a step."""
 
     def __init__(self, noise: float = 0.1, wrong: dict[int, float] | None = None, stop_at: int = -1):
         torch.manual_seed(0)
-        self.modules: dict[str, nn.Module] = {"first": nn.Linear(3, 2), "second": nn.Linear(2, 1)}
+        self.modules = {"first": nn.Linear(3, 2), "second": nn.Linear(2, 1)}
         points = torch.randn(11, 3)
         self.dataset = [{"x": x, "y": x.sum()} for x in points]
         self.noise, self.wrong, self.stop_at = noise, wrong or {}, stop_at
@@ -131,25 +134,22 @@ class Toy:
     def collate(self, samples: list[dict]) -> dict:
         return {name: torch.stack([s[name] for s in samples]) for name in ("x", "y")}
 
-    def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
+    def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
         if step == self.stop_at:
             raise KeyboardInterrupt
-        hidden = modules["first"](batch["x"] + self.noise * torch.randn_like(batch["x"]))
+        hidden = modules["first"](batch["x"] + self.noise * draws.randn(*batch["x"].shape))
         yield "first", (hidden.sum(1) - batch["y"]).square().mean(), {}
         loss = (modules["second"](hidden.detach())[:, 0] - batch["y"]).square().mean()
         yield "second", loss * 1.0 + self.wrong.get(step, 0.0), {"noted": step}
 
-    def after_step(self) -> None:
-        pass
-
-    def validate(self, device: torch.device) -> dict[str, float]:
+    def validate(self, modules: Modules) -> dict[str, float]:
         return {"noise": float(torch.rand(()))}
 
-    def preview(self, device: torch.device) -> Image.Image:
+    def preview(self, modules: Modules) -> Image.Image:
         return Image.new("RGB", (2, 2))
 
-    def export(self, folder: Path, device: torch.device, final: bool) -> None:
+    def export(self, modules: Modules, folder: Path, final: bool) -> None:
         self.exports += 1
         (folder / "first").mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / "first" / "model.safetensors", self.modules["first"].state_dict())
+        save_tensors(folder / "first" / "model.safetensors", modules["first"].state_dict())
         write_json(folder / "first" / "config.json", {"final": final})

@@ -1,68 +1,52 @@
-"""Run by tests/test_train.py in two processes, through `torchrun`: trains, and saves what came out; caches latents and
-reads shards and cache, and says which samples each process saw.
+"""Run by tests/test_launch.py in two processes: which samples of shards and of a latent cache each of them
+sees in three epochs, the shares that FSDP gives them, and the moments of features from both.
 
 two_processes.py OUT
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import tiny
 import torch
-from accelerate.utils import gather_object
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 
 from ldm.data.latents import open_latents
+from ldm.data.order import EpochBatches
 from ldm.data.shards import Shards
+from ldm.distributed import all_gather_objects, processes, rank_and_world
 from ldm.metrics import GaussianMoments
-from ldm.model_io import save_tensors, write_json
-from ldm.train.autoencoder import AutoencoderTask
+from ldm.model_io import write_json
+from ldm.train import sharding
 from ldm.train.clip import CLIPTask
-from ldm.train.loop import Run, train
+from ldm.train.optim import EMA
 
 
 def main(out: Path) -> None:
-    """The loop on the toy, a VAE with its discriminator, and CLIP with one caption a picture and with readers; what
-    both have seen of some features; then the data."""
-    clip = CLIPTask(tiny.clip())
-    clip.dataset = tiny.samples(16, captions=1)
-    trainings = {
-        "toy": (tiny.Toy(noise=0.0), tiny.TRAIN),
-        "autoencoder": (AutoencoderTask(tiny.autoencoder()), replace(tiny.TRAIN, steps=2)),
-        "clip": (clip, tiny.PLAIN),
-        "readers": (CLIPTask(tiny.clip(grounding=tiny.READERS)), tiny.PLAIN),
-    }
-    for name, (task, config) in trainings.items():
-        train(task, config, out / name, {})
-        for part, module in task.modules.items():
-            flat = torch.cat([value.flatten().double() for value in module.state_dict().values()])
-            sums = gather_object([float(flat.sum()), float(flat.square().sum())])
-            assert sums[:2] == sums[2:], f"{name} {part} differs between the processes"
-        if int(torch.distributed.get_rank()) == 0:
-            save_tensors(out / f"{name}.safetensors", next(iter(task.modules.values())).state_dict())
-    rank = int(torch.distributed.get_rank())
+    processes()
+    rank, world = rank_and_world()
     rows = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100
-    gathered = GaussianMoments()
-    for part in gather_object([GaussianMoments().update(rows[:13] if rank == 0 else rows[13:])]):
-        gathered.merge(part)
-    assert gathered.count == 50 and torch.allclose(gathered.mean, rows.mean(0), rtol=1e-12)
-    assert torch.allclose(gathered.covariance, rows.T.cov(), atol=1e-9), "moments of two processes are not those of one"
-    data(out, rank)
-    torch.distributed.destroy_process_group()
+    moments = GaussianMoments()
+    for part in all_gather_objects([GaussianMoments().update(rows[:13] if rank == 0 else rows[13:])]):
+        moments.merge(part)
+    assert moments.count == 50 and torch.allclose(moments.mean, rows.mean(0), rtol=1e-12)
+    assert torch.allclose(moments.covariance, rows.T.cov(), atol=1e-9)
 
-
-def data(out: Path, rank: int) -> None:
-    """Which samples of shards and of a cache each process gets in three epochs, in names-RANK.json."""
     shards = Shards(out / "shards", 32)
     cached = open_latents(out / "latents.safetensors", tiny.encoder(), shards, 4, torch.device("cpu"))
     names = {}
     for name, dataset in (("shards", shards), ("cache", cached)):
-        task = tiny.Toy()
-        task.dataset, task.collate = dataset, lambda samples: {"keys": [sample["key"] for sample in samples]}
-        steps = -(-3 * len(dataset) // 6)
-        run = Run(task, replace(tiny.TRAIN, batch_size=3, steps=steps, workers=rank), out / name)
-        names[name] = [batch["keys"] for batch, _ in run.batches(0)]
-    write_json(out / f"names-{rank}.json", names)
+        blocks = getattr(dataset, "lengths", None)
+        order = EpochBatches(len(dataset), 3, 0, rank, world, 0, -(-3 * len(dataset) // 6), blocks)
+        names[name] = [[dataset[i]["key"] for i in batch] for batch in order]
+
+    clip = CLIPTask(tiny.clip()).modules["clip"]
+    sizes = [p.numel() for p in clip.parameters()]
+    sharding.prepare(clip, EMA(clip).module, Accelerator())
+    shares = [p.to_local().numel() if isinstance(p, DTensor) else None for p in clip.parameters()]
+    write_json(out / f"process-{rank}.json", {"names": names, "sizes": sizes, "shares": shares})
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

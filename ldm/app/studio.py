@@ -19,7 +19,7 @@ from ldm.layers import ResnetBlock
 from ldm.model_io import ASSETS
 from ldm.pipeline import Pipeline, Progress
 from ldm.samplers import SAMPLERS
-from ldm.train.memory import is_out_of_memory
+from ldm.train.loop import is_out_of_memory
 
 LONGEST = 1000  # characters of a prompt
 BOUNDS = {"steps": (1, 150), "guidance": (0.0, 30.0), "guidance_rescale": (0.0, 1.0), "count": (1, 16)}

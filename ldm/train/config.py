@@ -1,4 +1,4 @@
-"""How long and how a training runs; the same for every task."""
+"""Length, batch and optimizer of a training run; the same for every task."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,28 +9,28 @@ from ldm.config import require
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up, then constant or cosine decay to `final_lr`; weights of
-    hidden layers by Muon where `muon_lr` is given."""
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up, then a constant or cosine learning rate; Muon for the
+    weights of hidden layers where `muon_lr` is set."""
 
-    lr: float = 1e-4
-    muon_lr: float | None = None  # for the matrices and kernels of hidden layers; None: AdamW moves these too
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    warmup: int = 100  # steps
-    decay: Literal["constant", "cosine"] = "cosine"
-    final_lr: float = 0.0  # as a share of lr, at the last step of a cosine
+    lr: float = 1e-4  # peak learning rate of AdamW
+    muon_lr: float | None = None  # of Muon, for matrices and kernels of hidden layers; none: AdamW for these too
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    eps: float = 1e-8  # of AdamW
+    weight_decay: float = 0.01  # of matrices and kernels; never of norms, biases, embeddings and CLIP's scale
+    warmup: int = 100  # steps of linear warm-up
+    decay: Literal["constant", "cosine"] = "cosine"  # of the learning rate after the warm-up
+    final_lr: float = 0.0  # at the last step of a cosine, as a share of lr
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "train.optimizer.lr", self.lr, "above 0")
-        require(self.muon_lr is None or self.muon_lr > 0, "train.optimizer.muon_lr", self.muon_lr, "above 0")
+        for name in ("lr", "eps"):
+            require(getattr(self, name) > 0, f"train.optimizer.{name}", getattr(self, name), "above 0")
+        require(self.muon_lr is None or self.muon_lr > 0, "train.optimizer.muon_lr", self.muon_lr, "above 0 or none")
         require(all(0 <= b < 1 for b in self.betas), "train.optimizer.betas", self.betas, "each in [0, 1)")
-        require(self.eps > 0, "train.optimizer.eps", self.eps, "above 0")
-        require(self.weight_decay >= 0, "train.optimizer.weight_decay", self.weight_decay, "0 or more")
-        require(self.warmup >= 0, "train.optimizer.warmup", self.warmup, "0 or more")
+        for name in ("weight_decay", "warmup"):
+            require(getattr(self, name) >= 0, f"train.optimizer.{name}", getattr(self, name), "0 or more")
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate at a step counted from 0, as a share of `lr`."""
+        """The learning rate at a step, counted from 0, as a share of `lr`."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.decay == "constant":
@@ -41,25 +41,24 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long and how a training runs; intervals are in optimizer steps. 0 switches
-    validation, previews and checkpoints off, but for those after the last step."""
+    """Intervals are in optimizer steps; 0 switches validation, previews or checkpoints off except after the last."""
 
-    steps: int = 10_000
-    batch_size: int = 64  # of one process and micro-batch
-    accumulate: int = 1  # micro-batches an optimizer step
-    seed: int = 0
-    precision: Literal["no", "bf16"] = "no"  # autocast; the trained weights stay float32
-    clip: float = 1.0  # gradient norm of each module
+    steps: int = 10_000  # optimizer steps
+    batch_size: int = 64  # samples per process and micro-batch
+    accumulate: int = 1  # micro-batches per optimizer step
+    seed: int = 0  # of the initial weights, the order of the data and all random draws
+    precision: Literal["no", "bf16"] = "no"  # bf16: autocast; the trained weights stay float32
+    clip: float = 1.0  # largest gradient norm of each module
     workers: int = 0  # processes that load data
-    ema_decay: float = 0.999
-    ema_power: float = 0.75
+    ema_decay: float = 0.999  # final decay of the averaged weights, which are validated and exported
+    ema_power: float = 0.75  # warm-up of the decay: 1 - (1 + step)^-power
     log_every: int = 50
     validate_every: int = 1000
     preview_every: int = 1000
     save_every: int = 1000
-    keep: int = 2  # checkpoints
-    best: str = ""  # a validated value by which the best checkpoint is kept as well: "loss", or "-psnr", the highest
-    max_skipped: int = 20  # steps in a row without a finite loss before giving up
+    keep: int = 2  # newest checkpoints to keep
+    best: str = ""  # validation value whose best checkpoint is kept as well: "loss" (lowest), "-psnr" (highest)
+    max_skipped: int = 20  # consecutive steps with non-finite losses before giving up
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
@@ -72,7 +71,6 @@ class TrainConfig:
         require(not self.best or self.validate_every, "train.best", self.best, "empty where validate_every is 0")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "in [0, 1)")
 
-
-def due(done: int, every: int) -> bool:
-    """Whether something that happens `every` so many steps, 0 for never, happens after step `done`."""
-    return every > 0 and done % every == 0
+    def due(self, step: int, every: int) -> bool:
+        """Whether an action at intervals of `every` steps follows step `step`, counted from 1."""
+        return step == self.steps or (every > 0 and step % every == 0)

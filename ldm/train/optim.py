@@ -1,20 +1,138 @@
-"""Which optimizer moves which weights of a module."""
+"""Which optimizer moves which weights, Muon, and the moving average of the weights."""
 
-from torch import nn, optim
+import copy
+import fnmatch
+from collections import defaultdict
+from collections.abc import Iterable
 
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.config import UserError
 from ldm.train.config import OptimizerConfig
-from ldm.train.muon import Muon, hidden_weights
+from ldm.train.sharding import full, local, shard_like
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # takes singular values from (0, 1] to about [0.7, 1.2] in five rounds
+NARROW = 16  # a layer with fewer inputs or outputs has too few directions to equalize
 
 
-def optimizers_of(name: str, module: nn.Module, o: OptimizerConfig) -> dict[str, optim.Optimizer]:
-    """A module's optimizers: AdamW under its name, and with `muon_lr` a Muon under name-muon for its hidden layers."""
-    hidden = hidden_weights(module) if o.muon_lr else []
-    apart = set(hidden)
-    rest = [p for p in module.parameters() if p.requires_grad and p not in apart]
-    found: dict[str, optim.Optimizer] = {}
-    if rest:
-        options = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
-        found[name] = optim.AdamW(rest, fused=True, **options)
+def freeze(module: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Stops the training of parameters whose names match a shell pattern. Raises UserError for a pattern that matches
+    none, or when nothing is left to train."""
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"frozen pattern {pattern!r} matches no parameter, e.g. {names[0]!r}")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+    if not any(p.requires_grad for p in module.parameters()):
+        raise UserError(f"frozen {list(patterns)} leaves no parameter to train; name fewer")
+
+
+def make_optimizers(name: str, module: nn.Module, config: OptimizerConfig) -> dict[str, torch.optim.Optimizer]:
+    """A module's optimizers: AdamW under its name, and with `muon_lr` Muon under NAME-muon for its hidden layers.
+
+    Weight decay is for the matrices and kernels of linear and convolutional layers alone: no norms, biases,
+    embeddings, nor CLIP's logit scale.
+    """
+    kernels = {m.weight for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    hidden = hidden_weights(module) if config.muon_lr else []
+    by_muon = set(hidden)
+    rest = [p for p in module.parameters() if p.requires_grad and p not in by_muon]
+    groups = [
+        {"params": [p for p in rest if p in kernels], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p not in kernels], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    if groups:
+        optimizers[name] = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     if hidden:
-        found[f"{name}-muon"] = Muon(hidden, lr=o.muon_lr, weight_decay=o.weight_decay)
-    return found
+        optimizers[f"{name}-muon"] = Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay)
+    return optimizers
+
+
+def hidden_weights(module: nn.Module) -> list[nn.Parameter]:
+    """The trained matrices and kernels (out, in, ...) of linear and convolutional layers with at least NARROW inputs
+    and outputs."""
+    layers = (m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    return [m.weight for m in layers if m.weight.requires_grad and min(m.weight.shape[:2]) >= NARROW]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose updates are orthogonalized (Jordan et al. 2024, "Muon: An optimizer for hidden layers"), with
+    Nesterov momentum and decoupled weight decay, for `hidden_weights`.
+
+    A kernel (out, in, h, w) is taken as the matrix (out, in * h * w). An update has the root mean square of a usual
+    AdamW step, 0.2 times the learning rate (Liu et al. 2025, arXiv:2502.16982, eq. 4), so both can share a rate.
+    torch.optim.Muon is the same on matrices; it works in bfloat16, slow on most CPUs, and takes no kernels.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of all parameters that have a gradient, those of one shape at once."""
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    matrix = full(self._nesterov(parameter, group["momentum"])).flatten(1)
+                    tall = matrix.shape[0] > matrix.shape[1]
+                    by_shape[matrix.shape].append((parameter, matrix.mT if tall else matrix))
+            for (rows, columns), members in by_shape.items():
+                updates = orthogonalize(torch.stack([matrix for _, matrix in members]))
+                updates = rearrange(updates, "k m n -> k n m") if rows > columns else updates
+                size = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+                for (parameter, _), update in zip(members, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.sub_(shard_like(update.reshape(parameter.shape), parameter), alpha=size)
+
+    def _nesterov(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(state["momentum"], momentum)
+
+
+def orthogonalize(updates: Tensor, rounds: int = 5) -> Tensor:
+    """(K, M, N), M <= N -> about U V^T of each U S V^T, by Newton-Schulz iteration, in float32 or float64.
+
+    All directions of an update get the same length, so rare features are learned as fast as common ones.
+    """
+    a, b, c = QUINTIC
+    x = updates / updates.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    # Every round multiplies x by a polynomial of x x^T, and these commute: the rounds need M x M matrices only.
+    gram, product = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    for _ in range(rounds):
+        factor = b * gram + c * gram @ gram
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        gram, product = factor @ gram @ factor, factor @ product
+    return product @ x
+
+
+class EMA:
+    """Exponential moving average of a module's parameters, kept as a second module in evaluation mode.
+
+    `decay` is the final rate; until then it is 1 - (1 + step)^-power, so that the random first weights are forgotten
+    quickly (at power 0.75 the average covers about the last step^0.75 steps).
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.999, power: float = 0.75) -> None:
+        self.decay, self.power = decay, power
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+
+    def rate(self, step: int) -> float:
+        """The share of the average that stays at this step, counted from 0."""
+        return min(self.decay, 1 - (1 + step) ** -self.power)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """average <- rate * average + (1 - rate) * weights; buffers are copied."""
+        averages, weights = ([local(p) for p in m.parameters()] for m in (self.module, module))
+        torch._foreach_lerp_(averages, weights, 1 - self.rate(step))
+        for average, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
+            average.copy_(buffer)

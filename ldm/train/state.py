@@ -1,6 +1,6 @@
-"""What a run folder keeps for going on: checkpoints with the training's state, and the lines logged so far."""
+"""A run folder: checkpoints that are whole or not there, the lock, the config that it was started with, its log."""
 
-import errno
+import hashlib
 import json
 import os
 import platform
@@ -10,38 +10,75 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ldm import model_io as weights
+from ldm import model_io
 from ldm.config import UserError
-from ldm.train import manifest
-from ldm.train.ema import EMA
-from ldm.train.sharding import gather, shard
+from ldm.train.optim import EMA
+from ldm.train.sharding import gather, shard_like
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
 
-LOCK = ".lock"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Keys of a config that change nothing of what is trained.
+FORMAT = 2  # of the training state; runs of format 1 had other optimizer groups
+MANIFEST = "manifest.json"
+# Keys of a config that do not change the trained weights.
 FREE = ("train.log_every", "train.validate_every", "train.preview_every", "train.save_every", "train.keep")
 FREE += ("train.workers", "train.max_skipped", "preview.", "cache", "data.max_broken", "train.best")
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "einops", "safetensors", "numpy")
 
 
-class Trained(NamedTuple):
-    """What training changes, each under the names of the trained modules; a module may have a second optimizer."""
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Everything that training changes, by the name of the module."""
 
     modules: dict[str, nn.Module]
     averages: dict[str, EMA]
-    optimizers: dict[str, torch.optim.Optimizer]
+    optimizers: dict[str, dict[str, torch.optim.Optimizer]]  # those of each module, by a name of their own
+
+    def all_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers of all modules."""
+        return [optimizer for table in self.optimizers.values() for optimizer in table.values()]
+
+    def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The live tensors of each module, average and optimizer, by the name of its file."""
+        for name, module in self.modules.items():
+            yield name, module.state_dict()
+            yield f"{name}-ema", self.averages[name].module.state_dict()
+            names = {parameter: key for key, parameter in module.named_parameters()}
+            for key, optimizer in self.optimizers[name].items():
+                entries = ((names[p], k, v) for p, entry in optimizer.state.items() for k, v in entry.items())
+                yield f"{key}-optimizer", {f"{parameter}/{k}": v for parameter, k, v in entries}
+
+    def load(self, folder: Path) -> None:
+        """Loads the files of `states`, sharded as the modules are. Raises UserError or RuntimeError for others."""
+        for name, module in self.modules.items():
+            for file, part in ((name, module), (f"{name}-ema", self.averages[name].module)):
+                tensors, live = model_io.load_tensors(folder / f"{file}.safetensors"), part.state_dict()
+                part.load_state_dict({k: shard_like(v, live[k]) if k in live else v for k, v in tensors.items()})
+            for key, optimizer in self.optimizers[name].items():
+                load_optimizer(optimizer, module, model_io.load_tensors(folder / f"{key}-optimizer.safetensors"))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Sets an optimizer's state from {"parameter/entry": tensor}. Raises UserError where it has other parameters."""
+    parameters, mine = dict(module.named_parameters()), {p for g in optimizer.param_groups for p in g["params"]}
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("/")
+        parameter = parameters[name]
+        optimizer.state[parameter][entry] = shard_like(value.to(parameter.device), parameter)
+    if tensors and optimizer.state.keys() != mine:
+        raise UserError("its optimizers have other parameters")
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -50,93 +87,129 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def checkpoint(out: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
+    """The folder of the checkpoint of a step."""
     return out / "checkpoints" / f"step-{step:08d}"
 
 
 def newest(out: Path) -> Path | None:
-    """The newest checkpoint that is whole; warns of newer ones that are damaged. UserError where all are."""
-    found = checkpoints(out)
-    for folder in reversed(found):
-        wrong = manifest.problem(folder)
-        if not wrong:
+    """The newest checkpoint that is whole; removes half-written ones, and warns of damaged ones. Raises UserError where
+    all are damaged."""
+    for hidden in (out / "checkpoints").glob(".step-*"):
+        shutil.rmtree(hidden, ignore_errors=True)
+    folders = checkpoints(out)
+    for folder in reversed(folders):
+        damage = find_damage(folder)
+        if not damage:
             return folder
-        warnings.warn(f"the checkpoint {str(folder)!r} is damaged ({wrong}); passed over", stacklevel=2)
-    if found:
-        raise UserError(f"no checkpoint in {str(found[0].parent)!r} is whole; move them away to begin anew")
+        warnings.warn(f"the checkpoint {str(folder)!r} is damaged ({damage}); skipped", stacklevel=2)
+    if folders:
+        raise UserError(f"no checkpoint in {str(out / 'checkpoints')!r} is whole; move them away to start anew")
     return None
 
 
-def sweep(out: Path) -> None:
-    """Removes what a crash left half-written."""
-    for hidden in (out / "checkpoints").glob(".step-*"):
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
 @contextmanager
-def new_checkpoint(out: Path, done: int, keep: int, best: int = -1) -> Iterator[Path]:
-    """A folder to fill; after the block it is sealed and becomes `checkpoints/step-N` in one move, and once it is seen
-    to be whole, all but the newest `keep` and that of step `best` go. What is broken off before that stays hidden and
-    is never opened.
-
-    UserError where the disk is full: what was there before is still whole.
-    """
-    folder = checkpoint(out, done)
+def new_checkpoint(out: Path, step: int, keep: int, best: int | None = None) -> Iterator[Path]:
+    """A hidden folder to fill. After the block its files are synced, hashed and renamed to `checkpoints/step-N` at
+    once; then all but the newest `keep` and that of step `best` are removed. After an error nothing has changed."""
+    folder = checkpoint(out, step)
     hidden = folder.with_name(f".{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
     try:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
+        (hidden / "state").mkdir(parents=True)
         yield hidden
-        manifest.seal(hidden)
-    except Exception as error:
-        full = _is_full(error, out)
+        seal(hidden)
+    except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
-        if full:
-            raise UserError(_disk_full(out, done)) from None
         raise
     shutil.rmtree(folder, ignore_errors=True)
     hidden.rename(folder)
-    manifest.sync(folder.parent)
-    if wrong := manifest.problem(folder):
-        raise UserError(
-            f"the checkpoint {str(folder)!r} was not written as it should be ({wrong}); is the disk failing?"
-        )
-    # one that is newer than this one is damaged, and was passed over
-    for old in [found for found in checkpoints(out) if found.name <= folder.name][:-keep]:
-        if old != checkpoint(out, best):
+    sync(folder.parent)
+    # a checkpoint newer than this one is damaged, and was skipped
+    for old in [path for path in checkpoints(out) if path.name <= folder.name][:-keep]:
+        if best is None or old != checkpoint(out, best):
             shutil.rmtree(old)
 
 
-def _is_full(error: Exception, out: Path) -> bool:
-    """Whether writing failed for want of room: torch has errors of its own for it, which do not say why."""
-    words = ("No space left", "unexpected pos", "file write failed", "iostream error")
-    full = getattr(error, "errno", None) in FULL or any(word in str(error) for word in words)
-    return full or shutil.disk_usage(out).free < 2**20
+def seal(folder: Path) -> None:
+    """Syncs all files of a folder to the disk, and lists them with their SHA-256 in its manifest."""
+    files = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    model_io.write_json(folder / MANIFEST, {"files": files})
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
-def _disk_full(out: Path, done: int) -> str:
-    """What to do, and how much is needed: as much as the checkpoint before took."""
-    before = checkpoints(out)
-    size = sum(file.stat().st_size for file in before[-1].rglob("*") if file.is_file()) if before else 0
-    need = f"; one took {size / 2**20:,.1f} MiB before" if before else ""
-    kept = f"the one of {before[-1].name} is whole" if before else "there was none before"
-    free = shutil.disk_usage(out).free / 2**20
-    return (
-        f"the disk is full, or a file larger than allowed (ulimit -f), so the checkpoint of step {done} could not be"
-        f" written: {free:,.1f} MiB are free{need};"
-        f" {kept}. Free some space and give the same command again"
-    )
+def find_damage(folder: Path) -> str:
+    """What is wrong with a sealed folder; "" where every file is there and unchanged. (A flipped bit in tensor data
+    loads without an error.)"""
+    try:
+        files = model_io.read_json(folder / MANIFEST)["files"].items()
+    except (UserError, KeyError, AttributeError):
+        return f"it has no {MANIFEST} that can be read"
+    for name, expected in files:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(folder / name) != expected:
+            return f"{name} was changed since it was written"
+    return ""
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_state(folder: Path | None, trained: Trained, progress: dict[str, Any]) -> None:
+    """Writes everything trained, and `progress` (JSON), into `folder`; None in processes that only contribute their
+    shards."""
+    for name, tensors in trained.states():
+        tensors = gather(tensors)
+        if folder:
+            model_io.save_tensors(folder / f"{name}.safetensors", tensors)
+    if folder:
+        model_io.write_json(folder / "state.json", {"format": FORMAT} | progress)
+
+
+def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
+    """Loads what `write_state` wrote; returns `progress`. Raises UserError for a state of an earlier version of this
+    code, or of other modules or optimizers."""
+    progress = model_io.read_json(folder / "state.json")
+    if progress.get("format") != FORMAT:
+        raise UserError(
+            f"the training state in {str(folder.parents[2])!r} was written by an earlier version of this code and"
+            " cannot be resumed, though its model still opens; use another --out to start anew"
+        )
+    try:
+        trained.load(folder)
+    except (UserError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the checkpoint {str(folder.parent)!r} is of another model than the config describes ({reason}); "
+            "use another --out, or the config that the run was started with"
+        ) from None
+    return progress
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Holds a run folder for this process, which may not be there yet; UserError where another one has it. On systems
-    without file locks it holds nothing."""
+def lock(out: Path) -> Iterator[None]:
+    """Holds a run folder, which is made where it does not exist. Raises UserError where another process holds it. On
+    systems without file locks it only makes the folder."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{str(out)!r} is a file; --out names the run folder, which may be new")
     out.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return
-    with (out / LOCK).open("a+") as file:
+    with (out / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -151,151 +224,66 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def note_start(out: Path, seed: int) -> None:
-    """Adds a line to starts.jsonl: when, by which command, versions, commit and seed."""
-    names = ("torch", "torchvision", "transformers", "accelerate", "einops", "safetensors", "numpy")
-    versions = {name: _version(name) for name in names}
-    about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv, "seed": seed}
-    about |= {"python": platform.python_version(), "packages": versions, "commit": _commit()}
+def begin(out: Path, resolved: dict[str, Any], seed: int, start: int, looked: bool, force: bool) -> None:
+    """Prepares the run folder for the steps after `start`: config.json, metrics.jsonl, starts.jsonl. Raises UserError
+    for a config that has changed, unless `force`."""
+    if start:
+        check_changes(out / "config.json", resolved, force)
+    drop_later_lines(out / "metrics.jsonl", start, looked)
+    model_io.write_json(out / "config.json", resolved)
+    entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv, "seed": seed}
+    entry |= {"python": platform.python_version(), "packages": {name: version(name) for name in PACKAGES}}
+    entry["commit"] = commit()
     with (out / "starts.jsonl").open("a") as file:
-        file.write(json.dumps(about) + "\n")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the code, with "+" where files were changed since; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        changed = subprocess.run(status, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def write_state(folder: Path | None, trained: Trained, about: dict[str, Any]) -> None:
-    """Weights, averages and optimizers of all modules, and `about` (JSON), into `folder`; None in processes that do not
-    write, but give their part of what is sharded."""
-    if folder:
-        folder.mkdir()
-    parts: dict[str, Any] = trained.modules | {f"{name}-ema": average for name, average in trained.averages.items()}
-    for name, part in parts.items():
-        tensors = gather(part.state_dict(), keep=folder is not None)
-        if folder:
-            weights.save_tensors(folder / f"{name}.safetensors", tensors)
-    for name, optimizer in trained.optimizers.items():
-        state = gather(optimizer.state_dict(), keep=folder is not None)
-        if folder:
-            torch.save(state, folder / f"{name}-optimizer.pt")
-    if folder:
-        weights.write_json(folder / "state.json", about)
-
-
-def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
-    """Loads what `write_state` wrote into the modules, averages and optimizers, or each process's part of it; returns
-    `about`. UserError where the state is of other modules."""
-    try:
-        for name, module in trained.modules.items():
-            if not (folder / f"{name}.safetensors").is_file():
-                raise ValueError(f"it has no {name}")
-            module.load_state_dict(shard(weights.load_tensors(folder / f"{name}.safetensors"), module.state_dict()))
-            trained.averages[name].load_state_dict(weights.load_tensors(folder / f"{name}-ema.safetensors"))
-        for name, optimizer in trained.optimizers.items():
-            if not (folder / f"{name}-optimizer.pt").is_file():
-                raise ValueError(f"it has no optimizer {name}")
-            # load_state_dict moves what belongs on the device
-            state = torch.load(folder / f"{name}-optimizer.pt", map_location="cpu", weights_only=True)
-            parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-            state["state"] = shard(state["state"], parameters)
-            optimizer.load_state_dict(state)
-    # A file that is no state, or holds more than tensors, makes the unpickler raise nearly anything.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"the checkpoint {str(folder.parent)!r} is of another model than the config describes ({reason}); "
-            "use another --out, or the config that the run was started with"
-        ) from None
-    return weights.read_json(folder / "state.json")
-
-
-class LeftOut:
-    """Samples of data sets (`ldm.data.faults`; others have none) that were left out, and their list left_out.jsonl."""
-
-    def __init__(self, out: Path, datasets: list[Any]) -> None:
-        self.file = out / "left_out.jsonl"
-        self.faults = [d.faults for d in datasets if getattr(d, "faults", None) is not None]
-        self.told: set[str] = set()
-
-    def add(self, found: dict[str, str]) -> None:
-        """Notes what other processes found in the first data set; UserError where they are too many."""
-        for name, why in found.items():
-            self.faults[0].add(name, why)
-
-    def new(self) -> dict[str, str]:
-        """Those not given before."""
-        found = {name: why for faults in self.faults for name, why in faults.reasons.items() if name not in self.told}
-        self.told |= found.keys()
-        return found
-
-    def write(self, found: dict[str, str]) -> int:
-        """Adds those to the list that are not in it yet; returns how many it has."""
-        text = self.file.read_text() if self.file.is_file() else ""
-        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]  # a crash may leave a half one
-        listed = {json.loads(line)["sample"] for line in lines}
-        more = [{"sample": name, "why": why} for name, why in found.items() if name not in listed]
-        temporary = self.file.with_name(self.file.name + ".tmp")
-        temporary.write_text("".join(lines) + "".join(json.dumps(entry) + "\n" for entry in more))
-        os.replace(temporary, self.file)
-        return len(lines) + len(more)
-
-
-def drop_later_lines(metrics: Path, step: int, looked: bool = True) -> None:
-    """Takes the lines after `step` out of metrics.jsonl: the steps are done again after a resume. So is the validation
-    of `step` itself, unless it was `looked` at before its checkpoint was saved."""
-    if metrics.is_file():
-        lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        last = step if looked else step - 0.5
-        kept = [line for line in lines if json.loads(line)["step"] <= (last if '"val/' in line else step)]
-        temporary = metrics.with_name(metrics.name + ".tmp")  # so that a crash now loses no line
-        temporary.write_text("".join(kept))
-        os.replace(temporary, metrics)
+        file.write(json.dumps(entry) + "\n")
 
 
 def check_changes(file: Path, resolved: dict[str, Any], force: bool) -> None:
-    """Where a resumed run's `config.json` has other values than the config now: UserError that names them, without
-    `force`; with it a warning, as for the number of steps. How often things are logged and kept may always change."""
+    """Compares a config with that in `file`: changes raise UserError, with `force` they are a warning, as the number of
+    steps always is. Logging, validation and checkpoints may change freely."""
     if not file.is_file():
         return
-    before, now = (dict(_flat(table)) for table in (weights.read_json(file), json.loads(json.dumps(resolved))))
+    before, now = (dict(_flat(table)) for table in (model_io.read_json(file), json.loads(json.dumps(resolved))))
     changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(FREE)]
-    names = ", ".join(f"{key} ({before[key]!r} before, {now[key]!r} now)" for key in changed)
     allowed = {"train.steps"}
-    if _global_batch(before) == _global_batch(now):
+    samples = [c.get("train.batch_size", 1) * c.get("train.accumulate", 1) for c in (before, now)]
+    if samples[0] == samples[1]:
         allowed |= {"train.batch_size", "train.accumulate"}
     if set(changed) - allowed and not force:
+        names = ", ".join(f"{key} ({before[key]!r} before, {now[key]!r} now)" for key in changed)
         raise UserError(
             f"{str(file.parent)!r} was started with another config: {names}. Give --force to go on with these values,"
-            " or another --out to begin anew"
+            " or another --out to start anew"
         )
     if changed:
         warnings.warn(f"resuming with other values than before of: {', '.join(changed)}", stacklevel=2)
 
 
-def _global_batch(flat: dict[str, Any]) -> int:
-    """Samples that a step of one process takes."""
-    return flat.get("train.batch_size", 1) * flat.get("train.accumulate", 1)
+def drop_later_lines(metrics: Path, step: int, looked: bool = True) -> None:
+    """Removes the lines after `step` from metrics.jsonl, as these steps are taken again; and the validation of `step`
+    itself unless it was `looked` at before its checkpoint was saved."""
+    if metrics.is_file():
+        lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        last = step if looked else step - 1
+        kept = [line for line in lines if json.loads(line)["step"] <= (last if '"val/' in line else step)]
+        temporary = metrics.with_name(metrics.name + ".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, metrics)
 
 
-def _flat(table: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{where}{key}.")
+            yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield where + key, value
+            yield prefix + key, value
+
+
+def commit() -> str | None:
+    """The commit of the code, with "+" where files were changed since; None outside a repository."""
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    try:
+        done = subprocess.run(["git", *describe], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

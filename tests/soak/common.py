@@ -12,12 +12,12 @@ import tiny
 import torch
 import torch._dynamo  # optimizers import it; here, once for all children
 import torch.utils.tensorboard  # noqa: F401
+from ldm.train.run import Run
 from test_train import lines_of, state_of
 
 import ldm.train.loop
 from ldm.commands.cli import run_script
 from ldm.train.loop import TrainConfig
-from ldm.train.run import Run
 
 FORK = multiprocessing.get_context("fork")  # the imports, 4 s of every start, are made once
 LIMIT = 300.0  # seconds that anything may take before it counts as hanging

@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import tiny
+from ldm.train.task import Task
 
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
 from ldm.train.diffusion import DiffusionTask
 from ldm.train.loop import TrainConfig
-from ldm.train.task import Task
 from soak.common import Child, Row, training
 
 CONFIG = replace(tiny.TRAIN, steps=4, save_every=2)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import tiny
 import torch
+from ldm.train.run import Run
+from ldm.train.task import Task
 
 from ldm.config import UserError
 from ldm.model_io import load_tensors, read_json
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.diffusion import DiffusionTask
 from ldm.train.loop import train
-from ldm.train.run import Run
-from ldm.train.task import Task
 from soak.common import Row
 from soak.models import trained
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import tiny
+from ldm.train.task import Task
 
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
 from ldm.train.diffusion import DiffusionTask
-from ldm.train.task import Task
 from soak.common import Child, Row, differences, training
 from soak.models import finish, trained
 

@@ -1,0 +1,103 @@
+"""The auxiliary heads on the text context: closed forms, what they may see, and whom their losses move."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from ldm.clip import TextConfig, VisionConfig
+from ldm.data import stack_images
+from ldm.train import auxiliary
+from ldm.train.auxiliary import PictureHead, WordHead
+from ldm.train.clip import CLIPTask
+
+END, PAD = 6, 0
+TEXT = TextConfig(**tiny.TOWER, vocab_size=7, eos_token_id=END, max_position_embeddings=5, projection_dim=16)
+VISION = VisionConfig(**tiny.TOWER, image_size=32, patch_size=8, projection_dim=16)
+TOKENS = torch.tensor([[5, 0, 1, END, END], [5, 2, END, PAD, PAD]])
+MEAN = torch.Tensor.detach
+
+
+@pytest.mark.parametrize("window", [3, 9])
+def test_words_are_the_cross_entropy_of_each_token_and_those_before_it(window):
+    head, context = WordHead(TEXT, window), torch.randn(2, 5, 32)
+    maps, expected = head.distances.weight.view(window, 32, 32), []
+    for row, length in enumerate((4, 3)):  # with the first end token, without the padding
+        for at in range(length):
+            for k in range(min(window, at + 1)):
+                logits = (maps[k] @ context[row, at]) @ head.vocabulary.T
+                expected.append(F.cross_entropy(logits, TOKENS[row, at - k]))
+    torch.testing.assert_close(head(context, TOKENS, MEAN), torch.stack(expected).mean())
+    context[0, 4] = context[1, 3:] = 1e3  # padding
+    torch.testing.assert_close(head(context, TOKENS, MEAN), torch.stack(expected).mean())
+
+
+def test_picture_is_the_mean_squared_error_of_the_hidden_patches(monkeypatch):
+    head, context, x = PictureHead(TEXT, VISION, 1), torch.randn(4, 5, 32), torch.rand(4, 3, 32, 32)
+    torch.nn.init.zeros_(head.paint.weight), torch.nn.init.zeros_(head.paint.bias)
+    monkeypatch.setattr(auxiliary, "BLIND", 1.0)
+    torch.testing.assert_close(head(context, x, tiny.draws(), MEAN), x.square().mean())
+    monkeypatch.setattr(auxiliary, "BLIND", 0.0)
+    losses = [head(context, torch.ones_like(x), tiny.draws(step), MEAN) for step in range(3)]
+    torch.testing.assert_close(torch.stack(losses), torch.ones(3))  # a mean over hidden patches, however many
+    assert head(context, x, tiny.draws(0), MEAN) != head(context, x, tiny.draws(1), MEAN)
+
+
+class Shown:
+    """Draws by which the upper left patch alone is shown."""
+
+    def rand(self, rows: int, *shape: int) -> torch.Tensor:
+        chances = torch.ones(rows, *shape)
+        chances[:, 0] = shape == (1,)
+        return chances
+
+
+def test_picture_head_sees_the_patches_shown_and_the_context_but_nothing_hidden():
+    head, context, x = PictureHead(TEXT, VISION, 1), torch.randn(1, 5, 32), torch.rand(1, 3, 32, 32)
+    painted = []
+    head.paint.register_forward_hook(lambda module, inputs, output: painted.append(output))
+    without_hidden, without_shown = x.clone(), x.clone()
+    without_hidden[..., 8:, :] = 0
+    without_shown[..., :8, :8] = 0
+    for words, picture in ((context, x), (context, without_hidden), (context, without_shown), (-context, x)):
+        head(words, picture, Shown(), MEAN)
+    assert torch.equal(painted[0], painted[1])
+    assert not torch.allclose(painted[0], painted[2], atol=1e-4)
+    assert not torch.allclose(painted[0], painted[3], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["words", "picture"])
+def test_heads_move_the_text_tower_alone_and_are_not_exported(name, tmp_path):
+    weights = {"words": 0.0, "picture": 0.0} | {name: 3.0}
+    task = CLIPTask(tiny.clip(grounding=replace(tiny.READERS, **weights)))
+    _, loss, values = next(task.losses(task.modules, stack_images(tiny.samples(4)), 0, tiny.draws()))
+    assert values.keys() == {"scale", "contrastive", name}
+    torch.testing.assert_close(loss, values["contrastive"] + 3 * values[name])
+    values[name].backward()
+    clip = task.modules["clip"]
+    assert all(p.grad is not None for p in clip.text_model.parameters())
+    others = (clip.vision_model, clip.visual_projection, clip.text_projection)
+    assert all(p.grad is None for module in others for p in module.parameters())
+    assert all(p.grad is not None for p in task.modules["grounding"].parameters())
+    task.export(task.modules, tmp_path, final=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"clip", "text_encoder", "tokenizer"}
+
+
+def test_heads_overfit_a_batch_by_its_captions(monkeypatch):
+    monkeypatch.setattr(auxiliary, "BLIND", 1.0)
+    task, batch = CLIPTask(tiny.clip(grounding=tiny.READERS)), stack_images(tiny.samples(4, captions=1))
+    tokens = task.tokenizer([c[0] for c in batch["captions"]], warn=False)
+    x = batch["image"] / 127.5 - 1
+    optimizer = torch.optim.AdamW([p for m in task.modules.values() for p in m.parameters()], lr=3e-3)
+    for step in range(100):
+        _, loss, values = next(task.losses(task.modules, batch, step, tiny.draws(step)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert values["words"] < 0.3
+    with torch.no_grad():
+        context, head = task.modules["clip"].text_model(tokens), task.modules["grounding"].picture
+        right, exchanged = (head(c, x, tiny.draws(), MEAN) for c in (context, context.roll(1, 0)))
+    assert right < 0.5 * exchanged
