@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Reads, draws, and says what there is."""
     args = parse_arguments()
-    from ldm.metrics.curves import write_curves
+    from ldm.evaluate.curves import write_curves
 
     titles = write_curves(args.out, args.paths)
     print(f"{len(titles)} plots in {args.out}: {', '.join(titles)}")

@@ -1,83 +1,75 @@
-"""The pictures of an evaluation's report."""
+"""The images of a report."""
 
-from PIL import Image
+from dataclasses import dataclass
 
-from ldm.evaluate.bench import Bench, Measured
-from ldm.evaluate.pictures import PictureSet
-from ldm.evaluate.records import best_guidance
-from ldm.evaluate.report_html import Gallery, Row
-from ldm.images import to_float, to_pil
+import torch
+from torch import Tensor
+
+from ldm.evaluate.evaluation import Evaluation, to_arrays
+from ldm.evaluate.probes import opened, reworded, seen_values
+from ldm.evaluate.records import Record, best_guidance, find
+from ldm.metrics.attributes import ATTRIBUTES
 from ldm.metrics.compositional_parse import parse
 
 FAILURES = 48
-SHOWN = 12  # captions in other wording, and with a group left open
+SHOWN = 12  # rows of the other galleries; twice as many where a row is one image
 
 
-def galleries(bench: Bench, measured: Measured) -> list[Gallery]:
-    """Prompts at each guidance, reconstructions, and what the measures came upon."""
-    g = best_guidance(measured.results)
-    found = [_prompts(bench, measured), _reconstructions(measured), *_copies(bench, measured, g)]
-    found += _wording(bench, measured, g) + [_opened(*item, g) for item in measured.opened]
-    return found + ([_failures(bench, measured, g)] if bench.cases else [])
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Images of one caption side by side, each a label and uint8 (3, H, W)."""
+
+    caption: str = ""
+    pictures: list[tuple[str, Tensor]]
+    note: str = ""
 
 
-def _picture(made: PictureSet, g: float, i: int) -> Image.Image:
-    return Image.fromarray(made.array(g, i))
+def galleries(e: Evaluation, results: list[Record]) -> dict[str, list[Row]]:
+    """By name: prompts at each guidance, reconstructions, and images that the measures came upon."""
+    g, first = best_guidance(results), range(min(SHOWN, len(e.indices)))
+    real = [("real", e.real.read(i)) for i in first]
+    rows = {
+        "prompts": [
+            Row(caption=e.captions[i], pictures=[real[i], *((f"{s:g}", e.sampled.read(s, i)) for s in e.guidance)])
+            for i in first
+        ],
+        "reconstructions": [Row(pictures=[real[i], ("decoded", e.reconstructed[i])]) for i in first],
+        "copies": [row for record in find(results, "memorized", "samples") for row in _copies(e, record, g)],
+        "failures": _failures(e, g) if e.cases else [],
+    }
+    if e.judge:
+        sets = reworded(e)
+        for i in first:
+            pictures = [("as asked", e.sampled.read(g, i)), *((kind, s.read(g, i)) for kind, s in sets.items())]
+            note = "; ".join(s.captions[i] for s in sets.values())
+            rows.setdefault("wording", []).append(Row(caption=e.captions[i], pictures=pictures, note=note))
+        for attribute in ATTRIBUTES:
+            images = opened(e, attribute)
+            values = seen_values(e, g, attribute, images) if images.captions else []
+            rows[attribute.name] = [
+                Row(caption=caption, pictures=[("", images.read(g, i))], note=f"judged: {value}")
+                for i, (caption, value) in enumerate(zip(images.captions[: 2 * SHOWN], values, strict=False))
+            ]
+    return rows
 
 
-def _prompts(bench: Bench, measured: Measured) -> Gallery:
-    made, rows = bench.sets["pictures"], []
-    for i, (real, _) in enumerate(measured.reconstructions):
-        samples = [(f"{g:g}", _picture(made, g, i)) for g in bench.guidance]
-        rows.append(Row(caption=made.captions[i], pictures=[("real", real), *samples]))
-    return Gallery(title="Prompts", about="Held-out captions: the real picture, then each guidance.", rows=rows)
-
-
-def _reconstructions(measured: Measured) -> Gallery:
-    rows = [Row(caption="", pictures=[("real", x), ("decoded", y)]) for x, y in measured.reconstructions]
-    return Gallery(title="Reconstructions", about="What the autoencoder alone keeps of real pictures.", rows=rows)
-
-
-def _copies(bench: Bench, measured: Measured, g: float) -> list[Gallery]:
+def _copies(e: Evaluation, record: Record, g: float) -> list[Row]:
+    """The samples that lie nearest to a training image, beside it."""
     rows = []
-    for i, place, distance in measured.copies:
-        (real,) = to_pil(to_float(bench.train[place]["image"])[None])
-        pictures = [("sample", _picture(bench.sets["pictures"], g, i)), ("training", real)]
-        note = f"distance {distance:.3g}; the training picture: {bench.train.captions(place)[0]}"
-        rows.append(Row(caption=bench.captions[i], pictures=pictures, note=note))
-    about = "The samples that lie nearest to a training picture, beside it. A good model's may look alike: what counts"
-    about += " is whether they lie nearer than real held-out pictures do."
-    return [Gallery(title="Nearest to the training set", about=about, rows=rows)] if rows else []
+    for i in torch.tensor(record["distances"]).argsort()[:SHOWN].tolist():
+        index, distance = record["nearest"][i], record["distances"][i]
+        pictures = [("sample", e.sampled.read(g, i)), ("training", e.train[index]["image"])]
+        note = f"distance {distance:.3g}; the training picture: {e.train.captions(index)[0]}"
+        rows.append(Row(caption=e.captions[i], pictures=pictures, note=note))
+    return rows
 
 
-def _wording(bench: Bench, measured: Measured, g: float) -> list[Gallery]:
+def _failures(e: Evaluation, g: float) -> list[Row]:
+    """The images that do not show their caption, with what the exact checker sees."""
     rows = []
-    for i in range(SHOWN if measured.variants else 0):
-        first = [("as asked", _picture(bench.sets["pictures"], g, i))]
-        others = [(kind, _picture(made, g, i)) for kind, made in measured.variants.items()]
-        note = "; ".join(made.captions[i] for made in measured.variants.values())
-        rows.append(Row(caption=bench.captions[i], pictures=first + others, note=note))
-    about = "The same caption in other words, in upper case and with a typo, each from the same noise."
-    return [Gallery(title="Other wording", about=about, rows=rows)] if rows else []
-
-
-def _opened(name: str, made: PictureSet, seen: list[str], g: float) -> Gallery:
-    rows = []
-    for i, value in enumerate(seen[: 2 * SHOWN]):
-        rows.append(Row(caption=made.captions[i], pictures=[("", _picture(made, g, i))], note=f"judged: {value}"))
-    about = f"Captions that say no {name}, and which one the judge sees."
-    return Gallery(title=f"No {name} asked for", about=about, rows=rows)
-
-
-def _failures(bench: Bench, measured: Measured, g: float) -> Gallery:
-    """The wrong pictures at the best guidance, with what the checker sees in them."""
-    wrong = [i for i, right in enumerate(measured.right[g]) if not right]
-    rows = []
-    for i in wrong[:FAILURES]:
-        case, picture = bench.cases[i], bench.sets["cases"].array(g, i)
-        things = [" ".join(filter(None, (t.size, t.colour, t.shape))) for t in parse(picture)]
+    for i in [i for i, right in enumerate(e.right[g]) if not right]:
+        case, picture = e.cases[i], e.sampled_cases.read(g, i)
+        things = [" ".join(filter(None, (t.size, t.colour, t.shape))) for t in parse(*to_arrays([picture]))]
         note = f"{case.task}{', held-out' if case.held_out else ''}; seen: {', '.join(things) or 'nothing'}"
-        rows.append(Row(caption=case.caption, pictures=[("", Image.fromarray(picture))], note=note))
-    shown = f", the first {len(rows)} of them here" if len(rows) < len(wrong) else ""
-    about = f"{len(wrong)} of {len(bench.cases)} pictures at guidance {g:g} do not show what their caption says{shown}."
-    return Gallery(title="What went wrong", about=about, rows=rows)
+        rows.append(Row(caption=case.caption, pictures=[("", picture)], note=note))
+    return rows
