@@ -17,15 +17,12 @@ def read_baseline(folder: str, e: Evaluation) -> dict:
         settings = table["settings"]
         now = e.settings | {"num": len(e.indices)}
         pairs = [(key, settings[key], now[key]) for key in SHARED]
-        networks = {r["extractor_sha256"]: r for r in table["results"] if "extractor_sha256" in r}
+        networks = {r["extractor_sha256"]: r["resize"] for r in table["results"] if "extractor_sha256" in r}
     except (KeyError, TypeError):
         raise UserError(f"{folder!r} holds no evaluation of a model by this version") from None
-    for network in (n.network for n in (e.features, e.embeddings) if n):
-        if network.sha256 not in networks:
-            known = ", ".join(sorted({r["extractor"] for r in networks.values()})) or "none"
-            here = f"{network.name} of {network.sha256[:8]}"
-            raise UserError(f"{folder!r} does not compare: it was measured with {known}, not with {here}")
-        pairs.append((f"{network.name} resized to", networks[network.sha256]["resize"], network.about["resize"]))
+    for network in (each.network for each in (e.features, e.embeddings) if each):
+        resize = networks.get(network.sha256, "not measured")
+        pairs.append((f"pictures for {network.name} {network.sha256[:8]}", resize, network.about["resize"]))
     for key, old, new in pairs:
         if old != new:
             raise UserError(f"{folder!r} does not compare: {key} {old}, here {new}; measure both alike")

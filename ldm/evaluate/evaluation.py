@@ -1,16 +1,16 @@
-"""A model, the images that it is measured with, and the networks that look at them."""
+"""A model, the images that it is measured with, the networks that look at them, and the results."""
 
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.config import UserError
 from ldm.data import DataConfig, open_dataset
@@ -21,9 +21,10 @@ from ldm.evaluate.config import SMALLEST, EvaluateConfig
 from ldm.evaluate.features import Features
 from ldm.evaluate.pictures import SAMPLING, Pictures, PictureSet, generate
 from ldm.evaluate.records import Record, sharing
+from ldm.evaluate.report import Row
 from ldm.evaluate.samples import data_config, held_out_indices, judge_name, open_extractor, sample_indices
 from ldm.images import to_float, to_uint8
-from ldm.metrics.compositional import TASKS, Case, cases, check
+from ldm.metrics.compositional import TASKS, Case, cases
 from ldm.metrics.judges import ImageTextModel, image_text_model
 from ldm.model_io import module_hash
 from ldm.pipeline import Pipeline
@@ -38,12 +39,12 @@ class Evaluation:
     """Opens and checks everything, and writes nothing. Raises UserError for settings that cannot be measured."""
 
     def __init__(self, config: EvaluateConfig):
-        self.config, self.out, self.guidance = config, config.out, config.guidance
+        self.config = config
+        self.results: list[Record] = []
+        self.galleries: dict[str, list[Row]] = defaultdict(list)
         self.pipe = pipe = Pipeline.from_pretrained(config.model, find_device(config.device))
         sampler = config.sampler or pipe.schedule.config.sampler
-        make_grid(
-            pipe.schedule, sampler, config.steps
-        )  # refuses an unknown sampler, or too many steps, before any work
+        make_grid(pipe.schedule, sampler, config.steps)  # refuses an unknown sampler or a wrong number of steps
         self.size = pipe.unet.config.sample_size * pipe.vae.factor
         if self.size < SMALLEST:
             raise UserError(f"the model makes {self.size} px pictures; they can be measured from {SMALLEST} px on")
@@ -54,13 +55,15 @@ class Evaluation:
         judge = judge_name(config.judge, config.data)
         extractor, self.judge = open_extractor(config.features, judge), _open_judge(judge, config, pipe)
         self.features, self.embeddings = (
-            network and Features(self.out / "features", network, pipe.device, config.batch_size)
+            network and Features(config.out / "features", network, pipe.device, config.batch_size)
             for network in (extractor, self.judge)
         )
         self.settings = {
             "model": config.model,
             "model_sha256": _model_hash(pipe),
-            "parameters": {p: _parameters(getattr(pipe, p)) for p in ("vae", "text_encoder", "unet")},
+            "parameters": {
+                p: sum(x.numel() for x in getattr(pipe, p).parameters()) for p in ("vae", "text_encoder", "unet")
+            },
             "data": config.data,
             "data_sha256": data_hash(self.dataset),
             "split": config.split,
@@ -70,27 +73,42 @@ class Evaluation:
             "sampler": sampler,
             "seed": config.seed,
         }
-        self.about = {key: self.settings[key] for key in SAMPLING}  # fields of every record of samples
         self.known_texts: dict[str, Tensor] = {}
 
     def _training(self, data: DataConfig) -> tuple[Any, list[int], str]:
-        """The training split, and its samples that are used: those of "real train" come first. Without enough of them:
-        None, none, and the reason."""
+        """The training split, and its samples that are used; without enough of them None, none, and the reason."""
+        n = len(self.indices)
         try:
             train = open_dataset(data, "train")
         except UserError as error:
             return None, [], str(error)
-        n = len(self.indices)
         if len(train) < n:
             return None, [], f"the training split has only {len(train)} pictures"
         tried = min(max(self.config.train_num, n), len(train))
         bank = readable(train, sample_indices(len(train), tried, self.config.seed))
-        enough = len(bank) >= n
-        return (train, bank, "") if enough else (None, [], f"only {len(bank)} of {tried} training pictures can be read")
+        if len(bank) < n:
+            return None, [], f"only {len(bank)} of {tried} training pictures can be read"
+        return train, bank, ""
+
+    def add(self, records: Iterable[Record], **fields: Any) -> None:
+        """Adds records, each with further fields."""
+        self.results += [record | fields for record in records]
+
+    def show(self, gallery: str, row: Row) -> None:
+        """Adds a row of images to the report."""
+        self.galleries[gallery].append(row)
+
+    def about(self, guidance: float) -> Record:
+        """The fields of every record of samples."""
+        return {"guidance": guidance} | {key: self.settings[key] for key in SAMPLING}
+
+    def sources(self, guidance: float) -> list[tuple[Pictures, Record]]:
+        """Real images and samples, with the fields of their records."""
+        return [(self.real, {}), (self.samples[guidance], self.about(guidance))]
 
     @cached_property
     def captions(self) -> list[str]:
-        """One caption of each held-out image, for which the model samples one."""
+        """One caption per held-out image, for which the model samples one."""
         seed = self.config.seed
         return [random.Random(f"{seed}/{i}").choice(self.dataset.captions(i)) for i in self.indices]
 
@@ -106,75 +124,58 @@ class Evaluation:
 
     @cached_property
     def real(self) -> Pictures:
-        return self._of_dataset("real held-out", self.dataset, self.indices)
+        return _of_dataset("real held-out", self.dataset, self.indices)
 
     @cached_property
     def real_train(self) -> Pictures:
-        return self._of_dataset("real train", self.train, self.bank[: len(self.indices)])
+        return _of_dataset("real train", self.train, self.bank[: len(self.indices)])
 
     @cached_property
     def searched(self) -> Pictures:
         """The training images searched for near-duplicates of samples."""
-        return self._of_dataset("training set", self.train, self.bank)
-
-    def _of_dataset(self, of: str, dataset: Any, indices: list[int]) -> Pictures:
-        return Pictures(of=of, count=len(indices), read=lambda i: dataset[indices[i]]["image"])
-
-    def picture_set(self, name: str, captions: Sequence[str]) -> PictureSet:
-        return PictureSet(folder=self.out / name, captions=list(captions), size=self.size)
-
-    @cached_property
-    def sampled(self) -> PictureSet:
-        return self.picture_set("pictures", self.captions)
-
-    @cached_property
-    def sampled_cases(self) -> PictureSet:
-        return self.picture_set("cases", [case.caption for case in self.cases])
+        return _of_dataset("training set", self.train, self.bank)
 
     @cached_property
     def samples(self) -> dict[float, Pictures]:
-        return {g: self.sampled.at(g, "samples") for g in self.guidance}
+        """By guidance, one image per held-out caption."""
+        return {g: self.picture_set("pictures", self.captions).at(g, "samples") for g in self.config.guidance}
 
     @cached_property
-    def right(self) -> dict[float, list[bool]]:
-        """Whether the image of each case shows it, at each guidance."""
-        return {
-            g: [check(x, c.required) for x, c in zip(self.case_arrays(g), self.cases, strict=True)]
-            for g in self.guidance
-        }
-
-    def case_arrays(self, guidance: float) -> list[Any]:
-        """The images of the cases, uint8 (H, W, 3) arrays."""
-        return to_arrays(self.sampled_cases.read(guidance, i) for i in range(len(self.cases)))
+    def case_samples(self) -> dict[float, Pictures]:
+        """By guidance, one image per case."""
+        pictures = self.picture_set("cases", [case.caption for case in self.cases])
+        return {g: pictures.at(g, "samples") for g in self.config.guidance}
 
     @cached_property
     def untrained(self) -> Pictures:
         """Images of the same network with random weights."""
-        images = self.picture_set("untrained", self.captions)
-        if images.missing(UNTRAINED):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.config.seed)
-                unet = UNet(self.pipe.unet.config)
-            model = Pipeline(Parts(*self.pipe.parts[:3], unet, self.pipe.schedule), self.pipe.device)
-            self.make([images], [UNTRAINED], "sampling, untrained", model)
-        return images.at(UNTRAINED, "untrained")
-
-    @cached_property
-    def reconstructed(self) -> Tensor:
-        """The held-out images decoded from the means of their latents, uint8 (N, 3, H, W)."""
-        return torch.cat(
-            [to_uint8(reconstruct(self.pipe, to_float(x))) for x in self.real.batches(self.config.batch_size)]
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            unet = UNet(self.pipe.unet.config)
+        model = Pipeline(Parts(*self.pipe.parts[:3], unet, self.pipe.schedule), self.pipe.device)
+        return self.sample("untrained", self.captions, UNTRAINED, "untrained", model)
 
     @cached_property
     def reconstructions(self) -> Pictures:
-        return Pictures(of="reconstructions", count=len(self.indices), read=self.reconstructed.__getitem__)
+        """Held-out images decoded from the means of their latents."""
+        batches = (reconstruct(self.pipe, to_float(x)) for x in self.real.batches(self.config.batch_size))
+        pixels = torch.cat([to_uint8(x) for x in batches])
+        return Pictures(of="reconstructions", count=len(pixels), read=pixels.__getitem__)
 
-    def make(
-        self, sets: list[PictureSet], guidance: Sequence[float], text: str = "sampling", pipe: Pipeline | None = None
-    ) -> None:
-        """Samples the missing images of some sets."""
-        generate(pipe or self.pipe, sets, guidance, self.settings, self.config.batch_size, text)
+    def picture_set(self, name: str, captions: list[str]) -> PictureSet:
+        return PictureSet(folder=self.config.out / name, captions=captions, size=self.size)
+
+    def make(self, pictures: PictureSet, guidance: Sequence[float], text: str, pipe: Pipeline | None = None) -> None:
+        """Samples the missing images of a set."""
+        generate(pipe or self.pipe, pictures, guidance, self.settings, self.config.batch_size, text)
+
+    def sample(
+        self, name: str, captions: list[str], guidance: float, of: str, pipe: Pipeline | None = None
+    ) -> Pictures:
+        """Images of captions, kept in the folder `name`."""
+        pictures = self.picture_set(name, captions)
+        self.make(pictures, [guidance], f"sampling, {of}", pipe)
+        return pictures.at(guidance, of)
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """The judge's embeddings (N, D) of captions."""
@@ -184,10 +185,6 @@ class Evaluation:
             self.known_texts.update(zip(part, self.judge.texts(part).cpu(), strict=True))
         return torch.stack([self.known_texts[caption] for caption in captions])
 
-    def sources(self, guidance: float) -> list[tuple[Pictures, Record]]:
-        """Real images and samples, each with the fields of its records."""
-        return [(self.real, {}), (self.samples[guidance], {"guidance": guidance, **self.about})]
-
 
 @torch.no_grad()
 def reconstruct(pipe: Pipeline, x: Tensor) -> Tensor:
@@ -196,17 +193,16 @@ def reconstruct(pipe: Pipeline, x: Tensor) -> Tensor:
     return to_float(to_uint8(y)).cpu()
 
 
-def to_arrays(pixels: Any) -> list[Any]:
-    """Images (3, H, W) -> (H, W, 3) arrays."""
-    return [rearrange(x, "c h w -> h w c").numpy() for x in pixels]
-
-
 def pose_cases(num: int, seed: int) -> list[Case]:
     """About `num` compositional cases, equally many of each kind in turn: fewer are the beginning of more."""
     kinds = 2 * len(TASKS)
     each = num // kinds or 1
     posed = cases(each, seed)
     return [posed[kind * each + i] for i in range(each) for kind in range(kinds)]
+
+
+def _of_dataset(of: str, dataset: Any, indices: list[int]) -> Pictures:
+    return Pictures(of=of, count=len(indices), read=lambda i: dataset[indices[i]]["image"])
 
 
 def _open_judge(name: str, config: EvaluateConfig, pipe: Pipeline) -> ImageTextModel | None:
@@ -222,10 +218,6 @@ def _open_judge(name: str, config: EvaluateConfig, pipe: Pipeline) -> ImageTextM
         way_out = "train another with judge=true (configs/*/judge.toml)"
         raise UserError(f"judge {name!r} is the text encoder of {config.model!r}, which would judge itself; {way_out}")
     return judge
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def _model_hash(pipe: Pipeline) -> str:

@@ -1,21 +1,21 @@
 """Measuring a model on held-out captions. Images are sampled once and kept; every number is computed from them."""
 
 import shutil
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm import model_io
 from ldm.config import UserError
+from ldm.data.shapes import Scene
 from ldm.distributed import processes
 from ldm.evaluate.baseline import compare, read_baseline
 from ldm.evaluate.config import EvaluateConfig
 from ldm.evaluate.cost import cost_records
-from ldm.evaluate.evaluation import Evaluation, to_arrays
-from ldm.evaluate.gallery import galleries
+from ldm.evaluate.evaluation import Evaluation
 from ldm.evaluate.pictures import Pictures, claim
-from ldm.evaluate.probes import combinations, groups, memorization, robustness
+from ldm.evaluate.probes import SHOWN, combinations, groups, memorization, robustness
 from ldm.evaluate.records import (
     SHUFFLED,
     Record,
@@ -24,22 +24,21 @@ from ldm.evaluate.records import (
     biases,
     class_records,
     cmmd_record,
+    distance_records,
     find,
     frechet_records,
     judge_fault,
     left_out,
     mean_record,
     named,
-    picture_records,
 )
-from ldm.evaluate.report import check_installed, write_report
+from ldm.evaluate.report import Row, check_installed, write_results
 from ldm.images import to_float
 from ldm.metrics import psnr, ssim
 from ldm.metrics.attributes import ATTRIBUTES, paired
 from ldm.metrics.compositional import Case, by_aspect, check, halves, tally
+from ldm.metrics.compositional_parse import parse
 from ldm.metrics.intervals import mean_interval
-
-FORMAT = "ldm-evaluation-2"
 
 
 def evaluate(config: EvaluateConfig) -> list[str]:
@@ -49,117 +48,114 @@ def evaluate(config: EvaluateConfig) -> list[str]:
     UserError for wrong settings, too few images, or a folder with images of other settings; nothing is written then.
     """
     check_installed()
-    e = Evaluation(config)
+    e, new = Evaluation(config), not config.out.exists()
     baseline = read_baseline(config.baseline, e) if config.baseline else None
-    new = not e.out.exists()
-    claim(e.out, e.settings)
+    claim(config.out, e.settings)
     try:
-        ceiling = judged_real(e)
+        measure_real(e)
     except UserError:
         if new and processes().is_main_process:
-            shutil.rmtree(e.out)
+            shutil.rmtree(config.out)
         raise
-    e.make([e.sampled, *([e.sampled_cases] if e.cases else [])], e.guidance)
-    results = [e.real.blank_record(config.batch_size), *ceiling, *measure(e)]
+    e.make(e.picture_set("pictures", e.captions), config.guidance, "sampling")
+    if e.cases:
+        e.make(e.picture_set("cases", [case.caption for case in e.cases]), config.guidance, "sampling cases")
+    measure(e)
     if baseline:
-        results += compare(baseline, results)
+        e.add(compare(baseline, e.results))
+    best = best_guidance(e.results)
+    show_samples(e, best)
     if processes().is_main_process:
-        results += [*cost_records(e, best_guidance(results)), *left_out(e.dataset, e.train)]
+        e.add([*cost_records(e, best), *left_out(e.dataset, e.train)])
         judge = e.judge.name if e.judge else "none"
-        settings = e.settings | {"num": len(e.indices), "guidance": list(e.guidance), "judge": judge}
-        model_io.write_json(e.out / "metrics.json", {"format": FORMAT, "settings": settings, "results": results})
-        write_report("model", e.out, settings, results, galleries(e, results))
-    return summary(results)
+        settings = e.settings | {"num": len(e.indices), "guidance": list(config.guidance), "judge": judge}
+        write_results("model", config.out, settings, e.results, e.galleries)
+    return summary(e.results)
 
 
-def measure(e: Evaluation) -> list[Record]:
+def measure_real(e: Evaluation) -> None:
+    """Real images: the best possible scores. Raises UserError for a judge that is hardly above chance on them."""
+    e.add([e.real.blank_record(e.config.batch_size)])
+    if not e.judge:
+        return
+    measure_alignment(e, e.embeddings(e.real), e.real.of)
+    (record,) = find(e.results, "text_to_image@1", e.real.of)
+    if fault := judge_fault(record):
+        raise UserError(f"{fault}, so it cannot judge these; name another with --judge, or --judge none")
+
+
+def measure(e: Evaluation) -> None:
     """Every number but those of real images and the cost."""
-    results = [*autoencoder_records(e)]
+    measure_autoencoder(e)
     for source in (e.reconstructions, e.untrained, *([e.real_train] if e.bank else [])):
-        results += source_records(e, source)
+        measure_source(e, source)
     if e.features:
         network = e.features.network
-        results += class_records(network.probabilities(e.features(e.real).to(e.pipe.device)), e.real.of, network.about)
+        e.add(class_records(network.probabilities(e.features(e.real).to(e.pipe.device)), e.real.of, network.about))
         if not e.bank:
             record = {"metric": "frechet_distance", "of": "real train", "value": None, "n": 0, "note": e.train_note}
-            results.append(record | network.about)
+            e.add([record], **network.about)
     if e.cases:
-        untrained = to_arrays(e.untrained.read(i) for i in range(min(len(e.cases), e.untrained.count)))
-        right = [check(x, case.required) for x, case in zip(untrained, e.cases, strict=False)]
-        results.append(compositional_record(right, e.cases[: len(right)], "untrained"))
+        images = arrays(e.untrained)
+        right = [check(x, case.required) for x, case in zip(images, e.cases, strict=False)]
+        e.add([compositional_record(right, e.cases[: len(right)], "untrained")])
     for g, source in e.samples.items():
-        records = source_records(e, source) + (case_records(e, g) if e.cases else [])
-        results += [record | {"guidance": g, **e.about} for record in records]
-    best = best_guidance(results)
+        measure_source(e, source, **e.about(g))
+        if e.cases:
+            measure_cases(e, g)
+    best = best_guidance(e.results)
     if e.judge:
+        texts, same = e.texts(e.captions).roll(1, 0), e.same.roll((1, 1), (0, 1))
         for source, fields in e.sources(best):
-            texts, same = e.texts(e.captions).roll(1, 0), e.same.roll((1, 1), (0, 1))
             of = f"{source.of}, shuffled captions"
-            results += [r | fields for r in alignment_records(e.embeddings(source), texts, same, of, e.judge.about)]
+            e.add(alignment_records(e.embeddings(source), texts, same, of, e.judge.about), **fields)
         for probe in (robustness, groups, combinations):
-            results += probe(e, best)
-    return results + (memorization(e, best) if e.features and e.bank else [])
+            probe(e, best)
+    if e.features and e.bank:
+        memorization(e, best)
 
 
-def source_records(e: Evaluation, source: Pictures) -> list[Record]:
+def measure_source(e: Evaluation, source: Pictures, **fields: Any) -> None:
     """Blank images, distances to the real images, and alignment; of real training images, no alignment."""
-    records, seed = [source.blank_record(e.config.batch_size)], e.config.seed
+    e.add([source.blank_record(e.config.batch_size)], **fields)
     if e.features:
-        network, x = e.features.network, e.features(source)
-        for compute in (frechet_records, picture_records):
-            records += compute(x, e.features(e.real), source.of, network.about, seed)
-        records += class_records(network.probabilities(x.to(e.pipe.device)), source.of, network.about)
+        e.add(distance_records(e.features, source, e.real, e.config.seed), **fields)
     if e.judge:
-        pair = e.embeddings(source), e.embeddings(e.real)
-        records.append(cmmd_record(*pair, source.of, e.judge.about, seed))
+        images = e.embeddings(source)
+        pair = (images, e.embeddings(e.real), source.of, e.judge.about, e.config.seed)
+        e.add([cmmd_record(*pair)], **fields)
         # of a judge's few dimensions a Frechet distance is hardly biased, and can be extrapolated
-        frechet = frechet_records(*pair, source.of, e.judge.about, seed)
-        records += [record | {"metric": f"judge_{record['metric']}"} for record in frechet]
-        if source is not e.real_train:
-            records += judged(e, pair[0], source.of)
-    return records
+        e.add([r | {"metric": f"judge_{r['metric']}"} for r in frechet_records(*pair)], **fields)
+        if source.of != "real train":
+            measure_alignment(e, images, source.of, **fields)
 
 
-def judged(e: Evaluation, images: Tensor, of: str) -> list[Record]:
+def measure_alignment(e: Evaluation, images: Tensor, of: str, **fields: Any) -> None:
     """Alignment of embedded images with the held-out captions, and with the attributes that these name."""
-    about, texts = e.judge.about, e.texts(e.captions)
-    records = [*alignment_records(images, texts, e.same, of, about, e.config.seed)]
+    e.add(alignment_records(images, e.texts(e.captions), e.same, of, e.judge.about), **fields)
     for attribute in ATTRIBUTES:
         shares, _ = paired(images, e.captions, e.texts, attribute)
         if len(shares):
-            records.append(mean_record(f"paired {attribute.name}", of, shares, chance=0.5, **about))
-    return records
+            e.add([mean_record(f"paired {attribute.name}", of, shares, chance=0.5)], **e.judge.about, **fields)
 
 
-def judged_real(e: Evaluation) -> list[Record]:
-    """The judge on real images: the score of the best possible model. Raises UserError where it is hardly above chance."""
-    if not e.judge:
-        return []
-    records = judged(e, e.embeddings(e.real), e.real.of)
-    (record,) = find(records, "text_to_image@1", e.real.of)
-    if fault := judge_fault(record):
-        raise UserError(f"{fault}, so it cannot judge these; name another with --judge, or --judge none")
-    return records
-
-
-def autoencoder_records(e: Evaluation) -> list[Record]:
+def measure_autoencoder(e: Evaluation) -> None:
     """How near reconstructions are to the held-out images; on shapes, what the exact checker sees in either."""
-    x, y = to_float(torch.cat([*e.real.batches(e.config.batch_size)])), to_float(e.reconstructed)
-    records = [mean_record(m.__name__, "reconstructions", m(x, y), latent="mean") for m in (psnr, ssim)]
-    records[0]["metric"] = "psnr_db"
+    x, y = (to_float(torch.cat([*source.batches(e.config.batch_size)])) for source in (e.real, e.reconstructions))
+    for metric, values in (("psnr_db", psnr(x, y)), ("ssim", ssim(x, y))):
+        e.add([mean_record(metric, "reconstructions", values, latent="mean")])
     if e.cases:
         scenes = [e.dataset.scene(i) for i in e.indices]
-        for source in (e.real, e.reconstructions):
-            records.append(scene_record(to_arrays(map(source.read, range(source.count))), scenes, source.of))
-    return records
+        e.add(scene_record(arrays(source), scenes, source.of) for source in (e.real, e.reconstructions))
 
 
-def case_records(e: Evaluation, g: float) -> list[Record]:
+def measure_cases(e: Evaluation, g: float) -> None:
     """Whether the images of the cases show their captions, and those of other cases, by the exact checker."""
-    images, others = e.case_arrays(g), e.cases[1:] + e.cases[:1]
-    by_chance = [check(x, case.required) for x, case in zip(images, others, strict=True)]
-    records = [compositional_record(by_chance, others, SHUFFLED), compositional_record(e.right[g], e.cases, "samples")]
-    return [*records, scene_record(images, [case.required for case in e.cases], "samples")]
+    images, scenes = arrays(e.case_samples[g]), [case.required for case in e.cases]
+    for of, cases in (("samples", e.cases), (SHUFFLED, e.cases[1:] + e.cases[:1])):
+        right = [check(x, case.required) for x, case in zip(images, cases, strict=True)]
+        e.add([compositional_record(right, cases, of)], **e.about(g))
+    e.add([scene_record(images, scenes, "samples")], **e.about(g))
 
 
 def compositional_record(right: list[bool], cases: list[Case], of: str) -> Record:
@@ -169,12 +165,32 @@ def compositional_record(right: list[bool], cases: list[Case], of: str) -> Recor
     return base | {"interval": intervals["mean"]["all"], "intervals": intervals}
 
 
-def scene_record(images: list[np.ndarray], scenes: list, of: str) -> Record:
+def scene_record(images: list[np.ndarray], scenes: list[Scene], of: str) -> Record:
     """How many images (H, W, 3) are right in each aspect of their scene."""
     right = by_aspect(images, scenes)
     value = {aspect: float(np.mean(each)) for aspect, each in right.items()}
     intervals = {aspect: mean_interval(each) for aspect, each in right.items()}
     return {"metric": "scene_accuracy", "of": of, "value": value, "interval": intervals, "n": len(images)}
+
+
+def arrays(pictures: Pictures) -> list[np.ndarray]:
+    """Images as the exact checker reads them, (H, W, 3)."""
+    return [pictures.read(i).permute(1, 2, 0).numpy() for i in range(pictures.count)]
+
+
+def show_samples(e: Evaluation, g: float) -> None:
+    """The first prompts at every guidance, reconstructions, and the cases that failed, with what the checker sees."""
+    for i in range(min(SHOWN, len(e.captions))):
+        real = ("real", e.real.read(i))
+        samples = [(f"{scale:g}", source.read(i)) for scale, source in e.samples.items()]
+        e.show("prompts", Row(caption=e.captions[i], pictures=[real, *samples]))
+        e.show("reconstructions", Row(pictures=[real, ("decoded", e.reconstructions.read(i))]))
+    images = arrays(e.case_samples[g]) if e.cases else []
+    for i, (case, image) in enumerate(zip(e.cases, images, strict=True)):
+        if not check(image, case.required):
+            things = [" ".join(filter(None, (t.size, t.colour, t.shape))) for t in parse(image)]
+            note = f"{case.task}{', held-out' if case.held_out else ''}; seen: {', '.join(things) or 'nothing'}"
+            e.show("failures", Row(caption=case.caption, pictures=[("", e.case_samples[g].read(i))], note=note))
 
 
 def summary(results: list[Record]) -> list[str]:

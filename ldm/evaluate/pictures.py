@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ldm import model_io
 from ldm.config import UserError
 from ldm.distributed import processes
-from ldm.images import ImageError, image_size, read_image, save_png
+from ldm.images import ImageError, read_image, save_png
 from ldm.pipeline import Pipeline
 
 SAMPLING = ("guidance_rescale", "steps", "sampler", "seed")  # settings that every record of samples carries
@@ -64,12 +64,11 @@ class PictureSet:
         """Indices of the images still to be sampled."""
         return [i for i in range(len(self.captions)) if not self.path(guidance, i).is_file()]
 
-    def read(self, guidance: float, index: int) -> Tensor:
-        """Image `index`, uint8 (3, size, size). Raises UserError where the file is damaged or of another size."""
-        return read_square(self.path(guidance, index), self.size, "delete it, and the same command makes it again")
-
     def at(self, guidance: float, of: str) -> Pictures:
-        return Pictures(of=of, count=len(self.captions), read=lambda i: self.read(guidance, i))
+        way_out = "delete it, and the same command makes it again"
+        return Pictures(
+            of=of, count=len(self.captions), read=lambda i: read(self.path(guidance, i), self.size, way_out)
+        )
 
     def write_captions(self, guidance: float) -> None:
         """Writes metadata.jsonl, so that the folder is a captioned one; a longer one, of a run with more captions, stays.
@@ -87,16 +86,12 @@ class PictureSet:
             os.replace(part, path)
 
 
-def read_square(path: Path, size: int, way_out: str) -> Tensor:
-    """An image that must have `size` x `size` pixels, uint8 (3, size, size). Raises UserError, with the way out."""
+def read(path: Path, size: int, way_out: str) -> Tensor:
+    """uint8 (3, size, size). Raises UserError, with the way out, where the file is damaged."""
     try:
-        width, height = image_size(path)
-        pixels = read_image(path, size)
+        return read_image(path, size)
     except ImageError as error:
         raise UserError(f"{error}; {way_out}") from None
-    if (width, height) != (size, size):
-        raise UserError(f"picture {str(path)!r} is {width}x{height} px, not {size}x{size}; {way_out}")
-    return pixels
 
 
 def claim(out: Path, settings: dict[str, Any]) -> None:
@@ -118,24 +113,24 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
 
 def generate(
     pipe: Pipeline,
-    sets: Iterable[PictureSet],
+    pictures: PictureSet,
     guidance: Sequence[float],
     settings: dict[str, Any],
     batch_size: int,
-    text: str = "sampling",
+    text: str,
 ) -> None:
-    """Samples the missing images of each set; image i has the seed `settings["seed"] + i`. Several processes share the
+    """Samples the missing images of a set; image i has the seed `settings["seed"] + i`. Several processes share the
     batches that one process would make."""
-    sets, group = list(sets), processes()
+    group = processes()
     with group.main_process_first():
-        for pictures, g in itertools.product(sets, guidance):
+        for g in guidance:
             pictures.write_captions(g)
-    runs = [(p, g, run) for p in sets for g in guidance for run in _runs(p.missing(g), batch_size)]
+    runs = [(g, run) for g in guidance for run in _runs(pictures.missing(g), batch_size)]
     group.wait_for_everyone()  # all processes have seen what is missing before one of them makes it
     runs = runs[group.process_index :: group.num_processes]
-    total, first = sum(len(run) for *_, run in runs), settings["seed"]
+    total, first = sum(len(run) for _, run in runs), settings["seed"]
     with tqdm(total=total, desc=text, unit="picture", disable=not (runs and group.is_main_process)) as bar:
-        for pictures, g, run in runs:
+        for g, run in runs:
             prompts, options = [pictures.captions[i] for i in run], {key: settings[key] for key in SAMPLING}
             options |= {"guidance": g, "batch_size": batch_size, "seed": first + run[0]}
             for i, prompt, image in zip(run, prompts, pipe(prompts, **options), strict=True):

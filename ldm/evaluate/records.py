@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ldm.config import UserError
+from ldm.evaluate.features import Features
+from ldm.evaluate.pictures import Pictures
 from ldm.metrics.alignment import chance, cosine, retrieval_hits
 from ldm.metrics.diversity import inception_score, neighbourhoods
 from ldm.metrics.frechet import frechet_distance, frechet_distance_infinite
@@ -98,8 +100,8 @@ def picture_records(fake: Tensor, real: Tensor, of: str, network: Record, seed: 
     subset = min(SUBSET, n // 2)
     value, deviation = kernel_distance(fake, real, subset_size=subset, seed=seed)
     interval = kernel_interval(fake[:n], real[:n], "kid", value, seed)
-    base_of_kernel = {"interval": interval, "deviation": deviation, "subset_size": subset}
-    yield {"metric": "kernel_distance", "value": value, **base_of_kernel, **base}
+    kernel = {"metric": "kernel_distance", "value": value, "interval": interval}
+    yield kernel | {"deviation": deviation, "subset_size": subset} | base
     for metric, values in neighbourhoods(real, fake, NEIGHBOURS).items():
         yield mean_record(metric, values=values, k=NEIGHBOURS, **base)
 
@@ -114,6 +116,16 @@ def class_records(probabilities: Tensor | None, of: str, network: Record, seed: 
     return [{"metric": "inception_score", "value": value, "interval": interval, **base}]
 
 
+def distance_records(
+    features: Features, source: Pictures, real: Pictures, seed: int, frechet: bool = True
+) -> list[Record]:
+    """All numbers of a feature network on images against real ones."""
+    x, y, network = features(source), features(real), features.network
+    kinds = (frechet_records, picture_records) if frechet else (picture_records,)
+    records = [record for compute in kinds for record in compute(x, y, source.of, network.about, seed)]
+    return records + class_records(network.probabilities(x.to(features.device)), source.of, network.about, seed)
+
+
 def cmmd_record(fake: Tensor, real: Tensor, of: str, network: Record, seed: int = 0) -> Record:
     """CMMD of image embeddings (N, D) and (M, D), of as many images on both sides."""
     value, n = cmmd(fake, real), min(len(fake), len(real))
@@ -122,9 +134,7 @@ def cmmd_record(fake: Tensor, real: Tensor, of: str, network: Record, seed: int 
     return {"metric": "cmmd", "value": value, "interval": (max(low, 0.0), max(high, 0.0)), **base}
 
 
-def alignment_records(
-    images: Tensor, texts: Tensor, same: Tensor, of: str, network: Record, seed: int = 0
-) -> Iterator[Record]:
+def alignment_records(images: Tensor, texts: Tensor, same: Tensor, of: str, network: Record) -> Iterator[Record]:
     """Cosines of images with their captions (unit embeddings (N, D)), `each` of them too, and retrieval both ways;
     `same` (N, N) marks the pairs that share a caption."""
     record = partial(mean_record, of=of, **network)

@@ -7,7 +7,9 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +18,44 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ldm.evaluate import plots
+from ldm.config import UserError
+from ldm.evaluate.plots import plot
 from ldm.evaluate.records import SHUFFLED, Record, best_guidance, find, named, number, ratio, short
 from ldm.images import data_url
+from ldm.model_io import write_json
 
+FORMATS = {
+    "model": "ldm-evaluation-2",
+    "folders": "ldm-evaluation-2",
+    "autoencoder": "ldm-autoencoder-evaluation-1",
+}
 LARGEST = 256  # pixels per side of an image in the report; larger ones are reduced
-check_installed = partial(plots.check_installed, "jinja2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Images side by side, each a label and uint8 (3, H, W)."""
+
+    caption: str = ""
+    pictures: list[tuple[str, Tensor]]
+    note: str = ""
+
+
+def check_installed() -> None:
+    """Raises UserError where a package that reports need is missing."""
+    if missing := [name for name in ("jinja2", "matplotlib") if not find_spec(name)]:
+        raise UserError(f"reports need {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def write_results(
+    kind: str, out: Path, settings: dict, results: Sequence[Record], galleries: dict[str, list[Row]]
+) -> None:
+    """Writes metrics.json and report.html into `out`; `kind` is "model", "autoencoder" or "folders"."""
+    write_json(out / "metrics.json", {"format": FORMATS[kind], "settings": settings, "results": results})
+    write_report(kind, out, settings, results, galleries)
 
 
 def write_report(kind: str, out: Path, settings: dict, results: Sequence[Record], galleries: dict) -> None:
-    """Writes `out`/report.html; `kind` is "model", "autoencoder" or "folders", `galleries` are Rows by name."""
-    rated = find(results, "blank_pictures", "samples")
-    best = best_guidance(results) if rated else None
-
-    def one(metric: str, of: str, **where: Any) -> Record | None:
-        return next(iter(find(results, metric, of, **where)), None)
-
-    values = {"kind": kind, "settings": settings, "results": results, "galleries": galleries, "best": best}
-    _write(out / "report.html", "report.jinja", **values, one=one, find=partial(find, results))
-
-
-def write_page(path: Path, title: str, body: Sequence[str]) -> None:
-    """Writes a page of HTML fragments in the style of the reports."""
-    _write(path, "page.jinja", title=title, body=body)
-
-
-def _write(path: Path, template: str, **values: Any) -> None:
-    check_installed()
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup, escape
 
@@ -50,20 +63,23 @@ def _write(path: Path, template: str, **values: Any) -> None:
         """An interval at the end of a text in small letters on a line of its own."""
         return Markup(re.sub(r" (\[[^\]]*\])$", r"<small>\1</small>", str(escape(text))))
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        extensions=["jinja2.ext.do"],
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"number": number, "named": named, "short": short, "ratio": ratio, "line": plots.Line}
-    environment.globals |= {"plot": lambda *args, **options: Markup(plots.plot(*args, **options)), "image": image}
-    environment.globals |= {"percent": "{:.1%}".format, "at_size": at_size, "SHUFFLED": SHUFFLED}
+    def one(metric: str, of: str, **where: Any) -> Record | None:
+        return next(iter(find(results, metric, of, **where)), None)
+
+    def headings(html: str) -> list[tuple[str, str]]:
+        return re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', html)
+
+    functions = (number, named, short, ratio, image, at_size, best_guidance, headings, one)
+    folder, options = FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=folder, autoescape=True, extensions=["jinja2.ext.do"], **options)
+    environment.globals |= {function.__name__: function for function in functions}
+    environment.globals |= {"plot": lambda *args, **named: Markup(plot(*args, **named)), "find": partial(find, results)}
+    environment.globals |= {"percent": "{:.1%}".format, "SHUFFLED": SHUFFLED}
     environment.filters["cell"] = cell
-    part = path.with_name(path.name + ".part")
-    part.write_text(environment.get_template(template).render(values), encoding="utf-8")
-    os.replace(part, path)
+    values = {"kind": kind, "settings": settings, "results": results, "galleries": galleries}
+    part = out / "report.html.part"
+    part.write_text(environment.get_template("report.jinja").render(values), encoding="utf-8")
+    os.replace(part, out / "report.html")
 
 
 def image(pixels: Tensor) -> str:
