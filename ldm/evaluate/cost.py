@@ -26,24 +26,26 @@ def cost_records(e: Evaluation, g: float) -> list[Record]:
     options = {key: e.settings[key] for key in SAMPLING} | {"guidance": g, "batch_size": len(captions)}
     sample = partial(e.pipe, captions, **options)
     sample()
-    before = _start_of_peak(device)
+    before = _reset_peak(device)
     start = time.perf_counter()
     sample()
     seconds = (time.perf_counter() - start) / len(captions)
     peak = _peak(device)
-    each = (peak - before) / len(captions) if before and peak else None
-    base = {"of": "samples", "n": len(captions), "guidance": g, **e.about, "device": str(device)}
-    base["threads"] = torch.get_num_threads()
-    memory = {"metric": "memory_per_picture_bytes", "value": each, "peak": peak, **base}
-    return [
-        {"metric": "seconds_per_picture", "value": seconds, **base},
-        {"metric": "parameters", "value": sum(e.settings["parameters"].values()), **base},
-        *([memory] if peak else []),
-    ]
+    memory = (peak - before) / len(captions) if before else None
+    values = {"seconds_per_picture": seconds, "parameters": sum(e.settings["parameters"].values())}
+    base = {
+        "of": "samples",
+        "n": len(captions),
+        **e.about(g),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+    records = [{"metric": metric, "value": value, **base} for metric, value in values.items()]
+    return [*records, {"metric": "memory_per_picture_bytes", "value": memory, "peak": peak, **base}]
 
 
-def _start_of_peak(device: torch.device) -> int:
-    """Resets the peak of memory; the bytes in use now, 0 where it cannot be reset."""
+def _reset_peak(device: torch.device) -> int:
+    """The bytes in use now, from which a new peak counts; 0 where the peak cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -56,11 +58,11 @@ def _start_of_peak(device: torch.device) -> int:
 
 
 def _peak(device: torch.device) -> int:
-    """The most bytes since then, or so far where the peak cannot be reset; 0 where it is not known."""
+    """The most bytes since then, or so far where the peak cannot be reset."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -12,7 +12,7 @@ VARIABLES = {COLOURS[0]: "accent", COLOURS[1]: "warm", INK: "soft", LINE: "line"
 STYLE = {
     "svg.hashsalt": "ldm",  # the same plot is the same text
     "svg.fonttype": "none",
-    "font.size": 9,
+    "font.size": 8,
     "text.color": INK,
     "axes.edgecolor": LINE,
     "axes.labelcolor": INK,
@@ -63,6 +63,7 @@ def plot(
         axes.margins(0.08, 0.15)
         if log:
             axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         if zero:
             axes.set_ylim(bottom=0)
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
