@@ -1,76 +1,68 @@
-"""What a picture costs: time, memory, size of the model."""
+"""The cost of an image: time, memory, and the size of the model."""
 
 import ctypes
-import re
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 
-from ldm.evaluate.bench import Bench
+from ldm.evaluate.evaluation import Evaluation
+from ldm.evaluate.pictures import SAMPLING
 from ldm.evaluate.records import Record
 
-TIMED = 8  # pictures
+TIMED = 8  # images
 
 
-def efficiency(bench: Bench, g: float) -> list[Record]:
-    """Seconds and memory a picture, in a batch after a first one to warm up, and parameters.
+def cost_records(e: Evaluation, g: float) -> list[Record]:
+    """Seconds and bytes per image, in a batch after a first one to warm up, and parameters.
 
-    Memory is what the batch took beyond what was there before it, weights among that, shared by its pictures, in bytes;
-    where the system does not tell this, there is only the peak. `peak` is that of the process (on a GPU: of torch).
+    Memory is what the batch takes beyond weights and all else, shared by its images; None where the system does not
+    tell. `peak` is that of the process (on a GPU: of torch).
     """
-    s, device = bench.settings, bench.pipe.device
-    captions = bench.captions[:TIMED]
-    options = {"guidance": g, "guidance_rescale": s["guidance_rescale"], "steps": s["steps"], "sampler": s["sampler"]}
-    make = partial(bench.pipe, captions, batch_size=len(captions), **options)
-    make()
+    captions, device = e.captions[:TIMED], e.pipe.device
+    options = {key: e.settings[key] for key in SAMPLING} | {"guidance": g, "batch_size": len(captions)}
+    sample = partial(e.pipe, captions, **options)
+    sample()
     before = _reset_peak(device)
     start = time.perf_counter()
-    make()
+    sample()
     seconds = (time.perf_counter() - start) / len(captions)
     peak = _peak(device)
-    about = {"of": "samples", "n": len(captions), "guidance": g, **bench.about, "device": str(device)}
-    about["threads"] = torch.get_num_threads()
-    found = [
-        {"metric": "seconds_per_picture", "value": seconds, **about},
-        {"metric": "parameters", "value": sum(s["parameters"].values()), **about},
-    ]
-    if peak:
-        each = (peak - before) / len(captions) if before else None
-        found.append({"metric": "memory_per_picture_bytes", "value": each, "peak": peak, **about})
-    return found
+    memory = (peak - before) / len(captions) if before else None
+    values = {"seconds_per_picture": seconds, "parameters": sum(e.settings["parameters"].values())}
+    base = {
+        "of": "samples",
+        "n": len(captions),
+        **e.about(g),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+    records = [{"metric": metric, "value": value, **base} for metric, value in values.items()]
+    return [*records, {"metric": "memory_per_picture_bytes", "value": memory, "peak": peak, **base}]
 
 
 def _reset_peak(device: torch.device) -> int:
-    """Begins to look for a peak anew; gives the bytes that are used now, 0 where that cannot be done."""
+    """The bytes in use now, from which a new peak counts; 0 where the peak cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide what a batch takes
+        ctypes.CDLL(None).malloc_trim(0)  # free memory of the process would hide what a batch takes
         Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
+        return psutil.Process().memory_info().rss
     except (OSError, AttributeError, TypeError):  # not Linux, or another C library
         return 0
 
 
 def _peak(device: torch.device) -> int:
-    """The most bytes since then; of the process so far where that cannot be told, 0 where nothing can."""
+    """The most bytes since then, or so far where the peak cannot be reset."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        return _status("VmHWM")
-    except (OSError, TypeError):
-        pass
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _status(key: str) -> int:
-    """Bytes by the kernel's account of this process (OSError, TypeError)."""
-    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

@@ -1,0 +1,101 @@
+"""The options of the three kinds of evaluation: of a model, of an autoencoder, of two folders of images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ldm.config import UserError
+
+FEWEST = 16  # images; fewer measure nothing
+USUAL = 480  # held-out samples where --num is 0, or all of a smaller split
+SMALLEST, LARGEST = 11, 4000  # pixels per side: SSIM's window, and the largest image that is read
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Of a model, on held-out images and their captions."""
+
+    model: str  # a shipped model's name, a run folder or a Stable Diffusion folder
+    data: str  # shapes, emoji, folder or shards
+    data_path: str = ""  # where a folder or shards are
+    split: Literal["test", "val"] = "test"  # held-out split
+    num: int = 0  # held-out captions, 16 or more; 0: 480, or all of a smaller split
+    guidance: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 8.0)  # guidance scales to measure, separated by commas
+    guidance_rescale: float = 0.0  # in [0, 1], for every guidance scale
+    steps: int = 30  # sampling steps
+    sampler: str = ""  # ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc or pndm; empty: the model's own
+    features: str = (
+        "effnet-lite0"  # of distances; or inception[:FILE], clip:FOLDER, dinov2:FOLDER, judge[:FOLDER], none
+    )
+    judge: str = (
+        ""  # emoji, shapes, clip:FOLDER, a folder of train_clip with judge=true, none; empty: the data's own, if any
+    )
+    train_num: int = 10_000  # training images searched for near-duplicates of samples
+    baseline: str = ""  # folder of another model's evaluation to compare with
+    seed: int = 0  # chooses the captions; image i is sampled with seed + i
+    batch_size: int = 32  # images per batch
+    out: Path  # folder of the report; what it already holds is kept and completed
+    device: str = ""  # empty: cuda where available, else cpu
+
+    def __post_init__(self) -> None:
+        check_common(self.seed, self.batch_size)
+        allow(self.num == 0 or self.num >= FEWEST, "num", self.num, f"0, or {FEWEST} or more, best 1000")
+        allow(self.train_num >= 1, "train-num", self.train_num, "1 or more")
+        allow(0 <= self.guidance_rescale <= 1, "guidance-rescale", f"{self.guidance_rescale:g}", "a number in [0, 1]")
+        scales = [f"{g:g}" for g in self.guidance]
+        valid = all(0 <= g < float("inf") for g in self.guidance) and 0 < len(scales) == len(set(scales))
+        allow(valid, "guidance", ",".join(scales), "different numbers of 0 or more, separated by commas")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderEvaluation:
+    """Of an autoencoder alone, on held-out images."""
+
+    autoencoder: str  # a shipped model's name, a run folder, a Stable Diffusion folder, or a folder of a VAE alone
+    data: str  # shapes, emoji, folder or shards
+    data_path: str = ""  # where a folder or shards are
+    split: Literal["test", "val"] = "test"  # held-out split
+    num: int = 0  # held-out images, 16 or more; 0: 480, or all of a smaller split
+    size: int = 0  # pixels per side; 0: the autoencoder's own
+    features: str = "effnet-lite0"  # network of the distances; see --model
+    perceptual: str = "effnet-lite0"  # effnet-lite0, lpips-vgg or lpips-alex
+    seed: int = 0  # chooses the images
+    batch_size: int = 32  # images per batch
+    out: Path  # folder of the report; features that it already holds are kept
+    device: str = ""  # empty: cuda where available, else cpu
+
+    def __post_init__(self) -> None:
+        check_common(self.seed, self.batch_size)
+        allow(self.num == 0 or self.num >= FEWEST, "num", self.num, f"0, or {FEWEST} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderEvaluation:
+    """Of a folder of images against another, whoever made them."""
+
+    images: Path  # folder of images
+    reference: Path  # folder of images that they are compared with
+    size: int | None = None  # pixels per side to which all are resized; without it, all must be squares of one size
+    features: str = "effnet-lite0"  # network of the distances; see --model
+    judge: str = ""  # image-text model for CMMD and, where images have captions, alignment; empty: none
+    without_frechet: bool = False  # no Frechet distance, which needs more images than features
+    seed: int = 0  # order of the images, and bootstrap
+    batch_size: int = 32  # images per batch
+    out: Path  # folder of the report; features that it already holds are kept
+    device: str = ""  # empty: cuda where available, else cpu
+
+    def __post_init__(self) -> None:
+        check_common(self.seed, self.batch_size)
+        allow(self.size is None or 1 <= self.size <= LARGEST, "size", self.size, f"1 to {LARGEST}")
+
+
+def check_common(seed: int, batch_size: int) -> None:
+    """Raises UserError for a seed or batch size that no evaluation can use."""
+    allow(batch_size >= 1, "batch-size", batch_size, "1 or more")
+    allow(0 <= seed < 2**31, "seed", seed, "0 or more, below 2 to the 31st")
+
+
+def allow(valid: bool, option: str, value: object, allowed: str) -> None:
+    """Raises UserError, naming the option and the allowed values, unless `valid`."""
+    if not valid:
+        raise UserError(f"--{option} {value} is not allowed; use {allowed}")

@@ -1,0 +1,171 @@
+"""A tiny model, networks with known answers, and what an evaluation left in its folder."""
+
+import json
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from ldm.clip import TextEncoder
+from ldm.clip import TextConfig
+from ldm.commands.cli import run_command
+from ldm.commands.evaluate import main
+from ldm.data.shapes import Shapes
+from ldm.diffusion import Schedule, ScheduleConfig
+from ldm.evaluate.records import find
+from ldm.evaluate.samples import sample_indices
+from ldm.metrics.features import FeatureExtractor
+from ldm.metrics.judges import ImageTextModel
+from ldm.metrics.preprocess import resized
+from ldm.pipeline import Pipeline
+from ldm.pipeline_io import Parts
+from ldm.tokenizer import Tokenizer
+from ldm.unet import UNet, UNetConfig
+from ldm.vae import VAE, VAEConfig
+
+
+def tiny_vae(seed: int = 0) -> VAE:
+    torch.manual_seed(seed)
+    config = VAEConfig(block_out_channels=(4, 4, 4), layers_per_block=1, norm_num_groups=2, scaling_factor=0.5)
+    return VAE(replace(config, sample_size=32))
+
+
+def tiny_pipeline(seed: int = 0, size: int = 8) -> Pipeline:
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer.train(["a red circle"], 514, context_length=77)
+    text = TextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    unet = UNetConfig(
+        sample_size=size,
+        block_out_channels=(8, 8),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=1,
+        cross_attention_dim=8,
+        norm_num_groups=2,
+    )
+    schedule = Schedule(ScheduleConfig(sampler="ddim", steps_offset=1))
+    return Pipeline(Parts(tiny_vae(seed), TextEncoder(text), tokenizer, UNet(unet), schedule))
+
+
+def stub_extractor(side: int = 2) -> FeatureExtractor:
+    """Mean colours of side x side squares: 3 * side**2 features."""
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
+    return FeatureExtractor("stub", "5" * 64, 32, network, resized(32, torch.zeros(3), torch.ones(3)))
+
+
+def judge(name: str, images: Any, texts: Any, size: int = 32) -> ImageTextModel:
+    return ImageTextModel(name, nn.Identity(), size, images, texts)
+
+
+def thumbnails(x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.normalize(nn.functional.adaptive_avg_pool2d(x, 8).flatten(1) - 0.8, dim=1)
+
+
+def knows_shapes() -> ImageTextModel:
+    """Has seen every held-out picture of shapes: the embedding of a caption is that of its picture."""
+    dataset = Shapes(32, "test")
+    known = {c: i for i in sample_indices(len(dataset), 40, 0) for c in dataset.captions(i)}
+    blank = torch.zeros(3, 32, 32, dtype=torch.uint8)
+
+    def texts(captions: list[str]) -> torch.Tensor:
+        return thumbnails(to_x([dataset[known[c]]["image"] if c in known else blank for c in captions]))
+
+    return judge("knows-shapes", thumbnails, texts)
+
+
+def to_x(pixels: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(pixels) / 127.5 - 1
+
+
+def read(path: Path) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)
+
+
+def kept(folder: Path) -> torch.Tensor:
+    """All pictures of a folder (N, 3, H, W) in [-1, 1]."""
+    return to_x([read(path) for path in sorted(folder.glob("*.png"))])
+
+
+def captions(folder: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def results(out: Path) -> list[dict]:
+    return json.loads((out / "metrics.json").read_text())["results"]
+
+
+def one(out: Path, metric: str, of: str, **where: Any) -> dict:
+    (record,) = find(results(out), metric, of, **where)
+    return record
+
+
+def report(out: Path) -> str:
+    """The text of a report that is whole and loads nothing."""
+    text = (out / "report.html").read_text()
+    assert not Tags(text).open
+    for word in ("http:", "https:", "<script", "<link", "@import", 'href="/', "url(h"):
+        assert word not in text
+    return text
+
+
+class Tags(HTMLParser):
+    """The elements of a page in order, and those that are left open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.seen = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def fill(folder: Path, count: int, seed: int, size: int = 24, text: str = "") -> Path:
+    """A folder of `count` pictures of noise, with captions "TEXT 0", "TEXT 1", ... where `text` is given."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
+        if text:
+            (folder / f"{i:03d}.txt").write_text(f"{text} {i}")
+    return folder
+
+
+def command(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    run_command(main)
+
+
+def refusal(monkeypatch, capsys, *arguments: object) -> str:
+    """The one line with which the command refuses, exit code 2."""
+    try:
+        command(monkeypatch, *arguments)
+    except SystemExit as stop:
+        assert stop.code == 2
+    line = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
