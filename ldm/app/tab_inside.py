@@ -1,83 +1,48 @@
-"""Look inside: the noise schedule, the way of z0, and where each word looks in the picture."""
+"""Look inside: the way from noise to a picture, where each word looks, and the noise schedule."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import gradio as gr
+import numpy as np
 
-from ldm.app.desk import Desk, begins, stops
-from ldm.app.looking import Inside, overlay, schedule_plots, watch
-from ldm.app.parts import Controls, controls, figures, said, shown
-from ldm.app.studio import Update
-from ldm.config import UserError
+from ldm.app import controls as ui
+from ldm.app.attention import attention_maps, overlay, schedule_figure, word_maps
+from ldm.app.models import Models
+from ldm.app.sampling import sample
 
-NOTES = (
-    "**From noise to picture**: what the model believes the picture to be, step by step",
-    "**Where each word looks**: bright where cross-attention reads the word, over all layers and steps",
-    "**The noise schedule** and the steps of the sampler",
-)
+STRIP = 8  # pictures on the way
 
 
-class Looking:
-    """What the tab does."""
-
-    def __init__(self, desk: Desk, given: Controls) -> None:
-        """`given` are the settings of the picture to look into."""
-        self.desk, self.given = desk, given
-
-    def run(self, request: gr.Request, *values: Any) -> Iterator[tuple]:
-        """How far it is, then what was seen."""
-        still = (gr.skip(),) * 3
-        try:
-            with self.desk.working(request, "inside") as stop:
-                settings = self.given.read(values)
-                if not settings.cleaned().prompt:
-                    raise UserError("the prompt is empty; write what the picture should show")
-                pipe = self.desk.models[settings.model]
-                found = None
-                for found in watch(pipe, settings, stop):
-                    if isinstance(found, Update):
-                        yield shown(found), settings.seed, *still
-                if not isinstance(found, Inside):
-                    yield said("Stopped."), settings.seed, *still
-                    return
-                sampler = settings.sampler or pipe.schedule.config.sampler
-                drawn = schedule_plots(pipe.schedule, sampler, settings.steps)
-                text = said(f"Seed {settings.seed}.") + "".join(said(note) for note in found.notes)
-                yield text, settings.seed, way_of(found), words_of(found), drawn
-        except UserError as error:
-            yield said(str(error), wrong=True), gr.skip(), *still
-
-
-def build(desk: Desk) -> None:
-    """The tab, inside the page's tabs."""
+def build(models: Models) -> None:
+    """Builds the tab."""
     with gr.Tab("Look inside", id="inside"), gr.Row():
         with gr.Column(scale=2, min_width=300):
-            given = controls(desk.models, leave_out=("count", "width", "height", "strength"))
+            controls = ui.settings_controls(models, leave_out=("count", "width", "height", "strength"))
         with gr.Column(scale=3, min_width=300):
-            with gr.Row():
-                go = gr.Button("Look", variant="primary", elem_id="inside-go")
-                halt = gr.Button("Stop", elem_id="inside-stop")
-            status = gr.HTML(
-                said("One picture, and what was on the way."), elem_classes="status", elem_id="inside-status"
-            )
-            shelves = []
-            for name, note, height in zip(("way", "words", "plots"), NOTES, (150, 150, 240), strict=True):
-                gr.Markdown(note)
-                shelves.append(gr.HTML(min_height=height, elem_id=f"inside-{name}"))
+            panel = ui.Panel.build("inside", "Look", "Makes one picture and shows how it came about.")
+            way = ui.picture_gallery("inside-way", "From noise to picture: the model's estimates on the way")
+            words = ui.picture_gallery("inside-words", "Where each word looks: bright where cross-attention reads it")
+            plot = gr.Plot(label="The noise schedule and the steps of the sampler", elem_id="inside-plot")
 
-    outputs = [status, given.parts["seed"], *shelves]
-    work = {"fn": Looking(desk, given).run, "inputs": given.inputs, "outputs": outputs}
-    begins(desk, "inside", [go.click, given.parts["prompt"].submit], work, status)
-    stops(desk, "inside", halt, status)
+    def look(values: dict) -> Iterator[dict]:
+        settings = ui.read_settings(controls, values)
+        pipe = models[settings.model]
+        shown = set(np.linspace(0, settings.steps - 1, STRIP).round().astype(int).tolist())
+        estimates = []
+        with attention_maps(pipe) as maps:
+            for update in sample(pipe, settings, preview_steps=shown):
+                if update.images and not update.done:
+                    estimates.append((update.images[0], f"t = {update.t:.0f}"))
+                yield {panel.status: ui.progress(update)}
+        (image,) = update.images
+        heats = word_maps(maps, pipe, settings.prompt, image.size)
+        yield {
+            panel.status: "".join(map(ui.message, [f"Seed {settings.seed}.", *update.notes])),
+            controls["seed"]: settings.seed,
+            way: estimates,
+            words: [(image, "the picture"), *((overlay(image, heat), word) for word, heat in heats)],
+            plot: schedule_figure(pipe.schedule, settings.sampler or pipe.schedule.config.sampler, settings.steps),
+        }
 
-
-def way_of(inside: Inside) -> str:
-    """The pictures on the way, as HTML."""
-    return figures((image, f"t = {t:.0f}") for t, image in inside.way)
-
-
-def words_of(inside: Inside) -> str:
-    """The picture once for each word, as HTML."""
-    seen = [(overlay(inside.image, heat), word) for word, heat in inside.words]
-    return figures([(inside.image, "the picture"), *seen])
+    triggers = [panel.start.click, controls["prompt"].submit]
+    panel.on(triggers, look, controls.values(), [controls["seed"], way, words, plot])
