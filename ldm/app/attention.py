@@ -47,14 +47,18 @@ def attention_maps(pipe: Pipeline) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def word_maps(maps: list[Tensor], pipe: Pipeline, prompt: str, size: tuple[int, int]) -> list[tuple[str, np.ndarray]]:
-    """Per word of the prompt, the mean of `attention_maps` over its tokens as (H, W) in [0, 1], for a `size` (W, H)."""
-    mean = torch.stack(maps).mean(0)
-    words = []
+def word_overlays(maps: list[Tensor], pipe: Pipeline, prompt: str, image: Image.Image) -> list[tuple[Image.Image, str]]:
+    """Per word of the prompt, the picture: bright where the mean of `attention_maps` over the word's tokens is high,
+    grey and dark where it is low."""
+    pixels, mean = np.asarray(image.convert("RGB"), np.float64), torch.stack(maps).mean(0)
+    dark = pixels.mean(2, keepdims=True) * 0.25
+    bright = pixels * 0.8 + np.array([255, 170, 0]) * 0.2
+    overlays = []
     for word, tokens in token_positions(pipe.tokenizer, prompt):
-        heat = F.interpolate(mean[None, tokens].sum(1, keepdim=True), size[::-1], mode="bilinear")[0, 0]
-        words.append((word, ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-8)).numpy()))
-    return words
+        heat = F.interpolate(mean[None, tokens].sum(1, keepdim=True), image.size[::-1], mode="bilinear")[0, 0]
+        heat = ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-8)).numpy()[..., None]
+        overlays.append((Image.fromarray((dark + (bright - dark) * heat).round().astype(np.uint8)), word))
+    return overlays
 
 
 def token_positions(tokenizer: Tokenizer, prompt: str) -> list[tuple[str, list[int]]]:
@@ -64,14 +68,6 @@ def token_positions(tokenizer: Tokenizer, prompt: str) -> list[tuple[str, list[i
     ends = [min(end, tokenizer.context_length - 1) for end in ends]
     spans = zip(words, ends, ends[1:], strict=False)
     return [(word, list(range(start, end))) for word, start, end in spans if start < end]
-
-
-def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """The picture, bright where the map is 1, grey and dark where it is 0."""
-    pixels = np.asarray(image.convert("RGB"), np.float64)
-    dark = pixels.mean(2, keepdims=True) * 0.25
-    mixed = dark + (pixels * 0.8 + np.array([255, 170, 0]) * 0.2 - dark) * heat[..., None]
-    return Image.fromarray(mixed.clip(0, 255).round().astype(np.uint8))
 
 
 def schedule_figure(schedule: Schedule, sampler: str, steps: int) -> Figure:

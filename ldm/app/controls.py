@@ -1,164 +1,146 @@
-"""What the tabs share: the controls of a sampling, its buttons and status, and the wiring of events."""
+"""What the tabs share: the settings' controls, start and stop, progress, a gallery of results."""
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
-from PIL import Image
 
 from ldm.app.models import Models
 from ldm.app.sampling import BOUNDS, Settings, Update
 from ldm.config import UserError
 from ldm.samplers import SAMPLERS
 
-Controls = dict[str, Component]  # by the name of the setting; "random_seed" draws a new one
-IMMEDIATE: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+Values = dict[Component, Any]  # of the page's components
+Handler = Callable[[Values], Iterator[Values]]
+IMMEDIATE = {"queue": False, "show_progress": "hidden"}
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Shows a UserError in the page, where the browser announces it."""
+    """Shows a UserError as a message in the page."""
     try:
         yield
     except UserError as error:
         raise gr.Error(escape(str(error)), print_exception=False) from None
 
 
-def settings_controls(models: Models, leave_out: Sequence[str] = (), count: int = 4) -> Controls:
-    """The controls of all settings but those left out."""
-    controls: Controls = {}
-
-    def add(name: str, kind: Callable[..., Component], *args: Any, **options: Any) -> None:
-        if name not in leave_out:
-            controls[name] = kind(*args, **options)
-
-    def slider(name: str, label: str, value: float, step: float) -> None:
-        add(name, gr.Slider, *BOUNDS[name], value, step=step, label=label)
-
-    add("prompt", gr.Textbox, label="Prompt", max_lines=4, placeholder="a red circle above a blue square")
-    add("negative_prompt", gr.Textbox, label="Negative prompt (what to avoid)")
-    add("model", gr.Dropdown, models.names, value=models.names[0], label="Model")
-    with gr.Row():
-        slider("steps", "Steps", 30, 1)
-        slider("guidance", "Guidance", 3.0, 0.5)
-    with gr.Row():
-        slider("count", "Pictures", count, 1)
-        slider("strength", "Strength (1 redraws everything)", 0.6, 0.05)
-    with gr.Row():
-        add("seed", gr.Number, 0, label="Seed", precision=0)
-        add("random_seed", gr.Checkbox, False, label="Random seed")
-    with gr.Accordion("More", open=False):
-        add("sampler", gr.Dropdown, [("the model's own", ""), *SAMPLERS], value="", label="Sampler")
-        slider("guidance_rescale", "Guidance rescale", 0.0, 0.1)
-        add("width", gr.Number, 0, label="Width in pixels (0: the model's)", precision=0)
-        add("height", gr.Number, 0, label="Height in pixels (0: the model's)", precision=0)
-    return controls
-
-
-def read_settings(controls: Controls, values: dict[Component, Any], **changes: Any) -> Settings:
-    """The settings that the page sent. Raises UserError for values out of bounds."""
-    settings = {name: values[control] for name, control in controls.items()} | changes
-    if settings.pop("random_seed", False):
-        settings["seed"] = secrets.randbelow(BOUNDS["seed"][1] + 1)
-    return Settings(**settings)
-
-
-def show_settings(controls: Controls, settings: Settings) -> dict[Component, Any]:
-    """The update that makes the controls show these settings."""
-    return {control: getattr(settings, name, False) for name, control in controls.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Start and stop buttons, and a status below them."""
+    """Start and stop buttons and a status; the elements' ids begin with `name`."""
 
-    name: str
-    start: gr.Button
-    stop: gr.Button
-    status: gr.HTML
-
-    @classmethod
-    def build(cls, name: str, label: str, hint: str) -> "Panel":
-        """The panel; the elements' ids begin with `name`."""
+    def __init__(self, name: str, label: str, hint: str) -> None:
         with gr.Row():
-            start = gr.Button(label, variant="primary", elem_id=f"{name}-start")
-            stop = gr.Button("Stop", elem_id=f"{name}-stop")
-        status = gr.HTML(message(hint), elem_classes="status", elem_id=f"{name}-status")
-        return cls(name=name, start=start, stop=stop, status=status)
+            self.start = gr.Button(label, variant="primary", elem_id=f"{name}-start")
+            self.stop = gr.Button("Stop", elem_id=f"{name}-stop")
+        self.status = gr.HTML(message(hint), elem_classes="status", elem_id=f"{name}-status")
 
     def on(
-        self,
-        triggers: Sequence[Any],
-        handler: Callable[[dict], Iterator[dict]],
-        inputs: Iterable[Component],
-        outputs: Iterable[Component],
-        trigger_mode: str = "once",
+        self, triggers: Sequence, handler: Handler, inputs: Iterable[Component], outputs: Iterable[Component]
     ) -> None:
-        """Runs a generator of updates, one in all browsers at a time, until it ends or the stop button is pressed."""
+        """Runs a generator of updates, one in all browsers at a time, until it ends or Stop is pressed."""
 
-        def run(values: dict) -> Iterator[dict]:
+        def run(values: Values) -> Iterator[Values]:
             with user_errors():
                 yield from handler(values)
 
-        options = {"concurrency_id": "model", "show_progress": "minimal", "show_progress_on": self.status}
-        event = gr.on(triggers, run, set(inputs), {self.status, *outputs}, trigger_mode=trigger_mode, **options)
+        shown = {"show_progress": "minimal", "show_progress_on": self.status}
+        event = gr.on(triggers, run, set(inputs), {self.status, *outputs}, concurrency_id="model", **shown)
         self.stop.click(lambda: message("Stopped."), None, self.status, cancels=[event], **IMMEDIATE)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """A gallery and a button that downloads the chosen picture."""
+class SamplingTab:
+    """The two columns of a tab that samples: `extras` (empty) and the settings but those left out; the panel, a gallery
+    and a download button in `results`."""
 
-    gallery: gr.Gallery
-    download: gr.DownloadButton
+    def __init__(
+        self, models: Models, name: str, label: str, hint: str, leave_out: Sequence[str] = (), count: int = 1
+    ) -> None:
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                self.extras = gr.Column()
+                self.controls = settings_controls(models, count, leave_out)
+            with gr.Column(scale=3, min_width=300) as self.results:
+                self.panel = Panel(name, label, hint)
+                self.gallery = gallery(f"{name}-pictures", "Pictures")
+                self.download = gr.DownloadButton("Download", interactive=False, elem_id=f"{name}-download")
 
-    @classmethod
-    def build(cls, name: str, label: str, download: str = "Download the chosen picture") -> "Results":
-        """The gallery and the button; the elements' ids begin with `name`."""
-        gallery = picture_gallery(f"{name}-pictures", label, 440)
-        return cls(gallery=gallery, download=gr.DownloadButton(download, interactive=False, elem_id=f"{name}-download"))
+    def on(self, handler: Handler, inputs: Sequence[Component] = (), outputs: Sequence[Component] = ()) -> None:
+        """Runs the handler at the start button or enter, with the controls and `inputs`."""
+        triggers = [self.panel.start.click, self.controls["prompt"].submit]
+        shown = [self.gallery, self.download, *self.controls.values(), *outputs]
+        self.panel.on(triggers, handler, [*inputs, *self.controls.values()], shown)
 
-    def follow(
-        self, panel: Panel, updates: Iterator[Update], save: Callable[[list[Image.Image]], list[Any]]
-    ) -> Iterator[dict]:
-        """Shows previews and progress, then the files that `save(images)` returns, with labels or without."""
+    def settings(self, values: Values, **changes: Any) -> Settings:
+        """The settings that the page sent. Raises UserError for values out of bounds."""
+        settings = {name: values[control] for name, control in self.controls.items()} | changes
+        if settings.pop("random_seed"):
+            settings["seed"] = secrets.randbelow(BOUNDS["seed"][1] + 1)
+        return Settings(**settings)
+
+    def show(self, settings: Settings) -> Values:
+        """The update that makes the controls show these settings."""
+        return {control: getattr(settings, name, False) for name, control in self.controls.items()}
+
+    def follow(self, updates: Iterator[Update], settings: Settings, save: Callable[[list], list]) -> Iterator[Values]:
+        """Shows previews and progress, then the files that `save(images)` returns, alone or with labels."""
         for update in updates:
-            if update.done:
-                files = save(update.images)
-                first = files[0] if isinstance(files[0], str) else files[0][0]
-                notes = "".join(map(message, update.notes))
-                yield {
-                    self.gallery: files,
-                    self.download: gr.DownloadButton(value=first, interactive=True),
-                    panel.status: message(f"{plural(len(files), 'picture')} in {update.seconds:.1f} s.") + notes,
-                }
-            else:
-                yield {panel.status: progress(update)} | ({self.gallery: update.images} if update.images else {})
+            if not update.done:
+                yield {self.panel.status: progress(update)} | ({self.gallery: update.images} if update.images else {})
+        files = save(update.images)
+        text = f"{len(files)} picture{'s' * (len(files) > 1)} in {update.seconds:.1f} s, seed {settings.seed}."
+        yield {self.gallery: files, self.panel.status: message(text, *update.notes)}
+        yield {self.controls["seed"]: settings.seed} | self.offer(files[0])
+
+    def offer(self, file: str | tuple[str, str]) -> Values:
+        """The update that makes a file, alone or with its label, the one to download."""
+        return {self.download: gr.DownloadButton(value=file if isinstance(file, str) else file[0], interactive=True)}
 
 
-def picture_gallery(name: str, label: str, height: int = 220) -> gr.Gallery:
-    """A gallery whose height stays while pictures come."""
-    layout: dict[str, Any] = {"height": height, "columns": 4, "object_fit": "contain", "format": "png"}
-    quiet: dict[str, Any] = {"interactive": False, "allow_preview": False, "buttons": []}
-    return gr.Gallery(label=label, elem_id=name, elem_classes="still", **layout, **quiet)
+def settings_controls(models: Models, count: int, leave_out: Sequence[str]) -> dict[str, Component]:
+    """The controls by setting, and "random_seed"; those left out are hidden."""
+
+    def slider(name: str, label: str, value: float, step: float) -> gr.Slider:
+        return gr.Slider(*BOUNDS[name], value, step=step, label=label)
+
+    controls = {
+        "prompt": gr.Textbox(label="Prompt", max_lines=4, placeholder="a red circle above a blue square"),
+        "negative_prompt": gr.Textbox(label="Negative prompt (what to avoid)"),
+        "model": gr.Dropdown(models.names, value=models.names[0], label="Model"),
+    }
+    with gr.Row():
+        controls["steps"] = slider("steps", "Steps", 30, 1)
+        controls["guidance"] = slider("guidance", "Guidance", 3.0, 0.5)
+    with gr.Row():
+        controls["count"] = slider("count", "Pictures", count, 1)
+        controls["strength"] = slider("strength", "Strength (1 redraws everything)", 0.6, 0.05)
+    with gr.Row():
+        controls["seed"] = gr.Number(0, label="Seed", precision=0)
+        controls["random_seed"] = gr.Checkbox(label="Random seed")
+    with gr.Accordion("More", open=False):
+        controls["sampler"] = gr.Dropdown([("the model's own", ""), *SAMPLERS], value="", label="Sampler")
+        controls["guidance_rescale"] = slider("guidance_rescale", "Guidance rescale", 0.0, 0.1)
+        for side in ("width", "height"):
+            controls[side] = gr.Number(0, label=f"{side.title()} in pixels (0: the model's)", precision=0)
+    for name in leave_out:
+        controls[name].visible = False
+    return controls
 
 
-def message(text: str) -> str:
-    """A status as HTML."""
-    return f'<p role="status">{escape(text)}</p>'
+def gallery(name: str, label: str, height: int | None = 440) -> gr.Gallery:
+    """A gallery that keeps its height while pictures come, and shows a click instead of enlarging the picture."""
+    options = {"label": label, "elem_id": name, "elem_classes": "still", "height": height, "object_fit": "contain"}
+    return gr.Gallery(format="png", interactive=False, allow_preview=False, buttons=[], **options)
 
 
-def progress(update: Update) -> str:
+def message(*texts: str) -> str:
+    """A status as HTML, a paragraph per text."""
+    return "".join(f'<p role="status">{escape(text)}</p>' for text in texts)
+
+
+def progress(update: Update, label: str = "") -> str:
     """A progress bar as HTML."""
     bar = f'<progress max="{update.steps}" value="{update.step}" aria-label="steps"></progress>'
-    return f"<p>step {update.step} of {update.steps}, {update.seconds:.1f} s</p>{bar}"
-
-
-def plural(count: int, noun: str) -> str:
-    """A count with its noun."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    return f"<p>{escape(label)} step {update.step} of {update.steps}, {update.seconds:.1f} s</p>{bar}"

@@ -22,15 +22,14 @@ from ldm.pipeline import Pipeline
 BATCH = 8
 
 
-@dataclass(frozen=True)
-class PictureSet:
-    """The files `real[i]`, and `made[i]` by a model with the seed `seeds[i]`, are of `captions[i]`; relative to the
-    page's folder."""
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A held-out caption with its real picture and a model's from `seed`: files, relative to the page's folder."""
 
-    captions: list[str]
-    real: list[str]
-    made: list[str]
-    seeds: list[int]
+    caption: str
+    real: str
+    made: str
+    seed: int
 
 
 def training_data(model: str, pipe: Pipeline) -> DataConfig:
@@ -46,41 +45,46 @@ def training_data(model: str, pipe: Pipeline) -> DataConfig:
 
 
 def prepare(
-    models: Models, model: str, data: DataConfig, count: int, seed: int, folder: Path
-) -> Iterator[Update | PictureSet]:
-    """Makes the pictures that are missing, with updates over all of them; then yields the set.
+    models: Models, model: str, data_model: str, count: int, seed: int, folder: Path
+) -> Iterator[Update | list[Sample]]:
+    """Makes the pictures that are missing, with updates over all of them, for captions of the data set of `data_model`;
+    then yields the samples.
 
     Picture i has the caption of the i-th of `count` held-out samples, drawn by `seed`, and the seed `seed + i`.
     """
     pipe = models[model]
+    data = training_data(models.folders[data_model], models[data_model])
     dataset = open_dataset(data, "test")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     order = readable(dataset, order)
     if len(order) < 4:
         raise UserError(f"only {len(order)} held-out pictures can be read; judging needs 4 or more")
-    captions = [dataset.captions(i)[0] for i in order]
     subset = f"{_slug(data.name)}-{data_hash(dataset)[:12]}-{seed}"
     weights = module_hash(nn.ModuleList([pipe.vae, pipe.text_encoder, pipe.unet]))[:12]
-    real, made = (
-        [folder / name / f"{i:04d}.png" for i in range(len(order))]
-        for name in (f"real-{subset}", f"{_slug(model)}-{weights}-{subset}")
-    )
-    for file, index in zip(real, order, strict=True):
-        if not file.is_file():
-            _save(to_pil(to_float(dataset[index]["image"][None]))[0], file, {})
+    samples = [
+        Sample(
+            caption=dataset.captions(index)[0],
+            real=f"judged/real-{subset}/{i:04d}.png",
+            made=f"judged/{_slug(model)}-{weights}-{subset}/{i:04d}.png",
+            seed=seed + i,
+        )
+        for i, index in enumerate(order)
+    ]
+    for sample_, index in zip(samples, order, strict=True):
+        if not (folder / sample_.real).is_file():
+            _save(to_pil(to_float(dataset[index]["image"][None]))[0], folder / sample_.real, {})
     for start in range(0, len(order), BATCH):
-        files, texts = made[start : start + BATCH], captions[start : start + BATCH]
-        if all(file.is_file() for file in files):
+        batch = samples[start : start + BATCH]
+        if all((folder / s.made).is_file() for s in batch):
             continue
-        settings = Settings(model=model, seed=seed + start, count=len(files))
-        for update in sample(pipe, settings, preview_steps=(), prompt_embeds=pipe.encode_prompt(texts)):
-            step = start * update.steps + update.step * len(files)
+        settings = Settings(model=model, seed=seed + start, count=len(batch))
+        embeds = pipe.encode_prompt([s.caption for s in batch])
+        for update in sample(pipe, settings, preview_steps=(), prompt_embeds=embeds):
+            step = start * update.steps + update.step * len(batch)
             yield replace(update, step=step, steps=len(order) * update.steps)
-        metadata = picture_metadata(pipe, settings)
-        for image, file, text, caption in zip(update.images, files, metadata, texts, strict=True):
-            _save(image, file, text | {"prompt": caption})
-    names = ([str(file.relative_to(folder.parent)) for file in files] for files in (real, made))
-    yield PictureSet(captions, *names, [seed + i for i in range(len(order))])
+        for image, s, metadata in zip(update.images, batch, picture_metadata(pipe, settings), strict=True):
+            _save(image, folder / s.made, metadata | {"prompt": s.caption})
+    yield samples
 
 
 def _slug(name: str) -> str:

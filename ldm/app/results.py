@@ -10,10 +10,13 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from ldm.app.judgements import Judgement
+
+BLOCK, START, SHORTEST, LONGEST = 150, 500, 100, 1000  # answers, and ms
+UP, DOWN, STREAK = 10, 30, 3  # ms after a wrong answer, and after so many right ones in a row
+ENOUGH = 2 * STREAK * math.ceil((START - SHORTEST) / DOWN)  # answers, twice those from START to SHORTEST without errors
 
 
 class Interval(NamedTuple):
@@ -50,49 +53,29 @@ def median_interval(values: Sequence[float]) -> Interval:
     return Interval(statistics.median(values), *quantile_test(values).confidence_interval(0.95))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Staircase:
-    """How long the next picture is shown, in ms. The defaults are HYPE's (section 2.1): blocks of 150 pictures that
-    begin at 500 ms; 30 ms shorter after three right answers in a row, 10 ms longer after each wrong one; from 100 to
-    1000 ms.
+def exposures(answers: Iterable[bool]) -> list[int]:
+    """The staircase: how long, in ms, the pictures of all answers and the next one are shown.
 
-    It settles where p, the probability of a right answer, has p^streak down = (1 - p^streak) up: 63.0% by these
-    steps, though HYPE says 75%; Levitt's (1971) 79.4% by equal ones, 75% by Kaernbach's (1991) streak=1, up=30,
-    down=10. All answers must be about one model, in one form of question.
+    The numbers are HYPE's (section 2.1). Steps up and down balance where p, the probability of a right answer, has
+    p^3 30 = (1 - p^3) 10: at 63.0%, though HYPE says 75%. All answers must be about one model, in one form of question.
     """
+    shown, row = [START], 0
+    for number, right in enumerate(answers, start=1):
+        row = row + 1 if right else 0
+        step = UP if not right else -DOWN if row == STREAK else 0
+        row %= STREAK
+        shown.append(min(max(shown[-1] + step, SHORTEST), LONGEST))
+        if number % BLOCK == 0:
+            shown[-1], row = START, 0
+    return shown
 
-    start: int = 500
-    shortest: int = 100
-    longest: int = 1000
-    up: int = 10
-    down: int = 30
-    streak: int = 3
-    block: int = 150
 
-    @property
-    def enough(self) -> int:
-        """Answers of a block that a threshold needs: twice those that lead from the start to the shortest exposure if
-        all are right (84)."""
-        return 2 * self.streak * math.ceil((self.start - self.shortest) / self.down)
-
-    def exposures(self, answers: Iterable[bool]) -> list[int]:
-        """The exposures of all answers and of the next one."""
-        exposures, row = [self.start], 0
-        for number, right in enumerate(answers, start=1):
-            row = row + 1 if right else 0
-            step = self.up if not right else -self.down if row == self.streak else 0
-            row %= self.streak
-            exposures.append(min(max(exposures[-1] + step, self.shortest), self.longest))
-            if number % self.block == 0:
-                exposures[-1], row = self.start, 0
-        return exposures
-
-    def threshold(self, exposures: Sequence[int]) -> float | None:
-        """A person's HYPE-time in ms: the most frequent exposure (the shortest of equals) of each block, averaged over
-        blocks with `enough` answers; None without one. At either end of the range the true one may lie beyond."""
-        blocks = [exposures[i : i + self.block] for i in range(0, len(exposures), self.block)]
-        modes = [min(statistics.multimode(block)) for block in blocks if len(block) >= self.enough]
-        return statistics.mean(modes) if modes else None
+def threshold(shown: Sequence[int]) -> float | None:
+    """A person's HYPE-time in ms: the most frequent exposure (the shortest of equals) of each block, averaged over
+    blocks with ENOUGH answers; None without one. At either end of the range the true one may lie beyond."""
+    blocks = [shown[i : i + BLOCK] for i in range(0, len(shown), BLOCK)]
+    modes = [min(statistics.multimode(block)) for block in blocks if len(block) >= ENOUGH]
+    return statistics.mean(modes) if modes else None
 
 
 def results(judgements: Sequence[Judgement]) -> dict[str, dict[str, str]]:
@@ -103,13 +86,11 @@ def results(judgements: Sequence[Judgement]) -> dict[str, dict[str, str]]:
 
 
 def _rows(model: str, judgements: list[Judgement]) -> dict[str, str]:
-    kinds: dict[str, list[Judgement]] = defaultdict(list)
+    kinds = defaultdict(list)
     for j in judgements:
         kinds[j.kind].append(j)
-    real, generated = (
-        [not j.right for j in kinds["single"] if bool(j.right) == (j.answer == truth)]
-        for truth in ("real", "generated")
-    )
+    single = [(not j.right, j.answer == ("real" if j.right else "generated")) for j in kinds["single"]]
+    real, generated = ([wrong for wrong, is_real in single if is_real == truth] for truth in (True, False))
     rows = {
         "judgements": ", ".join(f"{len(found)} {kind}" for kind, found in kinds.items() if found),
         "visits": str(len({j.session for j in judgements})),
@@ -120,7 +101,7 @@ def _rows(model: str, judgements: list[Judgement]) -> dict[str, str]:
         "flash that fools, single": _threshold(j for j in kinds["flash"] if j.answer in ("real", "generated")),
         "flash that fools, pairs": _threshold(j for j in kinds["flash"] if j.answer in ("left", "right")),
     }
-    outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+    outcomes = defaultdict(Counter)
     for j in kinds["preference"]:
         side, other = ("left", j.other_model) if j.model == model else ("right", j.model)
         outcomes[other]["won" if j.answer == side else "tie" if j.answer == "tie" else "lost"] += 1
@@ -140,12 +121,12 @@ def _percent(rate: Interval) -> str:
 
 
 def _threshold(flashes: Iterable[Judgement]) -> str:
-    visits: dict[str, list[int]] = defaultdict(list)
+    visits = defaultdict(list)
     for j in flashes:
         visits[j.session].append(j.exposure_ms)
-    thresholds = [t for exposures in visits.values() if (t := Staircase().threshold(exposures)) is not None]
+    thresholds = [ms for shown in visits.values() if (ms := threshold(shown)) is not None]
     if not thresholds:
-        return f"after {Staircase().enough} flashes in one visit"
+        return f"after {ENOUGH} flashes in one visit"
     median, low, high = median_interval(thresholds)
     interval = f" [{low:.0f}, {high:.0f}]" if math.isfinite(low) else ""
     return f"{median:.0f} ms{interval}, visits: {len(thresholds)}"

@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,6 @@ EXIT = threading.Event()  # set when the program ends; sampling threads then sto
 _ONE_AT_A_TIME = threading.Lock()
 
 
-class Stopped(Exception):
-    """Raised inside of a sampling whose reader has left."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Settings of a sampling; sampler "", width 0 and height 0 are the model's. Prompts become one line without NUL
@@ -55,9 +51,7 @@ class Settings:
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
             if len(text) > LONGEST_PROMPT:
-                raise UserError(
-                    f"{_label(name)} has {len(text):,} characters; shorten it to {LONGEST_PROMPT:,} or fewer"
-                )
+                raise UserError(f"{_label(name)} has {len(text):,} characters; at most {LONGEST_PROMPT:,}")
             text = text.replace("\0", " ").encode("utf-8", "replace").decode()
             object.__setattr__(self, name, " ".join(text.split()))
         for name, (low, high) in BOUNDS.items():
@@ -95,34 +89,52 @@ def sample(
     """Yields an update per step and one with the pictures. Previews are decoded at `preview_steps` (from 0), by default
     a few times per second. `arguments` are further ones of the pipeline; `prompt_embeds` replaces the prompt.
 
-    Closing the iterator stops the sampling after the current step. Raises UserError where the model or the memory do not
-    suffice.
+    Closing the iterator stops the sampling after the current step. Raises UserError for sizes that the model cannot
+    make, and out of memory.
     """
     check_size(pipe, settings)
     if "prompt_embeds" not in arguments:
         if not settings.prompt:
             raise UserError("the prompt is empty; describe the picture")
         arguments["prompt"] = [settings.prompt] * settings.count
+    updates: queue.Queue = queue.Queue()
+    closed = threading.Event()
     start = last = time.monotonic()
 
-    def run(put: Callable[[Update], None]) -> None:
-        def on_step(progress: Progress) -> None:
-            nonlocal last
-            timely = time.monotonic() - last >= PREVIEW_INTERVAL and progress.step + 1 < progress.steps
-            images = []
-            if timely if preview_steps is None else progress.step in preview_steps:
-                images, last = progress.decode(), time.monotonic()
-            seconds = time.monotonic() - start
-            put(Update(images=images, step=progress.step + 1, steps=progress.steps, seconds=seconds, t=progress.t))
+    def on_step(progress: Progress) -> None:
+        nonlocal last
+        if closed.is_set() or EXIT.is_set():
+            raise UserError("stopped")
+        timely = time.monotonic() - last >= PREVIEW_INTERVAL and progress.step + 1 < progress.steps
+        images = []
+        if timely if preview_steps is None else progress.step in preview_steps:
+            images, last = progress.decode(), time.monotonic()
+        step, seconds = progress.step + 1, time.monotonic() - start
+        updates.put(Update(images=images, step=step, steps=progress.steps, seconds=seconds, t=progress.t))
 
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            images = pipe(callback=on_step, **settings.arguments(), **arguments)
-        notes = tuple(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)))
-        seconds, n = time.monotonic() - start, settings.steps
-        put(Update(images=images, step=n, steps=n, seconds=seconds, done=True, notes=notes))
+    def run() -> None:
+        try:
+            with _ONE_AT_A_TIME, warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                images = pipe(callback=on_step, **settings.arguments(), **arguments)
+            notes = tuple(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)))
+            steps, seconds = settings.steps, time.monotonic() - start
+            updates.put(Update(images=images, step=steps, steps=steps, seconds=seconds, done=True, notes=notes))
+        except BaseException as error:  # raised again by the reader
+            updates.put(error)
 
-    yield from _in_thread(run)
+    threading.Thread(target=run, name="sampling").start()  # not a daemon: torch aborts if the interpreter ends first
+    try:
+        update = None
+        while update is None or not update.done:
+            update = updates.get()
+            if isinstance(update, BaseException):
+                # on a CPU torch raises a plain RuntimeError when memory runs out
+                memory = isinstance(update, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(update)
+                raise UserError("out of memory; make fewer or smaller pictures") if memory else update
+            yield update
+    finally:
+        closed.set()
 
 
 def check_size(pipe: Pipeline, settings: Settings) -> None:
@@ -132,41 +144,6 @@ def check_size(pipe: Pipeline, settings: Settings) -> None:
     most = BOUNDS["count"][1] * own_height * own_width // (height * width)
     if settings.count > most:
         raise UserError(f"{settings.count} of that size are too many at once for this model; at most {most}")
-
-
-def _in_thread(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
-    """Yields what `work(put)` puts while it runs in a thread; `put` raises Stopped once the iterator is closed."""
-    results: queue.Queue = queue.Queue()
-    closed = threading.Event()
-
-    def put(result: Any) -> None:
-        if closed.is_set() or EXIT.is_set():
-            raise Stopped
-        results.put(result)
-
-    def run() -> None:
-        try:
-            with _ONE_AT_A_TIME:
-                work(put)
-            results.put(None)
-        except BaseException as error:  # raised again where the results are read
-            results.put(error)
-
-    threading.Thread(target=run, name="sampling").start()  # not a daemon: torch aborts if the interpreter ends first
-    try:
-        while (result := results.get()) is not None:
-            if isinstance(result, Stopped):
-                return
-            if isinstance(result, BaseException):
-                raise UserError("out of memory; make fewer or smaller pictures") if _is_memory(result) else result
-            yield result
-    finally:
-        closed.set()
-
-
-def _is_memory(error: BaseException) -> bool:
-    # on a CPU torch raises a plain RuntimeError
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def picture_metadata(pipe: Pipeline, settings: Settings, **more: Any) -> list[dict[str, str]]:

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ldm.app.judgements import Judgement, JudgementStore
-from ldm.app.picture_sets import PictureSet
-from ldm.app.results import Staircase
+from ldm.app.picture_sets import Sample
+from ldm.app.results import exposures
 
 ANSWERS = {"single": ("real", "generated"), "pair": ("left", "right"), "preference": ("left", "right", "tie")}
 FIXATION = 900  # ms in which a cross shows where the flash will be
 
 
-def questions(kind: str, count: int, sets: Mapping[str, PictureSet], seed: int, session: str) -> list[Judgement]:
+def questions(kind: str, count: int, sets: Mapping[str, Sequence[Sample]], seed: int, session: str) -> list[Judgement]:
     """Judgements to be answered about the pictures of one model ("single", "pair") or of two ("preference"), in the
     order of `seed`; extra["truth"] is the right answer.
 
@@ -23,13 +23,14 @@ def questions(kind: str, count: int, sets: Mapping[str, PictureSet], seed: int, 
     """
     rng = random.Random(f"{kind} {seed}")
     left, right = (list(sets) * 2)[:2]
-    order = {heads: _shuffled(rng, len(sets[left].captions)) for heads in (True, False)}
+    order = {heads: _shuffled(rng, len(sets[left])) for heads in (True, False)}
     result = []
     for heads in rng.sample([True, False] * -(-count // 2), count):
         i = next(order[heads or kind != "single"])
-        sides, truth = (sets[left].made[i], sets[right].made[i]), ""
+        sample = sets[left][i]
+        sides, truth = (sample.made, sets[right][i].made), ""
         if kind != "preference":
-            sides, truth = (sets[left].real[i], sets[left].made[i]), ANSWERS[kind][not heads]
+            sides, truth = (sample.real, sample.made), ANSWERS[kind][not heads]
         sides = sides if heads else sides[::-1]
         models = (left, right) if heads else (right, left)
         result.append(
@@ -38,8 +39,8 @@ def questions(kind: str, count: int, sets: Mapping[str, PictureSet], seed: int, 
                 session=session,
                 model=left if truth else models[0],
                 other_model="" if truth else models[1],
-                prompt=sets[left].captions[i],
-                seed=sets[left].seeds[i],
+                prompt=sample.caption,
+                seed=sample.seed,
                 extra={"pictures": list(sides[: 1 if kind == "single" else 2]), "truth": truth},
             )
         )
@@ -71,15 +72,15 @@ class Study:
     @property
     def exposure(self) -> int | None:
         """Milliseconds for which the next flash is shown."""
-        return Staircase().exposures(self.rights)[-1] if self.flash else None
+        return exposures(self.rights)[-1] if self.flash else None
 
-    def answer(self, answer: str, store: JudgementStore) -> bool:
-        """Stores the answer and goes on to the next question; returns False, and stores nothing, before the pictures
-        have been seen."""
+    def answer(self, number: int, store: JudgementStore) -> bool:
+        """Stores the answer, by its number in ANSWERS, and goes on to the next question; returns False, and stores
+        nothing, before the pictures have been seen."""
         wait = (FIXATION + self.exposure) / 1000 if self.flash else 0.0
         if self.question is None or time.monotonic() < self.shown_at + wait:
             return False
-        truth = self.question.extra["truth"]
+        answer, truth = ANSWERS[self.kind][number], self.question.extra["truth"]
         right = answer == truth if truth else None
         kind = "flash" if self.flash else self.kind
         store.add(replace(self.question, kind=kind, answer=answer, right=right, exposure_ms=self.exposure))

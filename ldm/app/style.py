@@ -22,6 +22,7 @@ CSS = """
 .status progress { width: 100%; height: .6em; }
 input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px solid #2f6fde; outline-offset: 2px; }
 .still .grid-wrap { padding-top: 2.2em; }
+.still .caption-label { padding: 0 .4em; border: 0; opacity: .85; }
 .still .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 160px)) !important; }
 .judged { display: flex; gap: 1em; justify-content: center; }
 .judged .cell { position: relative; width: min(256px, 80vw); aspect-ratio: 1; }

@@ -1,79 +1,91 @@
-"""Edit: redraw a picture or the part of it under a brush; in a second tab, interpolate between two prompts."""
+"""Edit: redraw a picture, or the part of it under a brush; interpolate between two prompts and seeds."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 import numpy as np
+import torch
 from einops import reduce, repeat
 from gradio.components import Component
 from PIL import Image, ImageOps
 
 from ldm.app import controls as ui
-from ldm.app import tab_interpolate
 from ldm.app.models import Models
-from ldm.app.sampling import picture_metadata, restore, sample
+from ldm.app.sampling import Settings, picture_metadata, restore, sample
 from ldm.app.storage import Pictures
 from ldm.config import UserError
+from ldm.edit import between, slerp
+from ldm.pipeline import Pipeline
+from ldm.samplers import ImageNoise
 
 CANVAS = 512  # pixels; a larger one sends PNGs above the limit on uploads, on a smaller one the brush hides the picture
 RESAMPLE = 2  # model calls per step within a mask; with one, the model of shapes left some masks grey
 
 
-def build(models: Models, pictures: Pictures) -> tuple[gr.Tabs, gr.ImageEditor, ui.Controls]:
-    """Builds the tab; returns its inner tabs, the editor and the controls."""
-    with gr.Tab("Edit", id="edit"), gr.Tabs() as tabs:
-        with gr.Tab("A picture", id="picture"):
-            editor, controls = _build_editor(models, pictures)
-        with gr.Tab("Between two prompts"):
-            tab_interpolate.build(models, pictures)
-    return tabs, editor, controls
+def build(models: Models, pictures: Pictures) -> tuple[gr.ImageEditor, dict[str, Component]]:
+    """Builds the tab; returns the editor and the controls."""
+    hint = "Upload a picture and write a prompt. Brush over the part to redraw, or redraw all of it."
+    tab = ui.SamplingTab(models, "edit", "Draw", hint, leave_out=("width", "height"))
+    with tab.extras:
+        editor = gr.ImageEditor(
+            label="Picture (its centre square is used)",
+            type="pil",
+            height=420,
+            canvas_size=(CANVAS, CANVAS),
+            fixed_canvas=True,
+            sources=("upload", "clipboard"),
+            transforms=(),
+            brush=gr.Brush(colors=["rgba(255, 59, 107, 0.6)"], color_mode="fixed", default_size="auto"),
+            layers=False,
+            elem_id="edit-editor",
+        )
 
-
-def _build_editor(models: Models, pictures: Pictures) -> tuple[gr.ImageEditor, ui.Controls]:
-    gr.Markdown("Upload a picture; its centre square is used. Brush over the part to redraw, or redraw all of it.")
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            editor = gr.ImageEditor(
-                label="Picture",
-                type="pil",
-                height=420,
-                canvas_size=(CANVAS, CANVAS),
-                fixed_canvas=True,
-                sources=("upload", "clipboard"),
-                transforms=(),
-                brush=gr.Brush(colors=["rgba(255, 59, 107, 0.6)"], color_mode="fixed", default_size="auto"),
-                layers=False,
-                elem_id="edit-editor",
-            )
-            controls = ui.settings_controls(models, leave_out=("width", "height"))
-        with gr.Column(scale=3, min_width=300):
-            panel = ui.Panel.build("edit", "Draw", "Upload a picture and write a prompt.")
-            results = ui.Results.build("edit", "Pictures")
-
-    def edit(values: dict) -> Iterator[dict]:
-        settings = ui.read_settings(controls, values)
+    def edit(values):
+        settings = tab.settings(values)
         pipe = models[settings.model]
         image, mask = read_drawing(values[editor], pipe.latent_shape()[1] * pipe.vae.factor, pipe.vae.factor)
-        options: dict[str, Any] = {"strength": settings.strength} | ({"resample": RESAMPLE} if mask else {})
+        options = {"strength": settings.strength} | ({"resample": RESAMPLE} if mask else {})
         metadata = picture_metadata(pipe, settings, image="uploaded", mask="drawn" if mask else "", **options)
         updates = sample(pipe, settings, image=image, mask=mask, **options)
-        for update in results.follow(panel, updates, lambda images: pictures.save(images, metadata)):
-            yield update | {controls["seed"]: settings.seed}
+        yield from tab.follow(updates, settings, lambda images: pictures.save(images, metadata))
 
-    outputs = [results.gallery, results.download, controls["seed"]]
-    panel.on([panel.start.click], edit, [editor, *controls.values()], outputs)
-    return editor, controls
+    tab.on(edit, [editor])
+    return editor, tab.controls
 
 
-def open_picture(path: str, models: Models, editor: gr.ImageEditor, controls: ui.Controls) -> dict[Component, Any]:
-    """The update that opens a finished picture in the editor, with its prompts and model."""
+def build_interpolation(models: Models, pictures: Pictures) -> None:
+    """Builds the tab between two prompts."""
+    leave_out = ("prompt", "seed", "random_seed", "width", "height", "strength")
+    tab = ui.SamplingTab(models, "between", "Interpolate", "Write two prompts.", leave_out, count=7)
+    with tab.extras:
+        prompts = gr.Textbox(label="From this prompt"), gr.Textbox(label="To this prompt")
+        with gr.Row():
+            seeds = gr.Number(0, label="First seed", precision=0), gr.Number(1, label="Last seed", precision=0)
+
+    def interpolate(values):
+        ends = zip(prompts, seeds, strict=True)
+        a, b = (tab.settings(values, prompt=values[prompt], seed=values[seed]) for prompt, seed in ends)
+        pipe, shares = models[a.model], torch.linspace(0, 1, a.count).tolist()
+        (metadata, *_) = picture_metadata(pipe, a, prompt=f"{a.prompt} -> {b.prompt}", seed_to=b.seed)
+
+        def save(images):
+            files = pictures.save(images, [metadata | {"share": f"{share:.4g}"} for share in shares])
+            return [(file, f"{share:.2f}") for file, share in zip(files, shares, strict=True)]
+
+        yield from tab.follow(sample(pipe, a, **interpolation(pipe, a, b, shares)), a, save)
+
+    tab.on(interpolate, [*prompts, *seeds])
+
+
+def open_picture(path: str, models: Models) -> tuple[dict, dict[str, Any]]:
+    """The value of the editor for a finished picture, and the values of the controls that the picture determines."""
     settings, _ = restore(path, models)
     image = Image.open(path)
     scale = max(1, CANVAS // max(image.size))
     image = image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
-    shown = {controls[name]: getattr(settings, name) for name in ("prompt", "negative_prompt", "model")}
-    return shown | {editor: {"background": image, "layers": [], "composite": image}}
+    values = {name: getattr(settings, name) for name in ("prompt", "negative_prompt", "model")}
+    return {"background": image, "layers": [], "composite": image}, values
 
 
 def read_drawing(drawing: dict | None, side: int, factor: int) -> tuple[Image.Image, Image.Image | None]:
@@ -83,7 +95,7 @@ def read_drawing(drawing: dict | None, side: int, factor: int) -> tuple[Image.Im
     if background is None or not (box := background.getchannel("A").getbbox()):
         raise UserError("there is no picture to edit; upload one")
 
-    def cut(layer: Image.Image) -> Image.Image:
+    def cut(layer: Image.Image):
         # averages over whole blocks, so that a picture enlarged by `open_picture` comes back exactly
         return ImageOps.fit(layer.convert("RGBA").crop(box), (side, side), Image.Resampling.BOX)
 
@@ -94,3 +106,12 @@ def read_drawing(drawing: dict | None, side: int, factor: int) -> tuple[Image.Im
     latents = reduce(brushed, "(h a) (w b) -> h w", "max", a=factor, b=factor)
     mask = repeat(latents, "h w -> (h a) (w b)", a=factor, b=factor)
     return image, Image.fromarray(mask) if mask.any() else None
+
+
+def interpolation(pipe: Pipeline, a: Settings, b: Settings, shares: Sequence[float]) -> dict[str, Any]:
+    """The arguments of `sample` for pictures between the prompts and seeds of two settings; share 0 is a, 1 is b."""
+    if not a.prompt or not b.prompt:
+        raise UserError("write both prompts")
+    noise = ImageNoise([a.seed, b.seed], pipe.latent_shape())()
+    latents = torch.stack([slerp(*noise, share) for share in shares])
+    return {"prompt_embeds": between(*map(pipe.encode_prompt, ([a.prompt], [b.prompt])), shares), "latents": latents}

@@ -1,48 +1,42 @@
 """Look inside: the way from noise to a picture, where each word looks, and the noise schedule."""
 
-from collections.abc import Iterator
-
 import gradio as gr
-import numpy as np
 
 from ldm.app import controls as ui
-from ldm.app.attention import attention_maps, overlay, schedule_figure, word_maps
+from ldm.app.attention import attention_maps, schedule_figure, word_overlays
 from ldm.app.models import Models
-from ldm.app.sampling import sample
+from ldm.app.sampling import picture_metadata, sample
+from ldm.app.storage import Pictures
 
-STRIP = 8  # pictures on the way
+ESTIMATES = 8
 
 
-def build(models: Models) -> None:
+def build(models: Models, pictures: Pictures) -> None:
     """Builds the tab."""
-    with gr.Tab("Look inside", id="inside"), gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            controls = ui.settings_controls(models, leave_out=("count", "width", "height", "strength"))
-        with gr.Column(scale=3, min_width=300):
-            panel = ui.Panel.build("inside", "Look", "Makes one picture and shows how it came about.")
-            way = ui.picture_gallery("inside-way", "From noise to picture: the model's estimates on the way")
-            words = ui.picture_gallery("inside-words", "Where each word looks: bright where cross-attention reads it")
-            plot = gr.Plot(label="The noise schedule and the steps of the sampler", elem_id="inside-plot")
+    hint = "Shows the model's estimates on the way from noise to a picture."
+    tab = ui.SamplingTab(models, "inside", "Look", hint, leave_out=("count", "width", "height", "strength"))
+    with tab.results:
+        words = ui.gallery("inside-words", "Where each word looks: bright where cross-attention reads it", None)
+        plot = gr.Plot(show_label=False, elem_id="inside-plot")
 
-    def look(values: dict) -> Iterator[dict]:
-        settings = ui.read_settings(controls, values)
+    def look(values):
+        settings = tab.settings(values)
         pipe = models[settings.model]
-        shown = set(np.linspace(0, settings.steps - 1, STRIP).round().astype(int).tolist())
         estimates = []
+        shown = {round(i * (settings.steps - 1) / ESTIMATES) for i in range(ESTIMATES)}
         with attention_maps(pipe) as maps:
             for update in sample(pipe, settings, preview_steps=shown):
                 if update.images and not update.done:
                     estimates.append((update.images[0], f"t = {update.t:.0f}"))
-                yield {panel.status: ui.progress(update)}
+                yield {tab.panel.status: ui.progress(update), tab.gallery: estimates}
         (image,) = update.images
-        heats = word_maps(maps, pipe, settings.prompt, image.size)
-        yield {
-            panel.status: "".join(map(ui.message, [f"Seed {settings.seed}.", *update.notes])),
-            controls["seed"]: settings.seed,
-            way: estimates,
-            words: [(image, "the picture"), *((overlay(image, heat), word) for word, heat in heats)],
+        (file,) = pictures.save([image], picture_metadata(pipe, settings))
+        yield tab.offer(file) | {
+            tab.panel.status: ui.message(f"Seed {settings.seed}.", *update.notes),
+            tab.gallery: [*estimates, (file, "the picture")],
+            tab.controls["seed"]: settings.seed,
+            words: word_overlays(maps, pipe, settings.prompt, image),
             plot: schedule_figure(pipe.schedule, settings.sampler or pipe.schedule.config.sampler, settings.steps),
         }
 
-    triggers = [panel.start.click, controls["prompt"].submit]
-    panel.on(triggers, look, controls.values(), [controls["seed"], way, words, plot])
+    tab.on(look, outputs=[words, plot])

@@ -1,7 +1,6 @@
 """`ldm app`: a page to make pictures, look into a model, and judge how often people are fooled."""
 
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,10 +56,3 @@ def check(options: AppOptions) -> None:
         raise UserError(f"--port is {options.port}; it must be from 1 to 65535")
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {str(options.out)!r} is not a folder; use another name")
-    with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((options.host, options.port))
-        except OSError as error:
-            message = f"cannot listen on {options.host}:{options.port} ({error}); use another --port or --host"
-            raise UserError(message) from None
