@@ -1,10 +1,5 @@
 """CSS and JavaScript of the page, beside gradio's own."""
 
-# The browser itself refuses to load anything from another machine.
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline';"
-    " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:"
-)
 # Gradio's editor ignores a file that is no picture, without a word.
 UNREADABLE = """
 document.addEventListener("change", async event => {
@@ -16,7 +11,7 @@ document.addEventListener("change", async event => {
     readable ? "" : "That file cannot be read as a picture; choose a PNG, JPEG or WebP.";
 }, true);
 """
-HEAD = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><script>{UNREADABLE}</script>'
+HEAD = f"<script>{UNREADABLE}</script>"
 CSS = """
 .status { height: 4.6em; overflow-y: auto; }
 .status progress { width: 100%; height: .6em; }
