@@ -1,1 +1,1 @@
-"""The pages for a browser, and the parts of them that need none."""
+"""The page that `ldm app` serves; modules without gradio do the work, `page`, `controls` and `tab_*` show it."""

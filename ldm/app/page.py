@@ -1,39 +1,69 @@
-"""The page: what is on it and what a click does. Everything it shows comes from `studio`, `looking` and `human`."""
+"""The page and its server."""
 
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
+from ldm.app import controls as ui
 from ldm.app import tab_compare, tab_edit, tab_inside, tab_judge, tab_make
-from ldm.app.desk import Desk
-from ldm.app.parts import QUIET, said
-from ldm.app.studio import Models
+from ldm.app.models import Models
+from ldm.app.sampling import EXIT
+from ldm.app.storage import Pictures
+from ldm.app.style import CSS, HEAD
 from ldm.config import UserError
 
 
 def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
-    """The page over `models`; what it writes goes under `folder`, what it serves too."""
-    desk = Desk(models=models, folder=folder, seed=seed)
+    """The page; pictures and judgements are kept under `folder`."""
+    pictures = Pictures(folder / "pictures")
     with gr.Blocks(title="ldm", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86_400)) as page:
         gr.Markdown("# Pictures from words")
         with gr.Tabs() as tabs:
-            edit, chosen, status = tab_make.build(desk, page)
-            taken = tab_edit.build(desk)
-            tab_compare.build(desk)
-            tab_inside.build(desk)
-            tab_judge.build(desk, page)
-        edit.click(partial(to_edit, models), chosen, [status, tabs, *taken], **QUIET)
-        page.unload(desk.forget)
+            with gr.Tab("Make"):
+                edit, chosen = tab_make.build(models, pictures, page)
+            with gr.Tab("Edit", id="edit"), gr.Tabs() as inner:
+                with gr.Tab("A picture", id="picture"):
+                    editor, controls = tab_edit.build(models, pictures)
+                with gr.Tab("Between two prompts"):
+                    tab_edit.build_interpolation(models, pictures)
+            with gr.Tab("Compare"):
+                tab_compare.build(models, pictures)
+            with gr.Tab("Look inside"):
+                tab_inside.build(models, pictures)
+            with gr.Tab("Judge"):
+                tab_judge.build(models, folder, page, seed)
+
+        @ui.user_errors()
+        def open_editor(path):
+            drawing, values = tab_edit.open_picture(pictures.find(path), models)
+            shown = {controls[name]: value for name, value in values.items()}
+            return shown | {editor: drawing, tabs: gr.Tabs(selected="edit"), inner: gr.Tabs(selected="picture")}
+
+        edit.click(open_editor, chosen, {tabs, inner, editor, *controls.values()}, **ui.IMMEDIATE)
     return page.queue(default_concurrency_limit=1, max_size=32, api_open=False)
 
 
-def to_edit(models: Models, path: str | None) -> list[Any]:
-    """Turns to Edit with the chosen picture in it, or says what is missing."""
+def serve(models: Models, folder: Path, host: str, port: int, seed: int = 0) -> None:
+    """Serves the page until the process is interrupted. Raises UserError where it cannot listen."""
     try:
-        if not path:
-            raise UserError("there is no picture to edit yet; make one, or click on one")
-        return [gr.skip(), gr.Tabs(selected="edit"), *tab_edit.handed(path, models)]
-    except UserError as error:
-        return [said(str(error), wrong=True), gr.skip(), *[gr.skip()] * (2 + len(tab_edit.HANDED))]
+        page = build(models, folder, seed)
+        page.launch(
+            server_name=host,
+            server_port=port,
+            allowed_paths=[str(folder / name) for name in ("pictures", "exported")],
+            max_file_size="8mb",
+            theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            css=CSS,
+            head=HEAD,
+            footer_links=[],
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError:
+        raise UserError(f"cannot listen on {host}:{port}; use another --port or --host") from None
+    try:
+        page.block_thread()
+    finally:
+        EXIT.set()
+        page.close(verbose=False)

@@ -1,94 +1,89 @@
-"""One person's way through questions about pictures, and the keeping of what they answer."""
+"""Questions about pictures in random, balanced order, and one person's way through them."""
 
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from ldm.app.human import Staircase
-from ldm.app.pools import Pool
-from ldm.app.questions import Question, questions
-from ldm.app.store import Judgement, Store
-from ldm.config import UserError
+from ldm.app.judgements import Judgement, JudgementStore
+from ldm.app.picture_sets import Sample
+from ldm.app.results import exposures
 
-ANSWERS = {"single": ("real", "generated", ""), "pair": ("left", "right", ""), "preference": ("left", "right", "tie")}
-WAIT = 900  # ms before a flash, in which a cross says where to look
+ANSWERS = {"single": ("real", "generated"), "pair": ("left", "right"), "preference": ("left", "right", "tie")}
+FIXATION = 900  # ms in which a cross shows where the flash will be
+
+
+def questions(kind: str, count: int, sets: Mapping[str, Sequence[Sample]], seed: int, session: str) -> list[Judgement]:
+    """Judgements to be answered about the pictures of one model ("single", "pair") or of two ("preference"), in the
+    order of `seed`; extra["truth"] is the right answer.
+
+    Half of the single pictures are real, and half of the real pictures, or of one model's, are on the left (plus or
+    minus one). No caption comes again before all others have come, in single pictures for real and generated ones
+    apart. Both pictures of a question have one caption.
+    """
+    rng = random.Random(f"{kind} {seed}")
+    left, right = (list(sets) * 2)[:2]
+    order = {heads: _shuffled(rng, len(sets[left])) for heads in (True, False)}
+    result = []
+    for heads in rng.sample([True, False] * -(-count // 2), count):
+        i = next(order[heads or kind != "single"])
+        sample = sets[left][i]
+        sides, truth = (sample.made, sets[right][i].made), ""
+        if kind != "preference":
+            sides, truth = (sample.real, sample.made), ANSWERS[kind][not heads]
+        sides = sides if heads else sides[::-1]
+        models = (left, right) if heads else (right, left)
+        result.append(
+            Judgement(
+                kind=kind,
+                session=session,
+                model=left if truth else models[0],
+                other_model="" if truth else models[1],
+                prompt=sample.caption,
+                seed=sample.seed,
+                extra={"pictures": list(sides[: 1 if kind == "single" else 2]), "truth": truth},
+            )
+        )
+    return result
+
+
+def _shuffled(rng: random.Random, count: int) -> Iterator[int]:
+    while True:
+        yield from rng.sample(range(count), count)
 
 
 @dataclass
 class Study:
-    """One person's way through the questions of one kind."""
+    """One person's way through questions of one kind. `rights`: which answers were right, those to earlier flashes
+    included."""
 
-    session: str
     kind: str
     flash: bool
-    asked: list[Question]
-    pools: dict[str, Pool]
-    staircase: Staircase = field(default_factory=Staircase)
-    at: int = 0
-    asked_at: float = 0.0  # when the question was sent, by time.monotonic
+    questions: Sequence[Judgement]
+    rights: list[bool]
+    position: int = 0
+    shown_at: float = 0.0  # by time.monotonic
 
     @property
-    def wait(self) -> float:
-        """Seconds until the picture of a flash has been seen, and an answer is one."""
-        return (WAIT + self.staircase.exposure) / 1000 if self.flash else 0.0
+    def question(self) -> Judgement | None:
+        """The question to answer next."""
+        return self.questions[self.position] if self.position < len(self.questions) else None
 
     @property
-    def question(self) -> Question | None:
-        """The one to answer next."""
-        return self.asked[self.at] if self.at < len(self.asked) else None
+    def exposure(self) -> int | None:
+        """Milliseconds for which the next flash is shown."""
+        return exposures(self.rights)[-1] if self.flash else None
 
-
-def begin(
-    kind: str, flash: bool, count: int, pools: dict[str, Pool], seed: int, session: str = "", past: Sequence[bool] = ()
-) -> Study:
-    """A study with `count` questions over the pictures of pools, by model; pictures are named by (model, i), real ones
-    by ("", i). `past` are the session's earlier answers to such flashes: the staircase goes on where it was."""
-    (first, *_) = pools.values()
-    numbers = range(len(first.captions))
-    made = {model: [(model, i) for i in numbers] for model in pools}
-    asked = questions(seed, kind, count, made, [("", i) for i in numbers])
-    session = session or uuid.uuid4().hex[:12]
-    stairs = Staircase.replay(past)
-    return Study(session=session, kind=kind, flash=flash, asked=asked, pools=pools, staircase=stairs)
-
-
-def file_of(study: Study, picture: tuple[str, int]) -> Path:
-    """Where a picture of a question is."""
-    model, i = picture
-    pool = study.pools[model or next(iter(study.pools))]
-    return pool.made[i] if model else pool.real[i]
-
-
-def caption_of(study: Study, question: Question) -> str:
-    """The caption that the (first) picture of a question is of."""
-    return next(iter(study.pools.values())).captions[question.pictures[0][1]]
-
-
-def judge(study: Study, answer: str, folder: Path, store: Store) -> Judgement:
-    """Keeps an answer to the study's question, and on to the next one (UserError, and still at this one)."""
-    question = study.question
-    if question is None or answer not in ANSWERS[study.kind]:
-        raise UserError(f"there is no question to answer with {answer!r:.40}")
-    right = None if question.truth is None else answer == question.truth
-    number = question.pictures[0][1]
-    seed = next(iter(study.pools.values())).seeds[number]
-    files = [file_of(study, picture).relative_to(folder).as_posix() for picture in question.pictures]
-    found = store.add(
-        Judgement(
-            kind="flash" if study.flash else study.kind,
-            session=study.session,
-            model=question.model,
-            other_model=question.other_model,
-            prompt=caption_of(study, question),
-            seed=seed,
-            exposure_ms=study.staircase.exposure if study.flash else None,
-            answer=answer,
-            right=right,
-            extra={"pictures": files},
-        )
-    )
-    if study.flash:
-        study.staircase = study.staircase.answer(bool(right))
-    study.at += 1
-    return found
+    def answer(self, number: int, store: JudgementStore) -> bool:
+        """Stores the answer, by its number in ANSWERS, and goes on to the next question; returns False, and stores
+        nothing, before the pictures have been seen."""
+        wait = (FIXATION + self.exposure) / 1000 if self.flash else 0.0
+        if self.question is None or time.monotonic() < self.shown_at + wait:
+            return False
+        answer, truth = ANSWERS[self.kind][number], self.question.extra["truth"]
+        right = answer == truth if truth else None
+        kind = "flash" if self.flash else self.kind
+        store.add(replace(self.question, kind=kind, answer=answer, right=right, exposure_ms=self.exposure))
+        self.rights.append(bool(right))
+        self.position += 1
+        return True

@@ -1,149 +1,117 @@
-"""Edit: begin with a picture, draw a part of it anew; in a tab within it, go from one prompt to another."""
+"""Edit: redraw a picture, or the part of it under a brush; interpolate between two prompts and seeds."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 import numpy as np
+import torch
 from einops import reduce, repeat
-from PIL import Image
+from gradio.components import Component
+from PIL import Image, ImageOps
 
-from ldm.app import tab_between
-from ldm.app.desk import Desk, begins, stops
-from ldm.app.parts import QUIET, Controls, controls, finished, pictures, said, shown
-from ldm.app.studio import Models, about_picture, make, restore
+from ldm.app import controls as ui
+from ldm.app.models import Models
+from ldm.app.sampling import Settings, picture_metadata, restore, sample
+from ldm.app.storage import Pictures
 from ldm.config import UserError
+from ldm.edit import between, slerp
 from ldm.pipeline import Pipeline
+from ldm.samplers import ImageNoise
 
-# Pixels a side of the editor: what is larger would be sent as PNGs that the page refuses, what is smaller is all brush.
-CANVAS = 512
-RESAMPLE = 2  # asks the model twice a step within a mask: asked once, shapes left some masks grey
-HANDED = ("prompt", "negative_prompt", "model")  # what a picture brings along from Make; its seed's noise is in it
-
-
-class Editing:
-    """What the tab does with a picture."""
-
-    def __init__(self, desk: Desk, given: Controls) -> None:
-        """`given` are the settings of what is drawn."""
-        self.desk, self.given = desk, given
-
-    def run(self, request: gr.Request, drawn: dict | None, *values: Any) -> Iterator[tuple]:
-        """Previews, then the pictures."""
-        try:
-            with self.desk.working(request, "edit") as stop:
-                settings = self.given.read(values)
-                pipe = self.desk.models[settings.model]
-                image, mask = read_drawing(drawn, side_of(pipe), pipe.vae.factor)
-                if not settings.cleaned().prompt:
-                    raise UserError("there is no prompt; write what is to be drawn")
-                again = {"resample": RESAMPLE} if mask else {}
-                about = {"image": "uploaded", "mask": "drawn" if mask else "", "strength": settings.strength} | again
-                options: dict[str, Any] = {"image": image, "mask": mask, "strength": settings.strength} | again
-                for update in make(pipe, settings, stop, **options):
-                    if update.done:
-                        told = [about_picture(pipe, settings, i, **about) for i in range(len(update.images))]
-                        files = [self.desk.keep(made, a) for made, a in zip(update.images, told, strict=True)]
-                        ready = gr.DownloadButton(value=files[0], interactive=True)
-                        yield files, finished(update, settings.count, settings.seed), settings.seed, ready
-                    elif update.stopped:
-                        yield gr.skip(), finished(update, settings.count, settings.seed), settings.seed, gr.skip()
-                    else:
-                        yield update.images or gr.skip(), shown(update), settings.seed, gr.skip()
-        except UserError as error:
-            yield gr.skip(), said(str(error), wrong=True), gr.skip(), gr.skip()
+CANVAS = 512  # pixels; a larger one sends PNGs above the limit on uploads, on a smaller one the brush hides the picture
+RESAMPLE = 2  # model calls per step within a mask; with one, the model of shapes left some masks grey
 
 
-def build(desk: Desk) -> list[Any]:
-    """The tab, inside the page's tabs; gives what `handed` fills in."""
-    with gr.Tab("Edit", id="edit"), gr.Tabs() as tabs:
-        with gr.Tab("A picture", id="picture"):
-            editor, parts = a_picture(desk)
-        with gr.Tab("Between two prompts"):
-            tab_between.build(desk)
-    return [tabs, editor, *(parts[name] for name in HANDED)]
+def build(models: Models, pictures: Pictures) -> tuple[gr.ImageEditor, dict[str, Component]]:
+    """Builds the tab; returns the editor and the controls."""
+    hint = "Upload a picture and write a prompt. Brush over the part to redraw, or redraw all of it."
+    tab = ui.SamplingTab(models, "edit", "Draw", hint, leave_out=("width", "height"))
+    with tab.extras:
+        editor = gr.ImageEditor(
+            label="Picture (its centre square is used)",
+            type="pil",
+            height=420,
+            canvas_size=(CANVAS, CANVAS),
+            fixed_canvas=True,
+            sources=("upload", "clipboard"),
+            transforms=(),
+            brush=gr.Brush(colors=["rgba(255, 59, 107, 0.6)"], color_mode="fixed", default_size="auto"),
+            layers=False,
+            elem_id="edit-editor",
+        )
+
+    def edit(values):
+        settings = tab.settings(values)
+        pipe = models[settings.model]
+        image, mask = read_drawing(values[editor], pipe.latent_shape()[1] * pipe.vae.factor, pipe.vae.factor)
+        options = {"strength": settings.strength} | ({"resample": RESAMPLE} if mask else {})
+        metadata = picture_metadata(pipe, settings, image="uploaded", mask="drawn" if mask else "", **options)
+        updates = sample(pipe, settings, image=image, mask=mask, **options)
+        yield from tab.follow(updates, settings, lambda images: pictures.save(images, metadata))
+
+    tab.on(edit, [editor])
+    return editor, tab.controls
 
 
-def handed(path: str, models: Models) -> list[Any]:
-    """A picture that was made here and what it was made from, for `build`'s components (UserError)."""
+def build_interpolation(models: Models, pictures: Pictures) -> None:
+    """Builds the tab between two prompts."""
+    leave_out = ("prompt", "seed", "random_seed", "width", "height", "strength")
+    tab = ui.SamplingTab(models, "between", "Interpolate", "Write two prompts.", leave_out, count=7)
+    with tab.extras:
+        prompts = gr.Textbox(label="From this prompt"), gr.Textbox(label="To this prompt")
+        with gr.Row():
+            seeds = gr.Number(0, label="First seed", precision=0), gr.Number(1, label="Last seed", precision=0)
+
+    def interpolate(values):
+        ends = zip(prompts, seeds, strict=True)
+        a, b = (tab.settings(values, prompt=values[prompt], seed=values[seed]) for prompt, seed in ends)
+        pipe, shares = models[a.model], torch.linspace(0, 1, a.count).tolist()
+        (metadata, *_) = picture_metadata(pipe, a, prompt=f"{a.prompt} -> {b.prompt}", seed_to=b.seed)
+
+        def save(images):
+            files = pictures.save(images, [metadata | {"share": f"{share:.4g}"} for share in shares])
+            return [(file, f"{share:.2f}") for file, share in zip(files, shares, strict=True)]
+
+        yield from tab.follow(sample(pipe, a, **interpolation(pipe, a, b, shares)), a, save)
+
+    tab.on(interpolate, [*prompts, *seeds])
+
+
+def open_picture(path: str, models: Models) -> tuple[dict, dict[str, Any]]:
+    """The value of the editor for a finished picture, and the values of the controls that the picture determines."""
     settings, _ = restore(path, models)
     image = Image.open(path)
     scale = max(1, CANVAS // max(image.size))
     image = image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
-    drawn = {"background": image, "layers": [], "composite": image}
-    return [gr.Tabs(selected="picture"), drawn, *(getattr(settings, name) for name in HANDED)]
+    values = {name: getattr(settings, name) for name in ("prompt", "negative_prompt", "model")}
+    return {"background": image, "layers": [], "composite": image}, values
 
 
-def a_picture(desk: Desk) -> tuple[gr.ImageEditor, dict[str, Any]]:
-    """The tab within the tab where a picture is drawn anew; its editor and its controls."""
-    gr.Markdown(
-        "Upload a picture; its centre square counts. What you brush over is drawn anew; without a stroke, all of it is."
-    )
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            editor = gr.ImageEditor(
-                label="Picture",
-                type="pil",
-                height=420,
-                canvas_size=(CANVAS, CANVAS),
-                fixed_canvas=True,
-                sources=("upload", "clipboard"),
-                transforms=(),
-                brush=gr.Brush(colors=["rgba(255, 59, 107, 0.6)"], color_mode="fixed", default_size="auto"),
-                layers=False,
-                elem_id="edit-editor",
-            )
-            given = controls(desk.models, leave_out=("width", "height"))
-        with gr.Column(scale=3, min_width=300):
-            with gr.Row():
-                go = gr.Button("Draw", variant="primary", elem_id="edit-go")
-                halt = gr.Button("Stop", elem_id="edit-stop")
-            status = gr.HTML(said("Upload a picture and write a prompt."), elem_classes="status", elem_id="edit-status")
-            gallery = pictures("Pictures", "edit-pictures", 440)
-            download = gr.DownloadButton("Download the chosen picture", interactive=False, elem_id="edit-download")
+def read_drawing(drawing: dict | None, side: int, factor: int) -> tuple[Image.Image, Image.Image | None]:
+    """The centre square of an editor's picture within its transparent margins, resized to `side`, and the mask that was
+    brushed, in whole latents of `factor` pixels; None without a stroke. Raises UserError without a picture."""
+    background = drawing["background"].convert("RGBA") if drawing and drawing.get("background") else None
+    if background is None or not (box := background.getchannel("A").getbbox()):
+        raise UserError("there is no picture to edit; upload one")
 
-    outputs = [gallery, status, given.parts["seed"], download]
-    work = {"fn": Editing(desk, given).run, "inputs": [editor, *given.inputs], "outputs": outputs}
-    begins(desk, "edit", [go.click], work, status)
-    stops(desk, "edit", halt, status)
-    gallery.select(desk.offered, None, download, **QUIET)
-    return editor, given.parts
+    def cut(layer: Image.Image):
+        # averages over whole blocks, so that a picture enlarged by `open_picture` comes back exactly
+        return ImageOps.fit(layer.convert("RGBA").crop(box), (side, side), Image.Resampling.BOX)
 
-
-def side_of(pipe: Pipeline) -> int:
-    """The side of the model's own pictures, in pixels."""
-    return pipe.latent_shape()[1] * pipe.vae.factor
-
-
-def read_drawing(drawn: dict | None, side: int, factor: int) -> tuple[Image.Image, Image.Image | None]:
-    """The centre square of an editor's picture, resized, and the mask of what was brushed over, in whole latents of
-    `factor` pixels, None for nothing (UserError without a picture)."""
-    background = drawn["background"].convert("RGBA") if drawn and drawn.get("background") is not None else None
-    if background is None or background.getchannel("A").getbbox() is None:
-        raise UserError("there is no picture to begin with; upload one")
-    box = centre_square(background)
-    # by whole blocks where it can be, so that what was enlarged comes back exactly
-    way = Image.Resampling.BICUBIC if (box[2] - box[0]) % side else Image.Resampling.BOX
-    image = background.crop(box).resize((side, side), way)
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = Image.alpha_composite(Image.new("RGBA", (side, side), "white"), cut(background)).convert("RGB")
     brushed = np.zeros((side, side), bool)
-    for layer in (drawn or {}).get("layers") or []:
-        alpha = layer.convert("RGBA").crop(box).resize((side, side), Image.Resampling.BOX)
-        brushed |= np.asarray(alpha)[..., 3] >= 64  # the brush is not opaque
+    for layer in drawing.get("layers") or ():
+        brushed |= np.asarray(cut(layer).getchannel("A")) >= 64  # the brush is translucent
     latents = reduce(brushed, "(h a) (w b) -> h w", "max", a=factor, b=factor)
-    whole = repeat(latents, "h w -> (h a) (w b)", a=factor, b=factor)
-    return image, Image.fromarray(whole) if whole.any() else None
+    mask = repeat(latents, "h w -> (h a) (w b)", a=factor, b=factor)
+    return image, Image.fromarray(mask) if mask.any() else None
 
 
-def centre_square(image: Image.Image) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the centre square of an RGBA picture, without the margins of an editor whose
-    canvas the picture does not fill: two opposite sides without colour, alike to a pixel."""
-    left, top, right, bottom = image.getchannel("A").getbbox() or (0, 0, *image.size)
-    beside, above = (left, image.width - right), (top, image.height - bottom)
-    if any(above) or abs(beside[0] - beside[1]) > 1:
-        left, right = 0, image.width
-    if any(beside) or abs(above[0] - above[1]) > 1:
-        top, bottom = 0, image.height
-    short = min(right - left, bottom - top)
-    x, y = (left + right - short) // 2, (top + bottom - short) // 2
-    return x, y, x + short, y + short
+def interpolation(pipe: Pipeline, a: Settings, b: Settings, shares: Sequence[float]) -> dict[str, Any]:
+    """The arguments of `sample` for pictures between the prompts and seeds of two settings; share 0 is a, 1 is b."""
+    if not a.prompt or not b.prompt:
+        raise UserError("write both prompts")
+    noise = ImageNoise([a.seed, b.seed], pipe.latent_shape())()
+    latents = torch.stack([slerp(*noise, share) for share in shares])
+    return {"prompt_embeds": between(*map(pipe.encode_prompt, ([a.prompt], [b.prompt])), shares), "latents": latents}

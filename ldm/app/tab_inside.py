@@ -1,83 +1,42 @@
-"""Look inside: the noise schedule, the way of z0, and where each word looks in the picture."""
-
-from collections.abc import Iterator
-from typing import Any
+"""Look inside: the way from noise to a picture, where each word looks, and the noise schedule."""
 
 import gradio as gr
 
-from ldm.app.desk import Desk, begins, stops
-from ldm.app.looking import Inside, overlay, schedule_plots, watch
-from ldm.app.parts import Controls, controls, figures, said, shown
-from ldm.app.studio import Update
-from ldm.config import UserError
+from ldm.app import controls as ui
+from ldm.app.attention import attention_maps, schedule_figure, word_overlays
+from ldm.app.models import Models
+from ldm.app.sampling import picture_metadata, sample
+from ldm.app.storage import Pictures
 
-NOTES = (
-    "**From noise to picture**: what the model believes the picture to be, step by step",
-    "**Where each word looks**: bright where cross-attention reads the word, over all layers and steps",
-    "**The noise schedule** and the steps of the sampler",
-)
+ESTIMATES = 8
 
 
-class Looking:
-    """What the tab does."""
+def build(models: Models, pictures: Pictures) -> None:
+    """Builds the tab."""
+    hint = "Shows the model's estimates on the way from noise to a picture."
+    tab = ui.SamplingTab(models, "inside", "Look", hint, leave_out=("count", "width", "height", "strength"))
+    with tab.results:
+        words = ui.gallery("inside-words", "Where each word looks: bright where cross-attention reads it", None)
+        plot = gr.Plot(show_label=False, elem_id="inside-plot")
 
-    def __init__(self, desk: Desk, given: Controls) -> None:
-        """`given` are the settings of the picture to look into."""
-        self.desk, self.given = desk, given
+    def look(values):
+        settings = tab.settings(values)
+        pipe = models[settings.model]
+        estimates = []
+        shown = {round(i * (settings.steps - 1) / ESTIMATES) for i in range(ESTIMATES)}
+        with attention_maps(pipe) as maps:
+            for update in sample(pipe, settings, preview_steps=shown):
+                if update.images and not update.done:
+                    estimates.append((update.images[0], f"t = {update.t:.0f}"))
+                yield {tab.panel.status: ui.progress(update), tab.gallery: estimates}
+        (image,) = update.images
+        (file,) = pictures.save([image], picture_metadata(pipe, settings))
+        yield tab.offer(file) | {
+            tab.panel.status: ui.message(f"Seed {settings.seed}.", *update.notes),
+            tab.gallery: [*estimates, (file, "the picture")],
+            tab.controls["seed"]: settings.seed,
+            words: word_overlays(maps, pipe, settings.prompt, image),
+            plot: schedule_figure(pipe.schedule, settings.sampler or pipe.schedule.config.sampler, settings.steps),
+        }
 
-    def run(self, request: gr.Request, *values: Any) -> Iterator[tuple]:
-        """How far it is, then what was seen."""
-        still = (gr.skip(),) * 3
-        try:
-            with self.desk.working(request, "inside") as stop:
-                settings = self.given.read(values)
-                if not settings.cleaned().prompt:
-                    raise UserError("the prompt is empty; write what the picture should show")
-                pipe = self.desk.models[settings.model]
-                found = None
-                for found in watch(pipe, settings, stop):
-                    if isinstance(found, Update):
-                        yield shown(found), settings.seed, *still
-                if not isinstance(found, Inside):
-                    yield said("Stopped."), settings.seed, *still
-                    return
-                sampler = settings.sampler or pipe.schedule.config.sampler
-                drawn = schedule_plots(pipe.schedule, sampler, settings.steps)
-                text = said(f"Seed {settings.seed}.") + "".join(said(note) for note in found.notes)
-                yield text, settings.seed, way_of(found), words_of(found), drawn
-        except UserError as error:
-            yield said(str(error), wrong=True), gr.skip(), *still
-
-
-def build(desk: Desk) -> None:
-    """The tab, inside the page's tabs."""
-    with gr.Tab("Look inside", id="inside"), gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            given = controls(desk.models, leave_out=("count", "width", "height", "strength"))
-        with gr.Column(scale=3, min_width=300):
-            with gr.Row():
-                go = gr.Button("Look", variant="primary", elem_id="inside-go")
-                halt = gr.Button("Stop", elem_id="inside-stop")
-            status = gr.HTML(
-                said("One picture, and what was on the way."), elem_classes="status", elem_id="inside-status"
-            )
-            shelves = []
-            for name, note, height in zip(("way", "words", "plots"), NOTES, (150, 150, 240), strict=True):
-                gr.Markdown(note)
-                shelves.append(gr.HTML(min_height=height, elem_id=f"inside-{name}"))
-
-    outputs = [status, given.parts["seed"], *shelves]
-    work = {"fn": Looking(desk, given).run, "inputs": given.inputs, "outputs": outputs}
-    begins(desk, "inside", [go.click, given.parts["prompt"].submit], work, status)
-    stops(desk, "inside", halt, status)
-
-
-def way_of(inside: Inside) -> str:
-    """The pictures on the way, as HTML."""
-    return figures((image, f"t = {t:.0f}") for t, image in inside.way)
-
-
-def words_of(inside: Inside) -> str:
-    """The picture once for each word, as HTML."""
-    seen = [(overlay(inside.image, heat), word) for word, heat in inside.words]
-    return figures([(inside.image, "the picture"), *seen])
+    tab.on(look, outputs=[words, plot])

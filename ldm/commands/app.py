@@ -1,0 +1,58 @@
+"""`ldm app`: a page to make pictures, look into a model, and judge how often people are fooled."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from ldm.commands.cli import read_options
+from ldm.config import UserError
+from ldm.distributed import find_device
+
+DESCRIPTION = """A page to make pictures, look into a model, and judge how often people are fooled.
+
+ldm app                        the shipped models, and finished runs under runs/
+ldm app --model runs/mine/diffusion --model emoji
+
+Needs gradio: pip install -e '.[app]'. It listens on this machine alone unless --host is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppOptions:
+    model: tuple[str, ...] = ()  # name or folder; may be repeated
+    port: int = 7860
+    host: str = "127.0.0.1"  # 0.0.0.0 opens the page to everyone who can reach this machine
+    out: Path = Path("outputs/app")  # folder for pictures and judgements
+    device: str = ""  # default: cuda if available, else cpu
+    seed: int = 0  # order in which pictures are judged
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Opens the models, then serves the page until ctrl-C."""
+    options = read_options(AppOptions, DESCRIPTION, argv)
+    check(options)
+    folder = options.out.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "served")  # read when gradio is imported
+    from ldm.app.models import Models, find_models
+    from ldm.app.page import serve
+
+    models = Models(find_models(options.model), find_device(options.device))
+    for name in models.names if options.model else models.names[:1]:
+        models[name]  # fails now and not in the page
+    if options.host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"warning: everyone who can reach {options.host} can use the page; it has no password", file=sys.stderr)
+    print(f"open http://{options.host}:{options.port}  (models: {', '.join(models.names)}; ctrl-C ends it)", flush=True)
+    serve(models, folder, options.host, options.port, options.seed)
+
+
+def check(options: AppOptions) -> None:
+    """Raises UserError for what can be refused before anything is loaded."""
+    if find_spec("gradio") is None:
+        raise UserError("the page needs gradio: pip install -e '.[app]', or make app")
+    if not 1 <= options.port <= 65535:
+        raise UserError(f"--port is {options.port}; it must be from 1 to 65535")
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out {str(options.out)!r} is not a folder; use another name")
