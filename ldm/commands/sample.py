@@ -45,7 +45,9 @@ class Options:
     mask: Path | None = None  # with --image: white (or transparent) is redrawn, black stays
     resample: int = 1  # with --mask: model calls per step; 2 fits the kept part better
     strength: float = 0.8  # with --image, in (0, 1]: how much is redrawn
-    interpolate: int | None = None  # number of pictures from the first prompt to the second, 2 or more; not with ddpm or euler_a
+    interpolate: int | None = (
+        None  # number of pictures from the first prompt to the second, 2 or more; not with ddpm or euler_a
+    )
     seed_to: int | None = None  # with --interpolate: seed of the last picture; default: --seed
     height: int | None = None  # pixels; default: the model's own
     width: int | None = None  # pixels; default: the model's own
