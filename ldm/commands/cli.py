@@ -99,7 +99,8 @@ def _help(field: dataclasses.Field, kind: Any, text: str) -> str:
     value = default(field)
     if kind is bool or value is None or value == () or value == "" or value is dataclasses.MISSING:
         return text.replace("%", "%%")
-    shown = ",".join(f"{x:g}" if isinstance(x, float) else str(x) for x in (value if type(value) is tuple else (value,)))
+    values = value if isinstance(value, tuple) else (value,)
+    shown = ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in values)
     return (f"{text}; " if text else "").replace("%", "%%") + f"default: {shown}"
 
 
