@@ -15,6 +15,7 @@ COMMANDS = {
     "app": ("app:main", "serve the page on this machine"),
     "data": ("data:main", "build a data set: ldm data emoji"),
     "compare": ("compare:main", "compare a model folder with diffusers, part by part"),
+    "benchmark": ("benchmark:main", "measure speed and memory beside diffusers"),
     "plan": ("plan:main", "project the time and cost of a training run"),
     "plot": ("plot:main", "draw the curves of runs and evaluations"),
     "results": ("plot:results", "draw and print the results that a family of configs keeps"),

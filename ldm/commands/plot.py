@@ -80,8 +80,8 @@ def main() -> None:
     panels: dict[str, Panel] = {}
     for path in map(metrics_file, options.paths):
         name = path.parent.name if path.name in (RUN, EVALUATION) else path.stem
+        x = "step" if path.suffix == ".jsonl" else "guidance"
         for title, points in curves(path).items():
-            x = "step" if path.suffix == ".jsonl" else "guidance"
             panels.setdefault(title, Panel(title=title, x=x)).lines[name] = points
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Curves</title>{draw(list(panels.values()))}</html>"
     write(options.out, page)
@@ -104,7 +104,8 @@ def results() -> None:
     ]
     guided = curves(evaluation)
     for (metric, title, factor), of in zip(GUIDED[1::-1], ("real held-out", "real train"), strict=True):
-        levels = {of: factor * r["value"] for r in read(evaluation) if (r["metric"], r["of"]) == (metric, of)}
+        real = [factor * r["value"] for r in read(evaluation) if (r["metric"], r["of"]) == (metric, of)]
+        levels = {of: real[0]} if real else {}
         panels.append(Panel(title=title, x="guidance", lines={"samples": guided[title]}, levels=levels))
     tables = [table(options.results / name) for name in ("ablation", "gan")]
     write(options.out, draw(panels))
@@ -137,22 +138,25 @@ def read(path: Path) -> list[Record]:
 
 
 def curves(path: Path) -> dict[str, Points]:
-    """By title, every number of a run over the steps or the GUIDED metrics of an evaluation over guidance."""
+    """By title, every number of a run over the steps or the GUIDED metrics of an evaluation over guidance; other titles
+    are empty."""
     points: dict[str, Points] = defaultdict(list)
     records = read(path)
     if path.suffix == ".jsonl":
         for line in records:
             for key, value in line.items():
                 points[key].append((line["step"], value))
-        return {key: curve for key, curve in points.items() if key != "step"}
+        del points["step"]
+        return points
     for metric, title, factor in GUIDED:
         for record in records:
             if record["metric"] == metric and record["of"] == "samples" and record["value"] is not None:
                 value = record["value"]
                 value = value["mean"]["all"] if isinstance(value, dict) else value
                 points[title].append((record["guidance"], factor * value))
-        points[title].sort()
-    return {title: curve for title, curve in points.items() if curve}
+        if title in points:
+            points[title].sort()
+    return points
 
 
 def draw(panels: Sequence[Panel]) -> str:
