@@ -303,20 +303,23 @@ def train_clip(s: Setting) -> Run:
 # --- whole programs, our data sets, the features of evaluations
 
 
+OURS = "pipe('a red apple', steps=25, sampler='ddim')[0]"
+THEIRS = "pipe('a red apple', num_inference_steps=25, guidance_scale=5.0, generator=torch.manual_seed(0)).images[0]"
+
+
 def program(s: Setting) -> Run:
     """A new Python process that imports a pipeline, and makes one picture if `draws`."""
     module, name = ("ldm", "Pipeline") if s.ours else ("diffusers", "StableDiffusionPipeline")
     code, out = f"import torch; from {module} import {name}", s.home / f"{module}.png"
     if s.params.get("draws"):
-        options = "" if s.ours else ", safety_checker=None, requires_safety_checker=False"
-        code += f"; pipe = {name}.from_pretrained({str(find_root('emoji'))!r}{options}); image = "
-        code += "pipe('a red apple', steps=25, guidance=5.0, sampler='ddim', seed=0)[0]" * s.ours or (
-            "pipe('a red apple', 25, guidance_scale=5.0, generator=torch.Generator().manual_seed(0)).images[0]"
-        )
-        code += f"; image.save({str(out)!r})"
+        unsafe = "" if s.ours else ", safety_checker=None, requires_safety_checker=False"
+        code += f"; pipe = {name}.from_pretrained({str(find_root('emoji'))!r}{unsafe})"
+        code += f"; {OURS if s.ours else THEIRS}.save({str(out)!r})"
 
     def run() -> list[Image.Image]:
-        subprocess.run([sys.executable, "-c", code], check=True, stdout=sys.stderr)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr.splitlines()[-1])
         return [Image.open(out)] if out.exists() else []
 
     return run

@@ -69,7 +69,7 @@ class Child:
     def steps(self) -> list[int]:
         """The steps, from 0, that a `watched` training has begun."""
         lines = self.out.read_text(errors="replace").split("\n")[:-1] if self.out.exists() else []
-        return [int(line.split()[1]) for line in lines if line.startswith("step ")]
+        return [int(line.split()[1]) for line in lines if line.startswith("begins ")]
 
     def wait(self) -> None:
         """Waits for the first step."""
@@ -109,7 +109,7 @@ def watched(make: Work, delay: float = 0.0, stop: int = -1, number: int = 0) -> 
         losses = task.losses
 
         def changed(modules: dict, batch: dict, step: int, *rest: Any) -> Any:
-            print("step", step, flush=True)
+            print("begins", step, flush=True)
             time.sleep(delay)
             if step == stop and not sent:
                 sent.append(number)  # once: a second signal ends the process
