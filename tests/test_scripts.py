@@ -159,7 +159,7 @@ def test_a_file_of_prompts(folder, capsys, monkeypatch, tmp_path, data):
 
 
 def test_an_image_and_its_mask_are_compared_upright(folder, capsys, monkeypatch, tmp_path):
-    """A camera's picture lies on its side with a note in its EXIF data; a mask that was drawn over it stands upright."""
+    """A camera's picture lies on its side, as its EXIF data say; a mask drawn over it stands upright."""
     exif, camera = Image.Exif(), Image.new("RGB", (40, 30), "red")
     exif[0x0112] = 6  # turned by a quarter
     camera.save(tmp_path / "image.jpg", exif=exif)
@@ -243,7 +243,7 @@ def test_help_comes_before_heavy_imports(name):
     """That of a training lists the config's keys, whose defaults are those of the models."""
     code = f"import sys; sys.argv[1:] = {[*name.split(), '--help']!r}\n"
     code += "from ldm.__main__ import main\n"
-    code += "try: main()\nexcept SystemExit as stop: sys.exit(stop.code or ('torch' in sys.modules and 'torch was imported'))"
+    code += "try: main()\nexcept SystemExit as stop: sys.exit(stop.code or 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ") and len(done.stdout.splitlines()) > 4
