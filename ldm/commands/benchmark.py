@@ -179,10 +179,11 @@ def measure(workload: Workload, params: dict[str, Any], options: Options, home: 
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     try:
         with contextlib.ExitStack() as stack:
-            children = {side: Child(side, workload.job, params, options, home) for side in sides}
-            for child in children.values():
-                stack.callback(child.process.kill)
-            first = {side: child.receive() for side, child in children.items()}
+            children, first = {}, {}
+            for side in sides:  # one after the other, as each tries memory layouts while it builds
+                children[side] = Child(side, workload.job, params, options, home)
+                stack.callback(children[side].process.kill)
+                first[side] = children[side].receive()
             repeats = max(1, min(MOST, round(LEAST / max(child.ask(1) for child in children.values()))))
             for i in range(max(min(3, options.rounds), round(options.rounds * workload.share))):
                 for side in sides if i % 2 == 0 else sides[::-1]:

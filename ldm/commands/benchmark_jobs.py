@@ -131,9 +131,8 @@ def normal(s: Setting, *shape: int, seed: int = 0) -> Tensor:
 
 def pictures(s: Setting, size: int) -> Tensor:
     """Smooth pictures (B, 3, size, size) in [-1, 1]."""
-    return F.interpolate(
-        normal(s, s.params["batch"], 3, size // 8, size // 8), size=(size, size), mode="bilinear"
-    ).tanh()
+    small = normal(s, s.params["batch"], 3, size // 8, size // 8)
+    return F.interpolate(small, size=(size, size), mode="bilinear").tanh()
 
 
 def unet_inputs(s: Setting, batch: int) -> tuple[Tensor, Tensor, Tensor]:
