@@ -192,7 +192,9 @@ def measure(workload: Workload, params: dict[str, Any], options: Options, home: 
     except WorkerFailed as error:
         return {"problem": str(error)}
     outputs, peaks = zip(*ends, strict=True)
-    row = {"seconds": seconds, "first": first, "peaks": peaks, "aim": workload.aim, "difference": None, "problem": ""}
+    row = {"seconds": seconds, "first": first, "peaks": [], "aim": workload.aim, "difference": None, "problem": ""}
+    if workload.job != "program":  # its memory is that of another process
+        row["peaks"] = peaks
     if workload.tolerance is not None and len(sides) == 2:
         row["difference"] = gap = largest_difference(*outputs, relative=workload.tolerance != PICTURE)
         row["problem"] = f"outputs differ by {gap:.2g}, allowed {workload.tolerance:g}" * (gap > workload.tolerance)
@@ -324,7 +326,7 @@ def cells(row: Row) -> list[str]:
         value, low, high = ratio(row["seconds"]["diffusers"], row["seconds"]["ldm"])
         shown = f"{value:.2f}x [{low:.2f}, {high:.2f}]"
         aim = f"{row['aim']}x: {'met' if value >= row['aim'] else 'missed'}" if row["aim"] else "-"
-    peaks = " / ".join(f"{peak / 2**20:.0f}" for peak in row["peaks"] if peak) or "-"
+    peaks = " / ".join(f"{peak / 2**20:.0f}" for peak in row["peaks"]) or "-"
     gap = "-" if row["difference"] is None else f"{'WRONG: ' * bool(row['problem'])}{row['difference']:.1e}"
     return [row["name"], times[0], *(times[1:] or ["-"]), shown, peaks, gap, aim]
 

@@ -315,11 +315,11 @@ def program(s: Setting) -> Run:
         code += f"; pipe = {name}.from_pretrained({str(find_root('emoji'))!r}{unsafe})"
         code += f"; {OURS if s.ours else THEIRS}.save({str(out)!r})"
 
-    def run() -> list[Image.Image]:
+    def run() -> list[Image.Image] | None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr.splitlines()[-1])
-        return [Image.open(out)] if out.exists() else []
+        return [Image.open(out)] if out.exists() else None
 
     return run
 
