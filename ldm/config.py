@@ -143,6 +143,8 @@ def _read(kind: Any, text: str) -> Any:
 
 def type_name(kind: Any) -> str:
     """How a type is written in messages."""
+    if kind == tuple[float, ...]:
+        return "numbers with commas, e.g. 1,7.5"
     return kind.__name__ if isinstance(kind, type) and not typing.get_origin(kind) else str(kind)
 
 

@@ -1,17 +1,7 @@
-"""Trains the VAE on images.
+"""`ldm train autoencoder`: trains the VAE on images."""
 
-python scripts/train_autoencoder.py --config configs/shapes/autoencoder.toml --out runs/shapes/autoencoder
-"""
-
-from ldm.commands.cli import run_training
-
-
-def parts() -> tuple[type, type]:
-    """The config's class and the task; imported here, so that --help is quick."""
-    from ldm.train.autoencoder import AutoencoderConfig, AutoencoderTask
-
-    return AutoencoderConfig, AutoencoderTask
-
+from ldm.commands.cli import run_command
+from ldm.commands.train import autoencoder
 
 if __name__ == "__main__":
-    run_training(parts, __doc__)
+    run_command(autoencoder)

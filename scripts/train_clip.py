@@ -1,17 +1,7 @@
-"""Trains the text encoder with its image tower, on captioned images.
+"""`ldm train clip`: trains the text encoder on captioned images."""
 
-python scripts/train_clip.py --config configs/shapes/clip.toml --out runs/shapes/clip
-"""
-
-from ldm.commands.cli import run_training
-
-
-def parts() -> tuple[type, type]:
-    """The config's class and the task; imported here, so that --help is quick."""
-    from ldm.train.clip import CLIPConfig, CLIPTask
-
-    return CLIPConfig, CLIPTask
-
+from ldm.commands.cli import run_command
+from ldm.commands.train import clip
 
 if __name__ == "__main__":
-    run_training(parts, __doc__)
+    run_command(clip)

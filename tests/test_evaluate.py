@@ -38,8 +38,18 @@ from ldm.evaluate.model import evaluate
 from ldm.evaluate.records import SHUFFLED, best_guidance, find, judge_fault
 from ldm.evaluate.report import write_report
 from ldm.evaluate.samples import data_config, sample_indices
-from ldm.metrics import cmmd, cosine, features, frechet_distance, judges, kernel_distance, precision_recall, psnr
-from ldm.metrics import retrieval, ssim
+from ldm.metrics import (
+    cmmd,
+    cosine,
+    features,
+    frechet_distance,
+    judges,
+    kernel_distance,
+    precision_recall,
+    psnr,
+    retrieval,
+    ssim,
+)
 from ldm.metrics.alignment import chance
 from ldm.metrics.attributes import ATTRIBUTES
 from ldm.metrics.compositional import TASKS, breakdown, check, score, tally
@@ -518,7 +528,11 @@ def test_the_command_prints_the_headline(copy, model, monkeypatch, capsys):
     ],
 )
 def test_a_users_mistake_is_one_line(model, tmp_path, monkeypatch, capsys, changes, words):
-    base = ["--model", model, *"--data shapes --num 16 --device cpu --features stub --judge none".split()]
+    base = [
+        "--model",
+        model,
+        *["--data", "shapes", "--num", "16", "--device", "cpu", "--features", "stub", "--judge", "none"],
+    ]
     assert words in refusal(monkeypatch, capsys, "--out", tmp_path / "out", *base, *changes.split())
     assert not (tmp_path / "out").exists()
 

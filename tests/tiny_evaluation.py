@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm.clip import TextEncoder
-from ldm.clip import TextConfig
+from ldm.clip import TextConfig, TextEncoder
 from ldm.commands.cli import run_command
 from ldm.commands.evaluate import main
 from ldm.data.shapes import Shapes

@@ -1,158 +1,126 @@
-"""What a training takes: counted FLOPs, and from them and a rate the time, the cost and what must be moved."""
+"""Projects a training run of a diffusion model: FLOPs, time and cost, and the bytes to store, read and reduce.
 
-import itertools
-import statistics
-import tempfile
+ldm plan --pictures 100e6 --size 256 --gpus 8
+ldm plan --measure 10 --family configs/shapes --size 32 --batch 16
+
+FLOPs are counted on the configs of --family. The share of a GPU's peak that training reaches, its utilization, is an
+assumption unless measured: --measure N takes N training steps of the U-Net here and prints their rate, for --rate.
+"""
+
+from __future__ import annotations
+
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from ldm import losses
-from ldm.clip import TextEncoder
+from ldm.commands.cli import read_options
 from ldm.config import UserError, load
-from ldm.data.latents import cache_bytes
-from ldm.distributed import processes
-from ldm.train.autoencoder import AutoencoderConfig
-from ldm.train.clip import CLIPConfig
-from ldm.train.diffusion import DiffusionConfig
-from ldm.train.loop import Run
-from ldm.train.task import training_layout
-from ldm.unet import UNet, UNetConfig
-from ldm.vae import VAE
 
-STATE_BYTES = 4 + 4 + 8 + 4  # a parameter's float32 weight, gradient, two moments of AdamW, average
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.unet import UNetConfig
+
+NODE = 8  # GPUs that NVLink connects
+STATE_BYTES = 4 + 4 + 8 + 4  # per parameter: float32 weight, gradient, AdamW's two moments, average
 GRADIENT_BYTES = 4  # DDP sums float32 gradients, also under bf16 autocast
+WARM_UP, PRODUCT = 2, 2048  # steps not timed; rows of the matrix product for comparison
+POSITIVE = ("pictures", "epochs", "size", "gpus", "peak", "storage", "caption_bytes", "rate", "bandwidth")
+UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "bytes"))
+NOT_NEGATIVE = ("price", "picture_bytes", "measure", "batch", "accumulate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `ldm plan`."""
+
+    family: Path = Path("configs/sd15")  # folder with autoencoder.toml, clip.toml and diffusion.toml
+    pictures: float = 100e6  # in the data set
+    epochs: float = 1.0  # times each picture is seen
+    size: int = 256  # pixels per side
+    gpus: int = 8  # number of GPUs
+    peak: float = 989.0  # TFLOP/s per GPU; the default is an H100 SXM in bf16
+    utilization: tuple[float, ...] = (25, 35, 45)  # percent of --peak, with commas
+    rate: float | None = None  # measured TFLOP/s per GPU, instead of --peak and --utilization
+    price: float = 2.5  # per GPU hour
+    bandwidth: float | None = None  # GB/s per GPU of an all-reduce; default: 300 (NVLink) for up to 8 GPUs, else 50
+    storage: float = 10.0  # GB/s for all GPUs together
+    caption_bytes: int = 100  # of key and captions, per picture
+    picture_bytes: int = 0  # per file; 0: a quarter byte per pixel
+    no_cache: bool = False  # encode pictures in every step
+    measure: int = 0  # take N training steps on this machine instead
+    batch: int = 0  # per GPU and micro-batch; 0: the config's
+    accumulate: int = 0  # micro-batches per step; 0: the config's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The three parts of a family at one picture size, counted for one picture."""
+    """The three parts of a family at one picture size; FLOPs are per picture."""
 
     unet_flops: int  # forward and backward
     vae_flops: int  # encoder
     text_flops: int
     parameters: int  # of the U-Net
     unet: UNetConfig
-    latent: tuple[int, int, int]
-    context: tuple[int, int]
-    batch: int  # of one process and micro-batch, and
-    accumulate: int  # micro-batches a step, as the config has them
+    latent: tuple[int, int, int]  # C, h, w
+    context: tuple[int, int]  # L, D
+    batch: int  # per GPU and micro-batch
+    accumulate: int  # micro-batches per step
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is trained on what; rates are of one GPU."""
-
-    pictures: int
-    epochs: float = 1.0
-    gpus: int = 8
-    peak: float = 989e12  # FLOP/s; bf16 of an H100 SXM without sparsity, by its data sheet
-    price: float = 2.5  # of a GPU hour
-    bandwidth: float = 50e9  # bytes/s of an all-reduce; a network card of 400 Gbit/s a GPU
-    storage: float = 10e9  # bytes/s that the storage gives all of them together
-    caption_bytes: int = 100
-    picture_bytes: int = 0  # of a file; 0: a quarter of a byte a pixel
-    cached: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Seconds are of the whole training, rates of all GPUs together."""
-
-    flops: float
-    encode_seconds: float  # of the cache
-    train_seconds: float
-    gpu_hours: float
-    cost: float
-    pictures_per_second: float
-    step_seconds: float
-    reduce_seconds: float  # of a step's gradients
-    waited_seconds: float  # of these, not hidden behind computing
-    read_rate: float  # bytes/s that training reads
-    limit: str  # what takes longest in a step
+def main() -> None:
+    """Prints the tables."""
+    options = read_options(Options, __doc__)
+    check(options)
+    model = read_model(options.family, options.size)
+    model = replace(model, batch=options.batch or model.batch, accumulate=options.accumulate or model.accumulate)
+    if options.measure:
+        print(measured(model, options.measure))
+        return
+    rates = [options.rate] if options.rate else [share / 100 * options.peak for share in options.utilization]
+    print(
+        f"{round(options.pictures):,} pictures of {options.size} px, {options.epochs:g} epochs, {options.gpus} GPUs,"
+        f" {options.family}"
+    )
+    for name, value in facts(model, options).items():
+        print(f"  {name:52}{value}")
+    columns = [projection(model, options, rate * 1e12) for rate in rates]
+    print(f"  {'at TFLOP/s a GPU':40}" + "".join(f"{rate:>16,.3g}" for rate in rates))
+    for name in columns[0]:
+        print(f"  {name:40}" + "".join(f"{column[name]:>16}" for column in columns))
 
 
-def count(run: Callable[[], object]) -> int:
-    """Floating-point operations of all matrix products and convolutions that `run` does; a multiply-add is two."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-WARM_UP, PRODUCT = 2, 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What one process of this machine does."""
-
-    batch: int
-    threads: int
-    seconds: float  # of a training step, the median
-    rate: float  # FLOP/s of these steps, of the counted operations
-    product: float  # FLOP/s of a matrix product in the same precision
-
-
-class Steps:
-    """The U-Net on noise: a task for the training loop's own step, without data."""
-
-    def __init__(self, model: Model, batch: int):
-        self.modules: dict[str, nn.Module] = {"unet": UNet(model.unet).to(memory_format=training_layout())}
-        self.model, self.batch, self.dataset = model, batch, []
-
-    def losses(self, modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
-        """The squared error of random latents, timesteps and contexts."""
-        device = processes().device
-        z_t = torch.randn(self.batch, *self.model.latent, device=device).contiguous(memory_format=training_layout())
-        t = torch.randint(1000, (self.batch,), device=device)
-        context = torch.randn(self.batch, *self.model.context, device=device)
-        yield "unet", losses.diffusion(modules["unet"](z_t, t, context), torch.randn_like(z_t)), {}
-
-    def after_step(self) -> None:
-        """Nothing to hold."""
-
-
-def measure(family: Path, size: int, steps: int, batch: int = 0) -> Measured:
-    """Takes `steps` steps of the U-Net's training, with clipping, optimizer and average, of `batch` pictures (0: as the
-    config has it), in its precision (on a CPU float32), after some to warm up."""
-    model, config = read_model(family, size), load(DiffusionConfig, family / "diffusion.toml").train
-    device, batch = processes().device, batch or model.batch
-    config = replace(config, precision=config.precision if device.type == "cuda" else "no", accumulate=1)
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(Steps(model, batch), config, Path(folder))
-        step = itertools.count()
-        batches = itertools.repeat(({}, {}))
-        times = [seconds(lambda: run.step(batches, next(step)), device) for _ in range(WARM_UP + steps)]
-    middle = statistics.median(times[WARM_UP:])
-    a = torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16 if config.precision == "bf16" else None)
-    fastest = min(seconds(lambda: a @ a, device) for _ in range(10))
-    rate, product = batch * model.unet_flops / middle, 2 * PRODUCT**3 / fastest
-    return Measured(batch=batch, threads=torch.get_num_threads(), seconds=middle, rate=rate, product=product)
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long something takes, until the device has done it."""
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def check(options: Options) -> None:
+    """Raises UserError for values out of range."""
+    for name in POSITIVE + NOT_NEGATIVE:
+        value, least = getattr(options, name), "more than 0" if name in POSITIVE else "0 or more"
+        if value is not None and not (0 <= value < float("inf") and (value > 0 or name in NOT_NEGATIVE)):
+            raise UserError(f"--{name.replace('_', '-')} {value:g} is not allowed; give {least}")
+    if not options.utilization or not all(0 < share <= 100 for share in options.utilization):
+        shown = ",".join(f"{share:g}" for share in options.utilization)
+        raise UserError(f"--utilization {shown!r} is not allowed; give percentages with commas, e.g. 25,35,45")
 
 
 def read_model(family: Path, size: int) -> Model:
-    """The configs of a folder such as configs/sd15, at `size` px; nothing is computed or held in memory. UserError for
-    a folder without them or a size they cannot take."""
+    """The configs of a folder such as configs/sd15 at `size` px, counted on meta tensors. Raises UserError for a folder
+    without them or a size they do not take."""
+    import torch
+
+    from ldm.clip import TextEncoder
+    from ldm.train.autoencoder import AutoencoderConfig
+    from ldm.train.clip import CLIPConfig
+    from ldm.train.diffusion import DiffusionConfig
+    from ldm.unet import UNet
+    from ldm.vae import VAE
+
     vae_config = load(AutoencoderConfig, family / "autoencoder.toml").model
     text_config = load(CLIPConfig, family / "clip.toml").text
     diffusion = load(DiffusionConfig, family / "diffusion.toml")
     channels, factor = vae_config.latent_channels, 2 ** (len(vae_config.block_out_channels) - 1)
     multiple = factor * 2 ** (len(diffusion.model.block_out_channels) - 1)
-    if size < multiple or size % multiple:
+    if size % multiple:
         raise UserError(f"--size {size} is not possible: {str(family)!r} takes multiples of {multiple} px")
     side, width, length = size // factor, text_config.hidden_size, text_config.max_position_embeddings
     sizes = {"in_channels": channels, "out_channels": channels, "sample_size": side, "cross_attention_dim": width}
@@ -162,10 +130,10 @@ def read_model(family: Path, size: int) -> Model:
         z, t, context = torch.empty(1, channels, side, side), torch.zeros(1).long(), torch.empty(1, length, width)
         x, tokens = torch.empty(1, 3, size, size), torch.zeros(1, length).long()
     return Model(
-        unet_flops=count(lambda: unet(z, t, context).sum().backward()),
-        vae_flops=count(torch.no_grad()(lambda: vae.encode(x))),
-        text_flops=count(torch.no_grad()(lambda: text(tokens))),
-        parameters=parameters(unet),
+        unet_flops=count_flops(lambda: unet(z, t, context).sum().backward()),
+        vae_flops=count_flops(torch.no_grad()(lambda: vae.encode(x))),
+        text_flops=count_flops(torch.no_grad()(lambda: text(tokens))),
+        parameters=sum(p.numel() for p in unet.parameters()),
         unet=unet_config,
         latent=(channels, side, side),
         context=(length, width),
@@ -174,9 +142,62 @@ def read_model(family: Path, size: int) -> Model:
     )
 
 
-def parameters(module: nn.Module) -> int:
-    """Parameters of a module."""
-    return sum(p.numel() for p in module.parameters())
+def count_flops(run: Callable[[], object]) -> int:
+    """FLOPs of all matrix products and convolutions of `run`; a multiply-add is two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def facts(model: Model, o: Options) -> dict[str, str]:
+    """The rows that do not depend on a GPU's rate."""
+    flops = " + ".join(f"{n / 1e12:.3g}" for n in (model.unet_flops, model.text_flops, model.vae_flops))
+    batch, state = model.batch * model.accumulate * o.gpus, bytes_text(STATE_BYTES * model.parameters)
+    steps = f"{round(o.pictures) * o.epochs / batch:,.0f} steps"
+    cache = bytes_text(o.pictures * sample_bytes(model, replace(o, no_cache=False)))
+    return {
+        "a picture: U-Net there and back, text, VAE encoder": f"{flops} TFLOP",
+        "U-Net": f"{model.parameters / 1e6:,.0f}M parameters, {state} on each GPU",
+        "batch": f"{batch:,} ({model.batch} x {model.accumulate} a GPU), {steps}",
+        "pictures on disk": bytes_text(o.pictures * sample_bytes(model, replace(o, no_cache=True))),
+        "cache of latents on disk": "none" if o.no_cache else cache,
+        "all-reduce a step and GPU": bytes_text(all_reduce_bytes(model.parameters, o.gpus)),
+    }
+
+
+def projection(model: Model, o: Options, rate: float) -> dict[str, str]:
+    """The run at `rate` FLOP/s per GPU.
+
+    Gradients are summed while the last micro-batch goes backward, two thirds of its computing; what takes longer is
+    waited for. Reading goes on beside both, so the slower of the two sets the pace. All GPUs encode the cache.
+    """
+    pictures, samples = round(o.pictures), model.batch * model.accumulate
+    per_sample = model.unet_flops + model.text_flops + (model.vae_flops if o.no_cache else 0)
+    bandwidth = (o.bandwidth or (300 if o.gpus <= NODE else 50)) * 1e9
+    compute = samples * per_sample / rate
+    reduce = all_reduce_bytes(model.parameters, o.gpus) / bandwidth
+    waited = max(0.0, reduce - 2 / 3 * compute / model.accumulate)
+    reading = samples * o.gpus * sample_bytes(model, o) / (o.storage * 1e9)
+    step = max(compute + waited, reading)
+    per_second = samples * o.gpus / step
+    encode_flops = 0 if o.no_cache else pictures * model.vae_flops
+    encoding, training = encode_flops / rate / o.gpus, pictures * o.epochs / per_second
+    hours = (encoding + training) * o.gpus / 3600
+    return {
+        "FLOP in all": f"{pictures * o.epochs * per_sample + encode_flops:.3g}",
+        "encoding the cache": time_text(encoding),
+        "training": time_text(training),
+        "GPU hours": f"{hours:,.0f}",
+        "cost": f"{hours * o.price:,.0f}",
+        "pictures/s": f"{per_second:,.0f}",
+        "a step": time_text(step),
+        "all-reduce of a step": time_text(reduce),
+        "of it not hidden behind computing": time_text(waited),
+        "read from storage": f"{bytes_text(per_second * sample_bytes(model, o))}/s",
+        "what takes longest": max((compute, "computing"), (waited, "all-reduce"), (reading, "storage"))[1],
+    }
 
 
 def all_reduce_bytes(parameters: int, gpus: int) -> float:
@@ -185,40 +206,71 @@ def all_reduce_bytes(parameters: int, gpus: int) -> float:
     return 2 * (gpus - 1) / gpus * GRADIENT_BYTES * parameters
 
 
-def sample_bytes(model: Model, s: Setting, size: int) -> float:
-    """Bytes read for one sample of a training: its part of the cache, or its picture and caption."""
-    if s.cached:
-        return cache_bytes(1, model.latent) - cache_bytes(0, model.latent) + s.caption_bytes
-    return (s.picture_bytes or size**2 // 4) + s.caption_bytes
+def sample_bytes(model: Model, o: Options) -> int:
+    """Bytes read per sample: float16 moments with an offset, or a picture; and the caption."""
+    channels, height, width = model.latent
+    picture = o.picture_bytes or o.size**2 // 4
+    return o.caption_bytes + (picture if o.no_cache else 2 * 2 * channels * height * width + 8)
 
 
-def plan(model: Model, s: Setting, size: int, flops_per_second: float) -> Plan:
-    """The training at a GPU's rate of `flops_per_second`.
+def measured(model: Model, steps: int) -> str:
+    """Times `steps` training steps of the U-Net on random latents, after some to warm up, beside a matrix product."""
+    import statistics
 
-    Gradients are summed while the last micro-batch goes backward, two thirds of its computing; what takes longer is
-    waited for. Reading goes on beside both, so the slower of the two sets the pace. All GPUs encode the cache.
-    """
-    per_sample = model.unet_flops + model.text_flops + (0 if s.cached else model.vae_flops)
-    samples, own = s.pictures * s.epochs, model.batch * model.accumulate
-    compute = own * per_sample / flops_per_second
-    reduce = all_reduce_bytes(model.parameters, s.gpus) / s.bandwidth
-    waited = max(0.0, reduce - 2 / 3 * compute / model.accumulate)
-    reading = own * s.gpus * sample_bytes(model, s, size) / s.storage
-    step = max(compute + waited, reading)
-    parts = {"computing": compute, "all-reduce": waited, "storage": reading}
-    encode_flops = s.pictures * model.vae_flops if s.cached else 0.0
-    train_seconds, encode_seconds = samples / (own * s.gpus) * step, encode_flops / flops_per_second / s.gpus
-    hours = (train_seconds + encode_seconds) * s.gpus / 3600
-    return Plan(
-        flops=samples * per_sample + encode_flops,
-        encode_seconds=encode_seconds,
-        train_seconds=train_seconds,
-        gpu_hours=hours,
-        cost=hours * s.price,
-        pictures_per_second=own * s.gpus / step,
-        step_seconds=step,
-        reduce_seconds=reduce,
-        waited_seconds=waited,
-        read_rate=own * s.gpus / step * sample_bytes(model, s, size),
-        limit=max(parts, key=parts.__getitem__),
+    import torch
+
+    from ldm.distributed import find_device
+    from ldm.unet import UNet
+
+    device = find_device("")
+    precision = {"device_type": device.type, "dtype": torch.bfloat16, "enabled": device.type == "cuda"}
+    unet = UNet(model.unet).to(device)
+    average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn())
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
+    z_t = torch.randn(model.batch, *model.latent, device=device)
+    t = torch.randint(1000, (model.batch,), device=device)
+    context = torch.randn(model.batch, *model.context, device=device)
+
+    def step() -> None:
+        with torch.autocast(**precision):
+            loss = (unet(z_t, t, context) - z_t).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(unet)
+
+    a = torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16 if precision["enabled"] else None)
+    seconds = statistics.median([timed(step, device) for _ in range(WARM_UP + steps)][WARM_UP:])
+    product = 2 * PRODUCT**3 / min(timed(lambda: a @ a, device) for _ in range(10))
+    rate, threads = model.batch * model.unet_flops / seconds, torch.get_num_threads()
+    return (
+        f"U-Net's training step, batch {model.batch}, {threads} threads: {time_text(seconds)}\n"
+        f"{model.batch / seconds:,.3g} pictures/s, {rate / 1e12:.3g} TFLOP/s (--rate)\n"
+        f"matrix product: {product / 1e12:.3g} TFLOP/s, of which the step has {rate / product:.0%}"
     )
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has done `work`."""
+    import torch
+
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def bytes_text(count: float) -> str:
+    """1.6 TB."""
+    unit, name = next((unit, name) for unit, name in UNITS if count >= unit or unit == 1)
+    return f"{count / unit:,.3g} {name}" if count < 1000 * unit else f"{count / unit:,.0f} {name}"
+
+
+def time_text(seconds: float) -> str:
+    """3.8 hours; "none" for 0."""
+    for least, unit, name in ((2 * 86400, 86400, "days"), (7200, 3600, "hours"), (120, 60, "minutes"), (1, 1, "s")):
+        if seconds >= least:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{1000 * seconds:,.3g} ms" if seconds else "none"

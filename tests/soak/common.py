@@ -1,63 +1,63 @@
-"""What the groups share: a row of the table, processes to kill, and a training that says where it is."""
+"""Shared by the groups: a row of the table, child processes, and trainings that print where they are."""
 
+import json
 import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tiny
 import torch
 import torch._dynamo  # optimizers import it; here, once for all children
 import torch.utils.tensorboard  # noqa: F401
-from ldm.train.run import Run
-from test_train import lines_of, state_of
 
-import ldm.train.loop
-from ldm.commands.cli import run_script
-from ldm.train.loop import TrainConfig
+from ldm.commands.cli import run_command
+from ldm.model_io import load_tensors
+from ldm.train.autoencoder import AutoencoderTask
+from ldm.train.clip import CLIPTask
+from ldm.train.config import TrainConfig
+from ldm.train.diffusion import DiffusionTask
+from ldm.train.loop import train
 
-FORK = multiprocessing.get_context("fork")  # the imports, 4 s of every start, are made once
-LIMIT = 300.0  # seconds that anything may take before it counts as hanging
+FORK = multiprocessing.get_context("fork")  # imports, 4 s of every start, are made once
+LIMIT = 300.0  # seconds until a process counts as hanging
+Work = Callable[[], Any]
 
 
 class Row:
-    """One row of the table: counts what was tried and keeps what went wrong."""
+    """One row of the table: counts the cases and keeps the failures."""
 
-    def __init__(self, what: str, status: str = ""):
-        self.what, self.status, self.count, self.notes = what, status, 0, []
-        self.wrong: list[str] = []
+    def __init__(self, name: str):
+        self.name, self.count, self.notes, self.failures, self.status = name, 0, [], [], "ok"
 
-    def expect(self, holds: bool, otherwise: str) -> None:
-        """Notes `otherwise` as what went wrong, unless `holds`."""
+    def expect(self, holds: bool, failure: str) -> None:
+        """Notes `failure` unless `holds`."""
         if not holds:
-            self.wrong.append(otherwise)
-            print(f"WRONG: {self.what}: {otherwise}", file=sys.stderr, flush=True)
-
-    @property
-    def outcome(self) -> str:
-        """ok, FAILED, or why the row was not run."""
-        return f"FAILED ({len(self.wrong)})" if self.wrong else self.status or "ok"
+            self.failures.append(failure)
+            self.status = f"FAILED ({len(self.failures)})"
+            print(f"FAILED: {self.name}: {failure}", file=sys.stderr, flush=True)
 
     def line(self) -> str:
-        """As a line of a Markdown table."""
-        wrong = [" ".join(text.replace("|", "/").split())[:200] for text in self.wrong[:3]]
-        words = "; ".join(wrong or self.notes)
-        return f"| {self.what} | {self.count:,} | {self.outcome} | {words} |"
+        """A line of a Markdown table."""
+        texts = [" ".join(text.replace("|", "/").split())[:200] for text in self.failures[:3]]
+        return f"| {self.name} | {self.count:,} | {self.status} | {'; '.join(texts or self.notes)} |"
 
 
 class Child:
-    """`work` in a process of its own, forked from this one; its stdout and stderr go into files beside `log`."""
+    """`work` in a process forked from this one; its stdout and stderr go into files beside `log`."""
 
-    def __init__(self, work: Callable[[], None], log: Path):
+    def __init__(self, work: Work, log: Path):
         self.out, self.err = log.with_suffix(".out"), log.with_suffix(".err")
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.process = FORK.Process(target=self._inside, args=(work,))
+        self.process = FORK.Process(target=self._run, args=(work,))
         self.process.start()
 
-    def _inside(self, work: Callable[[], None]) -> None:
+    def _run(self, work: Work) -> None:
         os.setsid()
         for stream, path in ((sys.stdout, self.out), (sys.stderr, self.err)):
             stream.flush()
@@ -66,90 +66,113 @@ class Child:
         torch.set_num_threads(1)
         work()
 
-    def wait_for(self, word: str) -> bool:
-        """Waits until it has printed a line that begins with `word`; False where it ends without."""
-        end = time.monotonic() + LIMIT
-        while time.monotonic() < end:
-            alive = self.process.is_alive()
-            if self.lines(word):
-                return True
-            if not alive:
-                return False
-            time.sleep(0.002)
-        return False
+    def steps(self) -> list[int]:
+        """The steps, from 0, that a `watched` training has begun."""
+        lines = self.out.read_text(errors="replace").split("\n")[:-1] if self.out.exists() else []
+        return [int(line.split()[1]) for line in lines if line.startswith("begins ")]
 
-    def send(self, number: int, group: bool = False) -> None:
-        """A signal, to its loader's processes too with `group`."""
-        (os.killpg if group else os.kill)(self.process.pid, number)
+    def wait(self) -> None:
+        """Waits for the first step."""
+        end = time.monotonic() + LIMIT
+        while time.monotonic() < end and self.process.is_alive() and not self.steps():
+            time.sleep(0.002)
 
     def end(self, limit: float = LIMIT) -> int | None:
-        """Its exit code once it has ended, minus the signal's number where one ended it; None where it hangs."""
+        """The exit code, minus the number of a signal that ended it; None where it hangs."""
         self.process.join(limit)
         if self.process.exitcode is None:
-            self.send(signal.SIGKILL, group=True)
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.join()
             return None
         return self.process.exitcode
 
-    def lines(self, word: str) -> list[list[str]]:
-        """What it printed in whole lines that begin with `word`, split at spaces."""
-        text = self.out.read_text(errors="replace") if self.out.exists() else ""
-        return [line.split() for line in text.split("\n")[:-1] if line.startswith(word)]
-
     def error(self) -> str:
-        """What it wrote to stderr, without progress bars and the lines about signals."""
+        """Its stderr without progress bars."""
         lines = self.err.read_text(errors="replace").replace("\r", "\n").splitlines()
         return "\n".join(line for line in lines if line.strip() and "step/s" not in line and "?step" not in line)
 
-
-class Reporting(Run):
-    """A run that says where it is, in lines: began, step, saved."""
-
-    def begin(self, start: int, *rest: object) -> None:
-        super().begin(start, *rest)
-        print("began", start, *hidden(self.out), flush=True)
-
-    def step(self, batches: object, step: int) -> None:
-        super().step(batches, step)
-        print("step", step + 1, flush=True)
-
-    def save(self, done: int, looked: bool = True) -> None:
-        super().save(done, looked)
-        print("saved", done, flush=True)
+    def refused(self) -> bool:
+        """Whether it ended with exit code 2 and one line of error."""
+        return self.end() == 2 and one_error(self.error())
 
 
-class Slow(tiny.Toy):
-    """The toy with so many seconds a step."""
-
-    def __init__(self, delay: float = 0.0):
-        super().__init__()
-        self.delay = delay
-
-    def losses(self, modules: dict, batch: dict, step: int) -> object:
-        time.sleep(self.delay)
-        yield from super().losses(modules, batch, step)
+def one_error(text: str) -> bool:
+    """Whether stderr holds one line of error and no traceback."""
+    return "Traceback" not in text and sum(line.startswith("error:") for line in text.splitlines()) == 1
 
 
-def training(task: Callable[[], object], config: TrainConfig, out: Path) -> Callable[[], None]:
-    """What a child does: trains as the scripts do, with exit codes, and says where it is."""
+def watched(make: Work, delay: float = 0.0, stop: int = -1, number: int = 0) -> Work:
+    """A task that prints each step, takes `delay` seconds per step, and gets a signal within the step `stop`."""
 
-    def work() -> None:
-        ldm.train.loop.Run = Reporting
-        run_script(lambda: ldm.train.loop.train(task(), config, out, {}))
+    def made() -> Any:
+        task, sent = make(), []
+        losses = task.losses
 
-    return work
+        def changed(modules: dict, batch: dict, step: int, *rest: Any) -> Any:
+            print("begins", step, flush=True)
+            time.sleep(delay)
+            if step == stop and not sent:
+                sent.append(number)  # once: a second signal ends the process
+                signal.raise_signal(number)
+            return losses(modules, batch, step, *rest)
+
+        task.losses = changed
+        return task
+
+    return made
 
 
-def hidden(out: Path) -> list[str]:
-    """Names of half-written files and folders in a run folder."""
-    return sorted(p.name for p in out.rglob("*") if p.name.startswith(".step-") or p.name.endswith((".tmp", ".part")))
+def training(make: Work, config: TrainConfig, out: Path) -> Work:
+    """A training with the exit codes of the command."""
+    return lambda: run_command(lambda: train(make(), config, out, {}))
 
 
-def differences(a: Path, b: Path, step: int) -> str:
-    """What differs between two finished runs, in words; "" where every tensor and every logged line is the same."""
-    first, second = state_of(a, step), state_of(b, step)
-    if first.keys() != second.keys():
-        return f"other files or tensors: {sorted(first.keys() ^ second.keys())[:3]}"
-    if unlike := [name for name in first if not torch.equal(first[name], second[name])]:
-        return f"{len(unlike)} of {len(first)} tensors differ, e.g. {unlike[0]}"
-    return "" if lines_of(a) == lines_of(b) else "metrics.jsonl differs"
+def finish(row: Row, make: Work, config: TrainConfig, out: Path, log: Path, code: int = 0) -> Child:
+    """Trains in a child to its end; the exit code must be `code`."""
+    child = Child(training(make, config, out), log)
+    row.expect(child.end() == code, f"{log.name}: exit code {child.process.exitcode}: {child.error()[-300:]}")
+    return child
+
+
+def trained(row: Row, folder: Path) -> dict[str, Work]:
+    """Trains the smallest models into `autoencoder`, `clip` and `diffusion` of `folder`; returns their tasks."""
+    cache = str(folder / "latents.safetensors")
+    tasks = {
+        "autoencoder": lambda: AutoencoderTask(tiny.autoencoder(loss=replace(tiny.LOSS, gan_start=5, gan_ramp=4))),
+        "clip": lambda: CLIPTask(tiny.clip(grounding=tiny.READERS)),
+        "diffusion": lambda: DiffusionTask(tiny.diffusion(folder / "autoencoder", folder / "clip", cache=cache)),
+    }
+    for name, task in tasks.items():
+        finish(row, task, replace(tiny.TRAIN, save_every=2), folder / name, folder / f"{name}-log")
+    return tasks
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((out / "checkpoints").glob("step-*"))
+
+
+def state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint's training state."""
+    tensors = {f"{f.name}/{k}": v for f in checkpoint.rglob("*.safetensors") for k, v in load_tensors(f).items()}
+    for file in checkpoint.rglob("*.pt"):
+        tensors |= _flat(torch.load(file, weights_only=True), file.name)
+    return tensors
+
+
+def _flat(value: Any, key: str) -> dict[str, torch.Tensor]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    parts = {name: t for k, v in items for name, t in _flat(v, f"{key}/{k}").items()}
+    return parts | ({key: value} if isinstance(value, torch.Tensor) else {})
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two states are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def identical(a: Path, b: Path) -> bool:
+    """Whether two finished runs have the same last state and log, and no half-written files."""
+    logs = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (a, b)]
+    hidden = [p for p in a.rglob("*") if p.name.startswith(".step-") or p.suffix in (".tmp", ".part")]
+    return not hidden and logs[0] == logs[1] and same(state(checkpoints(a)[-1]), state(checkpoints(b)[-1]))

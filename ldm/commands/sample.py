@@ -1,0 +1,179 @@
+"""Makes pictures from prompts.
+
+ldm sample --model emoji --prompt "a 3D emoji of a red apple" --out outputs
+
+--image begins with a picture, and --mask redraws only its white part. --interpolate N makes N pictures from the first
+of two prompts (and --seed) to the second (and --seed-to), and an animated GIF of them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.commands.cli import read_options
+from ldm.config import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ldm.pipeline import Pipeline
+
+Metadata = dict[str, Any]  # the text chunks of a PNG
+PASSED = ("negative_prompt", "steps", "guidance", "guidance_rescale", "sampler", "seed", "strength", "resample")
+PASSED += ("height", "width", "batch_size")  # to the pipeline, under the same names
+RECORDED = ("negative_prompt", "steps", "guidance", "guidance_rescale", "model")  # in every PNG
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `ldm sample`."""
+
+    model: str  # a shipped model, a run folder or a Stable Diffusion folder
+    prompt: tuple[str, ...] = ()  # may be repeated
+    prompts: Path | None = None  # text file with one prompt per line, instead of --prompt
+    out: Path  # folder for the PNGs and grid.png
+    steps: int = 30  # denoising steps
+    guidance: float = 5.0  # scale of classifier-free guidance; 1 is none
+    guidance_rescale: float = 0.0  # in [0, 1]: against overexposure at high guidance
+    sampler: str | None = None  # ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc or pndm; default: the model's own
+    seed: int = 0  # picture i has seed + i
+    negative_prompt: str = ""  # what guidance leads away from
+    image: Path | None = None  # picture to begin with: its centre square, resized
+    mask: Path | None = None  # with --image: white (or transparent) is redrawn, black stays
+    resample: int = 1  # with --mask: model calls per step; 2 fits the kept part better
+    strength: float = 0.8  # with --image, in (0, 1]: how much is redrawn
+    interpolate: int | None = (
+        None  # number of pictures from the first prompt to the second, 2 or more; not with ddpm or euler_a
+    )
+    seed_to: int | None = None  # with --interpolate: seed of the last picture; default: --seed
+    height: int | None = None  # pixels; default: the model's own
+    width: int | None = None  # pixels; default: the model's own
+    batch_size: int = 16  # pictures per call of the model
+    compile: bool = False  # torch.compile: takes minutes first, pays off for hundreds of pictures
+    grid: Path | None = None  # captioned grid of all pictures; default: grid.png in --out
+    device: str = ""  # default: cuda where available, else cpu
+
+
+def main() -> None:
+    """Samples all prompts with a progress bar, then writes the PNGs and the grid."""
+    options = read_options(Options, __doc__)
+    prompts = read_prompts(options)
+    check(options, prompts)
+    from tqdm import tqdm
+
+    from ldm.distributed import find_device
+    from ldm.pipeline import Pipeline
+
+    device = find_device(options.device)
+    pipe = Pipeline.from_pretrained(options.model, device)
+    if options.compile:
+        pipe.compile()
+    named = {name: getattr(options, name) for name in PASSED} | read_squares(options, pipe)
+    if options.interpolate:
+        inputs, metadata = interpolation(pipe, prompts, options)
+    else:
+        inputs = {"prompt": prompts}
+        metadata = [{"prompt": prompt, "seed": options.seed + i} for i, prompt in enumerate(prompts)]
+    steps = int(options.steps * options.strength) if options.image else options.steps
+    batches = -(-len(metadata) // max(options.batch_size, 1))
+    with tqdm(total=batches * steps, unit="step", delay=1e-3) as bar:  # the delay: no bar before an error
+        images = pipe(callback=lambda progress: bar.update(), **inputs, **named)
+    shared = {name: getattr(options, name) for name in RECORDED}
+    shared["sampler"] = options.sampler or pipe.schedule.config.sampler
+    if options.image:
+        shared |= {name: getattr(options, name) or "" for name in ("image", "mask", "strength", "resample")}
+    write(options, images, [texts | shared for texts in metadata])
+
+
+def read_prompts(options: Options) -> list[str]:
+    """The prompts of --prompt, or the non-empty lines of the file --prompts."""
+    if bool(options.prompt) == (options.prompts is not None):
+        raise UserError("exactly one of --prompt and --prompts is required; see --help")
+    if not options.prompts:
+        return list(options.prompt)
+    path = str(options.prompts)
+    try:
+        lines = options.prompts.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file {path!r} cannot be read: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"prompt file {path!r} holds no prompt; write one per line")
+    return prompts
+
+
+def check(options: Options, prompts: list[str]) -> None:
+    """Raises UserError for options that can be refused before a model is opened."""
+    for text in (*prompts, options.negative_prompt):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python reads arguments of other encodings
+            raise UserError(f"prompt {text!r} is not valid UTF-8")
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out {str(options.out)!r} is a file; give a folder, which may be new")
+    if options.grid and options.grid.is_dir():
+        raise UserError(f"--grid {str(options.grid)!r} is a folder; give a file name")
+    count = options.interpolate
+    if count is not None and (count < 2 or len(prompts) != 2):
+        raise UserError(f"--interpolate {count} with {len(prompts)} prompts; give 2 or more pictures and two prompts")
+    if options.seed_to is not None and count is None:
+        raise UserError("--seed-to is the last seed of --interpolate; leave it out without that")
+    if options.image and options.height != options.width:
+        raise UserError(f"--image is cut to a square: --height {options.height} and --width {options.width} differ")
+
+
+def read_squares(options: Options, pipe: Pipeline) -> dict[str, Image.Image]:
+    """The image and the mask as square RGB pictures of the height to sample."""
+    from PIL import Image, ImageOps
+
+    from ldm.images import ImageError, read_image, to_float, to_pil
+
+    side = pipe.latent_shape()[1] * pipe.vae.factor if options.height is None else max(options.height, 1)
+    squares, sizes = {}, {}
+    for name in ("image", "mask"):
+        if path := getattr(options, name):
+            try:
+                (squares[name],) = to_pil(to_float(read_image(path, side)[None]))
+            except ImageError as error:
+                raise UserError(str(error)) from None
+            with Image.open(path) as image:
+                sizes[name] = "{}x{}".format(*ImageOps.exif_transpose(image).size)
+    if len(set(sizes.values())) > 1:
+        raise UserError(f"the mask is {sizes['mask']}, the image {sizes['image']}; both must have the same size")
+    return squares
+
+
+def interpolation(pipe: Pipeline, prompts: list[str], options: Options) -> tuple[dict[str, Any], list[Metadata]]:
+    """The pipeline's `prompt_embeds` and `latents` from the first prompt to the second, and the PNGs' metadata."""
+    import torch
+
+    from ldm.edit import between, slerp
+    from ldm.samplers import ImageNoise
+
+    last = options.seed if options.seed_to is None else options.seed_to
+    a, b = ImageNoise([options.seed, last], pipe.latent_shape(options.height, options.width))()
+    shares = torch.linspace(0, 1, options.interpolate).tolist()
+    contexts = between(*(pipe.encode_prompt([prompt]) for prompt in prompts), shares)
+    texts = {"prompt": " -> ".join(prompts), "seed": options.seed, "seed_to": last}
+    inputs = {"prompt_embeds": contexts, "latents": torch.stack([slerp(a, b, share) for share in shares])}
+    return inputs, [texts | {"share": f"{share:.4g}"} for share in shares]
+
+
+def write(options: Options, images: list[Image.Image], metadata: list[Metadata]) -> None:
+    """PNGs named by number and prompt, a captioned grid, and the GIF of an interpolation."""
+    from ldm.images import captioned_grid, save_png
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    for i, (image, texts) in enumerate(zip(images, metadata, strict=True)):
+        slug = re.sub(r"[^a-z0-9]+", "-", texts["prompt"].lower())[:48].strip("-")
+        save_png(image, options.out / f"{i:04d}-{slug or 'prompt'}.png", {k: str(v) for k, v in texts.items()})
+    grid = options.grid or options.out / "grid.png"
+    grid.parent.mkdir(parents=True, exist_ok=True)
+    captions = [texts.get("share", texts["prompt"]) for texts in metadata]
+    captioned_grid(images, captions, len(images) if options.interpolate else min(6, len(images))).save(grid)
+    print(f"{len(images)} pictures in {options.out}, grid in {grid}")
+    if options.interpolate:
+        gif = options.out / "path.gif"
+        images[0].save(gif, save_all=True, append_images=images[1:], duration=120, loop=0)
+        print(f"animation in {gif}")

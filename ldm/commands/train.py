@@ -1,0 +1,75 @@
+"""The training commands: a config from a TOML file and `key.path=value` overrides, trained into a run folder."""
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ldm.commands.cli import Parser, default
+from ldm.config import comments, load, to_dict
+
+
+def autoencoder() -> None:
+    """Trains the VAE on images.
+
+    ldm train autoencoder --config configs/shapes/autoencoder.toml --out runs/shapes/autoencoder
+    """
+    from ldm.train.autoencoder import AutoencoderConfig, AutoencoderTask
+
+    train(AutoencoderConfig, AutoencoderTask, autoencoder.__doc__)
+
+
+def clip() -> None:
+    """Trains the text encoder together with its image tower on captioned images.
+
+    ldm train clip --config configs/shapes/clip.toml --out runs/shapes/clip
+    """
+    from ldm.train.clip import CLIPConfig, CLIPTask
+
+    train(CLIPConfig, CLIPTask, clip.__doc__)
+
+
+def diffusion() -> None:
+    """Trains the U-Net on latents and captions.
+
+    ldm train diffusion --config configs/shapes/diffusion.toml --out runs/shapes/diffusion
+    """
+    from ldm.train.diffusion import DiffusionConfig, DiffusionTask
+
+    train(DiffusionConfig, DiffusionTask, diffusion.__doc__)
+
+
+def train(config_class: type, make_task: Callable[[Any], Any], description: str | None) -> None:
+    """Reads the command line, builds the config and the task, trains."""
+    keys = "config keys, with their defaults:\n" + "\n".join(_keys(config_class))
+    parser = Parser("\n".join(map(str.strip, (description or "").splitlines())), epilog=keys)
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file; see configs/")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder; the same command resumes")
+    parser.add_argument("--force", action="store_true", help="resume although the config has changed")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. train.steps=1000")
+    args = parser.parse_intermixed_args()
+    config = load(config_class, args.config, args.overrides)
+    from ldm.distributed import processes
+    from ldm.train.loop import train
+
+    processes()  # refuses an unsupported launch before any work
+    try:
+        train(make_task(config), config.train, args.out, to_dict(config), args.force)
+    except KeyboardInterrupt:
+        print("the same command goes on from the last checkpoint", file=sys.stderr)
+        raise
+    processes().destroy_process_group()
+
+
+def _keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """One line per key of a nested config: `train.steps = 10000  # help`."""
+    texts, hints = comments(cls), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        key, value = prefix + field.name, default(field)
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _keys(hints[field.name], key + ".")
+        else:
+            shown = "" if value is dataclasses.MISSING else f" = {value!r}"
+            yield f"  {key}{shown}" + (f"  # {texts[field.name]}" if texts[field.name] else "")

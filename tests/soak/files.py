@@ -1,0 +1,247 @@
+"""Damaged and malicious files: checkpoints with a flipped bit, pickles that run code, names that lead outside."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from PIL import Image
+
+from ldm.commands.cli import run_command
+from ldm.data import DataConfig, open_dataset
+from ldm.metrics.features import feature_extractor
+from ldm.model_io import read_json, write_json
+from ldm.pipeline_io import load_parts
+from soak.common import Child, Row, Work, checkpoints, finish, one_error, trained, training, watched
+
+CONFIG = replace(tiny.TRAIN, save_every=2, ema_decay=0.9)
+TIMES = 100
+Case = tuple[str, Work, tuple[int, ...]]  # description, its work, exit codes allowed
+REFUSED, EITHER = (2,), (0, 2)
+
+
+def damage(folder: Path, seed: int) -> list[Row]:
+    """Flips a bit in, or cuts, one file of the newest checkpoint: it is detected, and the one before is used."""
+    rows, whole = [Row("bit flips in checkpoint files"), Row("checkpoint files cut short")], folder / "whole"
+    finish(rows[0], tiny.Toy, CONFIG, whole, folder / "log")
+    before, last = (int(c.name[-8:]) for c in checkpoints(whole))
+    names = sorted(p.relative_to(whole) for p in checkpoints(whole)[-1].rglob("*") if p.is_file())
+    for row in rows:
+        draw = random.Random(f"{seed} {row.name}")
+        for number in range(TIMES):
+            out, name = folder / "copy", names[number % len(names)]
+            shutil.rmtree(out, ignore_errors=True)
+            shutil.copytree(whole, out)
+            data, place = bytearray((whole / name).read_bytes()), draw.randrange(8 * (whole / name).stat().st_size)
+            if row is rows[0]:
+                data[place // 8] ^= 1 << place % 8
+            else:
+                del data[place // 8 :]
+            (out / name).write_bytes(data)
+            task, config = watched(tiny.Toy), replace(CONFIG, steps=last + 1)
+            child = finish(row, task, config, out, folder / "damaged")
+            detected = child.steps()[0] == before and child.error().count("warning: the checkpoint") == 1
+            unchanged = name.name == "manifest.json" and _json(bytes(data)) == _json((whole / name).read_bytes())
+            harmless = unchanged and child.steps()[0] == last
+            row.expect(detected or harmless, f"{name}: not detected: {child.error()[-200:]}")
+            row.count += 1
+        row.notes.append(f"all detected, in {', '.join(sorted({name.name for name in names}))}")
+    return rows
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+def payloads(folder: Path, seed: int) -> list[Row]:
+    """All cases, each in a child that may write only within its own folder, `fence`."""
+    rows = [Row(f"malicious {kind}") for kind in ("pickles", "JSON", "archives and names of pictures")]
+    trained(rows[0], folder)
+    finish(rows[0], tiny.Toy, CONFIG, folder / "toy", folder / "toy-log")
+    mark, fence = folder / "mark", folder / "fence"
+    for row, cases in zip(rows, (_pickles(folder, mark), _configs(folder, mark), _archives(folder)), strict=True):
+        refused = 0
+        for name, work, codes in cases:
+            before = _outside(folder)
+
+            def inside(work: Work = work) -> None:
+                os.chdir(fence)
+                run_command(work)
+
+            child = Child(inside, folder / "logs" / "case")
+            code, error = child.end(), child.error()
+            row.count += 1
+            refused += code == 2
+            right = code in codes and "Traceback" not in error and one_error(error) == (code == 2)
+            row.expect(right, f"{name}: exit code {code}: {error[-400:]}")
+            changed = sorted(_outside(folder) ^ before)
+            row.expect(not changed, f"{name}: ran or wrote {changed[:3]}")
+            mark.unlink(missing_ok=True)
+        row.notes.append(f"{refused} refused in one line, {row.count - refused} read without harm; nothing ran")
+    return rows
+
+
+def _outside(folder: Path) -> set[str]:
+    parts = {path.relative_to(folder) for path in folder.rglob("*")}
+    return {str(part) for part in parts if part.parts[0] not in ("fence", "logs")}
+
+
+def _copy(folder: Path, run: str) -> Path:
+    """A copy of a run, alone within the fence."""
+    shutil.rmtree(folder / "fence", ignore_errors=True)
+    return Path(shutil.copytree(folder / run, folder / "fence" / "copy"))
+
+
+class Call:
+    """Is pickled as the call of a function."""
+
+    def __init__(self, *call: Any):
+        self.call = call
+
+    def __reduce__(self) -> tuple:
+        return self.call[0], self.call[1:]
+
+
+def _payloads(mark: Path) -> dict[str, bytes]:
+    """Files that create `mark` when they are unpickled without care."""
+
+    def saved(value: Any, **options: bool) -> bytes:
+        file = io.BytesIO()
+        torch.save(value, file, **options)
+        return file.getvalue()
+
+    code = f"open({str(mark)!r}, 'w').close()"
+    calls = {"os.system": Call(os.system, f"touch {mark}"), "exec": Call(exec, code), "eval": Call(eval, code)}
+    calls |= {"open": Call(open, str(mark), "w"), "Popen": Call(subprocess.Popen, ["touch", str(mark)])}
+    files = {f"{name} in a plain pickle": pickle.dumps(call) for name, call in calls.items()}
+    for name in ("os.system", "exec"):
+        files[f"{name} in torch's zip"] = saved({"state": {0: {"step": calls[name]}}, "param_groups": []})
+        files[f"{name} in torch's old format"] = saved({"w": calls[name]}, _use_new_zipfile_serialization=False)
+    files["a whole module"] = saved(torch.nn.Linear(2, 2))
+    return files | {"tensors, then os.system": saved({"a": torch.zeros(2)}) + files["os.system in a plain pickle"]}
+
+
+def _pickles(folder: Path, mark: Path) -> Iterator[Case]:
+    """In a checkpoint whose manifest fits them, and as the weights of models."""
+    weights = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "pytorch_model"}
+    toy = sorted(p.name for p in (checkpoints(folder / "toy")[-1] / "state").iterdir())
+    for kind, data in _payloads(mark).items():
+        for name in [*toy, "more.pkl"]:
+            out = _copy(folder, "toy")
+            for checkpoint in checkpoints(out):
+                (checkpoint / "state" / name).write_bytes(data)
+                entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                table = read_json(checkpoint / "manifest.json")
+                table["files"][f"state/{name}"] = entry
+                write_json(checkpoint / "manifest.json", table)
+            work, codes = training(tiny.Toy, replace(CONFIG, steps=6), out), EITHER if name == "more.pkl" else REFUSED
+            yield f"{kind} as {name} of a checkpoint", work, codes
+        for part, suffix in ((p, s) for p in weights for s in (".bin", ".safetensors", ".fp16.bin")):
+            model = _copy(folder, "diffusion")
+            for old in (model / part).glob("*.safetensors"):
+                old.unlink()
+            (model / part / (weights[part] + suffix)).write_bytes(data)
+            yield f"{kind} as {part}{suffix}", lambda model=model: load_parts(model), REFUSED
+        for name, network in (("pytorch_model.bin", "clip"), ("model.safetensors", "dinov2"), ("a.pth", "inception")):
+            model = _copy(folder, "clip") / "clip"
+            for old in model.glob("*.safetensors"):
+                old.unlink()
+            (model / name).write_bytes(data)
+            path = f"{network}:{model / name if network == 'inception' else model}"
+            yield f"{kind} as {name} of {network}", lambda path=path: feature_extractor(path), REFUSED
+
+
+NAMES = ("../outside", "../../outside", "/etc/passwd", "os.system", "evil.Evil", "a\x00b", "", None, 7, ["../x"])
+KEYS = {
+    "model_index.json": ("_class_name", "vae", "unet", "tokenizer", "_name_or_path"),
+    "unet/config.json": ("_class_name", "_name_or_path", "down_block_types", "act_fn"),
+    "vae/config.json": ("_class_name", "block_out_channels"),
+    "text_encoder/config.json": ("architectures", "model_type", "auto_map", "_name_or_path"),
+    "tokenizer/tokenizer_config.json": ("tokenizer_class", "auto_map", "bos_token", "added_tokens_decoder"),
+    "scheduler/scheduler_config.json": ("_class_name", "prediction_type", "sampler"),
+}
+
+
+def _configs(folder: Path, mark: Path) -> Iterator[Case]:
+    """Names that lead outside, or to code beside the config, wherever a config holds a name."""
+    for file, key, value in ((f, k, v) for f, keys in KEYS.items() for k in keys for v in NAMES):
+        model = _copy(folder, "diffusion")
+        (model / Path(file).parent / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil:\n    pass\n")
+        write_json(model / file, read_json(model / file) | {key: {"AutoModel": value} if key == "auto_map" else value})
+        yield f"{file} {key} {value!r}", lambda m=model: load_parts(m), EITHER
+    for value in ("../outside.bin", "/etc/passwd", "a/../../b.bin", "", "..", ".", "con\x00.bin", 3, None):
+        model = _copy(folder, "diffusion")
+        (model / "unet/diffusion_pytorch_model.safetensors").rename(folder / "fence" / "outside.bin")
+        write_json(model / "unet/diffusion_pytorch_model.bin.index.json", {"weight_map": {"conv_in.weight": value}})
+        yield f"weight_map {value!r}", lambda m=model: load_parts(m), REFUSED
+    for value in ("../../outside", "/etc/passwd", "state/../../../x", "a\\..\\b"):
+        out = _copy(folder, "toy")
+        for checkpoint in checkpoints(out):
+            table = read_json(checkpoint / "manifest.json")
+            table["files"][value] = {"bytes": 1, "sha256": "0"}
+            write_json(checkpoint / "manifest.json", table)
+        yield f"manifest names {value!r}", training(tiny.Toy, replace(CONFIG, steps=6), out), REFUSED
+
+
+def png(colour: str = "black") -> bytes:
+    """A picture of 32 x 32 pixels."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(file, "png")
+    return file.getvalue()
+
+
+def _archives(folder: Path) -> Iterator[Case]:
+    """Members, links, metadata and indexes of shards and folders that lead outside."""
+    secret, root = folder / "secret.png", folder / "fence"
+    secret.write_bytes(png("white"))
+    targets = (str(secret), "../../secret.png", "/etc/passwd", "good-0.png")
+    kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
+    names = ("../../escape.png", "/tmp/escape.png", "a/../../../escape.png", "..\\escape.png", "./../escape.png")
+    for name, kind, target in [(n, tarfile.REGTYPE, "") for n in names] + [
+        ("bad.png", k, t) for k in kinds for t in targets
+    ]:
+        good = {f"good-{i}": png() for i in range(40)}
+        (root / "shards").mkdir(parents=True, exist_ok=True)
+        with tarfile.open(root / "shards/train-0.tar", "w") as tar:
+            for key, data in [*good.items(), (name.removesuffix(".png"), png())]:
+                for suffix, content in ((".png", data), (".txt", b"a dog")):
+                    info = tarfile.TarInfo(key + suffix)
+                    info.size = len(content)
+                    if key not in good and suffix == ".png":
+                        info.type, info.linkname, info.size = kind, target, len(content) * (kind == tarfile.REGTYPE)
+                    tar.addfile(info, io.BytesIO(content))
+        config = DataConfig(name="shards", path=str(root / "shards"), max_broken=0.5)
+        yield f"member {name!r}, {kind!r} to {target!r}", lambda c=config, g=set(good): _read(c, g), EITHER
+    for name in ("train-0.tar/../../x.tar", "/etc/passwd", "../escape.tar"):
+        index = {"shards": {name: {"samples": 1, "bytes": 1, "sha256": "0"}}}
+        write_json(root / "shards/index.json", index)
+        yield f"index names {name!r}", lambda c=config: _read(c, set()), REFUSED
+    for name in ("../secret.png", "../../secret.png", str(secret), "/etc/passwd", "good.png/../../x", "a\x00b.png"):
+        (root / "pictures/train").mkdir(parents=True, exist_ok=True)
+        (root / "pictures/train/good.png").write_bytes(png())
+        lines = [json.dumps({"file_name": n, "text": "a cat"}) + "\n" for n in ("good.png", name)]
+        (root / "pictures/train/metadata.jsonl").write_text("".join(lines))
+        config = DataConfig(name="folder", path=str(root / "pictures"), max_broken=0.5)
+        yield f"metadata names {name!r}", lambda c=config: _read(c, {"train/good.png"}), EITHER
+
+
+def _read(config: DataConfig, good: set[str]) -> None:
+    """Reads every sample; fails where one is from outside."""
+    dataset = open_dataset(config, "train")
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        assert sample["key"] in good and not sample["image"].any(), f"{sample['key']} was read"
