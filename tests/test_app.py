@@ -21,7 +21,7 @@ from ldm.app.results import results
 from ldm.app.sampling import Settings, picture_metadata, restore, sample
 from ldm.app.storage import Pictures
 from ldm.config import UserError
-from ldm.images import read_about, save_png
+from ldm.images import read_metadata, save_png
 from ldm.pipeline import Pipeline
 
 PROMPT = "a red circle above a blue square"
@@ -253,7 +253,7 @@ def samples(shapes, tmp_path_factory) -> tuple[list, Path]:
 def test_judged_pictures_are_of_the_same_captions(samples, shapes):
     chosen, folder = samples
     assert [s.seed for s in chosen] == list(range(10)) and all((folder / s.real).is_file() for s in chosen)
-    metadata = read_about(folder / chosen[9].made)
+    metadata = read_metadata(folder / chosen[9].made)
     assert (metadata["prompt"], metadata["seed"]) == (chosen[9].caption, "9")
     (expected,) = shapes["shapes"](chosen[9].caption, seed=9, guidance=3.0)
     assert abs(pixels(expected) - pixels(Image.open(folder / chosen[9].made))).max() <= 1

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ldm.app.models import Models
 from ldm.config import UserError
-from ldm.images import read_about
+from ldm.images import read_metadata
 from ldm.pipeline import Pipeline, Progress
 
 LONGEST_PROMPT = 1000  # characters
@@ -161,7 +161,7 @@ def restore(file: str | Path, models: Models) -> tuple[Settings, list[str]]:
 
     Raises UserError for a file without settings, and for settings out of bounds.
     """
-    metadata = read_about(file)
+    metadata = read_metadata(file)
     if "share" in metadata:
         raise UserError("that picture lies between two prompts; make such pictures in Edit")
     values: dict[str, Any] = {"model": metadata.get("model", "")}
