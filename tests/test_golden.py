@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ldm.tasks.autoencoder import AutoencoderConfig, AutoencoderTask
-from ldm.tasks.clip import CLIPConfig, CLIPTask
-from ldm.tasks.diffusion import DiffusionConfig, DiffusionTask
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.config import build, to_dict
-from ldm.train import train
+from ldm.train.autoencoder import AutoencoderConfig, AutoencoderTask
+from ldm.train.clip import CLIPConfig, CLIPTask
+from ldm.train.diffusion import DiffusionConfig, DiffusionTask
+from ldm.train.loop import train
 
 HERE = Path(__file__).parent
 GOLDEN, MODEL = HERE / "golden", HERE / "kept" / "model"
@@ -42,7 +42,7 @@ BLOCKS = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "attentio
 BLOCKS |= {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
 SCHEDULE = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "sampler": "ddim"}
 AUTOENCODER = {"model": LEVELS | {"latent_channels": 3}, "loss": LOSS, "statistics": 8}
-CLIP = {"vocab_size": 560, "text": TOWER | {"max_position_embeddings": 24}, "vision": TOWER | {"patch_size": 8}}
+CLIP = {"tokenizer": str(MODEL), "text": TOWER | {"max_position_embeddings": 24}, "vision": TOWER | {"patch_size": 8}}
 DIFFUSION = {"vae": str(MODEL), "text_encoder": str(MODEL), "model": LEVELS | BLOCKS, "schedule": SCHEDULE}
 DIFFUSION |= {"timesteps": "logit_normal", "logit_mean": 0.5, "min_snr_gamma": 5.0, "caption_dropout": 0.3}
 CONFIGS: dict[str, tuple[type, type, dict[str, Any]]] = {
@@ -53,41 +53,41 @@ CONFIGS: dict[str, tuple[type, type, dict[str, Any]]] = {
 
 
 class Draws(TorchFunctionMode):
-    """While entered, the k-th tensor that torch draws in step s, of shape S, is numpy's of seed [s, k] and shape S.
-
-    For code that draws from an explicit object only this class and `injected` change: `randn(rows, *shape)` is
-    `draw("randn", (rows, *shape))`, `rand` alike, and `rows(function, n)` is `function(n, None)` within this mode.
-    """
+    """Stands for `ldm.distributed.Draws`: the k-th tensor drawn in step s, of shape S, is numpy's of seed [s, k]."""
 
     def __init__(self, step: int):
         super().__init__()
         self.step, self.count = step, 0
 
-    def draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
-        """The next draw: of a standard normal, uniform in [0, 1), or an integer in [0, high)."""
+    def draw(self, kind: str, shape: tuple[int, ...]) -> Tensor:
+        """The next draw, standard normal or uniform in [0, 1)."""
         random = np.random.default_rng([self.step, self.count])
         self.count += 1
-        if kind == "randint":
-            return torch.from_numpy(np.asarray(random.integers(high, size=shape)))
         values = random.standard_normal(shape, np.float32) if kind == "randn" else random.random(shape, np.float32)
         return torch.from_numpy(np.asarray(values))
 
+    def randn(self, rows: int, *shape: int) -> Tensor:
+        return self.draw("randn", (rows, *shape))
+
+    def rand(self, rows: int, *shape: int) -> Tensor:
+        return self.draw("rand", (rows, *shape))
+
+    def rows(self, function: Callable[[int, torch.Generator], Tensor], rows: int) -> Tensor:
+        with self:
+            return function(rows, torch.Generator())
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in (torch.randn_like, torch.rand_like):
-            return self.draw(func.__name__.removesuffix("_like"), tuple(args[0].shape))
+        """Within `rows`, the draws of torch."""
         if func in (torch.randn, torch.rand):
             return self.draw(func.__name__, tuple(args[0]) if args and not isinstance(args[0], int) else args)
-        if func is torch.randint:
-            return self.draw("randint", tuple(args[-1]), args[0])
         return func(*args, **(kwargs or {}))
 
 
 def injected(losses: Callable) -> Callable:
     """`task.losses`, whose draws are those of `Draws`."""
 
-    def given(modules: dict[str, nn.Module], batch: dict, step: int) -> Iterator[tuple[str, Tensor, dict]]:
-        with Draws(step):
-            yield from losses(modules, batch, step)
+    def given(modules: dict[str, nn.Module], batch: dict, step: int, draws: Any) -> Iterator:
+        yield from losses(modules, batch, step, Draws(step))
 
     return given
 

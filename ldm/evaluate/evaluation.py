@@ -152,7 +152,7 @@ class Evaluation:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             unet = UNet(self.pipe.unet.config)
-        model = Pipeline(Parts(*self.pipe.parts[:3], unet, self.pipe.schedule), self.pipe.device)
+        model = Pipeline(Parts(*self.pipe.parts[:3], unet, self.pipe.schedule)).to(self.pipe.device)
         return self.sample("untrained", self.captions, UNTRAINED, "untrained", model)
 
     @cached_property

@@ -195,7 +195,7 @@ class DiffusionTask(Task):
         """A captioned grid of pictures from fixed prompts and seeds."""
         c = self.config.preview
         prompts = list(c.prompts) or [self.held_out.captions(i)[0] for i in spread(self.held_out, c.count)]
-        pipe = Pipeline(self.parts(modules), self.device)
+        pipe = Pipeline(self.parts(modules))
         images = pipe(prompts, steps=c.steps, guidance=c.guidance, seed=c.seed)
         return captioned_grid(images, prompts, columns=min(8, len(prompts)))
 
