@@ -90,13 +90,8 @@ def rank_and_world() -> tuple[int, int]:
 
 def gather_objects(x: Any) -> list[Any]:
     """`x` of every process in order of rank, in process 0; an empty list in the others."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return [x]
-    gathered: list[Any] = [None] * world
-    distributed.gather_object(x, gathered if rank == 0 else None)
-    distributed.barrier()
-    return gathered if rank == 0 else []
+    gathered = all_gather_objects(x)
+    return gathered if rank_and_world()[0] == 0 else []
 
 
 def all_gather_objects(x: Any) -> list[Any]:
@@ -117,7 +112,7 @@ def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) ->
 
 
 def from_main(work: Callable[[], Result]) -> Result:
-    """The result of `work`, which runs in process 0 alone, in all processes; so is its UserError."""
+    """The result of `work`, which runs in process 0 alone, in all processes; which raise its UserError alike."""
     rank, world = rank_and_world()
     outcome: list[Any] = [None]
     if rank == 0:

@@ -46,25 +46,21 @@ class Task:
 
     def collate(self, samples: list[dict]) -> dict:
         """Samples -> a batch; runs in the loading processes, without random numbers."""
-        raise NotImplementedError
 
     def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
         """The losses of a batch in turn; the loop runs backward after each."""
-        raise NotImplementedError
 
     def after_step(self) -> None:
         """Restores constraints after the weights have changed, e.g. by a clamp."""
 
     def validate(self, modules: Modules) -> dict[str, float]:
         """Values on held-out data, of the averaged `modules`."""
-        raise NotImplementedError
 
     def preview(self, modules: Modules) -> Image.Image | None:
         """A picture to look at, from fixed inputs and seeds."""
 
     def export(self, modules: Modules, folder: Path, final: bool) -> None:
         """Writes the loadable folder; `final` at the end of the run."""
-        raise NotImplementedError
 
 
 def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, force: bool = False) -> None:
@@ -318,8 +314,9 @@ class Run:
 def to_device(batch: dict, device: torch.device) -> dict:
     """A batch with its tensors on `device`; on a GPU images and latents are channels-last, for tensor cores."""
     tensors = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
-    images = [k for k, v in tensors.items() if v.ndim == 4 and device.type == "cuda"]
-    return batch | tensors | {k: tensors[k].contiguous(memory_format=torch.channels_last) for k in images}
+    for name in [k for k, v in tensors.items() if v.ndim == 4 and device.type == "cuda"]:
+        tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+    return batch | tensors
 
 
 def scalars(table: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
