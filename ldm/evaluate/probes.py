@@ -102,8 +102,8 @@ def _content(caption: str) -> tuple:
 
 
 def groups(e: Evaluation, g: float) -> None:
-    """For each group that captions name: alignment, the right value preferred to wrong ones, and variety, of samples and
-    of real images; and the values in images whose captions leave the group open."""
+    """For each group that captions name: alignment, the right value preferred to wrong ones, and variety, of samples
+    and of real images; and the values in images whose captions leave the group open."""
     for attribute in ATTRIBUTES:
         left_open(e, g, attribute)
         named = [attribute.named(caption) for caption in e.captions]
@@ -136,8 +136,8 @@ def _spread(features: Tensor) -> float:
 
 
 def combinations(e: Evaluation, g: float) -> None:
-    """On captions whose combination of skin tone and gender training never has: the share of wrong combinations to which
-    the right one is preferred, and in `every` how often to all."""
+    """On captions whose combination of skin tone and gender training never has: the share of wrong combinations to
+    which the right one is preferred, and in `every` how often to all."""
     is_new = getattr(e.dataset, "new_combination", lambda index: False)
     rows = [i for i, index in enumerate(e.indices) if is_new(index)]
     for source, fields in e.sources(g):
