@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_evaluation import fill, one, refusal, report, results, stub_extractor, tiny_vae, to_x
+from tiny_evaluation import fill, one, refusal, report, results, stub_extractor, tiny_vae
 
 from ldm.config import UserError
 from ldm.data.shapes import Shapes
