@@ -137,6 +137,8 @@ def _read(kind: Any, text: str) -> Any:
             value = tomllib.loads(f"value = {source}")["value"]
         except (ValueError, RecursionError):
             continue
+        if typing.get_origin(kind) is tuple and not isinstance(value, list):
+            continue  # one item, without brackets
         return value if isinstance(value, str) or kind not in (str, Path) else str(text)
     return str(text)
 

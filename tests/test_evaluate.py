@@ -12,14 +12,16 @@ import pytest
 import torch
 from PIL import Image
 from tiny_evaluation import (
+    GUIDANCE,
+    N,
     Tags,
     captions,
     command,
-    fill,
-    judge,
+    config_for,
     kept,
     knows_shapes,
     one,
+    opened,
     refusal,
     report,
     results,
@@ -28,22 +30,20 @@ from tiny_evaluation import (
     to_x,
 )
 
-from ldm.clip import CLIP, VisionConfig
+from ldm.commands.cli import read_options
 from ldm.config import UserError
-from ldm.data.emoji import Emoji
 from ldm.data.shapes import Scene, Shapes, render
 from ldm.evaluate.config import EvaluateConfig
 from ldm.evaluate.evaluation import pose_cases, reconstruct
 from ldm.evaluate.model import evaluate
-from ldm.evaluate.records import SHUFFLED, best_guidance, find, judge_fault
+from ldm.evaluate.records import SHUFFLED, best_guidance, find
 from ldm.evaluate.report import write_report
-from ldm.evaluate.samples import data_config, sample_indices
+from ldm.evaluate.samples import sample_indices
 from ldm.metrics import (
     cmmd,
     cosine,
     features,
     frechet_distance,
-    judges,
     kernel_distance,
     precision_recall,
     psnr,
@@ -51,17 +51,11 @@ from ldm.metrics import (
     ssim,
 )
 from ldm.metrics.alignment import chance
-from ldm.metrics.attributes import ATTRIBUTES
 from ldm.metrics.compositional import TASKS, breakdown, check, score, tally
 from ldm.metrics.diversity import nearest
 from ldm.pipeline import Pipeline
 
-N, GUIDANCE = 16, (1.0, 2.0)
 COSTS = ("seconds_per_picture", "memory_per_picture_bytes")
-
-
-def opened(name: str):
-    return knows_shapes() if name == "knows-shapes" else judges.image_text_model(name)
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +72,6 @@ def networks():
         patch.setattr("ldm.evaluate.evaluation.image_text_model", opened)
         patch.setattr(warnings, "showwarning", warnings.showwarning)  # run_command sets it for good
         yield
-
-
-def config_for(model: Path, out: Path, **changes) -> EvaluateConfig:
-    base = {"data": "shapes", "num": N, "guidance": GUIDANCE, "guidance_rescale": 0.5, "steps": 2, "device": "cpu"}
-    base |= {"features": "stub", "judge": "knows-shapes", "train_num": 40}
-    return EvaluateConfig(model=str(model), out=out, **base | changes)
 
 
 @pytest.fixture(scope="module")
@@ -333,120 +321,6 @@ def test_the_same_seed_gives_the_same_numbers_and_another_others(done, model, tm
         assert one(tmp_path / "other", metric, of)["value"] != one(done, metric, of)["value"]
 
 
-def test_a_judge_must_know_the_pictures_and_not_be_the_models_own(model, tmp_path, monkeypatch, prompts):
-    with monkeypatch.context() as patch:
-        ignorant = judge("ignorant", knows_shapes().images, lambda texts: torch.ones(len(texts), 192))
-        patch.setattr("ldm.evaluate.evaluation.image_text_model", lambda name: ignorant)
-        with pytest.raises(UserError, match="'ignorant' finds the right one of 16 real pictures .* --judge none"):
-            evaluate(config_for(model, tmp_path / "out"))
-    pipe = Pipeline.from_pretrained(model)
-    vision = VisionConfig(image_size=32, patch_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-    clip = CLIP(replace(pipe.text_encoder.config, projection_dim=512), vision)
-    clip.text_model = pipe.text_encoder.text_model
-    clip.save_pretrained(tmp_path / "judge")
-    pipe.tokenizer.save_pretrained(tmp_path / "judge")
-    for name, changes, words in (
-        (tmp_path, {}, "would judge itself"),
-        (f"clip:{tmp_path / 'judge'}", {}, "would judge itself"),  # by transformers it is the same encoder
-        (tmp_path, {"split": "val"}, "learned from the validation split"),
-        ("none", {"features": "judge"}, "there is none"),
-    ):
-        with pytest.raises(UserError, match=words):
-            evaluate(config_for(model, tmp_path / "out", judge=str(name), **changes))
-    assert not (tmp_path / "out").exists() and not prompts
-    base = {"extractor": "net", "n": 480, "of": "real held-out"}
-    assert judge_fault(base | {"value": 0.7, "chance": 1 / 480}) == ""
-    assert "0.3% (chance 0.2%, 10.0% needed)" in judge_fault(base | {"value": 0.003, "chance": 1 / 480})
-
-
-def test_groups_that_captions_name_are_reported_apart(tmp_path, monkeypatch):
-    """On emoji, whose captions name skin tones, with a judge that sees how dark a picture is."""
-    tones = list(ATTRIBUTES[0].values)
-
-    def embed(angle: torch.Tensor) -> torch.Tensor:
-        return torch.stack([angle.cos(), angle.sin()], 1)
-
-    def texts(captions: list[str]) -> torch.Tensor:
-        return embed(torch.tensor([tones.index(ATTRIBUTES[0].named(c) or "light") for c in captions]) / -5)
-
-    tiny_pipeline(size=4).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(
-        "ldm.evaluate.evaluation.image_text_model",
-        lambda name: judge("sees-dark", lambda x: embed(x.mean((1, 2, 3))), texts),
-    )
-    monkeypatch.setattr("ldm.evaluate.records.MOST", 0.0)
-    out = tmp_path / "out"
-    evaluate(config_for(tmp_path / "model", out, data="emoji", num=60, guidance=(1.0,), steps=1, judge="sees-dark"))
-    dataset = Emoji(16, "test")
-    records = [dataset.records[i] for i in sample_indices(len(dataset), 60, 0)]
-    for tone in ("light", "dark"):
-        mine = [r for r in results(out) if r.get("group") == tone and r["of"] == "real held-out"]
-        assert {r["metric"] for r in mine} == {"group_clip_cosine", "group_paired", "group_diversity"}
-        assert mine[0]["n"] == sum(r["skin_tone"] == tone for r in records)
-    (left_open,) = find(results(out), "left_open", "samples", attribute="skin tone")
-    assert sum(left_open["value"].values()) == pytest.approx(1)
-    prompts = captions(out / "open/skin-tone/g1")
-    assert len(prompts) == left_open["n"] and not any("skin tone" in prompt for prompt in prompts)
-    new, samples = [r for r in results(out) if r["metric"] == "new_combinations"]
-    assert new["n"] == samples["n"] == sum(r["held_out"] == "combination" for r in records)
-    assert 0 < new["every"] <= new["value"] < 1  # it cannot tell genders
-    assert all(words in report(out) for words in (">Groups<", ">No skin tone asked for<", "how often all"))
-
-
-def noise(root: Path, shared: int = 0, count: int = N) -> Path:
-    """Folders train and test of noise, the first `shared` pictures the same in both."""
-    for seed, split in enumerate(("test", "train")):
-        fill(root / split, count, seed, text="noise" if split == "test" else "other noise")
-    for i in range(shared):
-        Image.open(root / f"test/{i:03d}.png").save(root / f"train/{i:03d}.bmp")
-        (root / f"train/{i:03d}.png").unlink()
-        (root / f"train/{i:03d}.txt").write_text(f"noise {i}")
-    return root
-
-
-def of_folder(model: Path, data: Path, out: Path, **changes) -> EvaluateConfig:
-    return config_for(model, out, data="folder", data_path=str(data), guidance=(2.0,), judge="", **changes)
-
-
-def test_training_pictures_may_be_missing_broken_or_held_out_ones(model, tmp_path):
-    data, out = noise(tmp_path / "data", shared=3), tmp_path / "out"
-    with pytest.warns(UserWarning, match="3 of the 16 held-out pictures are in the training set"):
-        evaluate(of_folder(model, data, out))
-    assert one(out, "memorized", "samples")["held_out_in_train"] == 3 and not (out / "cases").exists()
-    (tmp_path / "run").mkdir()
-    shutil.copytree(model, tmp_path / "run", dirs_exist_ok=True)
-    (tmp_path / "run/config.json").write_text('{"data": {"name": "folder", "max_broken": 1.0}}')
-    for file in sorted((data / "train").glob("*.png"))[:9]:
-        file.write_bytes(b"no picture")
-    evaluate(of_folder(tmp_path / "run", data, tmp_path / "few"))
-    (floor,) = [r for r in results(tmp_path / "few") if r["of"] == "real train"]
-    assert floor["value"] is None and floor["note"] == "only 7 of 16 training pictures can be read"
-    text = report(tmp_path / "few")
-    assert "floor at this N: unknown, only 7 of 16" in text and "noise 3" in text and "Link by link" not in text
-
-
-def test_held_out_pictures_that_cannot_be_read_are_left_out_and_said(model, tmp_path):
-    data, out = noise(tmp_path / "data", count=101), tmp_path / "out"
-    (data / "test/007.png").write_bytes(b"no picture")
-    Image.new("RGB", (24, 24), "red").save(data / "test/009.png")
-    lines = evaluate(of_folder(model, data, out, num=101))
-    left = one(out, "left_out", "data")
-    assert (left["value"], left["n"]) == (1, 101) and "007.png" in left["note"]
-    assert one(out, "frechet_distance", "samples")["n"] == 100
-    assert "left out: 1 of 101 data" in lines and "blank pictures: 1 of 100 real held-out" in lines
-    text = report(out)
-    assert "1 of 101 samples of the data could not be used, the first: " in text and "1 of 100 real held-out" in text
-
-
-def test_too_few_pictures_for_the_features_say_what_is_needed(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor(3))  # 27 features
-    lines = evaluate(config_for(model, tmp_path / "out", guidance=(1.0,)))
-    record = one(tmp_path / "out", "frechet_distance", "samples")
-    needs = "needs 28 pictures on both sides, one more than features, for less bias"
-    assert record["biased"] and record["note"] == needs and needs in report(tmp_path / "out")
-    assert any(line.startswith(f"Frechet distance is biased: it {needs}") for line in lines)
-
-
 def test_another_evaluation_is_compared_with_where_it_may_be(done, copy, model, tmp_path):
     tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
     config = config_for(tmp_path / "other", tmp_path / "out", baseline=str(done), guidance=(1.0,))
@@ -471,20 +345,6 @@ def test_another_evaluation_is_compared_with_where_it_may_be(done, copy, model, 
         assert not (tmp_path / "new").exists()
 
 
-def test_data_are_those_of_the_models_run_and_fewer_begin_more(model, tmp_path):
-    assert data_config("shapes", "shapes", "", 32).length == 100_000
-    assert data_config(str(model), "shapes", "", 32).length is None
-    checkpoint = tmp_path / "run/checkpoints/step-00000004"  # of a run that has not ended
-    shutil.copytree(model, checkpoint)
-    (tmp_path / "run/config.json").write_text('{"data": {"name": "folder", "seed": 3, "length": null}}')
-    assert data_config(str(tmp_path / "run"), "folder", "x", 32).seed == 3
-    assert data_config(str(tmp_path / "run"), "shapes", "", 32).seed == 0  # other data
-    assert sample_indices(2000, 16, 3) == sample_indices(2000, 40, 3)[:16]
-    few, many = pose_cases(24, 0), pose_cases(72, 0)
-    kinds = [(case.task, case.held_out) for case in many]
-    assert few == many[:24] and all(kinds.count((task, half)) == 6 for task in TASKS for half in (False, True))
-
-
 def test_the_command_prints_the_headline(copy, model, monkeypatch, capsys):
     options = "--num 16 --guidance 1,2 --guidance-rescale 0.5 --steps 2 --features stub --train-num 40 --device cpu"
     options += " --judge knows-shapes --data shapes"
@@ -495,6 +355,9 @@ def test_the_command_prints_the_headline(copy, model, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, "--model", model, "--help")
     assert stop.value.code == 0 and "--train-num" in capsys.readouterr().out
+    required = ["--model", "x", "--data", "shapes", "--out", "out"]
+    for text, scales in (("3", (3.0,)), ("1,2.5", (1.0, 2.5))):
+        assert read_options(EvaluateConfig, "", [*required, "--guidance", text]).guidance == scales
     command(monkeypatch, "--help")
     assert all(option in capsys.readouterr().out for option in ("--perceptual",))
 
@@ -535,9 +398,3 @@ def test_a_users_mistake_is_one_line(model, tmp_path, monkeypatch, capsys, chang
     ]
     assert words in refusal(monkeypatch, capsys, "--out", tmp_path / "out", *base, *changes.split())
     assert not (tmp_path / "out").exists()
-
-
-def test_reports_need_two_packages(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.evaluate.report.find_spec", lambda name: None if name == "matplotlib" else name)
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        evaluate(config_for(model, tmp_path / "out"))

@@ -17,8 +17,10 @@ from ldm.commands.cli import run_command
 from ldm.commands.evaluate import main
 from ldm.data.shapes import Shapes
 from ldm.diffusion import Schedule, ScheduleConfig
+from ldm.evaluate.config import EvaluateConfig
 from ldm.evaluate.records import find
 from ldm.evaluate.samples import sample_indices
+from ldm.metrics import judges
 from ldm.metrics.features import FeatureExtractor
 from ldm.metrics.judges import ImageTextModel
 from ldm.metrics.preprocess import resized
@@ -27,6 +29,8 @@ from ldm.pipeline_io import Parts
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
+
+N, GUIDANCE = 16, (1.0, 2.0)
 
 
 def tiny_vae(seed: int = 0) -> VAE:
@@ -168,3 +172,13 @@ def refusal(monkeypatch, capsys, *arguments: object) -> str:
     line = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
     assert line.startswith("error: ")
     return line
+
+
+def opened(name: str):
+    return knows_shapes() if name == "knows-shapes" else judges.image_text_model(name)
+
+
+def config_for(model: Path, out: Path, **changes) -> EvaluateConfig:
+    base = {"data": "shapes", "num": N, "guidance": GUIDANCE, "guidance_rescale": 0.5, "steps": 2, "device": "cpu"}
+    base |= {"features": "stub", "judge": "knows-shapes", "train_num": 40}
+    return EvaluateConfig(model=str(model), out=out, **base | changes)

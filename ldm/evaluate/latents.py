@@ -74,8 +74,8 @@ def _codes(vae: VAE, pixels: Tensor) -> np.ndarray:
 
 
 def _label_records(train: Split, test: Split, names: tuple[str, ...], seed: int) -> list[Record]:
-    """For each label: k-means of the test codes, and a linear probe from train to test. The intervals are for
-    other test images and the same clusters and probe."""
+    """For each label: k-means of the test codes, and a linear probe from train to test. The intervals are for other
+    test images and the same clusters and probe."""
     records: list[Record] = []
     for i, name in enumerate(names):
         labels, rows = test[1][:, i], torch.arange(len(test[0]))

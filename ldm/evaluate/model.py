@@ -45,7 +45,7 @@ def evaluate(config: EvaluateConfig) -> list[str]:
     """Samples the images that are missing in `config.out`, measures, writes metrics.json and report.html there.
 
     Several processes (`accelerate launch`) share images and features. Returns the headline numbers, one per line.
-    Raises UserError for wrong settings, too few images, or a folder with images of other settings; nothing is written then.
+    Raises UserError for wrong settings, too few images, or images of other settings; nothing is written then.
     """
     check_installed()
     e, new = Evaluation(config), not config.out.exists()

@@ -1,4 +1,4 @@
-"""The images of an evaluation. Those that it makes are kept: OUT/<set>/g<guidance>/00000.png, and a metadata.jsonl."""
+"""The images of an evaluation. Those that it makes are kept: OUT/<set>/g<guidance>/00000.png and metadata.jsonl."""
 
 import itertools
 import json
@@ -71,8 +71,8 @@ class PictureSet:
         )
 
     def write_captions(self, guidance: float) -> None:
-        """Writes metadata.jsonl, so that the folder is a captioned one; a longer one, of a run with more captions,
-        stays. Raises UserError where the images there have other captions."""
+        """Writes metadata.jsonl, which makes a captioned folder; a longer one, of a run with more captions, stays.
+        Raises UserError where the images there have other captions."""
         path = self.path(guidance, 0).with_name("metadata.jsonl")
         lines = [json.dumps({"file_name": f"{i:05d}.png", "text": text}) for i, text in enumerate(self.captions)]
         kept = path.read_text(errors="replace").splitlines() if path.is_file() else []

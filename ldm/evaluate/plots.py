@@ -37,9 +37,9 @@ def plot(
 ) -> str:
     """An HTML figure with its title.
 
-    A line has a "name", "points", texts beside them ("marks"), the index of one to mark ("ring") and a format
-    ("style"). `levels` are dashed horizontals with names. The y axis starts at 0 where `zero`, the x axis is logarithmic
-    where `log`.
+    A line has a "name", "points", texts beside them ("marks"), the index of one to mark ("ring"), and a format
+    ("style"). `levels` are dashed horizontals with names. The y axis starts at 0 where `zero`, the x axis is
+    logarithmic where `log`.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure

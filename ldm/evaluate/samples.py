@@ -14,7 +14,7 @@ from ldm.metrics.judges import JUDGES
 
 
 def data_config(model: str, name: str, path: str, size: int) -> DataConfig:
-    """The data `name` at `path`; with the length, seed and limits of the run where the model was trained on them."""
+    """The data `name` at `path`, with the length, seed and limits of the model's run where that was on them."""
     root = model_io.find_root(model)
     run = root.parent.parent if root.parent.name == "checkpoints" else root
     config = model_io.read_json(run / "config.json") if (run / "config.json").is_file() else {}

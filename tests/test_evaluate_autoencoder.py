@@ -1,0 +1,164 @@
+"""Evaluating an autoencoder: its numbers are what it gives, its report is complete, mistakes are one line."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_evaluation import fill, one, refusal, report, results, stub_extractor, tiny_vae
+
+from ldm.config import UserError
+from ldm.data.shapes import Shapes
+from ldm.evaluate.autoencoder import SCALES, evaluate_autoencoder
+from ldm.evaluate.config import AutoencoderEvaluation
+from ldm.evaluate.report import at_size
+from ldm.evaluate.samples import sample_indices
+from ldm.metrics import features, frechet_distance, psnr, sharpness
+from ldm.metrics.reconstruction import discretized_logistic
+from ldm.model_io import module_hash
+from ldm.perceptual import perceptual_network
+from ldm.vae import VAE
+
+N = 20
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    tiny_vae().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor())
+        patch.setattr("ldm.evaluate.latents.SCENES", 300)
+        yield
+
+
+@pytest.fixture(scope="module")
+def measured(vae, small, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("autoencoder") / "out"
+    config = AutoencoderEvaluation(autoencoder=str(vae), data="shapes", num=N, features="stub", batch_size=7, out=out)
+    lines = evaluate_autoencoder(config)
+    assert lines[0].startswith("PSNR: ") and any(line.startswith("frechet_distance (stub, N=20): ") for line in lines)
+    return out
+
+
+def pixels(split: str, count: int) -> torch.Tensor:
+    dataset = Shapes(32, split)
+    return torch.stack([dataset[i]["image"] for i in sample_indices(len(dataset), count, 0)])
+
+
+@torch.no_grad()
+def test_its_numbers_are_those_of_its_reconstructions(measured, vae):
+    model, x, net = VAE.from_pretrained(vae), pixels("test", N) / 127.5 - 1, stub_extractor()
+    posterior = model.encode(x)
+    decoded = ((model.decode_raw(posterior.mean).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    value = {r["metric"]: r["value"] for r in results(measured) if r["of"] == "reconstructions"}
+    assert value["psnr_db"] == pytest.approx(psnr(x, decoded).mean().item(), abs=1e-3)
+    assert value["sharpness"] == pytest.approx(sharpness(x, decoded).mean().item(), abs=1e-3)
+    assert value["frechet_distance"] == pytest.approx(frechet_distance(net(decoded), net(x)), rel=1e-3)
+    mean, variance = 0.5 * posterior.mean.double(), (0.5 * posterior.std.double()) ** 2  # of the normalized latent
+    normal = torch.distributions.Normal(torch.zeros_like(mean), 1)
+    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, variance.sqrt()), normal)
+    assert value["bits_of_latent"] == pytest.approx(kl.sum((1, 2, 3)).mean().item() / (3072 * math.log(2)), rel=1e-4)
+    assert value["bits_per_dimension"] == pytest.approx(value["bits_of_latent"] + value["bits_of_rest"])
+    assert value["bits_per_dimension"] < 8  # better than knowing nothing
+    channels = one(measured, "latent_channels", "latents")["value"]
+    assert [c["std"] for c in channels] == pytest.approx(mean.std((0, 2, 3)).tolist(), rel=1e-3)
+    assert [c["kl_nats"] for c in channels] == pytest.approx(kl.mean((0, 2, 3)).tolist(), rel=1e-3)
+    assert all(0 < c["noise_share"] < 1 for c in channels)
+    rates = value["rate_distortion"]
+    assert rates["latents, 8 bits"][0][0] == 4 * 8 * 8 and len(rates["JPEG"]) == len(rates["WEBP"]) == 10
+    kl_bytes = kl.sum((1, 2, 3)).mean().item() / math.log(2) / 8
+    assert rates["latents, KL"][0][0] == pytest.approx(kl_bytes, rel=1e-4)
+    perceptual = one(measured, "perceptual_distance", "reconstructions")
+    assert (perceptual["extractor"], perceptual["resize"]) == ("effnet-lite0", "none; sides under 64 px doubled")
+    assert perceptual["extractor_sha256"] == module_hash(perceptual_network("effnet-lite0"))
+
+
+@torch.no_grad()
+def test_the_scale_of_the_likelihood_comes_from_training_images_alone(measured, vae):
+    model, train = VAE.from_pretrained(vae), pixels("train", 256)
+    posterior = model.encode(train / 127.5 - 1)
+    eps = [torch.randn(posterior.mean.shape[1:], generator=torch.Generator().manual_seed(i)) for i in range(256)]
+    mean = model.decode_raw(posterior.mean + posterior.std * torch.stack(eps))
+    costs = {scale: discretized_logistic(train, mean, scale).mean().item() for scale in SCALES}
+    chosen = one(measured, "bits_per_dimension", "reconstructions")["scale"]
+    assert chosen == min(costs, key=costs.get) and min(SCALES) < chosen < max(SCALES)
+
+
+def test_probes_of_the_latents_have_intervals_and_the_report_is_complete(measured):
+    for label in ("colour", "shape", "size", "x", "y"):
+        assert one(measured, "linear_probe", "latents", label=label)["classes"] > 1
+        for metric in ("linear_probe", "homogeneity", "completeness", "v_measure"):
+            record = one(measured, metric, "latents", label=label)
+            assert 0 <= record["interval"][0] <= record["value"] <= record["interval"][1] <= 1
+    gap = one(measured, "mig", "latents")
+    assert 0 <= gap["value"] <= 1 and gap["interval"][0] < gap["value"] < gap["interval"][1]
+    assert {f"dci_{key}" for key in ("disentanglement", "completeness", "informativeness")} <= {
+        r["metric"] for r in results(measured)
+    }
+    text = report(measured)
+    titles = "Reconstruction|Latents|Rate and distortion|What the latents say|Reconstructions|Furthest off"
+    assert {*titles.split("|"), "Beside JPEG and WebP"} <= set(re.findall(r"<h2[^>]*>(.*?)</h2>", text))
+    assert "stub, weights 555555555555" in text and text.count("data:image/png") == 20 * 2 + 12 * 2 + 12 * 4
+
+
+def test_images_that_cannot_be_read_are_left_out_and_judges_features_taken_by_name(vae, tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        fill(tmp_path / "data" / split, 101, len(split), text="noise")
+    (tmp_path / "data/test/007.png").write_bytes(b"no picture")
+    Image.new("RGB", (24, 24), "red").save(tmp_path / "data/test/009.png")
+    monkeypatch.setattr("ldm.evaluate.autoencoder.find_spec", lambda name: None)
+    base = {"data": "folder", "data_path": str(tmp_path / "data"), "num": 101, "features": "judge:shapes"}
+    with pytest.warns(UserWarning, match="pip install scikit-learn"):
+        evaluate_autoencoder(AutoencoderEvaluation(autoencoder=str(vae), out=tmp_path / "out", **base))
+    assert one(tmp_path / "out", "psnr_db", "reconstructions")["n"] == 100
+    assert one(tmp_path / "out", "blank_pictures", "real held-out")["value"] == 1
+    assert one(tmp_path / "out", "frechet_distance", "reconstructions")["extractor"] == "judge:shapes"
+    text = report(tmp_path / "out")
+    assert "1 of 101 samples of the data could not be used" in text and "1 of 100 real held-out" in text
+
+
+def test_a_folder_holds_one_kind_of_evaluation(measured, vae):
+    config = AutoencoderEvaluation(autoencoder=str(vae), data="shapes", num=N, features="none", out=measured)
+    before = (measured / "metrics.json").read_bytes()
+    with pytest.raises(UserError, match="seed 0, not 1; use another --out"):
+        evaluate_autoencoder(replace(config, seed=1))
+    assert (measured / "metrics.json").read_bytes() == before
+
+
+def test_quality_at_as_many_bytes_lies_on_the_line_over_their_logarithm():
+    points = [(400.0, 30.0), (100.0, 20.0)]
+    assert at_size(points, 200.0) == "25.00" and at_size(points, 100.0) == "20.00"
+    assert at_size(points, 99.0) == "none; 20.00 at 100" and at_size(points, 500.0) == "none; 30.00 at 400"
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ("--num 15", "16 or more"),
+        ("--num 3000", "has 2000"),
+        ("--split train", "'test', 'val'"),
+        ("--batch-size 0", "1 or more"),
+        ("--seed -1", "0 or more"),
+        ("--size 8", "11 to 4000 px, a multiple of 4"),
+        ("--size 33", "a multiple of 4"),
+        ("--size 100000", "11 to 4000 px"),
+        ("--features magic", "effnet-lite0"),
+        ("--perceptual magic", "lpips-vgg"),
+        ("--autoencoder nowhere", "nowhere"),
+        ("--data nothing", "known: shapes"),
+        ("--judge shapes", "--judge has no meaning with --autoencoder"),
+    ],
+)
+def test_a_users_mistake_is_one_line(vae, tmp_path, monkeypatch, capsys, changes, words):
+    base = ["--autoencoder", vae, "--data", "shapes", "--features", "stub", "--out", tmp_path / "out"]
+    assert words in refusal(monkeypatch, capsys, *base, *changes.split())
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,187 @@
+"""What a model is evaluated with: its judge, groups that captions name, data that are missing or broken."""
+
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_evaluation import (
+    N,
+    captions,
+    config_for,
+    fill,
+    judge,
+    knows_shapes,
+    one,
+    opened,
+    report,
+    results,
+    stub_extractor,
+    tiny_pipeline,
+)
+
+from ldm.clip import CLIP, VisionConfig
+from ldm.config import UserError
+from ldm.data.emoji import Emoji
+from ldm.evaluate.config import EvaluateConfig
+from ldm.evaluate.evaluation import pose_cases
+from ldm.evaluate.model import evaluate
+from ldm.evaluate.records import find, judge_fault
+from ldm.evaluate.samples import data_config, sample_indices
+from ldm.metrics import features
+from ldm.metrics.attributes import ATTRIBUTES
+from ldm.metrics.compositional import TASKS
+from ldm.pipeline import Pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def networks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor())
+        patch.setattr("ldm.evaluate.evaluation.image_text_model", opened)
+        patch.setattr(warnings, "showwarning", warnings.showwarning)  # run_command sets it for good
+        yield
+
+
+def test_a_judge_must_know_the_pictures_and_not_be_the_models_own(model, tmp_path, monkeypatch, prompts):
+    with monkeypatch.context() as patch:
+        ignorant = judge("ignorant", knows_shapes().images, lambda texts: torch.ones(len(texts), 192))
+        patch.setattr("ldm.evaluate.evaluation.image_text_model", lambda name: ignorant)
+        with pytest.raises(UserError, match="'ignorant' finds the right one of 16 real pictures .* --judge none"):
+            evaluate(config_for(model, tmp_path / "out"))
+    pipe = Pipeline.from_pretrained(model)
+    vision = VisionConfig(image_size=32, patch_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    clip = CLIP(replace(pipe.text_encoder.config, projection_dim=512), vision)
+    clip.text_model = pipe.text_encoder.text_model
+    clip.save_pretrained(tmp_path / "judge")
+    pipe.tokenizer.save_pretrained(tmp_path / "judge")
+    for name, changes, words in (
+        (tmp_path, {}, "would judge itself"),
+        (f"clip:{tmp_path / 'judge'}", {}, "would judge itself"),  # by transformers it is the same encoder
+        (tmp_path, {"split": "val"}, "learned from the validation split"),
+        ("none", {"features": "judge"}, "there is none"),
+    ):
+        with pytest.raises(UserError, match=words):
+            evaluate(config_for(model, tmp_path / "out", judge=str(name), **changes))
+    assert not (tmp_path / "out").exists() and not prompts
+    base = {"extractor": "net", "n": 480, "of": "real held-out"}
+    assert judge_fault(base | {"value": 0.7, "chance": 1 / 480}) == ""
+    assert "0.3% (chance 0.2%, 10.0% needed)" in judge_fault(base | {"value": 0.003, "chance": 1 / 480})
+
+
+def test_groups_that_captions_name_are_reported_apart(tmp_path, monkeypatch):
+    """On emoji, whose captions name skin tones, with a judge that sees how dark a picture is."""
+    tones = list(ATTRIBUTES[0].values)
+
+    def embed(angle: torch.Tensor) -> torch.Tensor:
+        return torch.stack([angle.cos(), angle.sin()], 1)
+
+    def texts(captions: list[str]) -> torch.Tensor:
+        return embed(torch.tensor([tones.index(ATTRIBUTES[0].named(c) or "light") for c in captions]) / -5)
+
+    tiny_pipeline(size=4).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(
+        "ldm.evaluate.evaluation.image_text_model",
+        lambda name: judge("sees-dark", lambda x: embed(x.mean((1, 2, 3))), texts),
+    )
+    monkeypatch.setattr("ldm.evaluate.records.MOST", 0.0)
+    out = tmp_path / "out"
+    evaluate(config_for(tmp_path / "model", out, data="emoji", num=60, guidance=(1.0,), steps=1, judge="sees-dark"))
+    dataset = Emoji(16, "test")
+    records = [dataset.records[i] for i in sample_indices(len(dataset), 60, 0)]
+    for tone in ("light", "dark"):
+        mine = [r for r in results(out) if r.get("group") == tone and r["of"] == "real held-out"]
+        assert {r["metric"] for r in mine} == {"group_clip_cosine", "group_paired", "group_diversity"}
+        assert mine[0]["n"] == sum(r["skin_tone"] == tone for r in records)
+    (left_open,) = find(results(out), "left_open", "samples", attribute="skin tone")
+    assert sum(left_open["value"].values()) == pytest.approx(1)
+    prompts = captions(out / "open/skin-tone/g1")
+    assert len(prompts) == left_open["n"] and not any("skin tone" in prompt for prompt in prompts)
+    new, samples = [r for r in results(out) if r["metric"] == "new_combinations"]
+    assert new["n"] == samples["n"] == sum(r["held_out"] == "combination" for r in records)
+    assert 0 < new["every"] <= new["value"] < 1  # it cannot tell genders
+    assert all(words in report(out) for words in (">Groups<", ">No skin tone asked for<", "how often all"))
+
+
+def noise(root: Path, shared: int = 0, count: int = N) -> Path:
+    """Folders train and test of noise, the first `shared` pictures the same in both."""
+    for seed, split in enumerate(("test", "train")):
+        fill(root / split, count, seed, text="noise" if split == "test" else "other noise")
+    for i in range(shared):
+        Image.open(root / f"test/{i:03d}.png").save(root / f"train/{i:03d}.bmp")
+        (root / f"train/{i:03d}.png").unlink()
+        (root / f"train/{i:03d}.txt").write_text(f"noise {i}")
+    return root
+
+
+def of_folder(model: Path, data: Path, out: Path, **changes) -> EvaluateConfig:
+    return config_for(model, out, data="folder", data_path=str(data), guidance=(2.0,), judge="", **changes)
+
+
+def test_training_pictures_may_be_missing_broken_or_held_out_ones(model, tmp_path):
+    data, out = noise(tmp_path / "data", shared=3), tmp_path / "out"
+    with pytest.warns(UserWarning, match="3 of the 16 held-out pictures are in the training set"):
+        evaluate(of_folder(model, data, out))
+    assert one(out, "memorized", "samples")["held_out_in_train"] == 3 and not (out / "cases").exists()
+    (tmp_path / "run").mkdir()
+    shutil.copytree(model, tmp_path / "run", dirs_exist_ok=True)
+    (tmp_path / "run/config.json").write_text('{"data": {"name": "folder", "max_broken": 1.0}}')
+    for file in sorted((data / "train").glob("*.png"))[:9]:
+        file.write_bytes(b"no picture")
+    evaluate(of_folder(tmp_path / "run", data, tmp_path / "few"))
+    (floor,) = [r for r in results(tmp_path / "few") if r["of"] == "real train"]
+    assert floor["value"] is None and floor["note"] == "only 7 of 16 training pictures can be read"
+    text = report(tmp_path / "few")
+    assert "floor at this N: unknown, only 7 of 16" in text and "noise 3" in text and "Link by link" not in text
+
+
+def test_held_out_pictures_that_cannot_be_read_are_left_out_and_said(model, tmp_path):
+    data, out = noise(tmp_path / "data", count=101), tmp_path / "out"
+    (data / "test/007.png").write_bytes(b"no picture")
+    Image.new("RGB", (24, 24), "red").save(data / "test/009.png")
+    lines = evaluate(of_folder(model, data, out, num=101))
+    left = one(out, "left_out", "data")
+    assert (left["value"], left["n"]) == (1, 101) and "007.png" in left["note"]
+    assert one(out, "frechet_distance", "samples")["n"] == 100
+    assert "left out: 1 of 101 data" in lines and "blank pictures: 1 of 100 real held-out" in lines
+    text = report(out)
+    assert "1 of 101 samples of the data could not be used, the first: " in text and "1 of 100 real held-out" in text
+
+
+def test_too_few_pictures_for_the_features_say_what_is_needed(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor(3))  # 27 features
+    lines = evaluate(config_for(model, tmp_path / "out", guidance=(1.0,)))
+    record = one(tmp_path / "out", "frechet_distance", "samples")
+    needs = "needs 28 pictures on both sides, one more than features, for less bias"
+    assert record["biased"] and record["note"] == needs and needs in report(tmp_path / "out")
+    assert any(line.startswith(f"Frechet distance is biased: it {needs}") for line in lines)
+
+
+def test_data_are_those_of_the_models_run_and_fewer_begin_more(model, tmp_path):
+    assert data_config("shapes", "shapes", "", 32).length == 100_000
+    assert data_config(str(model), "shapes", "", 32).length is None
+    checkpoint = tmp_path / "run/checkpoints/step-00000004"  # of a run that has not ended
+    shutil.copytree(model, checkpoint)
+    (tmp_path / "run/config.json").write_text('{"data": {"name": "folder", "seed": 3, "length": null}}')
+    assert data_config(str(tmp_path / "run"), "folder", "x", 32).seed == 3
+    assert data_config(str(tmp_path / "run"), "shapes", "", 32).seed == 0  # other data
+    assert sample_indices(2000, 16, 3) == sample_indices(2000, 40, 3)[:16]
+    few, many = pose_cases(24, 0), pose_cases(72, 0)
+    kinds = [(case.task, case.held_out) for case in many]
+    assert few == many[:24] and all(kinds.count((task, half)) == 6 for task in TASKS for half in (False, True))
+
+
+def test_reports_need_two_packages(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.evaluate.report.find_spec", lambda name: None if name == "matplotlib" else name)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        evaluate(config_for(model, tmp_path / "out"))

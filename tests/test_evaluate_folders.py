@@ -1,0 +1,154 @@
+"""Evaluating two folders: their numbers are those of their pictures, and features are computed once."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_evaluation import fill, judge, kept, one, read, refusal, report, results, stub_extractor, to_x
+
+from ldm.config import UserError
+from ldm.evaluate.config import FolderEvaluation
+from ldm.evaluate.features import Features
+from ldm.evaluate.folders import evaluate_folders
+from ldm.evaluate.pictures import Pictures
+from ldm.metrics import features, frechet_distance, kernel_distance, precision_recall
+from ldm.metrics.features import judged_by
+
+
+@pytest.fixture(autouse=True)
+def stub(monkeypatch):
+    monkeypatch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor())
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # run_command sets it for good
+
+
+@torch.no_grad()
+def test_numbers_are_those_of_the_pictures_whatever_their_order(tmp_path):
+    a, b, net, out = fill(tmp_path / "a", 20, 0), fill(tmp_path / "b", 18, 1), stub_extractor(), tmp_path / "out"
+    config = FolderEvaluation(images=a, reference=b, features="stub", out=out)
+    lines = evaluate_folders(config)
+    assert any(line.startswith("frechet_distance (stub, N=18): ") for line in lines)
+    assert "blank_pictures (N=20): 0" in lines
+    x, y = net(kept(a)), net(kept(b))
+    assert one(out, "frechet_distance", "images")["value"] == pytest.approx(frechet_distance(x, y), rel=1e-4)
+    near = one(out, "kernel_distance", "images")
+    want = kernel_distance(x, y, 1, 18)[0]  # of subsets in another order, hence about
+    assert near["value"] == pytest.approx(want, abs=0.5 * near["deviation"]) and near["subset_size"] == 9
+    fields = [near[key] for key in ("n", "n_images", "n_reference", "extractor", "against")]
+    assert fields == [18, 20, 18, "stub", "reference"]
+    for name, value in precision_recall(y, x).items():
+        assert one(out, name, "images")["value"] == pytest.approx(value)
+    text = report(out)
+    assert text.count("data:image/png") == 38 and "The folders differ in number" in text
+    before = (out / "metrics.json").read_bytes()
+    evaluate_folders(config)
+    assert (out / "metrics.json").read_bytes() == before
+    with pytest.raises(UserError, match="seed 0, not 1; use another --out"):
+        evaluate_folders(replace(config, seed=1))
+
+
+def knows(*folders: Path):
+    """A judge that has seen the pictures of folders, whose captions name them: "a 3" is a/003.png."""
+    known = {f"{folder.name} {int(path.stem)}": read(path) for folder in folders for path in folder.glob("*.png")}
+    embed = lambda x: torch.nn.functional.normalize(x.flatten(1), dim=1)  # noqa: E731
+    return judge("knows", embed, lambda texts: embed(to_x([known[text] for text in texts])), 24)
+
+
+def test_alignment_is_of_each_folder_with_its_own_captions(tmp_path, monkeypatch):
+    a, b = (fill(tmp_path / name, 20, seed, text=name) for seed, name in enumerate("ab"))
+    monkeypatch.setattr("ldm.evaluate.folders.image_text_model", lambda name: knows(a, b))
+    config = FolderEvaluation(images=a, reference=b, features="none", judge="knows", out=tmp_path / "out")
+    evaluate_folders(config)
+    for of in ("images", "reference"):
+        assert one(tmp_path / "out", "clip_cosine", of)["value"] == pytest.approx(1, abs=1e-5)
+        assert one(tmp_path / "out", "image_to_text@1", of)["value"] == 1
+    assert one(tmp_path / "out", "cmmd", "images")["value"] > 0
+    same = judge("same", lambda x: torch.ones(len(x), 4), lambda texts: torch.ones(len(texts), 4))
+    monkeypatch.setattr("ldm.evaluate.folders.image_text_model", lambda name: same)
+    with pytest.warns(UserWarning, match="right one of 20 reference pictures .* 25.0% needed"):
+        evaluate_folders(replace(config, out=tmp_path / "other"))
+    (a / "003.txt").unlink()
+    for images, reference, option in ((a, b, "images"), (b, a, "reference")):
+        with pytest.raises(UserError, match=f"1 of 20 --{option} have no caption, '003.png' for one"):
+            evaluate_folders(replace(config, images=images, reference=reference, out=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+    for file in a.glob("*.txt"):
+        file.unlink()
+    evaluate_folders(replace(config, out=tmp_path / "new"))
+    assert "The images have no captions" in report(tmp_path / "new")
+
+
+def test_other_sizes_are_resized_on_request_and_blank_pictures_counted(tmp_path):
+    a, b, out = fill(tmp_path / "a", 16, 0), fill(tmp_path / "b", 16, 1, size=40), tmp_path / "out"
+    Image.new("RGB", (24, 24), "red").save(a / "003.png")
+    evaluate_folders(FolderEvaluation(images=a, reference=b, size=32, features="stub", without_frechet=True, out=out))
+    assert one(out, "blank_pictures", "images")["value"] == 1
+    assert not any(r["metric"].startswith("frechet") for r in results(out))
+    assert "count in every number: 1 of 16 images." in report(out)
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
+    a, b, out = fill(tmp_path / "a", 16, 0), fill(tmp_path / "b", 16, 1), tmp_path / "out"
+
+    def complaint(*changes: object) -> str:
+        line = refusal(monkeypatch, capsys, "--images", a, "--reference", b, "--out", out, *changes)
+        assert not out.exists()
+        return line
+
+    assert "16 pictures are too few for a Frechet distance of 1280 features; 1281" in complaint()
+    assert "nothing is measured" in complaint("--features", "none")
+    assert "does not exist" in complaint("--reference", tmp_path / "c")
+    assert "15 pictures, too few" in complaint("--reference", fill(tmp_path / "few", 15, 0))
+    Image.new("RGB", (30, 24)).save(b / "007.png")
+    assert "007.png' is 30x24 px, not 24x24" in complaint("--features", "stub")
+    (b / "007.png").write_bytes(b"no picture")
+    assert "007.png' cannot be read" in complaint("--features", "stub")
+    assert "007.png" in complaint("--features", "stub", "--size", 16)
+    assert "--size -5 is not allowed" in complaint("--size", -5)
+    assert "--size 100000 is not allowed; use 1 to 4000" in complaint("--size", 100_000)
+    assert "--num has no meaning with --images" in complaint("--num", 20)
+    assert "--reference" in refusal(monkeypatch, capsys, "--images", a, "--out", out)
+
+
+def test_features_are_computed_once_for_the_same_pixels(tmp_path):
+    seen: list[int] = []
+
+    class Network(torch.nn.Module):
+        name, sha256 = "net/work:1", "5" * 64
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            return x.mean((2, 3))
+
+    def compute(pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
+        pictures = Pictures(of="noise", count=len(pixels), read=pixels.__getitem__)
+        return Features(tmp_path, Network(), torch.device("cpu"), batch_size)(pictures)
+
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (10, 3, 8, 8), dtype=np.uint8))
+    for size in (10, 7, 1):
+        assert torch.allclose(compute(pixels, size), (pixels / 127.5 - 1).mean((2, 3)), atol=1e-6)
+    assert sum(seen) == 10
+    pixels[4] = 0
+    again = compute(pixels, 5)
+    assert sum(seen) == 11 and torch.allclose(again[4], torch.full((3,), -1.0))
+    (file,) = tmp_path.iterdir()
+    assert file.name == "net-work-1-55555555.safetensors"
+    file.write_bytes(b"damaged")
+    assert torch.equal(compute(pixels, 5), again) and sum(seen) == 21
+
+
+@pytest.mark.parametrize(
+    "name, judge, want",
+    [
+        ("effnet-lite0", "none", "effnet-lite0"),
+        ("judge", "shapes", "judge:shapes"),
+        ("judge", "judge:shapes", "judge:shapes"),
+        ("judge", "clip:folder", "clip:folder"),
+        ("judge:other", "none", "judge:other"),
+    ],
+)
+def test_the_evaluations_own_judge_gives_its_features(name, judge, want):
+    assert judged_by(name, judge) == want
