@@ -177,7 +177,7 @@ class Pipeline:
     def _context(self, prompts: list[str] | Tensor) -> tuple[Prepared, ...]:
         """What cross-attention needs of prompts or embeddings, made once for all steps."""
         embeds = prompts.to(self.device) if isinstance(prompts, Tensor) else self.encode_prompt(prompts)
-        return self.unet.prepare(embeds)
+        return embeds
 
     def _encode(self, x: Tensor, noise: ImageNoise) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> normalized latents, drawn from the posterior with each image's seed."""
