@@ -5,6 +5,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -286,40 +287,28 @@ def test_a_study_leads_from_its_questions_to_the_results(samples, tmp_path, monk
     assert rows[name] == ("no answers yet" if flash else "50% [35%, 65%]")
 
 
-def test_a_preference_names_the_files_that_were_shown(samples, tmp_path):
-    chosen, folder = samples
-    store = JudgementStore(tmp_path / "judgements.sqlite")
-    asked = study.questions("preference", 6, {"one": chosen, "two": chosen}, 0, "me")
-    person = study.Study(kind="preference", flash=False, questions=asked, rights=[])
-    while (question := person.question) is not None:
-        assert "Which fits better" in tab_judge.question_html(person, folder)
-        person.answer(0 if question.model == "one" else 1, store)
-    assert {(q.model, q.other_model) for q in asked} == {("one", "two"), ("two", "one")}
-    assert "6 won, 0 ties, 0 lost" in results(store.judgements())["one"]["preferred to two"]
-    assert store.export_preferences(tmp_path / "p.jsonl") == 6
-
-
 def test_the_server_gives_out_its_own_pictures_alone(tmp_path, monkeypatch):
-    from fastapi.testclient import TestClient
-
-    from ldm.app import page
+    from ldm.app.page import serve
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "served"))
-    monkeypatch.setattr(page.gr.Blocks, "block_thread", lambda blocks: check(TestClient(blocks.app)))
     save_png(PLAIN, tmp_path / "secret.png", {"prompt": "a secret", "seed": "1"})
     (mine,) = Pictures(tmp_path / "app" / "pictures").save([PLAIN], [{"prompt": "a", "seed": "1"}])
-
-    def check(client: TestClient) -> None:
-        assert client.get(f"/gradio_api/file={mine}").content == Path(mine).read_bytes()
-        for path in ("/etc/passwd", str(tmp_path / "secret.png"), f"{tmp_path}/app/judgements.sqlite"):
-            assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
-            data = {"path": path, "meta": {"_type": "gradio.FileData"}}  # as if it had been uploaded
-            answer = client.post("/gradio_api/run/show", json={"data": [data]})
-            assert answer.status_code >= 400 and "a secret" not in answer.text
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    page.serve(offered("shapes"), tmp_path / "app", "127.0.0.1", port)
+
+    def check() -> None:
+        api = f"http://127.0.0.1:{port}/gradio_api"
+        assert httpx.get(f"{api}/file={mine}").content == Path(mine).read_bytes()
+        for path in ("/etc/passwd", str(tmp_path / "secret.png"), f"{tmp_path}/app/judgements.sqlite"):
+            assert httpx.get(f"{api}/file={path}").status_code in (403, 404)
+            data = {"path": path, "meta": {"_type": "gradio.FileData"}}  # as if it had been uploaded
+            answer = httpx.post(f"{api}/run/show", json={"data": [data]})
+            assert answer.status_code >= 400 and "a secret" not in answer.text
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}; use another --port"):
+            serve(offered("shapes"), tmp_path / "app", "127.0.0.1", port)
+
+    monkeypatch.setattr(sampling.EXIT, "wait", check)
+    serve(offered("shapes"), tmp_path / "app", "127.0.0.1", port)
+    assert sampling.EXIT.is_set() and (tmp_path / "app" / "judgements.sqlite").is_file()
     sampling.EXIT.clear()
-    assert (tmp_path / "app" / "judgements.sqlite").is_file()

@@ -24,7 +24,6 @@ from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
 from ldm.train.diffusion import DiffusionTask
 from ldm.train.loop import train
-from ldm.train.state import LeftOut
 
 AT_OPENING = {"010.png", "017.png", "018.png", "025.png", "030.png", "031.png", "059.png"}
 LATE = {"003.png"}
@@ -150,12 +149,6 @@ def test_a_replacement_depends_on_seed_step_and_position_alone():
 def test_nothing_readable_ends_in_one_line(workers):
     with pytest.raises(UserError, match="^no sample can be read; the first: .* is broken$"):
         read(range(40), workers=workers)
-
-
-def test_a_list_that_a_crash_left_half_written_is_repaired(tmp_path):
-    left = LeftOut(tmp_path, [])
-    left.file.write_text('{"sample": "a", "why": "x"}\n{"sample": "b", "w')
-    assert left.write({"a": "x", "b": "y"}) == 2 and listed(tmp_path) == {"a": "x", "b": "y"}
 
 
 def test_the_three_trainings_share_the_rest_of_a_spoiled_folder(folder, tmp_path):

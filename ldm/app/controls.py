@@ -16,7 +16,7 @@ from ldm.samplers import SAMPLERS
 
 Values = dict[Component, Any]  # of the page's components
 Handler = Callable[[Values], Iterator[Values]]
-IMMEDIATE = {"queue": False, "show_progress": "hidden"}
+IMMEDIATE = {"concurrency_limit": None, "show_progress": "hidden"}
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def serve(models: Models, folder: Path, host: str, port: int, seed: int = 0) -> 
     except OSError:
         raise UserError(f"cannot listen on {host}:{port}; use another --port or --host") from None
     try:
-        page.block_thread()
+        EXIT.wait()  # until ctrl-C
     finally:
         EXIT.set()
         page.close(verbose=False)

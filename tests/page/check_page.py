@@ -42,7 +42,7 @@ def running(out: Path, *options: str) -> Iterator[int]:
             yield port
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=60) in (0, 130)
+            assert process.wait(timeout=60) == 130
     assert not re.search("Traceback|terminate called", log.read_text()), log.read_text()
 
 
@@ -227,22 +227,17 @@ def test_settings_come_back_from_a_click_from_a_file_and_after_a_reload(page, tm
     ("prompt", "words"),
     [
         (" \n\t ", "the prompt is empty"),
+        (PROMPT, "seed is -3; it must be from 0 to 4,294,967,279"),
         ("x" * 2**20, "1,048,576 characters; at most 1,000"),
         ("<img src=x onerror=alert(1)><script>alert(2)</script>", ""),
         ("\u202eدائرة حمراء\u202c a\0b\x07 '; DROP TABLE judgements; -- 🟥", ""),
     ],
 )
 def test_hostile_prompts_are_answered_in_the_page(page, prompt, words):
+    field(page, "Seed").fill("-3" if "seed" in words else "0")
     start(page, prompt, steps=2, pictures=1)
     until(page, ".toast-body" if words else "#make-status", words or "picture in")
     assert page.locator("#make-status img").count() == 0
-
-
-def test_values_out_of_range_are_answered(page):
-    field(page, "Seed").fill("-3")
-    start(page, steps=5000)
-    until(page, ".toast-body", "seed is -3; it must be from 0 to 4,294,967,279")
-    assert page.locator('input[aria-label*="Steps"]').first.input_value() == "150"
 
 
 def test_only_the_part_under_the_brush_is_redrawn(page, tmp_path):
