@@ -74,13 +74,6 @@ VAES = {
     f"{m} {s} px, batch {b}": {"model": m, "size": s, "batch": b} for m, s, b in (("emoji", 64, 8), ("sd-32", 256, 1))
 }
 TRAINED = (("shapes", 8, 64), ("emoji", 8, 32), ("sd-32", 16, 8))
-AXES = {
-    "batch": (1, 2, 4, 8, 16),
-    "side": (8, 16, 32, 64),
-    "length": (8, 32, 77),
-    "model": ("sd-32", "sd-64", "sd-128"),
-}
-GROWN = {"model": "sd-32", "side": 16, "batch": 1}
 OURS = {"sides": ("ldm",), "tolerance": None}
 WORKLOADS = {
     "import": Workload(job="program", cases={"the pipeline": {}}, tolerance=None),
@@ -108,9 +101,6 @@ WORKLOADS = {
         **OURS,
     ),
     "features": Workload(job="features", cases={"effnet-lite0, 32 pictures": {"batch": 32}}, **OURS),
-    "growth": Workload(
-        job="unet", cases={f"{axis} {n}": GROWN | {axis: n} for axis, values in AXES.items() for n in values}, share=0.4
-    ),
 }
 COMPILED = ("unet-forward", "sampling", "vae-decode")  # workloads of --compile
 
@@ -286,9 +276,7 @@ def kept_rows(file: Path, settings: Row) -> dict[str, Row]:
 
 
 def write(out: Path, settings: Row, rows: list[Row]) -> None:
-    """Prints the table; writes it as Markdown, and as HTML with plots of the growth cases."""
-    from ldm.commands.plot import draw
-
+    """Prints the table; writes it as Markdown and HTML."""
     lines = [list(HEAD), *(cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
@@ -298,23 +286,9 @@ def write(out: Path, settings: Row, rows: list[Row]) -> None:
     (out / "benchmark.md").write_text(markdown)
     print(f"{markdown}\nwritten to {out}")
     body = "".join(f"<tr><td>{'<td>'.join(map(escape, line))}" for line in lines)
-    page = f"<table>{body}</table><p>{escape(about)}</p>{draw(panels) if (panels := growth(rows)) else ''}"
+    page = f"<table>{body}</table><p>{escape(about)}</p>"
     head = "<!doctype html><html lang=en><meta charset=utf-8><title>Benchmark</title><style>td {padding: 0 1em}</style>"
     (out / "benchmark.html").write_text(head + page, encoding="utf-8")
-
-
-def growth(rows: list[Row]) -> list[Any]:
-    """Plots of the seconds along each axis, by side."""
-    from ldm.commands.plot import Panel
-
-    panels: dict[str, Panel] = {}
-    for row in rows:
-        if row["name"].startswith("growth") and "seconds" in row:
-            axis, value = row["name"].split()[1:]
-            panel = panels.setdefault(axis, Panel(title=f"U-Net: seconds by {axis}", x=axis))
-            for side, seconds in row["seconds"].items():
-                panel.lines.setdefault(side, []).append((int(value.removeprefix("sd-")), median(seconds)))
-    return list(panels.values())
 
 
 def cells(row: Row) -> list[str]:

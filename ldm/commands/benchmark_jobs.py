@@ -139,7 +139,7 @@ def unet_inputs(s: Setting, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """z_t (B, C, s, s), t (B,) and context (B, L, D)."""
     config, side = read_json(folder(s) / "unet" / "config.json"), s.params["side"]
     length = read_json(folder(s) / "text_encoder" / "config.json")["max_position_embeddings"]
-    context = normal(s, batch, s.params.get("length", length), config["cross_attention_dim"], seed=1)
+    context = normal(s, batch, length, config["cross_attention_dim"], seed=1)
     t = torch.arange(batch, device=s.device) * 999 // max(batch - 1, 1)
     return normal(s, batch, config["in_channels"], side, side), t, context
 

@@ -9,18 +9,16 @@ assumption unless measured: --measure N takes N training steps of the U-Net here
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from ldm.commands.cli import read_options
 from ldm.config import UserError, load
 
 if TYPE_CHECKING:
-    import torch
-
     from ldm.unet import UNetConfig
 
 NODE = 8  # GPUs that NVLink connects
@@ -215,51 +213,33 @@ def sample_bytes(model: Model, o: Options) -> int:
 
 def measured(model: Model, steps: int) -> str:
     """Times `steps` training steps of the U-Net on random latents, after some to warm up, beside a matrix product."""
-    import statistics
-
     import torch
 
+    from ldm.commands.benchmark_jobs import timed, training
     from ldm.distributed import find_device
     from ldm.unet import UNet
 
     device = find_device("")
-    precision = {"device_type": device.type, "dtype": torch.bfloat16, "enabled": device.type == "cuda"}
+    bf16 = device.type == "cuda"
     unet = UNet(model.unet).to(device)
-    average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn())
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
     z_t = torch.randn(model.batch, *model.latent, device=device)
     t = torch.randint(1000, (model.batch,), device=device)
     context = torch.randn(model.batch, *model.context, device=device)
 
-    def step() -> None:
-        with torch.autocast(**precision):
-            loss = (unet(z_t, t, context) - z_t).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update_parameters(unet)
+    def loss() -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return (unet(z_t, t, context) - z_t).square().mean()
 
-    a = torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16 if precision["enabled"] else None)
-    seconds = statistics.median([timed(step, device) for _ in range(WARM_UP + steps)][WARM_UP:])
-    product = 2 * PRODUCT**3 / min(timed(lambda: a @ a, device) for _ in range(10))
+    step = training(unet, loss)
+    seconds = median([timed(step) for _ in range(WARM_UP + steps)][WARM_UP:])
+    a = torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16 if bf16 else None)
+    product = 2 * PRODUCT**3 / min(timed(lambda: a @ a) for _ in range(10))
     rate, threads = model.batch * model.unet_flops / seconds, torch.get_num_threads()
     return (
         f"U-Net's training step, batch {model.batch}, {threads} threads: {time_text(seconds)}\n"
         f"{model.batch / seconds:,.3g} pictures/s, {rate / 1e12:.3g} TFLOP/s (--rate)\n"
         f"matrix product: {product / 1e12:.3g} TFLOP/s, of which the step has {rate / product:.0%}"
     )
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the device has done `work`."""
-    import torch
-
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def bytes_text(count: float) -> str:

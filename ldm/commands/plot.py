@@ -161,8 +161,11 @@ def curves(path: Path) -> dict[str, Points]:
 
 def draw(panels: Sequence[Panel]) -> str:
     """All panels, two in a row, as one SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install -e '.[evaluate]'") from None
 
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(10, 3.4 * rows), layout="constrained")

@@ -5,13 +5,13 @@ import io
 import json
 import random
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import tiny
 from PIL import Image
-from test_data_folder import bomb
 
 from ldm.data import DataConfig
 from ldm.train.autoencoder import AutoencoderTask
@@ -26,6 +26,14 @@ def _encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG whose header claims 30,000 x 30,000 pixels."""
+    header = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    data = b"IDAT" + zlib.compress(bytes(1000))
+    chunks = [(len(c) - 4).to_bytes(4, "big") + c + zlib.crc32(c).to_bytes(4, "big") for c in (header, data, b"IEND")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 RED = Image.new("RGB", (32, 32), "red")
