@@ -143,6 +143,9 @@ class Pipeline:
             part = slice(start, min(start + batch_size, count))
             noise = ImageNoise(range(seed + start, seed + part.stop), shape, self.device)
             context, negative = self._embed(positives[part]), self._embed(negatives[part]) if guidance != 1 else None
+            if negative is not None and negative.shape[1] != context.shape[1]:
+                lengths = f"{context.shape[1]} and {negative.shape[1]} tokens"
+                raise UserError(f"prompt and negative have {lengths}; give prompt_embeds for both, of one length")
             denoise = guided(denoiser, context, negative, guidance, guidance_rescale, guidance_interval)
             on_step = self._on_step(callback, start, len(grid.steps))
             run = partial(sample, grid=grid, noise=noise, on_step=on_step, **sampler_options)
