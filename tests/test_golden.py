@@ -42,7 +42,7 @@ BLOCKS = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "attentio
 BLOCKS |= {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
 SCHEDULE = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "sampler": "ddim"}
 AUTOENCODER = {"model": LEVELS | {"latent_channels": 3}, "loss": LOSS, "statistics": 8}
-CLIP = {"vocab_size": 560, "text": TOWER | {"max_position_embeddings": 24}, "vision": TOWER | {"patch_size": 8}}
+CLIP = {"tokenizer": str(MODEL), "text": TOWER | {"max_position_embeddings": 24}, "vision": TOWER | {"patch_size": 8}}
 DIFFUSION = {"vae": str(MODEL), "text_encoder": str(MODEL), "model": LEVELS | BLOCKS, "schedule": SCHEDULE}
 DIFFUSION |= {"timesteps": "logit_normal", "logit_mean": 0.5, "min_snr_gamma": 5.0, "caption_dropout": 0.3}
 CONFIGS: dict[str, tuple[type, type, dict[str, Any]]] = {
@@ -124,7 +124,10 @@ def test_losses_are_those_of_then(kind, tmp_path, one_thread):
     now, then = losses_of(kind, tmp_path), json.loads((GOLDEN / f"{kind}.json").read_text())
     assert len(now) == len(then) == 30
     for step, (a, b) in enumerate(zip(now, then, strict=True)):
-        assert a == pytest.approx(b, rel=TOLERANCE, abs=1e-7), step
+        # Mean logits are of the order of 1 and cross 0
+        bounds = {key: TOLERANCE * max(abs(value), "logits" in key) for key, value in b.items()}
+        assert a.keys() == b.keys(), step
+        assert not [(key, a[key], b[key]) for key in b if abs(a[key] - b[key]) > bounds[key]], step
 
 
 if __name__ == "__main__":
