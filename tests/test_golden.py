@@ -124,7 +124,10 @@ def test_losses_are_those_of_then(kind, tmp_path, one_thread):
     now, then = losses_of(kind, tmp_path), json.loads((GOLDEN / f"{kind}.json").read_text())
     assert len(now) == len(then) == 30
     for step, (a, b) in enumerate(zip(now, then, strict=True)):
-        assert a == pytest.approx(b, rel=TOLERANCE, abs=1e-7), step
+        # Mean logits are of the order of 1 and cross 0
+        bounds = {key: TOLERANCE * max(abs(value), "logits" in key) for key, value in b.items()}
+        assert a.keys() == b.keys(), step
+        assert not [(key, a[key], b[key]) for key in b if abs(a[key] - b[key]) > bounds[key]], step
 
 
 if __name__ == "__main__":
