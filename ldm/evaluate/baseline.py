@@ -1,6 +1,7 @@
 """Numbers of an evaluation beside those of an earlier one of another model."""
 
 import math
+from pathlib import Path
 
 from ldm import model_io
 from ldm.config import UserError
@@ -12,7 +13,7 @@ SHARED = ("data_sha256", "split", "size", "num", "seed")  # what the same held-o
 
 def read_baseline(folder: str, e: Evaluation) -> dict:
     """metrics.json of an evaluation. Raises UserError where its numbers do not compare with those of `e`."""
-    table = model_io.read_json(f"{folder}/metrics.json")
+    table = model_io.read_json(Path(folder) / "metrics.json")
     try:
         settings = table["settings"]
         now = e.settings | {"num": len(e.indices)}
