@@ -38,7 +38,7 @@ CODED = 128  # images through other codecs
 SHOWN = 12  # rows of a gallery
 OF = "reconstructions"
 CLAIMED = ("autoencoder_sha256", "data_sha256", "split", "size", "seed")  # settings that a folder is for
-HEADLINES = ("perceptual_distance", "frechet_distance", "bits_per_dimension")
+HEADLINES = ("psnr_db", "ssim", "perceptual_distance", "frechet_distance", "bits_per_dimension")
 ASSUMPTIONS = (
     "discretized logistic around the decoded sample; standard normal prior of the normalized latent; scale fitted to"
     " training pictures"
@@ -97,9 +97,7 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
         warnings.warn(missing, stacklevel=2)
     if processes().is_main_process:
         write_results("autoencoder", config.out, settings, results, galleries(coded, compressed))
-    level, similarity = results[:2]
-    first = f"PSNR: {level['value']:.2f} dB, SSIM: {similarity['value']:.4f} (N={len(indices)})"
-    return [first, *(headline(r) for r in results if r["metric"] in HEADLINES), *biases(results)]
+    return [*(headline(r) for r in results if r["metric"] in HEADLINES), *biases(results)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,6 @@ from ldm.evaluate.records import (
     judge_fault,
     left_out,
     mean_record,
-    named,
-    number,
     record,
 )
 from ldm.evaluate.report import check_installed, write_results
@@ -42,8 +40,7 @@ from ldm.metrics.compositional import Case, by_aspect, check, halves, tally
 from ldm.metrics.compositional_parse import parse
 from ldm.metrics.intervals import mean_interval
 
-# Of the best guidance, on the terminal, each beside the same of real pictures.
-HEADLINES = {"frechet_distance": "real train", "clip_cosine": "real held-out", "image_to_text@1": "real held-out"}
+HEADLINES = ("frechet_distance", "clip_cosine", "image_to_text@1", "compositional_score")  # on the terminal
 
 
 def evaluate(config: EvaluateConfig) -> list[str]:
@@ -183,15 +180,12 @@ def show_samples(e: Evaluation, g: float) -> None:
 
 
 def summary(results: list[Record]) -> list[str]:
-    """The headline numbers at the best guidance, one per line."""
+    """The headline numbers of real pictures and of samples at the best guidance, and failures, one per line."""
     g = best_guidance(results)
     lines = [f"best guidance: {g:g}"]
-    for metric, of in HEADLINES.items():
-        for r in find(results, metric, "samples", guidance=g):
-            lines.append(headline(r) + "".join(f", {of} {number(x)}" for x in find(results, metric, of)))
-    for r in find(results, "compositional_score", "samples", guidance=g):
-        mean = r["value"]["mean"]
-        lines.append(f"compositional score (N={r['n']}): {mean['all']:.1%}, held-out {mean['held_out']:.1%}")
-    failed = [r for r in results if r["metric"] in ("blank_pictures", "left_out") and r["value"]]
-    lines += [f"{r['metric'].replace('_', ' ')}: {r['value']} of {r['n']} {named(r)}" for r in failed]
+    for r in results:
+        best = r["of"].startswith("real") or (r["of"], r.get("guidance")) == ("samples", g)
+        failed = r["metric"] in ("blank_pictures", "left_out") and r["value"]
+        if failed or best and r["metric"] in HEADLINES and r["value"] is not None:
+            lines.append(headline(r))
     return [*lines, *biases(results)]

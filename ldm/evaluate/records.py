@@ -189,9 +189,10 @@ def named(r: Record) -> str:
 
 
 def headline(r: Record) -> str:
-    """A number as a terminal shows it, with its network and N."""
+    """A number as a terminal shows it, with its source, network and N."""
     network = f"{r['extractor']}, " if "extractor" in r else ""
-    return f"{r['metric'].replace('_', ' ')} ({network}N={r['n']}): {number(r)}"
+    mean = r | {"value": r["value"]["mean"]["all"]} if isinstance(r["value"], dict) else r
+    return f"{r['metric'].replace('_', ' ')} of {named(r)} ({network}N={r['n']}): {number(mean)}"
 
 
 def biases(results: Sequence[Record]) -> list[str]:

@@ -23,11 +23,7 @@ from ldm.evaluate.records import SHUFFLED, Record, best_guidance, find, named, n
 from ldm.images import data_url
 from ldm.model_io import atomic_write, write_json
 
-FORMATS = {
-    "model": "ldm-evaluation-2",
-    "folders": "ldm-evaluation-2",
-    "autoencoder": "ldm-autoencoder-evaluation-1",
-}
+FORMATS = {"model": "ldm-evaluation-2", "folders": "ldm-evaluation-2", "autoencoder": "ldm-autoencoder-evaluation-1"}
 LARGEST = 256  # pixels per side of an image in the report; larger ones are reduced
 
 
