@@ -317,7 +317,7 @@ def test_the_command_prints_the_headline(copy, model, monkeypatch, capsys):
     options = "--num 16 --guidance 1,2 --guidance-rescale 0.5 --steps 2 --features stub --train-num 40 --device cpu"
     command(monkeypatch, "--model", model, "--out", copy, *options.split(), "--judge", "none", "--data", "shapes")
     printed = capsys.readouterr().out
-    assert "frechet distance (stub, N=16)" in printed and "compositional score (N=12)" in printed
+    assert "frechet distance of samples at " in printed and "compositional score of samples at " in printed
     assert str(copy / "report.html") in printed
     command(monkeypatch, "--help")
     printed = capsys.readouterr().out

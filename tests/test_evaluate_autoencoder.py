@@ -45,7 +45,8 @@ def measured(vae, small, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("autoencoder") / "out"
     config = AutoencoderEvaluation(autoencoder=str(vae), data="shapes", num=N, features="stub", batch_size=7, out=out)
     lines = evaluate_autoencoder(config)
-    assert lines[0].startswith("PSNR: ") and any(line.startswith("frechet distance (stub, N=20): ") for line in lines)
+    assert lines[0].startswith("psnr db of reconstructions (N=20): ")
+    assert any(line.startswith("frechet distance of reconstructions (stub, N=20): ") for line in lines)
     return out
 
 

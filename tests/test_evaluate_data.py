@@ -125,7 +125,7 @@ def noise(root: Path, shared: int = 0, count: int = N) -> Path:
 
 
 def of_folder(model: Path, data: Path, out: Path, **changes) -> EvaluateConfig:
-    return config_for(model, out, data="folder", data_path=str(data), guidance=(2.0,), judge="", **changes)
+    return config_for(model, out, data="folder", data_path=str(data), guidance=(2.0,), **{"judge": ""} | changes)
 
 
 def test_training_pictures_may_be_missing_broken_or_held_out_ones(model, tmp_path):
@@ -145,25 +145,18 @@ def test_training_pictures_may_be_missing_broken_or_held_out_ones(model, tmp_pat
     assert "floor at this N: unknown, only 7 training" in text and "noise 3" in text and "Link by link" not in text
 
 
-def test_held_out_pictures_that_cannot_be_read_are_left_out_and_said(model, tmp_path):
+def test_held_out_pictures_may_be_broken_and_too_few_for_the_features(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor(6))  # 108 features
     data, out = noise(tmp_path / "data", count=101), tmp_path / "out"
     (data / "test/007.png").write_bytes((data / "test/007.png").read_bytes()[:600])
     Image.new("RGB", (24, 24), "red").save(data / "test/009.png")
-    lines = evaluate(of_folder(model, data, out, num=101))
-    left = one(out, "left_out", "data")
-    assert (left["value"], left["n"]) == (1, 101) and "007.png" in left["note"]
-    assert one(out, "frechet_distance", "samples")["n"] == 100
-    assert "left out: 1 of 101 data" in lines and "blank pictures: 1 of 100 real held-out" in lines
-    text = report(out)
+    lines, text = evaluate(of_folder(model, data, out, num=101, judge="none")), report(out)
+    left, distance = one(out, "left_out", "data"), one(out, "frechet_distance", "samples")
+    assert (left["value"], left["n"]) == (1, 101) and "007.png" in left["note"] and distance["n"] == 100
     assert "1 of 101 samples of the data could not be used, the first: " in text and "1 of 100 real held-out" in text
-
-
-def test_too_few_pictures_for_the_features_say_what_is_needed(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor(3))  # 27 features
-    lines = evaluate(config_for(model, tmp_path / "out", guidance=(1.0,)))
-    record = one(tmp_path / "out", "frechet_distance", "samples")
-    needs = "needs 28 pictures on both sides, one more than features, for less bias"
-    assert record["biased"] and record["note"] == needs and needs in report(tmp_path / "out")
+    assert {"left out of data (N=101): 1", "blank pictures of real held-out (N=100): 1"} <= set(lines)
+    needs = "needs 109 pictures on both sides, one more than features, for less bias"
+    assert distance["biased"] and distance["note"] == needs and needs in text
     assert any(line.startswith(f"Frechet distance is biased: it {needs}") for line in lines)
 
 

@@ -29,8 +29,8 @@ def test_numbers_are_those_of_the_pictures_whatever_their_order(tmp_path):
     a, b, net, out = fill(tmp_path / "a", 20, 0), fill(tmp_path / "b", 18, 1), stub_extractor(), tmp_path / "out"
     config = FolderEvaluation(images=a, reference=b, features="stub", out=out)
     lines = evaluate_folders(config)
-    assert any(line.startswith("frechet distance (stub, N=18): ") for line in lines)
-    assert "blank pictures (N=20): 0" in lines
+    assert any(line.startswith("frechet distance of images (stub, N=18): ") for line in lines)
+    assert "blank pictures of images (N=20): 0" in lines
     x, y = net(kept(a)), net(kept(b))
     assert one(out, "frechet_distance", "images")["value"] == pytest.approx(frechet_distance(x, y), rel=1e-4)
     near = one(out, "kernel_distance", "images")
@@ -102,7 +102,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (30, 24)).save(b / "007.png")
     assert "007.png' is 30x24 px, not 24x24" in complaint("--features", "stub")
     (b / "007.png").write_bytes(b"no picture")
-    assert "007.png' cannot be read" in complaint("--features", "stub")
+    assert "007.png' is no image file" in complaint("--features", "stub")
     assert "007.png" in complaint("--features", "stub", "--size", 16)
     assert "--size -5 is not allowed" in complaint("--size", -5)
     assert "--size 100000 is not allowed; use 1 to 4000, or 0" in complaint("--size", 100_000)
