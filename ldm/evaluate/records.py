@@ -192,7 +192,8 @@ def headline(r: Record) -> str:
     """A number as a terminal shows it, with its source, network and N."""
     network = f"{r['extractor']}, " if "extractor" in r else ""
     mean = r | {"value": r["value"]["mean"]["all"]} if isinstance(r["value"], dict) else r
-    return f"{r['metric'].replace('_', ' ')} of {named(r)} ({network}N={r['n']}): {number(mean)}"
+    text = str(r["value"]) if isinstance(r["value"], int) else number(mean)
+    return f"{r['metric'].replace('_', ' ')} of {named(r)} ({network}N={r['n']}): {text}"
 
 
 def biases(results: Sequence[Record]) -> list[str]:
