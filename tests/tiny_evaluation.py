@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tiny_models import text_encoder, unet_config, vae_config
 from torch import nn
 
-from ldm.clip import TextConfig, TextEncoder
+from ldm.clip import TextEncoder
 from ldm.commands.cli import run_command
 from ldm.commands.evaluate import main
 from ldm.data.shapes import Shapes
@@ -27,43 +28,24 @@ from ldm.metrics.preprocess import resized
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts
 from ldm.tokenizer import Tokenizer
-from ldm.unet import UNet, UNetConfig
-from ldm.vae import VAE, VAEConfig
+from ldm.unet import UNet
+from ldm.vae import VAE
 
 N, GUIDANCE = 16, (1.0, 2.0)
 
 
 def tiny_vae(seed: int = 0) -> VAE:
     torch.manual_seed(seed)
-    config = VAEConfig(block_out_channels=(4, 4, 4), layers_per_block=1, norm_num_groups=2, scaling_factor=0.5)
-    return VAE(replace(config, sample_size=32))
+    return VAE(vae_config((4, 4, 4), norm_num_groups=2, sample_size=32, scaling_factor=0.5))
 
 
 def tiny_pipeline(seed: int = 0, size: int = 8) -> Pipeline:
     torch.manual_seed(seed)
     tokenizer = Tokenizer.train(["a red circle"], 514, context_length=77)
-    text = TextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    unet = UNetConfig(
-        sample_size=size,
-        block_out_channels=(8, 8),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=1,
-        cross_attention_dim=8,
-        norm_num_groups=2,
-    )
+    text = TextEncoder(replace(text_encoder(tokenizer).config, max_position_embeddings=77))
+    unet = UNet(unet_config((8, 8), "cp", sample_size=size, attention_head_dim=1, norm_num_groups=2))
     schedule = Schedule(ScheduleConfig(sampler="ddim", steps_offset=1))
-    return Pipeline(Parts(tiny_vae(seed), TextEncoder(text), tokenizer, UNet(unet), schedule))
+    return Pipeline(Parts(tiny_vae(seed), text, tokenizer, unet, schedule))
 
 
 def stub_extractor(side: int = 2) -> FeatureExtractor:
@@ -139,9 +121,6 @@ class Tags(HTMLParser):
         self.seen.append((tag, dict(attributes)))
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.seen.append((tag, dict(attributes)))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag

@@ -4,26 +4,26 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import UserError
 from ldm.data import open_dataset
 from ldm.data.faults import readable
-from ldm.data.latents import data_hash
+from ldm.data.identity import fingerprint
 from ldm.distributed import find_device, processes
 from ldm.evaluate.config import LARGEST, SMALLEST, AutoencoderEvaluation
-from ldm.evaluate.features import Features
 from ldm.evaluate.latents import representation
 from ldm.evaluate.pictures import Pictures, claim
-from ldm.evaluate.records import Record, biases, distance_records, headline, left_out, mean_record
+from ldm.evaluate.records import Record, biases, blank_record, distance_records, headline, left_out, mean_record, record
 from ldm.evaluate.report import Row, check_installed, write_results
-from ldm.evaluate.samples import data_config, held_out_indices, judge_name, open_extractor, sample_indices
+from ldm.evaluate.samples import data_config, held_out_indices, judge_name, open_network, sample_indices
 from ldm.images import to_float, to_uint8
 from ldm.metrics import bits_per_dimension, perceptual_distance, psnr, sharpness, ssim
 from ldm.metrics.codecs import CODECS, curve, nearest_to
@@ -36,7 +36,9 @@ FITTED = 256  # training images to which the scale of the likelihood is fitted
 SCALES = torch.logspace(-3.5, -0.5, 25).tolist()  # of the likelihood that are tried, in pixels of [-1, 1]
 CODED = 128  # images through other codecs
 SHOWN = 12  # rows of a gallery
-HEADLINES = ("perceptual_distance", "frechet_distance", "bits_per_dimension")
+OF = "reconstructions"
+CLAIMED = ("autoencoder_sha256", "data_sha256", "split", "size", "seed")  # settings that a folder is for
+HEADLINES = ("psnr_db", "ssim", "perceptual_distance", "frechet_distance", "bits_per_dimension")
 ASSUMPTIONS = (
     "discretized logistic around the decoded sample; standard normal prior of the normalized latent; scale fitted to"
     " training pictures"
@@ -58,49 +60,44 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
     data = data_config(config.autoencoder, config.data, config.data_path, size)
     dataset, train = (open_dataset(data, split, need_captions=False) for split in (config.split, "train"))
     indices = held_out_indices(dataset, config)
-    fitted = readable(train, sample_indices(len(train), min(FITTED, len(train)), config.seed))
+    fitted = readable(train, sample_indices(len(train), FITTED, config.seed))
     distance = perceptual_network(config.perceptual).to(device)
-    extractor = open_extractor(config.features, judge_name("", config.data))
+    features = open_network(config.features, judge_name("", config.data), config.out, device, batch_size)
     side = size // vae.factor
     settings = {
         "autoencoder": config.autoencoder,
         "autoencoder_sha256": module_hash(vae),
         "parameters": {"vae": sum(p.numel() for p in vae.parameters())},
         "data": config.data,
-        "data_sha256": data_hash(dataset),
+        "data_sha256": fingerprint(dataset),
         "split": config.split,
         "num": len(indices),
         "size": size,
         "latent": f"{vae.config.latent_channels}x{side}x{side}",
         "seed": config.seed,
     }
-    claim(config.out, {key: settings[key] for key in ("autoencoder_sha256", "data_sha256", "split", "size", "seed")})
+    claim(config.out, {key: settings[key] for key in CLAIMED})
     training = code(vae, train, fitted, batch_size, "fitting the likelihood")
     scale = min(SCALES, key=lambda scale: float(training.nll(scale).mean()))  # before held-out images are seen
     coded = code(vae, dataset, indices, batch_size, "autoencoder")
+    compressed = decode_8_bits(vae, coded.mean[:CODED], batch_size)
 
     results = [*quality(coded, distance, config.perceptual, batch_size), *bits(coded, scale), latent_record(coded)]
     real, decoded = (
         Pictures(of=of, count=len(x), read=x.__getitem__)
-        for of, x in (("real held-out", coded.pixels), ("reconstructions", coded.decoded))
+        for of, x in (("real held-out", coded.pixels), (OF, coded.decoded))
     )
-    results += [real.blank_record(batch_size), decoded.blank_record(batch_size), *left_out(dataset, train)]
-    if extractor:
-        features = Features(config.out / "features", extractor, device, batch_size)
-        results += distance_records(features, decoded, real, config.seed)
-    compressed = decode_8_bits(vae, coded.mean[:CODED], batch_size)
+    results += [blank_record(source, batch_size) for source in (real, decoded)] + left_out(dataset, train)
+    results += distance_records(features, decoded, real, config.seed) if features else []
     results.append(rates(coded, compressed))
     if find_spec("sklearn"):
         results += representation(vae, dataset, train, config.data, config.seed)
     else:
-        warnings.warn(
-            "probes of the latents need scikit-learn and are left out: pip install scikit-learn", stacklevel=2
-        )
+        missing = "probes of the latents need scikit-learn and are left out: pip install scikit-learn"
+        warnings.warn(missing, stacklevel=2)
     if processes().is_main_process:
         write_results("autoencoder", config.out, settings, results, galleries(coded, compressed))
-    level, similarity = results[:2]
-    first = f"PSNR: {level['value']:.2f} dB, SSIM: {similarity['value']:.4f} (N={len(indices)})"
-    return [first, *(headline(r) for r in results if r["metric"] in HEADLINES), *biases(results)]
+    return [*(headline(r) for r in results if r["metric"] in HEADLINES), *biases(results)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,43 +134,43 @@ def code(vae: VAE, dataset: Any, indices: list[int], batch_size: int, text: str)
         sampled, decoded = vae.decode_raw(posterior.mean + posterior.std * eps), vae.decode_raw(posterior.mean)
         std = posterior.std * vae.config.scaling_factor
         parts.append([x.cpu() for x in (pixels, vae.normalize(posterior.mean), std, to_uint8(decoded), sampled)])
-    pixels, mean, std, decoded, sampled = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    pixels, mean, std, decoded, sampled = map(torch.cat, zip(*parts, strict=True))
     return Coded(pixels=pixels, mean=mean, std=std, decoded=decoded, sampled=sampled)
 
 
 def quality(coded: Coded, network: PerceptualDistance, name: str, batch_size: int) -> Iterator[Record]:
     """How near reconstructions from the mean of the latent are."""
-    device, parts = next(network.buffers()).device, []
-    for pair in zip(coded.pixels.split(batch_size), coded.decoded.split(batch_size), strict=True):
-        x, y = (to_float(pixels).to(device) for pixels in pair)
-        parts.append((psnr(x, y), ssim(x, y), sharpness(x, y), perceptual_distance(x, y, network)))
-    smallest = getattr(network, "smallest", 0)
+    device, smallest = next(network.buffers()).device, getattr(network, "smallest", 0)
     resize = f"none; sides under {smallest} px doubled" if smallest else "none"
-    of_network = {"extractor": name, "extractor_sha256": module_hash(network), "resize": resize}
-    metrics = {"psnr_db": {}, "ssim": {}, "sharpness": {}, "perceptual_distance": of_network}
-    for (metric, fields), values in zip(metrics.items(), zip(*parts, strict=True), strict=True):
-        yield mean_record(metric, "reconstructions", torch.cat(values).cpu(), latent="mean", **fields)
+    about = {"extractor": name, "extractor_sha256": module_hash(network), "resize": resize}
+    for metric, function, fields in (
+        ("psnr_db", psnr, {}),
+        ("ssim", ssim, {}),
+        ("sharpness", sharpness, {}),
+        ("perceptual_distance", partial(perceptual_distance, network=network), about),
+    ):
+        pairs = zip(coded.pixels.split(batch_size), coded.decoded.split(batch_size), strict=True)
+        values = torch.cat([function(*(to_float(x).to(device) for x in pair)).cpu() for pair in pairs])
+        yield mean_record(metric, values, of=OF, latent="mean", **fields)
 
 
 def bits(coded: Coded, scale: float) -> Iterator[Record]:
     """The negative evidence lower bound in bits per dimension, and its two parts."""
     nll, kl = coded.nll(scale), reduce(coded.kl(), "n c h w -> n", "sum")
+    fields = {"of": OF, "assumes": ASSUMPTIONS, "scale": scale, "latent": "one sample"}
     parts = {"bits_per_dimension": (nll, kl), "bits_of_latent": (0 * nll, kl), "bits_of_rest": (nll, 0 * kl)}
     for metric, pair in parts.items():
-        values = bits_per_dimension(*pair, math.prod(coded.pixels.shape[1:]))
-        yield mean_record(metric, "reconstructions", values, assumes=ASSUMPTIONS, scale=scale, latent="one sample")
+        yield mean_record(metric, bits_per_dimension(*pair, math.prod(coded.pixels.shape[1:])), **fields)
 
 
 def latent_record(coded: Coded) -> Record:
     """Each channel of the latents as diffusion sees it: mean, deviation, the posterior's share of the variance, KL."""
-    rows = []
-    for z, std, kl in zip(
-        *(rearrange(x.double(), "n c h w -> c n h w") for x in (coded.mean, coded.std, coded.kl())), strict=True
-    ):
-        noise = std.square().mean()
-        row = {"mean": z.mean(), "std": z.std(), "noise_share": noise / (noise + z.var()), "kl_nats": kl.mean()}
-        rows.append({key: float(value) for key, value in row.items()})
-    return {"metric": "latent_channels", "of": "latents", "value": rows, "n": len(coded.mean)}
+    z, noise, kl = coded.mean.double(), coded.std.double().square().mean((0, 2, 3)), coded.kl().mean((0, 2, 3))
+    variance = z.var((0, 2, 3))
+    channels = torch.stack([z.mean((0, 2, 3)), variance.sqrt(), noise / (noise + variance), kl], 1)
+    names = ("mean", "std", "noise_share", "kl_nats")
+    value = [dict(zip(names, channel, strict=True)) for channel in channels.tolist()]
+    return record("latent_channels", value, of="latents", n=len(z))
 
 
 @torch.no_grad()
@@ -188,27 +185,29 @@ def rates(coded: Coded, compressed: Tensor) -> Record:
     """(bytes, PSNR) per image of latents in 8 bits, of latents at the rate of their KL, which bits-back coding reaches,
     and of other codecs at several qualities."""
     pixels, nats = coded.pixels[:CODED], reduce(coded.kl()[:CODED], "n c h w -> n", "sum").mean()
-    decoded = (to_float(compressed), to_float(to_uint8(coded.sampled[:CODED])))
-    levels = [float(psnr(to_float(pixels), y).mean()) for y in decoded]
-    sizes = float(math.prod(coded.mean.shape[1:])), float(nats / math.log(2) / 8)
-    names = "latents, 8 bits", "latents, KL"
-    value = {name: [point] for name, *point in zip(names, sizes, levels, strict=True)}
-    value |= {codec: curve(pixels, codec) for codec in CODECS}
-    return {"metric": "rate_distortion", "of": "reconstructions", "value": value, "n": len(pixels)}
+    levels = [float(levels_of(pixels, y).mean()) for y in (compressed, to_uint8(coded.sampled[:CODED]))]
+    stored, by_kl = float(math.prod(coded.mean.shape[1:])), float(nats / math.log(2) / 8)
+    value = {"latents, 8 bits": [(stored, levels[0])], "latents, KL": [(by_kl, levels[1])]}
+    return record("rate_distortion", value | {c: curve(pixels, c) for c in CODECS}, of=OF, n=len(pixels))
+
+
+def levels_of(x: Tensor, y: Tensor) -> Tensor:
+    """PSNR in dB of each of uint8 images."""
+    return psnr(to_float(x), to_float(y))
 
 
 def galleries(coded: Coded, compressed: Tensor) -> dict[str, list[Row]]:
     """Reconstructions, those with the lowest PSNR, and images beside other codecs at as many bytes."""
-    levels = psnr(to_float(coded.pixels), to_float(coded.decoded))
-    size, rows = math.prod(coded.mean.shape[1:]), []
+    levels = levels_of(coded.pixels, coded.decoded)
     pairs = [
         Row(pictures=[("real", x), ("decoded", y)], note=f"{level:.1f} dB")
         for x, y, level in zip(coded.pixels, coded.decoded, levels, strict=True)
     ]
+    size, rows = math.prod(coded.mean.shape[1:]), []
     for x, y in zip(coded.pixels[:SHOWN], compressed, strict=False):
         others = [("latents", size, y), *((codec, *nearest_to(x, codec, size)) for codec in CODECS)]
-        near = [f"{float(psnr(to_float(x)[None], to_float(z)[None])):.1f}" for *_, z in others]
+        near = ", ".join(f"{float(levels_of(x[None], z[None])):.1f}" for *_, z in others)
         pictures = [("real", x), *((f"{name}, {used} B", z) for name, used, z in others)]
-        rows.append(Row(pictures=pictures, note=f"{', '.join(near)} dB"))
+        rows.append(Row(pictures=pictures, note=f"{near} dB"))
     worst = [pairs[i] for i in levels.argsort()[:SHOWN].tolist()]
     return {"reconstructions": pairs[: 2 * SHOWN], "worst": worst, "codecs": rows}

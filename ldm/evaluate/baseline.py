@@ -1,28 +1,27 @@
 """Numbers of an evaluation beside those of an earlier one of another model."""
 
-import math
+from pathlib import Path
 
-from ldm import model_io
 from ldm.config import UserError
 from ldm.evaluate.evaluation import Evaluation
 from ldm.evaluate.records import Record, best_guidance, ratio
+from ldm.model_io import read_json
 
-SHARED = ("data_sha256", "split", "size", "num", "seed")  # what the same held-out captions come from
+SHARED = ("data_sha256", "split", "size", "num", "seed")  # settings that determine the held-out captions
 
 
 def read_baseline(folder: str, e: Evaluation) -> dict:
     """metrics.json of an evaluation. Raises UserError where its numbers do not compare with those of `e`."""
-    table = model_io.read_json(f"{folder}/metrics.json")
+    table, now = read_json(Path(folder) / "metrics.json"), e.settings | {"num": len(e.indices)}
     try:
-        settings = table["settings"]
-        now = e.settings | {"num": len(e.indices)}
-        pairs = [(key, settings[key], now[key]) for key in SHARED]
-        networks = {r["extractor_sha256"]: r["resize"] for r in table["results"] if "extractor_sha256" in r}
+        pairs = [(key, table["settings"][key], now[key]) for key in SHARED]
+        resizes = {r["extractor_sha256"]: r["resize"] for r in table["results"] if "extractor_sha256" in r}
     except (KeyError, TypeError):
         raise UserError(f"{folder!r} holds no evaluation of a model by this version") from None
-    for network in (each.network for each in (e.features, e.embeddings) if each):
-        resize = networks.get(network.sha256, "not measured")
-        pairs.append((f"pictures for {network.name} {network.sha256[:8]}", resize, network.about["resize"]))
+    for about in (features.about for features in (e.features, e.judge) if features):
+        sha256 = about["extractor_sha256"]
+        name = f"pictures for {about['extractor']} {sha256[:8]}"
+        pairs.append((name, resizes.get(sha256, "not measured"), about["resize"]))
     for key, old, new in pairs:
         if old != new:
             raise UserError(f"{folder!r} does not compare: {key} {old}, here {new}; measure both alike")
@@ -31,24 +30,16 @@ def read_baseline(folder: str, e: Evaluation) -> dict:
 
 def compare(baseline: dict, results: list[Record]) -> list[Record]:
     """For each number of the samples at the best guidance: the baseline's at its own best, `ours`, and the ratio."""
-    best, other_best = best_guidance(results), best_guidance(baseline["results"])
-    others = {r["metric"]: r for r in baseline["results"] if _comparable(r, other_best)}
-    records = []
-    for r in results:
-        if r["metric"] in others and _comparable(r, best):
-            other = others[r["metric"]]
-            times = ratio(r, other)
-            fields = {
-                "of": "baseline",
-                "model": baseline["settings"]["model"],
-                "ours": r["value"],
-                "guidance": other_best,
-            }
-            records.append(other | fields | {"ratio": None if math.isnan(times) else times})
+    records, others = [], _comparable(baseline["results"])
+    fields = {"of": "baseline", "model": baseline["settings"]["model"]}
+    for metric, r in _comparable(results).items():
+        if metric in others:
+            records.append(others[metric] | fields | {"ours": r["value"], "ratio": ratio(r, others[metric])})
     return records
 
 
-def _comparable(r: Record, guidance: float) -> bool:
-    """Whether a number is of features of all samples at that guidance."""
-    of_samples = r["of"] == "samples" and r.get("guidance") == guidance and "extractor" in r
-    return of_samples and "group" not in r and "bank" not in r and isinstance(r["value"], float)
+def _comparable(results: list[Record]) -> dict[str, Record]:
+    """By metric, the numbers of features of all samples at the best guidance."""
+    best = best_guidance(results)
+    samples = [r for r in results if r["of"] == "samples" and r.get("guidance") == best and "extractor" in r]
+    return {r["metric"]: r for r in samples if isinstance(r["value"], float) and not {"group", "bank"} & {*r}}

@@ -2,13 +2,33 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ldm.config import UserError
 
 FEWEST = 16  # images; fewer measure nothing
-USUAL = 480  # held-out samples where --num is 0, or all of a smaller split
 SMALLEST, LARGEST = 11, 4000  # pixels per side: SSIM's window, and the largest image that is read
+
+
+def check(config: Any) -> None:
+    """Raises UserError, naming the option and the allowed values, for a value that no evaluation can use."""
+    for name, allowed, valid in (
+        ("batch_size", "1 or more", lambda value: value >= 1),
+        ("seed", "0 or more, below 2 to the 31st", lambda value: 0 <= value < 2**31),
+        ("num", f"0, or {FEWEST} or more, best 1000", lambda value: value == 0 or value >= FEWEST),
+        ("size", f"1 to {LARGEST}, or 0", lambda value: 0 <= value <= LARGEST),
+        ("train_num", "1 or more", lambda value: value >= 1),
+        ("guidance_rescale", "a number in [0, 1]", lambda value: 0 <= value <= 1),
+        ("guidance", "different numbers of 0 or more, separated by commas", _are_scales),
+    ):
+        value = getattr(config, name, None)
+        if value is not None and not valid(value):
+            shown = ",".join(f"{x:g}" for x in (value if isinstance(value, tuple) else (value,)))
+            raise UserError(f"--{name.replace('_', '-')} {shown} is not allowed; use {allowed}")
+
+
+def _are_scales(guidance: tuple[float, ...]) -> bool:
+    return all(0 <= g < float("inf") for g in guidance) and 0 < len(guidance) == len({f"{g:g}" for g in guidance})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +57,7 @@ class EvaluateConfig:
     out: Path  # folder of the report; what it already holds is kept and completed
     device: str = ""  # empty: cuda where available, else cpu
 
-    def __post_init__(self) -> None:
-        check_common(self.seed, self.batch_size)
-        allow(self.num == 0 or self.num >= FEWEST, "num", self.num, f"0, or {FEWEST} or more, best 1000")
-        allow(self.train_num >= 1, "train-num", self.train_num, "1 or more")
-        allow(0 <= self.guidance_rescale <= 1, "guidance-rescale", f"{self.guidance_rescale:g}", "a number in [0, 1]")
-        scales = [f"{g:g}" for g in self.guidance]
-        valid = all(0 <= g < float("inf") for g in self.guidance) and 0 < len(scales) == len(set(scales))
-        allow(valid, "guidance", ",".join(scales), "different numbers of 0 or more, separated by commas")
+    __post_init__ = check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +77,7 @@ class AutoencoderEvaluation:
     out: Path  # folder of the report; features that it already holds are kept
     device: str = ""  # empty: cuda where available, else cpu
 
-    def __post_init__(self) -> None:
-        check_common(self.seed, self.batch_size)
-        allow(self.num == 0 or self.num >= FEWEST, "num", self.num, f"0, or {FEWEST} or more")
+    __post_init__ = check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +86,7 @@ class FolderEvaluation:
 
     images: Path  # folder of images
     reference: Path  # folder of images that they are compared with
-    size: int | None = None  # pixels per side to which all are resized; without it, all must be squares of one size
+    size: int = 0  # pixels per side to which all are resized; 0: none is, and all must be squares of one size
     features: str = "effnet-lite0"  # network of the distances; see --model
     judge: str = ""  # image-text model for CMMD and, where images have captions, alignment; empty: none
     without_frechet: bool = False  # no Frechet distance, which needs more images than features
@@ -84,18 +95,4 @@ class FolderEvaluation:
     out: Path  # folder of the report; features that it already holds are kept
     device: str = ""  # empty: cuda where available, else cpu
 
-    def __post_init__(self) -> None:
-        check_common(self.seed, self.batch_size)
-        allow(self.size is None or 1 <= self.size <= LARGEST, "size", self.size, f"1 to {LARGEST}")
-
-
-def check_common(seed: int, batch_size: int) -> None:
-    """Raises UserError for a seed or batch size that no evaluation can use."""
-    allow(batch_size >= 1, "batch-size", batch_size, "1 or more")
-    allow(0 <= seed < 2**31, "seed", seed, "0 or more, below 2 to the 31st")
-
-
-def allow(valid: bool, option: str, value: object, allowed: str) -> None:
-    """Raises UserError, naming the option and the allowed values, unless `valid`."""
-    if not valid:
-        raise UserError(f"--{option} {value} is not allowed; use {allowed}")
+    __post_init__ = check

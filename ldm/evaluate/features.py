@@ -1,72 +1,84 @@
 """Features of images by one network, kept under the hash of the pixels: nothing is computed twice, in any run."""
 
 import hashlib
-import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm import model_io
 from ldm.config import UserError
 from ldm.distributed import map_over_processes, processes
 from ldm.evaluate.pictures import Pictures
 from ldm.images import to_float
+from ldm.model_io import load_tensors, save_tensors
 
 SAVED = 20  # batches between two writes of the file
 HASH = 16  # bytes of SHA-256
 
 
 class Features:
-    """Features of a network that has `name` and `sha256`, kept in `folder/<network>.safetensors`."""
+    """Features of a network that has `name` and `sha256`, kept in `out/features/<network>.safetensors`."""
 
-    def __init__(self, folder: Path, network: nn.Module, device: torch.device, batch_size: int):
+    def __init__(self, network: nn.Module, out: Path, device: torch.device, batch_size: int):
         self.network, self.device, self.batch_size = network.to(device), device, batch_size
         name = re.sub(r"[^\w-]", "-", network.name)
-        self.path = folder / f"{name}-{network.sha256[:8]}.safetensors"
-        self.known = self._read()
-        self.names: dict[Pictures, list[bytes]] = {}
+        self.path = out / "features" / f"{name}-{network.sha256[:8]}.safetensors"
+        self.rows = self._read()
+        self.hashes: dict[Pictures, list[bytes]] = {}
+        self.known_texts: dict[str, Tensor] = {}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The fields that every record of these features carries."""
+        return self.network.about
 
     def __call__(self, pictures: Pictures) -> Tensor:
         """Features (N, D) of the images, float32 on the CPU. Several processes compute a batch each."""
-        if pictures not in self.names:
-            self.names[pictures] = self._compute(pictures)
-        return torch.stack([self.known[name] for name in self.names[pictures]])
+        if pictures not in self.hashes:
+            self.hashes[pictures] = self._compute(pictures)
+        return torch.stack([self.rows[name] for name in self.hashes[pictures]])
+
+    def texts(self, captions: list[str]) -> Tensor:
+        """An image-text model's embeddings (N, D) of captions, on the CPU."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self.known_texts]
+        for start in range(0, len(new), 64):
+            part = new[start : start + 64]
+            self.known_texts |= zip(part, self.network.texts(part).cpu(), strict=True)
+        return torch.stack([self.known_texts[caption] for caption in captions])
 
     def _compute(self, pictures: Pictures) -> list[bytes]:
+        """The hashes of the images, whose features are then in `rows`."""
         names: list[bytes] = []
-        numbers, main = range(math.ceil(pictures.count / self.batch_size)), processes().is_main_process
-        text = f"{self.network.name}: {pictures.of}"
-        with tqdm(total=len(numbers), desc=text, unit="batch", leave=False, disable=not main) as bar:
-            for start in range(0, len(numbers), SAVED):
-                part, before = numbers[start : start + SAVED], len(self.known)
-                for hashes, rows in map_over_processes(lambda n: self._batch(pictures.batch(n, self.batch_size)), part):
-                    names += hashes
-                    self.known |= rows
-                if main and len(self.known) > before:
-                    self._write()
-                bar.update(len(part))
+        main, step, text = processes().is_main_process, SAVED * self.batch_size, f"{self.network.name}: {pictures.of}"
+        for first in tqdm(range(0, pictures.count, step), desc=text, leave=False, disable=not main):
+            starts, new = range(first, min(first + step, pictures.count), self.batch_size), {}
+            for hashes, rows in map_over_processes(lambda n: self._batch(pictures.batch(n, self.batch_size)), starts):
+                names, new = names + hashes, new | rows
+            self.rows |= new
+            if main and new:
+                self._write()
         return names
 
     def _batch(self, pixels: Tensor) -> tuple[list[bytes], dict[bytes, Tensor]]:
         """The hashes of uint8 images (B, 3, H, W), and the features of those that are not known yet."""
         hashes = [_hash(picture) for picture in pixels]
-        new = [i for i, name in enumerate(hashes) if name not in self.known]
+        new = [i for i, name in enumerate(hashes) if name not in self.rows]
         rows = self.network(to_float(pixels[new]).to(self.device)).float().cpu() if new else ()
         return hashes, {hashes[i]: row.clone() for i, row in zip(new, rows, strict=True)}
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        names = torch.frombuffer(bytearray(b"".join(self.known)), dtype=torch.uint8).view(-1, HASH)
-        model_io.save_tensors(self.path, {"names": names, "features": torch.stack(list(self.known.values()))})
+        names = torch.frombuffer(bytearray(b"".join(self.rows)), dtype=torch.uint8).view(-1, HASH)
+        save_tensors(self.path, {"names": names, "features": torch.stack(list(self.rows.values()))})
 
     def _read(self) -> dict[bytes, Tensor]:
         """Nothing where the file is missing or damaged, as it can be computed again."""
         try:
-            tensors = model_io.load_tensors(self.path) if self.path.is_file() else {}
-            return dict(zip((bytes(row.tolist()) for row in tensors["names"]), tensors["features"], strict=True))
+            tensors = load_tensors(self.path) if self.path.is_file() else {}
+            return dict(zip(map(bytes, tensors["names"].tolist()), tensors["features"], strict=True))
         except (UserError, KeyError):
             return {}
 

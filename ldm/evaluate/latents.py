@@ -1,6 +1,7 @@
 """What can be read from an autoencoder's latents of the known factors of images, on data sets that know them."""
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ldm.data.shapes import MIN_SIZE, render, sample_scene
-from ldm.evaluate.records import Record
+from ldm.evaluate.records import Record, record
 from ldm.images import to_float
 from ldm.metrics import dci, linear_probe, mig
 from ldm.metrics.intervals import mean_interval, resampled_interval
@@ -26,24 +27,28 @@ EMOJI = ("group", "style")
 Split = tuple[np.ndarray, np.ndarray]  # codes (N, D) and labels (N, K), as text
 
 
-def representation(vae: VAE, dataset: Any, train: Any, name: str, seed: int) -> list[Record]:
+def representation(vae: VAE, dataset: Any, train: Any, name: str, seed: int) -> Iterator[Record]:
     """k-means and linear probes of the latents against labels; on shapes MIG and DCI too. Empty for other data."""
     if name == "emoji":
-        return _label_records(*(_emoji(vae, data, seed) for data in (train, dataset)), EMOJI, seed)
+        yield from _label_records(*(_emoji(vae, data, seed) for data in (train, dataset)), EMOJI, seed)
     if name != "shapes":
-        return []
+        return
     codes, labels = _scenes(vae, seed)
     cut = len(codes) * 2 // 3
-    records = _label_records((codes[:cut], labels[:cut]), (codes[cut:], labels[cut:]), FACTORS, seed)
+    yield from _label_records((codes[:cut], labels[:cut]), (codes[cut:], labels[cut:]), FACTORS, seed)
     numbers = np.stack([np.unique(column, return_inverse=True)[1] for column in labels.T], 1)
-    base = {"of": "latents", "n": len(codes), "factors": list(FACTORS)}
-    gap, rows = mig(codes, numbers), torch.arange(len(codes))
-    interval = resampled_interval(lambda rows: mig(codes[rows], numbers[rows]), (rows,), gap, seed, few=True)
-    records.append({"metric": "mig", "value": gap, "interval": interval, **base})
+    fields = {"of": "latents", "n": len(codes), "factors": list(FACTORS)}
+    gap = mig(codes, numbers)
+    interval = _interval(lambda rows: mig(codes[rows], numbers[rows]), len(codes), gap, seed, few=True)
+    yield record("mig", gap, interval, **fields)
     # without intervals, for which trees would have to grow anew many times
-    return records + [
-        {"metric": f"dci_{key}", "value": value, **base} for key, value in dci(codes, numbers, seed).items()
-    ]
+    yield from (record(f"dci_{key}", value, **fields) for key, value in dci(codes, numbers, seed).items())
+
+
+def _interval(statistic: Any, count: int, value: float, seed: int, few: bool = False) -> tuple[float, float]:
+    """Of a statistic in [0, 1] of row numbers."""
+    low, high = resampled_interval(statistic, (torch.arange(count),), value, seed, few)
+    return max(low, 0.0), min(high, 1.0)
 
 
 def _scenes(vae: VAE, seed: int) -> Split:
@@ -73,20 +78,17 @@ def _codes(vae: VAE, pixels: Tensor) -> np.ndarray:
     return rearrange(z, "n c h w -> n (c h w)").double().numpy()
 
 
-def _label_records(train: Split, test: Split, names: tuple[str, ...], seed: int) -> list[Record]:
+def _label_records(train: Split, test: Split, names: tuple[str, ...], seed: int) -> Iterator[Record]:
     """For each label: k-means of the test codes, and a linear probe from train to test. The intervals are for other
     test images and the same clusters and probe."""
-    records: list[Record] = []
     for i, name in enumerate(names):
-        labels, rows = test[1][:, i], torch.arange(len(test[0]))
+        labels = test[1][:, i]
         counts = np.unique(labels, return_counts=True)[1]
-        base = {"of": "latents", "label": name, "classes": len(counts), "n": len(labels)}
+        fields = {"of": "latents", "label": name, "classes": len(counts), "n": len(labels)}
         code = clusters(test[0], len(counts), seed)
         for key, value in agreement(labels, code).items():
-            spread = resampled_interval(lambda r, k=key: agreement(labels[r], code[r])[k], (rows,), value)  # noqa: B023
-            records.append({"metric": key, "value": value, "interval": spread, **base})
+            interval = _interval(lambda r, k=key, y=labels, c=code: agreement(y[r], c[r])[k], len(labels), value, seed)
+            yield record(key, value, interval, **fields)
         probe = linear_probe(train[0], train[1][:, i], test[0], labels)
         interval = mean_interval(np.arange(len(labels)) < round(probe * len(labels)), seed)
-        chance = float(counts.max() / counts.sum())  # of the most frequent label
-        records.append({"metric": "linear_probe", "value": probe, "interval": interval, "chance": chance, **base})
-    return records
+        yield record("linear_probe", probe, interval, chance=float(counts.max() / counts.sum()), **fields)

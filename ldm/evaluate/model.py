@@ -1,11 +1,9 @@
 """Measuring a model on held-out captions. Images are sampled once and kept; every number is computed from them."""
 
 import shutil
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ldm.config import UserError
 from ldm.data.shapes import Scene
@@ -22,23 +20,27 @@ from ldm.evaluate.records import (
     alignment_records,
     best_guidance,
     biases,
+    blank_record,
     class_records,
     cmmd_record,
     distance_records,
     find,
     frechet_records,
+    headline,
     judge_fault,
     left_out,
     mean_record,
-    named,
+    record,
 )
-from ldm.evaluate.report import Row, check_installed, write_results
+from ldm.evaluate.report import check_installed, write_results
 from ldm.images import to_float
 from ldm.metrics import psnr, ssim
 from ldm.metrics.attributes import ATTRIBUTES, paired
 from ldm.metrics.compositional import Case, by_aspect, check, halves, tally
 from ldm.metrics.compositional_parse import parse
 from ldm.metrics.intervals import mean_interval
+
+HEADLINES = ("frechet_distance", "clip_cosine", "image_to_text@1", "compositional_score")  # on the terminal
 
 
 def evaluate(config: EvaluateConfig) -> list[str]:
@@ -57,17 +59,15 @@ def evaluate(config: EvaluateConfig) -> list[str]:
         if new and processes().is_main_process:
             shutil.rmtree(config.out)
         raise
-    e.make(e.picture_set("pictures", e.captions), config.guidance, "sampling")
-    if e.cases:
-        e.make(e.picture_set("cases", [case.caption for case in e.cases]), config.guidance, "sampling cases")
-    measure(e)
-    if baseline:
-        e.add(compare(baseline, e.results))
+    measure_samples(e)
     best = best_guidance(e.results)
+    measure_best(e, best)
+    if baseline:
+        e.add(*compare(baseline, e.results))
     show_samples(e, best)
     if processes().is_main_process:
-        e.add([*cost_records(e, best), *left_out(e.dataset, e.train)])
-        judge = e.judge.name if e.judge else "none"
+        e.add(*cost_records(e, best), *left_out(e.dataset, e.train))
+        judge = e.judge.network.name if e.judge else "none"
         settings = e.settings | {"num": len(e.indices), "guidance": list(config.guidance), "judge": judge}
         write_results("model", config.out, settings, e.results, e.galleries)
     return summary(e.results)
@@ -75,141 +75,117 @@ def evaluate(config: EvaluateConfig) -> list[str]:
 
 def measure_real(e: Evaluation) -> None:
     """Real images: the best possible scores. Raises UserError for a judge that is hardly above chance on them."""
-    e.add([e.real.blank_record(e.config.batch_size)])
-    if not e.judge:
-        return
-    measure_alignment(e, e.embeddings(e.real), e.real.of)
-    (record,) = find(e.results, "text_to_image@1", e.real.of)
-    if fault := judge_fault(record):
-        raise UserError(f"{fault}, so it cannot judge these; name another with --judge, or --judge none")
-
-
-def measure(e: Evaluation) -> None:
-    """Every number but those of real images and the cost."""
-    measure_autoencoder(e)
-    for source in (e.reconstructions, e.untrained, *([e.real_train] if e.bank else [])):
-        measure_source(e, source)
+    e.add(blank_record(e.real, e.config.batch_size))
     if e.features:
-        network = e.features.network
-        e.add(class_records(network.probabilities(e.features(e.real).to(e.pipe.device)), e.real.of, network.about))
+        e.add(*class_records(e.features, e.real, e.config.seed))
         if not e.bank:
-            record = {"metric": "frechet_distance", "of": "real train", "value": None, "n": 0, "note": e.train_note}
-            e.add([record], **network.about)
-    if e.cases:
-        images = arrays(e.untrained)
-        right = [check(x, case.required) for x, case in zip(images, e.cases, strict=False)]
-        e.add([compositional_record(right, e.cases[: len(right)], "untrained")])
-    for g, source in e.samples.items():
-        measure_source(e, source, **e.about(g))
-        if e.cases:
-            measure_cases(e, g)
-    best = best_guidance(e.results)
+            note, of = e.train_note, e.real_train.of
+            e.add(record("frechet_distance", None, of=of, n=0, note=note, **e.features.about))
     if e.judge:
-        texts, same = e.texts(e.captions).roll(1, 0), e.same.roll((1, 1), (0, 1))
-        for source, fields in e.sources(best):
-            of = f"{source.of}, shuffled captions"
-            e.add(alignment_records(e.embeddings(source), texts, same, of, e.judge.about), **fields)
-        for probe in (robustness, groups, combinations):
-            probe(e, best)
-    if e.features and e.bank:
-        memorization(e, best)
+        measure_alignment(e, e.real)
+        (found,) = find(e.results, "text_to_image@1", e.real.of)
+        if fault := judge_fault(found):
+            raise UserError(f"{fault}, so it cannot judge these; name another with --judge, or --judge none")
 
 
-def measure_source(e: Evaluation, source: Pictures, **fields: Any) -> None:
-    """Blank images, distances to the real images, and alignment; of real training images, no alignment."""
-    e.add([source.blank_record(e.config.batch_size)], **fields)
-    if e.features:
-        e.add(distance_records(e.features, source, e.real, e.config.seed), **fields)
-    if e.judge:
-        images = e.embeddings(source)
-        pair = (images, e.embeddings(e.real), source.of, e.judge.about, e.config.seed)
-        e.add([cmmd_record(*pair)], **fields)
-        # of a judge's few dimensions a Frechet distance is hardly biased, and can be extrapolated
-        e.add([r | {"metric": f"judge_{r['metric']}"} for r in frechet_records(*pair)], **fields)
-        if source.of != "real train":
-            measure_alignment(e, images, source.of, **fields)
-
-
-def measure_alignment(e: Evaluation, images: Tensor, of: str, **fields: Any) -> None:
-    """Alignment of embedded images with the held-out captions, and with the attributes that these name."""
-    e.add(alignment_records(images, e.texts(e.captions), e.same, of, e.judge.about), **fields)
-    for attribute in ATTRIBUTES:
-        shares, _ = paired(images, e.captions, e.texts, attribute)
-        if len(shares):
-            e.add([mean_record(f"paired {attribute.name}", of, shares, chance=0.5)], **e.judge.about, **fields)
-
-
-def measure_autoencoder(e: Evaluation) -> None:
-    """How near reconstructions are to the held-out images; on shapes, what the exact checker sees in either."""
+def measure_samples(e: Evaluation) -> None:
+    """Samples at every guidance, and what bounds them: reconstructions, an untrained model, training images."""
     x, y = (to_float(torch.cat([*source.batches(e.config.batch_size)])) for source in (e.real, e.reconstructions))
     for metric, values in (("psnr_db", psnr(x, y)), ("ssim", ssim(x, y))):
-        e.add([mean_record(metric, "reconstructions", values, latent="mean")])
+        e.add(mean_record(metric, values, of=e.reconstructions.of, latent="mean"))
+    for source in (*e.samples.values(), e.reconstructions, e.untrained, *([e.real_train] if e.bank else [])):
+        measure_source(e, source)
     if e.cases:
         scenes = [e.dataset.scene(i) for i in e.indices]
-        e.add(scene_record(arrays(source), scenes, source.of) for source in (e.real, e.reconstructions))
+        e.add(scene_record(e.real, scenes), scene_record(e.reconstructions, scenes))
+        e.add(compositional_record(e.untrained, e.cases))
+        for source in e.case_samples.values():
+            e.add(compositional_record(source, e.cases))
+            e.add(compositional_record(source, e.cases[1:] + e.cases[:1], of=SHUFFLED))
+            e.add(scene_record(source, [case.required for case in e.cases]))
 
 
-def measure_cases(e: Evaluation, g: float) -> None:
-    """Whether the images of the cases show their captions, and those of other cases, by the exact checker."""
-    images, scenes = arrays(e.case_samples[g]), [case.required for case in e.cases]
-    for of, cases in (("samples", e.cases), (SHUFFLED, e.cases[1:] + e.cases[:1])):
-        right = [check(x, case.required) for x, case in zip(images, cases, strict=True)]
-        e.add([compositional_record(right, cases, of)], **e.about(g))
-    e.add([scene_record(images, scenes, "samples")], **e.about(g))
+def measure_source(e: Evaluation, source: Pictures) -> None:
+    """Blank images, distances to the real images, and alignment; of real training images, no alignment."""
+    e.add(blank_record(source, e.config.batch_size))
+    if e.features:
+        e.add(*distance_records(e.features, source, e.real, e.config.seed))
+    if e.judge:
+        pair, fields = (e.judge(source), e.judge(e.real)), source.about | {"against": e.real.of} | e.judge.about
+        # of a judge's few dimensions a Frechet distance is hardly biased, and can be extrapolated
+        e.add(*frechet_records(*pair, e.config.seed, "judge_", **fields), cmmd_record(*pair, e.config.seed, **fields))
+        if source is not e.real_train:
+            measure_alignment(e, source)
 
 
-def compositional_record(right: list[bool], cases: list[Case], of: str) -> Record:
-    """How many cases are right by task and half; "interval" is that of the mean over all."""
+def measure_alignment(e: Evaluation, source: Pictures) -> None:
+    """Alignment of images with the held-out captions, and with the attributes that these name."""
+    images, fields = e.judge(source), source.about | e.judge.about
+    e.add(*alignment_records(images, e.judge.texts(e.captions), e.same, **fields))
+    for attribute in ATTRIBUTES:
+        shares, _ = paired(images, e.captions, e.judge.texts, attribute)
+        if len(shares):
+            e.add(mean_record(f"paired {attribute.name}", shares, chance=0.5, **fields))
+
+
+def measure_best(e: Evaluation, g: float) -> None:
+    """At the best guidance: captions of other images, and the probes."""
+    if e.judge:
+        texts, same = e.judge.texts(e.captions).roll(1, 0), e.same.roll((1, 1), (0, 1))
+        for source in (e.real, e.samples[g]):
+            fields = source.about | e.judge.about | {"of": f"{source.of}, shuffled captions"}
+            e.add(*alignment_records(e.judge(source), texts, same, **fields))
+        for probe in (robustness, groups, combinations):
+            probe(e, g)
+    if e.features and e.bank:
+        memorization(e, g)
+
+
+def compositional_record(source: Pictures, cases: list[Case], **fields: str) -> Record:
+    """How many of the cases the images meet, by the exact checker, by task and half; "interval" is that of the mean
+    over all."""
+    right = [check(x, case.required) for x, case in zip(arrays(source), cases, strict=False)]
+    cases = cases[: len(right)]
     intervals = {t: {half: mean_interval(r) for half, r in row.items()} for t, row in halves(right, cases).items()}
-    base = {"metric": "compositional_score", "of": of, "value": tally(right, cases), "n": len(right)}
-    return base | {"interval": intervals["mean"]["all"], "intervals": intervals}
+    fields = source.about | {"n": len(right), "intervals": intervals} | fields
+    return record("compositional_score", tally(right, cases), intervals["mean"]["all"], **fields)
 
 
-def scene_record(images: list[np.ndarray], scenes: list[Scene], of: str) -> Record:
-    """How many images (H, W, 3) are right in each aspect of their scene."""
-    right = by_aspect(images, scenes)
+def scene_record(source: Pictures, scenes: list[Scene]) -> Record:
+    """How many images are right in each aspect of their scene."""
+    right = by_aspect(arrays(source), scenes)
     value = {aspect: float(np.mean(each)) for aspect, each in right.items()}
-    intervals = {aspect: mean_interval(each) for aspect, each in right.items()}
-    return {"metric": "scene_accuracy", "of": of, "value": value, "interval": intervals, "n": len(images)}
+    interval = {aspect: mean_interval(each) for aspect, each in right.items()}
+    return record("scene_accuracy", value, interval, n=source.count, **source.about)
 
 
-def arrays(pictures: Pictures) -> list[np.ndarray]:
+def arrays(source: Pictures) -> list[np.ndarray]:
     """Images as the exact checker reads them, (H, W, 3)."""
-    return [pictures.read(i).permute(1, 2, 0).numpy() for i in range(pictures.count)]
+    return [source.read(i).permute(1, 2, 0).numpy() for i in range(source.count)]
 
 
 def show_samples(e: Evaluation, g: float) -> None:
     """The first prompts at every guidance, reconstructions, and the cases that failed, with what the checker sees."""
-    for i in range(min(SHOWN, len(e.captions))):
+    for i, caption in enumerate(e.captions[:SHOWN]):
         real = ("real", e.real.read(i))
-        samples = [(f"{scale:g}", source.read(i)) for scale, source in e.samples.items()]
-        e.show("prompts", Row(caption=e.captions[i], pictures=[real, *samples]))
-        e.show("reconstructions", Row(pictures=[real, ("decoded", e.reconstructions.read(i))]))
-    images = arrays(e.case_samples[g]) if e.cases else []
-    for i, (case, image) in enumerate(zip(e.cases, images, strict=True)):
+        e.show("prompts", [real, *((f"{scale:g}", source.read(i)) for scale, source in e.samples.items())], caption)
+        e.show("reconstructions", [real, ("decoded", e.reconstructions.read(i))])
+    for i, case in enumerate(e.cases):
+        pixels = e.case_samples[g].read(i)
+        image = pixels.permute(1, 2, 0).numpy()
         if not check(image, case.required):
             things = [" ".join(filter(None, (t.size, t.colour, t.shape))) for t in parse(image)]
             note = f"{case.task}{', held-out' if case.held_out else ''}; seen: {', '.join(things) or 'nothing'}"
-            e.show("failures", Row(caption=case.caption, pictures=[("", e.case_samples[g].read(i))], note=note))
+            e.show("failures", [("", pixels)], case.caption, note)
 
 
 def summary(results: list[Record]) -> list[str]:
-    """The headline numbers at the best guidance, one per line."""
+    """The headline numbers of real pictures and of samples at the best guidance, and failures, one per line."""
     g = best_guidance(results)
     lines = [f"best guidance: {g:g}"]
-    for name, metric, of in (
-        ("Frechet distance", "frechet_distance", "real train"),
-        ("cosine with the caption", "clip_cosine", "real held-out"),
-        ("right caption found", "image_to_text@1", "real held-out"),
-    ):
-        for r in find(results, metric, "samples", guidance=g):
-            real = "".join(f", real pictures {x['value']:.3g}" for x in find(results, metric, of))
-            low, high = r["interval"]
-            lines.append(f"{name} ({r['extractor']}, N={r['n']}): {r['value']:.3g} [{low:.3g}, {high:.3g}]{real}")
-    for r in find(results, "compositional_score", "samples", guidance=g):
-        mean = r["value"]["mean"]
-        held_out = f", held-out {mean['held_out']:.1%}" if "held_out" in mean else ""
-        lines.append(f"compositional score (N={r['n']}): {mean['all']:.1%}{held_out}")
-    failed = [r for r in results if r["metric"] in ("blank_pictures", "left_out") and r["value"]]
-    lines += [f"{r['metric'].replace('_', ' ')}: {r['value']} of {r['n']} {named(r)}" for r in failed]
+    for r in results:
+        best = r["of"].startswith("real") or (r["of"], r.get("guidance")) == ("samples", g)
+        failed = r["metric"] in ("blank_pictures", "left_out") and r["value"]
+        if failed or best and r["metric"] in HEADLINES and r["value"] is not None:
+            lines.append(headline(r))
     return [*lines, *biases(results)]

@@ -6,24 +6,14 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-COLOURS = ("#0b5cad", "#b3470c", "#2a9d60", "#9b59b6")
+COLOURS = {"#0b5cad": "accent", "#b3470c": "warm", "#2a9d60": "", "#9b59b6": ""}  # of lines, and their names in CSS
 INK, LINE, PAPER = "#656d76", "#d8dee4", "#ffffff"
-VARIABLES = {COLOURS[0]: "accent", COLOURS[1]: "warm", INK: "soft", LINE: "line", PAPER: "paper"}  # of the page's CSS
-STYLE = {
-    "svg.hashsalt": "ldm",  # the same plot is the same text
-    "svg.fonttype": "none",
-    "font.size": 8,
-    "text.color": INK,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "xtick.color": INK,
-    "ytick.color": INK,
+VARIABLES = {colour: name for colour, name in COLOURS.items() if name} | {INK: "soft", LINE: "line", PAPER: "paper"}
+STYLE = {  # the salt makes the same plot the same text
+    **{"svg.hashsalt": "ldm", "svg.fonttype": "none", "font.size": 8, "xtick.major.size": 0, "ytick.major.size": 0},
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **{"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": LINE, "axes.edgecolor": LINE},
+    **{"axes.spines.right": False, "axes.spines.top": False, "lines.markersize": 4, "savefig.transparent": True},
 }
 
 
@@ -44,33 +34,27 @@ def plot(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    file = io.StringIO()
+    file, names = io.StringIO(), []
     with rc_context(STYLE):
-        figure = Figure((4, 2.6), layout="constrained")
-        axes = figure.subplots()
-        axes.set_xlabel(x_name)
-        axes.tick_params(length=0)
+        axes = Figure((4, 2.6), layout="constrained").subplots()
+        axes.set(xlabel=x_name, xscale="log" if log else "linear")
+        axes.xaxis.set_major_formatter("{x:g}")
         for name, value in levels:
             axes.axhline(value, color=INK, linewidth=1, linestyle="--")
-            coords = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-            axes.annotate(name, (1, value), xytext=(0, -10), ha="right", **coords)
+            axes.annotate(name, (1, value), (0, -10), ("axes fraction", "data"), "offset points", ha="right")
         for line, colour in zip(lines, COLOURS, strict=False):
-            axes.plot(*zip(*line["points"], strict=True), line.get("style", "o-"), color=colour, markersize=4)
+            names.append(f'<span style="color: {colour}">{escape(line["name"])}</span>')
+            axes.plot(*zip(*line["points"], strict=True), line.get("style", "o-"), color=colour)
             if "ring" in line:
-                ring = {"color": PAPER, "markeredgecolor": colour, "markeredgewidth": 1.8}
-                axes.plot(*line["points"][line["ring"]], "o", markersize=8, **ring)
+                axes.plot(*line["points"][line["ring"]], "o", color=PAPER, mec=colour, mew=1.8, markersize=8)
             for mark, point in zip(line.get("marks", ()), line["points"], strict=False):
-                axes.annotate(mark, point, xytext=(0, 7), textcoords="offset points", ha="center")
+                axes.annotate(mark, point, (0, 7), textcoords="offset points", ha="center")
         axes.margins(0.08, 0.15)
-        if log:
-            axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
         if zero:
             axes.set_ylim(bottom=0)
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        axes.figure.savefig(file, format="svg", metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>| xmlns(:xlink)?=\"[^\"]*\"", "", file.getvalue(), flags=re.DOTALL)
     svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
-    names = (f'<span style="color: {c}">{escape(line["name"])}</span>' for line, c in zip(lines, COLOURS, strict=False))
-    legend = f'<p class="legend">{" ".join(names)}</p>' if len(lines) > 1 else ""
+    legend = f'<p class="legend">{" ".join(names)}</p>' if len(names) > 1 else ""
     html = f"<figure><p>{escape(title)}</p>{legend}{svg}</figure>"
     return re.sub("|".join(VARIABLES), lambda colour: f"var(--{VARIABLES[colour[0]]})", html)

@@ -7,14 +7,14 @@ import random
 import re
 import warnings
 from collections import Counter
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ldm.evaluate.evaluation import Evaluation
-from ldm.evaluate.records import Record, mean_record
-from ldm.evaluate.report import Row
+from ldm.evaluate.pictures import Pictures
+from ldm.evaluate.records import Record, mean_record, record
 from ldm.metrics.alignment import cosine
 from ldm.metrics.attributes import ATTRIBUTES, PERSON, Attribute, combined, paired, typos
 from ldm.metrics.diversity import nearest
@@ -36,9 +36,9 @@ def memorization(e: Evaluation, g: float) -> None:
     "memorized" is the share of samples nearer than the nearest 5% of held-out images, `nearer_than_any` than all of
     them. Real held-out images have 5% and 0% by definition. Warns where some of these are training images.
     """
-    bank, real = e.features(e.searched), e.features(e.real)
+    samples, real, bank = e.samples[g], e.features(e.real), e.features(e.searched)
     held_out, _ = nearest(real, bank)
-    distances, which = nearest(e.features(e.samples[g]), bank)
+    distances, which = nearest(e.features(samples), bank)
     if shared := int((held_out <= SAME * real.norm(dim=1)).sum()):
         warnings.warn(
             f"{shared} of the {len(real)} held-out pictures are in the training set too and flatter the model; keep one"
@@ -46,46 +46,42 @@ def memorization(e: Evaluation, g: float) -> None:
             stacklevel=2,
         )
     indices = [e.bank[i] for i in which.tolist()]
-    about = {
-        "bank": len(e.bank),
-        "bank_is_whole": len(e.bank) == len(e.train),
-        "near": NEAR,
-        **e.features.network.about,
-    }
-    about["held_out_in_train"] = shared
-    extra = ({}, {"nearest": indices, "distances": distances.tolist()})
-    for (source, fields), each, own in zip(e.sources(g), (held_out, distances), extra, strict=True):
-        nearer = mean_record("", "", each < held_out.min())
-        about |= {"nearer_than_any": nearer["value"], "nearer_interval": nearer["interval"]}
-        about["quantiles"] = torch.quantile(each, torch.linspace(0, 1, QUANTILES + 1).double()).tolist()
-        memorized = mean_record("memorized", source.of, each < torch.quantile(held_out, NEAR))
-        e.add([memorized], **about, **fields, **own)
+    fields = {"bank": len(e.bank), "bank_is_whole": len(e.bank) == len(e.train), "near": NEAR}
+    fields |= {"held_out_in_train": shared, **e.features.about}
+    each_sample = {"nearest": indices, "distances": distances.tolist()}
+    for source, values, extra in ((e.real, held_out, {}), (samples, distances, each_sample)):
+        nearer = mean_record("", values < held_out.min())
+        extra |= {"nearer_than_any": nearer["value"], "nearer_interval": nearer["interval"]}
+        extra["quantiles"] = torch.quantile(values, torch.linspace(0, 1, QUANTILES + 1).double()).tolist()
+        near = values < torch.quantile(held_out, NEAR)
+        e.add(mean_record("memorized", near, **source.about, **fields, **extra))
     for i in distances.argsort()[:SHOWN].tolist():
-        pictures = [("sample", e.samples[g].read(i)), ("training", e.train[indices[i]]["image"])]
+        pictures = [("sample", samples.read(i)), ("training", e.train[indices[i]]["image"])]
         note = f"distance {distances[i]:.3g}; the training picture: {e.train.captions(indices[i])[0]}"
-        e.show("copies", Row(caption=e.captions[i], pictures=pictures, note=note))
+        e.show("copies", pictures, e.captions[i], note)
 
 
 def robustness(e: Evaluation, g: float) -> None:
     """The change of each image's cosine with the caption as first worded, where the model was asked in other words, in
     upper case or with a typo, from the same noise. Captions that cannot be changed so do not count."""
-    first = e.captions[:WORDED]
+    first, plain = e.captions[:WORDED], e.samples[g]
+    texts = e.judge.texts(first)
     kinds = {
         "other wording": [_other_wording(e, i) for i in range(len(first))],
         "upper case": [caption.upper() for caption in first],
         "typos": [typos(caption, e.config.seed) for caption in first],
     }
     kinds = {kind: captions for kind, captions in kinds.items() if captions != first}
-    sources = {k: e.sample(f"wording/{k.replace(' ', '-')}", texts, g, k) for k, texts in kinds.items()}
-    plain = cosine(e.embeddings(e.samples[g])[: len(first)], e.texts(first))
-    for kind, source in sources.items():
-        changed = cosine(e.embeddings(source), e.texts(first))
-        other = torch.tensor([a != b for a, b in zip(kinds[kind], first, strict=True)])
-        e.add([mean_record("clip_cosine_change", kind, (changed - plain)[other])], **e.about(g), **e.judge.about)
-    for i in range(min(SHOWN, len(first)) if kinds else 0):
-        pictures = [("as asked", e.samples[g].read(i)), *((kind, source.read(i)) for kind, source in sources.items())]
-        note = "; ".join(captions[i] for captions in kinds.values())
-        e.show("wording", Row(caption=first[i], pictures=pictures, note=note))
+    rows: list[list] = [[("as asked", plain.read(i))] for i in range(min(SHOWN, len(first)))]
+    for kind, captions in kinds.items():
+        source = e.sample(f"wording/{kind.replace(' ', '-')}", captions, [g], kind)[g]
+        change = cosine(e.judge(source), texts) - cosine(e.judge(plain)[: len(first)], texts)
+        other = torch.tensor([a != b for a, b in zip(captions, first, strict=True)])
+        e.add(mean_record("clip_cosine_change", change[other], **source.about, **e.judge.about))
+        for i, row in enumerate(rows):
+            row.append((kind, source.read(i)))
+    for i, row in enumerate(rows if kinds else []):
+        e.show("wording", row, first[i], "; ".join(captions[i] for captions in kinds.values()))
 
 
 def _other_wording(e: Evaluation, i: int) -> str:
@@ -107,26 +103,22 @@ def groups(e: Evaluation, g: float) -> None:
     for attribute in ATTRIBUTES:
         left_open(e, g, attribute)
         named = [attribute.named(caption) for caption in e.captions]
-        for source, fields in e.sources(g):
-            embeddings, features = e.embeddings(source), (e.features or e.embeddings)(source)
-            for value in attribute.values:
-                rows = [i for i, name in enumerate(named) if name == value]
-                if len(rows) > 1:
-                    records = _group(e, embeddings[rows], features[rows], [e.captions[i] for i in rows], attribute)
-                    e.add(records, of=source.of, attribute=attribute.name, group=value, **fields)
+        for value in attribute.values:
+            rows = [i for i, name in enumerate(named) if name == value]
+            for source in (e.real, e.samples[g]) if len(rows) > 1 else ():
+                names = {"attribute": attribute.name, "group": value}
+                e.add(*(r | names for r in _group(e, source, rows, attribute)))
 
 
-def _group(e: Evaluation, images: Tensor, features: Tensor, captions: list[str], attribute: Attribute) -> list[Record]:
-    mean = partial(mean_record, of="", **e.judge.about)
-    shares, _ = paired(images, captions, e.texts, attribute)
+def _group(e: Evaluation, source: Pictures, rows: list[int], attribute: Attribute) -> Iterator[Record]:
+    """Of the images in the given rows, whose captions name one value of the attribute."""
+    captions, network, fields = [e.captions[i] for i in rows], e.features or e.judge, source.about | e.judge.about
+    images, features = e.judge(source)[rows], network(source)[rows]
+    yield mean_record("group_clip_cosine", cosine(images, e.judge.texts(captions)), **fields)
+    yield mean_record("group_paired", paired(images, captions, e.judge.texts, attribute)[0], chance=0.5, **fields)
     value = _spread(features)
     interval = resampled_interval(_spread, (features,), value, e.config.seed)
-    diversity = {"metric": "group_diversity", "value": value, "interval": interval, "n": len(captions)}
-    return [
-        mean("group_clip_cosine", values=cosine(images, e.texts(captions))),
-        mean("group_paired", values=shares, chance=0.5),
-        diversity | (e.features or e.embeddings).network.about,
-    ]
+    yield record("group_diversity", value, interval, n=len(rows), **fields | network.about)
 
 
 def _spread(features: Tensor) -> float:
@@ -140,12 +132,12 @@ def combinations(e: Evaluation, g: float) -> None:
     which the right one is preferred, and in `every` how often to all."""
     is_new = getattr(e.dataset, "new_combination", lambda index: False)
     rows = [i for i, index in enumerate(e.indices) if is_new(index)]
-    for source, fields in e.sources(g):
-        shares, _ = combined(e.embeddings(source)[rows], [e.captions[i] for i in rows], e.texts, PERSON)
+    for source in (e.real, e.samples[g]):
+        shares, _ = combined(e.judge(source)[rows], [e.captions[i] for i in rows], e.judge.texts, PERSON)
         if len(shares) > 1:
-            every = mean_record("", "", shares == 1)
-            record = mean_record("new_combinations", source.of, shares, chance=0.5, every=every["value"])
-            e.add([record | {"every_interval": every["interval"]}], **e.judge.about, **fields)
+            every = mean_record("", shares == 1)
+            fields = {"every": every["value"], "every_interval": every["interval"], **source.about, **e.judge.about}
+            e.add(mean_record("new_combinations", shares, chance=0.5, **fields))
 
 
 def left_open(e: Evaluation, g: float, attribute: Attribute) -> None:
@@ -155,13 +147,13 @@ def left_open(e: Evaluation, g: float, attribute: Attribute) -> None:
     if not captions:
         return
     name, values, seen = attribute.name, [*attribute.values, NONE], []
-    source = e.sample(f"open/{name.replace(' ', '-')}", captions, g, f"{name} left open")
-    for image, short in zip(e.embeddings(source), captions, strict=True):
-        options = e.texts([*(attribute.exchanged(named[short], value) for value in attribute.values), short])
-        seen.append(values[int((options @ image).argmax())])
+    source = e.sample(f"open/{name.replace(' ', '-')}", captions, [g])[g]
+    for i, (image, caption) in enumerate(zip(e.judge(source), captions, strict=True)):
+        options = [*(attribute.exchanged(named[caption], value) for value in attribute.values), caption]
+        seen.append(values[int((e.judge.texts(options) @ image).argmax())])
+        if i < 2 * SHOWN:
+            e.show(name, [("", source.read(i))], caption, f"judged: {seen[i]}")
     value = {each: Counter(seen)[each] / len(seen) for each in values}
-    interval = {each: mean_interval(torch.tensor([s == each for s in seen])) for each in values}
-    record = {"metric": "left_open", "of": "samples", "value": value, "interval": interval, "n": len(seen)}
-    e.add([record], attribute=name, **e.about(g), **e.judge.about)
-    for i, caption in enumerate(captions[: 2 * SHOWN]):
-        e.show(name, Row(caption=caption, pictures=[("", source.read(i))], note=f"judged: {seen[i]}"))
+    interval = {each: mean_interval([s == each for s in seen]) for each in values}
+    fields = {"attribute": name, "n": len(seen), **source.about, **e.judge.about}
+    e.add(record("left_open", value, interval, **fields))

@@ -4,7 +4,6 @@ All that it says is in report.jinja; a further section is one there.
 """
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +21,9 @@ from ldm.config import UserError
 from ldm.evaluate.plots import plot
 from ldm.evaluate.records import SHUFFLED, Record, best_guidance, find, named, number, ratio, short
 from ldm.images import data_url
-from ldm.model_io import write_json
+from ldm.model_io import atomic_write, write_json
 
-FORMATS = {
-    "model": "ldm-evaluation-2",
-    "folders": "ldm-evaluation-2",
-    "autoencoder": "ldm-autoencoder-evaluation-1",
-}
+FORMATS = {"model": "ldm-evaluation-2", "folders": "ldm-evaluation-2", "autoencoder": "ldm-autoencoder-evaluation-1"}
 LARGEST = 256  # pixels per side of an image in the report; larger ones are reduced
 
 
@@ -51,11 +46,6 @@ def write_results(
     kind: str, out: Path, settings: dict, results: Sequence[Record], galleries: dict[str, list[Row]]
 ) -> None:
     """Writes metrics.json and report.html into `out`; `kind` is "model", "autoencoder" or "folders"."""
-    write_json(out / "metrics.json", {"format": FORMATS[kind], "settings": settings, "results": results})
-    write_report(kind, out, settings, results, galleries)
-
-
-def write_report(kind: str, out: Path, settings: dict, results: Sequence[Record], galleries: dict) -> None:
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup, escape
 
@@ -66,20 +56,21 @@ def write_report(kind: str, out: Path, settings: dict, results: Sequence[Record]
     def one(metric: str, of: str, **where: Any) -> Record | None:
         return next(iter(find(results, metric, of, **where)), None)
 
-    def headings(html: str) -> list[tuple[str, str]]:
-        return re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', html)
-
-    functions = (number, named, short, ratio, image, at_size, best_guidance, headings, one)
+    write_json(out / "metrics.json", {"format": FORMATS[kind], "settings": settings, "results": results})
     folder, options = FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=folder, autoescape=True, extensions=["jinja2.ext.do"], **options)
+    environment.filters |= {"cell": cell, "markup": Markup}
+    functions = (number, named, short, ratio, image, at_size, best_guidance, headings, one, plot)
     environment.globals |= {function.__name__: function for function in functions}
-    environment.globals |= {"plot": lambda *args, **named: Markup(plot(*args, **named)), "find": partial(find, results)}
-    environment.globals |= {"percent": "{:.1%}".format, "SHUFFLED": SHUFFLED}
-    environment.filters["cell"] = cell
+    environment.globals |= {"find": partial(find, results), "percent": "{:.1%}".format, "SHUFFLED": SHUFFLED}
     values = {"kind": kind, "settings": settings, "results": results, "galleries": galleries}
-    part = out / "report.html.part"
-    part.write_text(environment.get_template("report.jinja").render(values), encoding="utf-8")
-    os.replace(part, out / "report.html")
+    with atomic_write(out / "report.html") as temporary:
+        temporary.write_text(environment.get_template("report.jinja").render(values), encoding="utf-8")
+
+
+def headings(html: str) -> list[tuple[str, str]]:
+    """The anchors and titles of sections."""
+    return re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', html)
 
 
 def image(pixels: Tensor) -> str:
@@ -91,8 +82,8 @@ def image(pixels: Tensor) -> str:
 
 def at_size(points: Sequence[tuple[float, float]], size: float) -> str:
     """A codec's PSNR at `size` bytes, interpolated between its (bytes, PSNR) over the logarithm of bytes."""
-    sizes, levels = zip(*sorted(points), strict=True)
-    if sizes[0] <= size <= sizes[-1]:
-        return f"{np.interp(math.log(size), np.log(sizes), levels):.2f}"
-    end = 0 if size < sizes[0] else -1
-    return f"none; {levels[end]:.2f} at {sizes[end]:.0f}"
+    points = sorted(points)
+    for (least, level), outside in ((points[0], size < points[0][0]), (points[-1], size > points[-1][0])):
+        if outside:
+            return f"none; {level:.2f} at {least:.0f}"
+    return f"{np.interp(math.log(size), *zip(*((math.log(s), level) for s, level in points), strict=True)):.2f}"

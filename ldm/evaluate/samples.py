@@ -8,20 +8,22 @@ from ldm import model_io
 from ldm.config import UserError
 from ldm.data import DataConfig
 from ldm.data.faults import readable
-from ldm.evaluate.config import FEWEST, USUAL, AutoencoderEvaluation, EvaluateConfig
-from ldm.metrics.features import FeatureExtractor, feature_extractor, judged_by
-from ldm.metrics.judges import JUDGES
+from ldm.evaluate.config import FEWEST, AutoencoderEvaluation, EvaluateConfig
+from ldm.evaluate.features import Features
+from ldm.metrics.features import feature_extractor, judged_by
+from ldm.metrics.judges import JUDGES, image_text_model
+
+USUAL = 480  # held-out samples where --num is 0, or all of a smaller split
+KEPT = ("length", "seed", "max_pixels", "max_broken")  # of the data of a run, where the same data are measured
 
 
 def data_config(model: str, name: str, path: str, size: int) -> DataConfig:
     """The data `name` at `path`, with the length, seed and limits of the model's run where that was on them."""
     root = model_io.find_root(model)
-    run = root.parent.parent if root.parent.name == "checkpoints" else root
-    config = model_io.read_json(run / "config.json") if (run / "config.json").is_file() else {}
-    trained = config.get("data", {})
-    keys = [key for key in ("length", "seed", "max_pixels", "max_broken") if trained.get(key) is not None]
-    same = trained.get("name") == name
-    return DataConfig(name=name, path=path, size=size, **({key: trained[key] for key in keys} if same else {}))
+    file = (root.parent.parent if root.parent.name == "checkpoints" else root) / "config.json"
+    trained = model_io.read_json(file).get("data", {}) if file.is_file() else {}
+    kept = {key: trained[key] for key in KEPT if trained.get(key) is not None and trained.get("name") == name}
+    return DataConfig(name=name, path=path, size=size, **kept)
 
 
 def held_out_indices(dataset: Any, config: EvaluateConfig | AutoencoderEvaluation) -> list[int]:
@@ -46,7 +48,12 @@ def judge_name(judge: str, data: str) -> str:
     return judge or (data if (JUDGES / data).is_dir() else "none")
 
 
-def open_extractor(features: str, judge: str) -> FeatureExtractor | None:
-    """The feature network; "judge" is the image tower of `judge`, "none" is None."""
-    name = judged_by(features, judge)
-    return None if name == "none" else feature_extractor(name)
+def open_network(name: str, judge: str, *options: Any) -> Features | None:
+    """The feature network `name`, where "judge" is the image tower of `judge`; None for "none"."""
+    name = judged_by(name, judge)
+    return None if name == "none" else Features(feature_extractor(name), *options)
+
+
+def open_judge(name: str, *options: Any) -> Features | None:
+    """The image-text model `name`; None for "none"."""
+    return None if name == "none" else Features(image_text_model(name), *options)
