@@ -22,7 +22,7 @@ def read_baseline(folder: str, e: Evaluation) -> dict:
         raise UserError(f"{folder!r} holds no evaluation of a model by this version") from None
     for network in (each.network for each in (e.features, e.embeddings) if each):
         resize = networks.get(network.sha256, "not measured")
-        pairs.append((f"pictures for {network.name} {network.sha256[:8]}", resize, network.about["resize"]))
+        pairs.append((f"pictures for {network.name} {network.sha256[:8]}", resize, network.metadata["resize"]))
     for key, old, new in pairs:
         if old != new:
             raise UserError(f"{folder!r} does not compare: {key} {old}, here {new}; measure both alike")

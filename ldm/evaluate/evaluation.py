@@ -25,7 +25,8 @@ from ldm.evaluate.report import Row
 from ldm.evaluate.samples import data_config, held_out_indices, judge_name, open_extractor, sample_indices
 from ldm.images import to_float, to_uint8
 from ldm.metrics.compositional import TASKS, Case, cases
-from ldm.metrics.judges import ImageTextModel, image_text_model
+from ldm.metrics.extractor import FeatureExtractor
+from ldm.metrics.judges import image_text_model
 from ldm.model_io import module_hash
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts
@@ -205,7 +206,7 @@ def _of_dataset(of: str, dataset: Any, indices: list[int]) -> Pictures:
     return Pictures(of=of, count=len(indices), read=lambda i: dataset[indices[i]]["image"])
 
 
-def _open_judge(name: str, config: EvaluateConfig, pipe: Pipeline) -> ImageTextModel | None:
+def _open_judge(name: str, config: EvaluateConfig, pipe: Pipeline) -> FeatureExtractor | None:
     """Raises UserError for a judge that learned from the held-out split, or that is the model's own text encoder."""
     if name == "none":
         return None

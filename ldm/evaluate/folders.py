@@ -69,7 +69,7 @@ def evaluate_folders(config: FolderEvaluation) -> list[str]:
             results.append(record | ({"against": "reference"} | fields if "against" in record else {}))
     if embeddings:
         pair = embeddings(fake), embeddings(real)
-        results.append(cmmd_record(*pair, "images", judge.about, config.seed) | {"against": "reference"})
+        results.append(cmmd_record(*pair, "images", judge.metadata, config.seed) | {"against": "reference"})
         for images, (of, names) in zip(pair, captions.items(), strict=True):
             results += aligned(embeddings, images, of, list(names.values()))
     settings |= {"number_of_images": fake.count, "number_of_references": real.count}
@@ -85,7 +85,7 @@ def aligned(embeddings: Features, images: torch.Tensor, of: str, captions: list[
         return []
     judge = embeddings.network
     texts = torch.cat([judge.texts([first]).cpu() for first, *_ in captions])
-    records = list(alignment_records(images, texts, sharing(captions), of, judge.about))
+    records = list(alignment_records(images, texts, sharing(captions), of, judge.metadata))
     for record in find(records, "text_to_image@1", "reference"):
         if fault := judge_fault(record):
             warnings.warn(f"{fault}: its alignment says little", stacklevel=2)

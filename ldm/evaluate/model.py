@@ -91,10 +91,10 @@ def measure(e: Evaluation) -> None:
         measure_source(e, source)
     if e.features:
         network = e.features.network
-        e.add(class_records(network.probabilities(e.features(e.real).to(e.pipe.device)), e.real.of, network.about))
+        e.add(class_records(network.probabilities(e.features(e.real).to(e.pipe.device)), e.real.of, network.metadata))
         if not e.bank:
             record = {"metric": "frechet_distance", "of": "real train", "value": None, "n": 0, "note": e.train_note}
-            e.add([record], **network.about)
+            e.add([record], **network.metadata)
     if e.cases:
         images = arrays(e.untrained)
         right = [check(x, case.required) for x, case in zip(images, e.cases, strict=False)]
@@ -108,7 +108,7 @@ def measure(e: Evaluation) -> None:
         texts, same = e.texts(e.captions).roll(1, 0), e.same.roll((1, 1), (0, 1))
         for source, fields in e.sources(best):
             of = f"{source.of}, shuffled captions"
-            e.add(alignment_records(e.embeddings(source), texts, same, of, e.judge.about), **fields)
+            e.add(alignment_records(e.embeddings(source), texts, same, of, e.judge.metadata), **fields)
         for probe in (robustness, groups, combinations):
             probe(e, best)
     if e.features and e.bank:
@@ -122,7 +122,7 @@ def measure_source(e: Evaluation, source: Pictures, **fields: Any) -> None:
         e.add(distance_records(e.features, source, e.real, e.config.seed), **fields)
     if e.judge:
         images = e.embeddings(source)
-        pair = (images, e.embeddings(e.real), source.of, e.judge.about, e.config.seed)
+        pair = (images, e.embeddings(e.real), source.of, e.judge.metadata, e.config.seed)
         e.add([cmmd_record(*pair)], **fields)
         # of a judge's few dimensions a Frechet distance is hardly biased, and can be extrapolated
         e.add([r | {"metric": f"judge_{r['metric']}"} for r in frechet_records(*pair)], **fields)
@@ -132,11 +132,11 @@ def measure_source(e: Evaluation, source: Pictures, **fields: Any) -> None:
 
 def measure_alignment(e: Evaluation, images: Tensor, of: str, **fields: Any) -> None:
     """Alignment of embedded images with the held-out captions, and with the attributes that these name."""
-    e.add(alignment_records(images, e.texts(e.captions), e.same, of, e.judge.about), **fields)
+    e.add(alignment_records(images, e.texts(e.captions), e.same, of, e.judge.metadata), **fields)
     for attribute in ATTRIBUTES:
         shares, _ = paired(images, e.captions, e.texts, attribute)
         if len(shares):
-            e.add([mean_record(f"paired {attribute.name}", of, shares, chance=0.5)], **e.judge.about, **fields)
+            e.add([mean_record(f"paired {attribute.name}", of, shares, chance=0.5)], **e.judge.metadata, **fields)
 
 
 def measure_autoencoder(e: Evaluation) -> None:

@@ -16,7 +16,7 @@ from ldm.evaluate.evaluation import Evaluation
 from ldm.evaluate.records import Record, mean_record
 from ldm.evaluate.report import Row
 from ldm.metrics.alignment import cosine
-from ldm.metrics.attributes import ATTRIBUTES, PERSON, Attribute, combined, paired, typos
+from ldm.metrics.attributes import ATTRIBUTES, PERSON, Attribute, paired, typos
 from ldm.metrics.diversity import nearest
 from ldm.metrics.intervals import mean_interval, resampled_interval
 
@@ -50,7 +50,7 @@ def memorization(e: Evaluation, g: float) -> None:
         "bank": len(e.bank),
         "bank_is_whole": len(e.bank) == len(e.train),
         "near": NEAR,
-        **e.features.network.about,
+        **e.features.network.metadata,
     }
     about["held_out_in_train"] = shared
     extra = ({}, {"nearest": indices, "distances": distances.tolist()})
@@ -81,7 +81,7 @@ def robustness(e: Evaluation, g: float) -> None:
     for kind, source in sources.items():
         changed = cosine(e.embeddings(source), e.texts(first))
         other = torch.tensor([a != b for a, b in zip(kinds[kind], first, strict=True)])
-        e.add([mean_record("clip_cosine_change", kind, (changed - plain)[other])], **e.about(g), **e.judge.about)
+        e.add([mean_record("clip_cosine_change", kind, (changed - plain)[other])], **e.about(g), **e.judge.metadata)
     for i in range(min(SHOWN, len(first)) if kinds else 0):
         pictures = [("as asked", e.samples[g].read(i)), *((kind, source.read(i)) for kind, source in sources.items())]
         note = "; ".join(captions[i] for captions in kinds.values())
@@ -117,7 +117,7 @@ def groups(e: Evaluation, g: float) -> None:
 
 
 def _group(e: Evaluation, images: Tensor, features: Tensor, captions: list[str], attribute: Attribute) -> list[Record]:
-    mean = partial(mean_record, of="", **e.judge.about)
+    mean = partial(mean_record, of="", **e.judge.metadata)
     shares, _ = paired(images, captions, e.texts, attribute)
     value = _spread(features)
     interval = resampled_interval(_spread, (features,), value, e.config.seed)
@@ -125,7 +125,7 @@ def _group(e: Evaluation, images: Tensor, features: Tensor, captions: list[str],
     return [
         mean("group_clip_cosine", values=cosine(images, e.texts(captions))),
         mean("group_paired", values=shares, chance=0.5),
-        diversity | (e.features or e.embeddings).network.about,
+        diversity | (e.features or e.embeddings).network.metadata,
     ]
 
 
@@ -141,11 +141,11 @@ def combinations(e: Evaluation, g: float) -> None:
     is_new = getattr(e.dataset, "new_combination", lambda index: False)
     rows = [i for i, index in enumerate(e.indices) if is_new(index)]
     for source, fields in e.sources(g):
-        shares, _ = combined(e.embeddings(source)[rows], [e.captions[i] for i in rows], e.texts, PERSON)
+        shares, _ = paired(e.embeddings(source)[rows], [e.captions[i] for i in rows], e.texts, *PERSON)
         if len(shares) > 1:
             every = mean_record("", "", shares == 1)
             record = mean_record("new_combinations", source.of, shares, chance=0.5, every=every["value"])
-            e.add([record | {"every_interval": every["interval"]}], **e.judge.about, **fields)
+            e.add([record | {"every_interval": every["interval"]}], **e.judge.metadata, **fields)
 
 
 def left_open(e: Evaluation, g: float, attribute: Attribute) -> None:
@@ -162,6 +162,6 @@ def left_open(e: Evaluation, g: float, attribute: Attribute) -> None:
     value = {each: Counter(seen)[each] / len(seen) for each in values}
     interval = {each: mean_interval(torch.tensor([s == each for s in seen])) for each in values}
     record = {"metric": "left_open", "of": "samples", "value": value, "interval": interval, "n": len(seen)}
-    e.add([record], attribute=name, **e.about(g), **e.judge.about)
+    e.add([record], attribute=name, **e.about(g), **e.judge.metadata)
     for i, caption in enumerate(captions[: 2 * SHOWN]):
         e.show(name, Row(caption=caption, pictures=[("", source.read(i))], note=f"judged: {seen[i]}"))

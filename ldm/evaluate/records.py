@@ -122,8 +122,8 @@ def distance_records(
     """All numbers of a feature network on images against real ones."""
     x, y, network = features(source), features(real), features.network
     kinds = (frechet_records, picture_records) if frechet else (picture_records,)
-    records = [record for compute in kinds for record in compute(x, y, source.of, network.about, seed)]
-    return records + class_records(network.probabilities(x.to(features.device)), source.of, network.about, seed)
+    records = [record for compute in kinds for record in compute(x, y, source.of, network.metadata, seed)]
+    return records + class_records(network.probabilities(x.to(features.device)), source.of, network.metadata, seed)
 
 
 def cmmd_record(fake: Tensor, real: Tensor, of: str, network: Record, seed: int = 0) -> Record:

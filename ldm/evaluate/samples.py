@@ -9,7 +9,8 @@ from ldm.config import UserError
 from ldm.data import DataConfig
 from ldm.data.faults import readable
 from ldm.evaluate.config import FEWEST, USUAL, AutoencoderEvaluation, EvaluateConfig
-from ldm.metrics.features import FeatureExtractor, feature_extractor, judged_by
+from ldm.metrics.extractor import FeatureExtractor
+from ldm.metrics.features import feature_extractor, judged_by
 from ldm.metrics.judges import JUDGES
 
 
