@@ -199,10 +199,8 @@ def test_arrays_and_tensors_with_gradients_measure_as_tensors_do(name):
     assert plain(call(*(x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs))) == want
 
 
-def test_every_public_metric_is_called_here_and_documents_its_input():
+def test_every_public_metric_is_called_here():
     assert CALLS.keys() == set(metrics.__all__)
-    for name in metrics.__all__:
-        assert any(shape in getattr(metrics, name).__doc__ for shape in ("(N", "(B")), name
 
 
 @pytest.mark.parametrize("metric", PAIRWISE.values(), ids=PAIRWISE)
@@ -228,12 +226,10 @@ NOT_PAIRS = r"\(60, 8\) and \(60, 3\)"
         (lambda: metrics.frechet_distance(X, Y[:, :3]), NOT_PAIRS),
         (lambda: metrics.frechet_distance(X, torch.where(Y > 2, torch.nan, Y)), "not finite"),
         (lambda: metrics.frechet_distance_infinite(X[:15], Y), "use 16 or more"),
-        (lambda: metrics.kernel_distance(X, Y, 0, 20), "subsets 0"),
         (lambda: metrics.kernel_distance(X, Y, subset_size=61), "2..60"),
         (lambda: metrics.cmmd(X, Y[:0]), r"\(0, 8\)"),
         (lambda: metrics.inception_score(X), "softmax"),
         (lambda: metrics.inception_score(X[:9].softmax(1)), "at least 10"),
-        (lambda: metrics.precision_recall(X, Y, k=0), "k 0"),
         (lambda: metrics.precision_recall(X, Y[:5]), "at least 6 rows"),
         (lambda: metrics.mig(X, FACTORS * 0), "has one class"),
         (lambda: metrics.mig(X[:, :1], FACTORS), "2 or more"),

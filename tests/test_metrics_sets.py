@@ -1,5 +1,4 @@
-"""Distances between sets of pictures and their intervals, against torch-fidelity, torchmetrics, prdc, scipy, and closed
-forms."""
+"""Distances between sets of pictures and their intervals, against torch-fidelity, prdc, scipy, and closed forms."""
 
 import numpy as np
 import pytest
@@ -136,15 +135,6 @@ def test_nearest_is_exact():
     direct = (fake[:, None] - real[None]).norm(dim=-1)
     assert torch.allclose(distances, direct.min(1).values) and torch.equal(which, direct.argmin(1))
     assert nearest(real, real)[0].max() == 0
-
-
-def test_distances_grow_with_blur_and_noise():
-    x = normal(400, 16, 0)
-    for other in (lambda s: x + s * normal(400, 16, 1), lambda s: x * (1 - s) + s * x.roll(1, 1)):
-        levels = [other(s) for s in (0.1, 0.2, 0.3, 0.45)]
-        for distance in (frechet_distance, cmmd, lambda a, b: kernel_distance(a, b, 1, 400)[0]):
-            values = [distance(x, level) for level in levels]
-            assert values == sorted(values) and len(set(values)) == 4
 
 
 def test_mean_interval_is_scipys_and_covers_the_mean():

@@ -1,7 +1,6 @@
 """A frozen network that embeds pictures, and captions where it is an image-text model: one class for all of them."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,19 +71,13 @@ class FeatureExtractor(nn.Module):
 def pretrained(kind: type, where: str, name: str) -> Any:
     """`kind.from_pretrained(where)` of transformers: a folder, or a hub's name. Raises UserError where it does not
     open, and where weights of a network are missing, which transformers would initialize at random."""
-    if not where:
-        raise UserError(f"features {name!r} need a folder or a hub's name: {name}:FOLDER")
-    if where.startswith((".", "/", "~")) and not Path(where).is_dir():
-        raise UserError(f"{name}:{where} cannot be opened: there is no such folder; put the model's files there")
-    is_network = issubclass(kind, nn.Module)
+    options = {"output_loading_info": True} if issubclass(kind, nn.Module) else {}
     try:
-        loaded = kind.from_pretrained(where, **({"output_loading_info": True} if is_network else {}))
+        loaded = kind.from_pretrained(where, **options)
     except Exception as error:  # broken files make it raise nearly anything
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{name}:{where} cannot be opened ({reason}); put the model into a folder") from None
-    if not is_network:
-        return loaded
-    model, info = loaded
+        raise UserError(f"{name}:{where} cannot be opened ({reason}); name a folder with the model's files") from None
+    model, info = loaded if options else (loaded, {"missing_keys": []})
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name}:{where} has not all weights of a {kind.__name__}: {missing[0]!r} is missing")
     return model
@@ -92,9 +85,8 @@ def pretrained(kind: type, where: str, name: str) -> Any:
 
 def preparation(processor: Any, where: str) -> tuple[int, Callable[[Tensor], Tensor]]:
     """Size and preparation of pictures by a transformers image processor. Raises UserError without a square crop."""
-    crop = getattr(processor, "crop_size", None) or {}
-    size = crop.get("height")
-    if not size or size != crop.get("width"):
+    crop = getattr(processor, "crop_size", None) or {"height": 0, "width": 0}
+    if not (size := crop["height"]) or size != crop["width"]:
         raise UserError(f"the image processor of {where!r} names no square crop_size")
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     return size, resized(size, 2 * mean - 1, 2 * std)  # from pixels in [0, 1]

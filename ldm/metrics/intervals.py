@@ -35,13 +35,10 @@ def resampled_interval(
     """
     few = few or min(min(len(rows), rows[0].numel()) for rows in sets) > SMALL
     count = FEWEST if few else FEW
-    draws = _draws([len(rows) for rows in sets], count, seed)
-    values = np.array(
-        [
-            statistic(*(rows[drawn] for rows, drawn in zip(sets, draw, strict=True)))
-            for draw in tqdm(draws, desc="interval", total=count, leave=False, disable=not few)
-        ]
-    )
+    values = np.empty(count)
+    draws = tqdm(_draws([len(rows) for rows in sets], count, seed), "interval", count, leave=False, disable=not few)
+    for i, draw in enumerate(draws):
+        values[i] = statistic(*(rows[drawn] for rows, drawn in zip(sets, draw, strict=True)))
     if few:
         half = 1.96 * float(values.std(ddof=1))
         return value - half, value + half

@@ -17,12 +17,11 @@ def kernel_distance(
     the kernel (x.y / d + 1)^3.
 
     Features (N, D) and (M, D); 0 in expectation for two samples of one distribution, so values below 0 occur. Raises
-    ValueError for fewer rows than `subset_size`, which must be at least 2, and for no subsets.
+    ValueError for fewer rows than `subset_size`, which must be at least 2.
     """
     x, y = two_sets(x, y)
-    most = min(len(x), len(y))
-    if subsets < 1 or not 2 <= subset_size <= most:
-        raise ValueError(f"subsets {subsets} must be 1 or more, and subset_size {subset_size} in 2..{most}, the rows")
+    if not 2 <= subset_size <= min(len(x), len(y)):
+        raise ValueError(f"subset_size {subset_size} is not in 2..{min(len(x), len(y))}, the rows there are")
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(subsets):
