@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.data.emoji import Emoji
-from ldm.metrics.attributes import ATTRIBUTES, combined, paired, typos
+from ldm.metrics.attributes import ATTRIBUTES, paired, typos
 
 TONE, GENDER, STYLE = ATTRIBUTES
 TONES = list(TONE.values)
@@ -17,15 +17,12 @@ TONES = list(TONE.values)
         (TONE, "woman frowning, frowning woman, light skin tone", "light"),
         (TONE, "a dark horse", None),
         (TONE, "men holding hands with dark skin tone and light skin tone", None),
-        (TONE, "kiss, medium-light and light skin tones", None),
-        (GENDER, "a woman frowning, frowning woman", "woman"),
         (GENDER, "a man and a woman", None),
         (GENDER, "a snowman, a merman and a postman", None),
         (STYLE, "a 3D emoji of a dog", "3D"),
         (STYLE, "a flat tyre, flat", "flat"),
         (STYLE, "a house with a flat roof", None),
         (GENDER, "female mechanic", "woman"),
-        (STYLE, "a dog", None),
     ],
 )
 def test_the_value_that_a_caption_names(attribute, caption, value):
@@ -64,7 +61,7 @@ def test_paired_counts_the_wrong_values_that_lose():
     assert asked == [0, 2] and shares.tolist() == [1.0, 0.5]
 
 
-def test_combined_counts_the_wrong_combinations_that_lose():
+def test_several_attributes_count_the_wrong_combinations_that_lose():
     captions = ["man with light skin tone", "hands", "woman with dark skin tone", "hands with dark skin tone"]
     pairs = [(tone, gender) for tone in TONES for gender in ("man", "woman")]
     axes = torch.eye(len(pairs))
@@ -72,19 +69,19 @@ def test_combined_counts_the_wrong_combinations_that_lose():
     texts = lambda asked: torch.stack([axes[place(caption)] for caption in asked])  # noqa: E731
     between = torch.linspace(0, 0.9, 10)  # the last, of a dark woman, beats them all
     between[[0, 3, 5]] = 1.0  # all but three of the nine
-    shares, asked = combined(torch.stack([axes[0], axes[1], between, between]), captions, texts, (TONE, GENDER))
+    shares, asked = paired(torch.stack([axes[0], axes[1], between, between]), captions, texts, TONE, GENDER)
     expected = torch.tensor([1.0, 6 / 9, 3 / 4], dtype=torch.float64)  # of hands, all lighter ones but that at 0
     assert asked == [0, 2, 3] and torch.allclose(shares, expected)
 
 
 def test_new_combinations_of_the_emoji_are_those_that_training_does_not_show():
-    of = lambda record: (record["role"], record["skin_tone"], record["gender"])  # noqa: E731
-    shown = {of(record) for record in Emoji(64, "train").records}
+    keys = ("role", "skin_tone", "gender")
+    shown = {tuple(record[key] for key in keys) for record in Emoji(64, "train").records}
     test = Emoji(64, "test")
     new = [test.new_combination(i) for i in range(len(test))]
     assert sum(new) == 288
     for record, is_new in zip(test.records, new, strict=True):
-        assert of(record) not in shown if is_new else record["role"] == "" or of(record) in shown
+        assert is_new != (record["role"] == "" or tuple(record[key] for key in keys) in shown)
 
 
 def test_typos_exchange_two_letters_of_a_longer_word():

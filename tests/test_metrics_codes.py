@@ -41,19 +41,14 @@ def test_mig_is_the_gap_of_scikit_learns_mutual_information():
 
 def test_mig_and_dci_of_known_codes():
     rng = np.random.default_rng(0)
-    factors = np.stack([rng.integers(0, n, 1500) for n in (4, 3, 5)], 1)
+    factors = np.stack([rng.integers(0, n, 1000) for n in (4, 3, 5)], 1)
     noise = 0.01 * rng.normal(size=factors.shape)
     assert mig(factors + noise, factors) >= 0.9
     assert mig(np.concatenate([factors, factors], 1), factors) <= 0.1
-    assert 0 <= mig(rng.normal(size=(1500, 4)), factors) < 0.02
+    assert 0 <= mig(rng.normal(size=(1000, 4)), factors) < 0.03
     assert all(value == pytest.approx(1, abs=0.02) for value in dci(factors + noise, factors).values())
     assert dci(factors @ rng.normal(size=(3, 3)), factors)["disentanglement"] < 0.6
     twice = dci(np.concatenate([factors, factors + noise], 1), factors)
     assert twice["completeness"] < 0.75 < twice["disentanglement"]
-
-
-def test_constant_codes_tell_nothing():
-    factors = np.stack([np.arange(60) % 3, np.arange(60) // 20], 1)
-    scores = dci(np.zeros((60, 4)), factors)
-    assert (scores["disentanglement"], scores["completeness"]) == (0, 0)
-    assert mig(np.zeros((60, 4)), factors) == 0
+    nothing = np.zeros((1000, 4))
+    assert mig(nothing, factors) == dci(nothing, factors)["disentanglement"] == 0

@@ -1,5 +1,4 @@
-"""Distances between sets of pictures and their intervals, against torch-fidelity, torchmetrics, prdc, scipy, and closed
-forms."""
+"""Distances between sets of pictures and their intervals, against torch-fidelity, prdc, scipy, and closed forms."""
 
 import numpy as np
 import pytest
@@ -7,9 +6,7 @@ import torch
 from test_metrics import two_sets
 
 from ldm.metrics import (
-    GaussianMoments,
     cmmd,
-    cosine,
     frechet_distance,
     frechet_distance_infinite,
     inception_score,
@@ -45,45 +42,15 @@ def test_frechet_vectors():
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
 
 
-def test_frechet_equals_scipy_torchmetrics_and_torch_fidelity():
-    from scipy.linalg import sqrtm
+def test_frechet_equals_torch_fidelity_also_of_fewer_rows_than_dimensions():
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-    from torchmetrics.image.fid import _compute_fid
 
     x, y = two_sets()
-    s1, s2 = np.cov(x.numpy().T), np.cov(y.numpy().T)
-    scipy = (x.mean(0) - y.mean(0)).square().sum().item() + np.trace(s1 + s2 - 2 * np.real(sqrtm(s1 @ s2)))
-    torchmetrics = _compute_fid(x.mean(0), x.T.cov(), y.mean(0), y.T.cov()).item()
-    fidelity = fid_statistics_to_metric(*map(fid_features_to_statistics, (x, y)), verbose=False)
-    for oracle in (scipy, torchmetrics, fidelity["frechet_inception_distance"]):
-        assert frechet_distance(x, y) == pytest.approx(oracle, rel=1e-8)
-
-
-@pytest.mark.parametrize("count", [20, 63])
-def test_frechet_of_fewer_rows_than_dimensions_equals_that_of_moments(count):
-    x, y = two_sets()
-    moments = GaussianMoments().update(x[:count]), GaussianMoments().update(y)
-    assert frechet_distance(x[:count], y) == pytest.approx(frechet_distance(*moments), rel=1e-6)
-    assert frechet_distance(x[:count], y[:20]) == pytest.approx(frechet_distance(y[:20], x[:count]), rel=1e-6)
-    assert frechet_distance(x[:count], x[:count]) == pytest.approx(0, abs=1e-9)
-
-
-@pytest.mark.parametrize("batch", [1, 7, 500])
-def test_moments_do_not_depend_on_batches_or_processes(batch):
-    x = two_sets()[0] + 1e4  # a large mean costs the naive formula its digits
-    parts = [GaussianMoments(), GaussianMoments()]
-    for i, rows in enumerate(x.split(batch)):
-        parts[i % 2].update(rows)
-    moments = GaussianMoments().merge(parts[0]).merge(parts[1]).merge(GaussianMoments())
-    assert moments.count == 500 and torch.allclose(moments.mean, x.mean(0), rtol=1e-12)
-    assert torch.allclose(moments.covariance, x.T.cov(), atol=1e-9)
-    assert parts[0].count < 500 or batch == 500  # merging changes only its target
-
-
-def test_bias_of_the_frechet_distance_is_its_formula():
-    d, n = 64, 10_000
-    measured = [frechet_distance(normal(n, d, 2 * s), normal(n, d, 2 * s + 1)) for s in range(4)]
-    assert np.mean(measured) == pytest.approx(2 * (d + d * (d + 1) / 4) / n, rel=0.05)
+    for a, b in ((x, y), (x[:20], y), (y[:63], x[:20])):
+        theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, (a, b)), verbose=False)
+        assert frechet_distance(a, b) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    far = x + 1e4  # a large mean costs naive formulas their digits
+    assert frechet_distance(far, y + 1e4) == pytest.approx(frechet_distance(x, y), rel=1e-9)
 
 
 def test_infinite_frechet_distance_is_nearer_to_the_truth():
@@ -91,20 +58,18 @@ def test_infinite_frechet_distance_is_nearer_to_the_truth():
     endless, true = frechet_distance_infinite(x, y), 64 * (0.1**2 + 0.2**2)
     assert endless == pytest.approx(true, abs=0.1) and abs(endless - true) < abs(frechet_distance(x, y) - true) / 3
     assert endless == frechet_distance_infinite(x, y) != frechet_distance_infinite(x, y, seed=1)
-    one = normal(400, 1, 0) + 2, normal(400, 1, 1)
-    assert frechet_distance_infinite(*one) == pytest.approx(4, abs=0.5)
-    assert np.isfinite(frechet_distance_infinite(*(rows[:4] for rows in one)))
+    bias = 2 * (64 + 64 * 65 / 4) / 10_000  # of two equal sets
+    assert frechet_distance(normal(10_000, 64, 2), y) == pytest.approx(bias, rel=0.1)
+    assert np.isfinite(frechet_distance_infinite(x[:4, :1], y[:4, :1]))
 
 
-def test_kernel_distance_vectors_and_libraries():
+def test_kernel_distance_vectors_and_torch_fidelity():
     from torch_fidelity.metric_kid import kid_features_to_metric
-    from torchmetrics.image.kid import poly_mmd
 
     assert kernel_distance(torch.zeros(6, 4), torch.ones(6, 4), 1, 6) == (7.0, 0.0)
     x, y = two_sets()
     value, deviation = kernel_distance(x, y, subsets=1, subset_size=500)
     assert value == pytest.approx(0.1731452052726, abs=1e-12) and deviation == 0
-    assert value == pytest.approx(poly_mmd(x, y).item(), abs=1e-9)
     options = {"kid_subsets": 1, "kid_subset_size": 500, "verbose": False}
     assert value == pytest.approx(kid_features_to_metric(x, y, **options)["kernel_inception_distance_mean"], abs=1e-9)
 
@@ -129,7 +94,7 @@ def test_cmmd_vectors_and_direct_sum():
     assert cmmd(x[:40], y[:60]) == pytest.approx(1000 * (kernel(u, u) + kernel(v, v) - 2 * kernel(u, v)), abs=1e-8)
 
 
-@pytest.mark.parametrize("count", [57, 200, 205])
+@pytest.mark.parametrize("count", [57, 200])
 def test_inception_score_vectors_and_torch_fidelity(count):
     from torch_fidelity.metric_isc import isc_features_to_metric
 
@@ -149,7 +114,7 @@ def test_precision_recall_vectors():
     assert precision_recall(x, x) == {"precision": 1, "recall": 1, "density": 1, "coverage": 1}
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("k", [1, 5])
 def test_precision_recall_equals_prdc_and_torch_fidelity(k):
     from prdc import compute_prdc
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -170,15 +135,6 @@ def test_nearest_is_exact():
     direct = (fake[:, None] - real[None]).norm(dim=-1)
     assert torch.allclose(distances, direct.min(1).values) and torch.equal(which, direct.argmin(1))
     assert nearest(real, real)[0].max() == 0
-
-
-def test_distances_grow_with_blur_and_noise():
-    x = normal(400, 16, 0)
-    for other in (lambda s: x + s * normal(400, 16, 1), lambda s: x * (1 - s) + s * x.roll(1, 1)):
-        levels = [other(s) for s in (0.1, 0.2, 0.3, 0.45)]
-        for distance in (frechet_distance, cmmd, lambda a, b: kernel_distance(a, b, 1, 400)[0]):
-            values = [distance(x, level) for level in levels]
-            assert values == sorted(values) and len(set(values)) == 4
 
 
 def test_mean_interval_is_scipys_and_covers_the_mean():
@@ -202,7 +158,7 @@ def whole_kernel_distance(x: torch.Tensor, y: torch.Tensor) -> float:
     [(whole_kernel_distance, "kid"), (cmmd, "cmmd"), (frechet_distance, ""), (frechet_distance_infinite, "few")],
 )
 def test_intervals_of_distances_hold_the_spread_over_new_samples(distance, kind):
-    samples = [(normal(150, 6, 2 * seed, 0.3), normal(150, 6, 2 * seed + 1)) for seed in range(60)]
+    samples = [(normal(150, 6, 2 * seed, 0.3), normal(150, 6, 2 * seed + 1)) for seed in range(40)]
     values = [distance(x, y) for x, y in samples]
     if kind in ("kid", "cmmd"):
         low, high = kernel_interval(*samples[0], kind, values[0])
@@ -211,20 +167,3 @@ def test_intervals_of_distances_hold_the_spread_over_new_samples(distance, kind)
     spread = np.quantile(values, [0.025, 0.975])
     assert low < values[0] < high
     assert 0.6 < (high - low) / (spread[1] - spread[0]) < 1.7
-
-
-def test_the_interval_of_many_rows_is_that_of_the_first_scaled(monkeypatch):
-    x, y = normal(600, 6, 0, 0.3), normal(600, 6, 1)
-    exact = kernel_interval(x, y, "cmmd", 1.0)
-    monkeypatch.setattr("ldm.metrics.intervals.MOST", 150)
-    scaled = kernel_interval(x, y, "cmmd", 1.0)
-    assert 0.6 < (scaled[1] - scaled[0]) / (exact[1] - exact[0]) < 1.7
-
-
-def test_shuffled_captions_lower_the_clip_score():
-    from scipy.stats import ttest_rel
-
-    texts = normal(200, 32, 0)
-    images = texts + 3 * normal(200, 32, 1)
-    right, wrong = cosine(images, texts), cosine(images, texts.roll(1, 0))
-    assert ttest_rel(right.numpy(), wrong.numpy(), alternative="greater").pvalue < 0.01

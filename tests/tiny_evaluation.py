@@ -22,8 +22,7 @@ from ldm.evaluate.config import EvaluateConfig
 from ldm.evaluate.records import find
 from ldm.evaluate.samples import sample_indices
 from ldm.metrics import judges
-from ldm.metrics.features import FeatureExtractor
-from ldm.metrics.judges import ImageTextModel
+from ldm.metrics.extractor import FeatureExtractor
 from ldm.metrics.preprocess import resized
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts
@@ -50,19 +49,20 @@ def tiny_pipeline(seed: int = 0, size: int = 8) -> Pipeline:
 
 def stub_extractor(side: int = 2) -> FeatureExtractor:
     """Mean colours of side x side squares: 3 * side**2 features."""
+    prepare = resized(32, torch.zeros(3), torch.ones(3))
     network = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
-    return FeatureExtractor("stub", "5" * 64, 32, network, resized(32, torch.zeros(3), torch.ones(3)))
+    return FeatureExtractor("stub", network, 32, lambda x: network(prepare(x)), sha256="5" * 64)
 
 
-def judge(name: str, images: Any, texts: Any, size: int = 32) -> ImageTextModel:
-    return ImageTextModel(name, nn.Identity(), size, images, texts)
+def judge(name: str, images: Any, texts: Any, size: int = 32) -> FeatureExtractor:
+    return FeatureExtractor(name, nn.Identity(), size, images, texts)
 
 
 def thumbnails(x: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(nn.functional.adaptive_avg_pool2d(x, 8).flatten(1) - 0.8, dim=1)
 
 
-def knows_shapes() -> ImageTextModel:
+def knows_shapes() -> FeatureExtractor:
     """Has seen every held-out picture of shapes: the embedding of a caption is that of its picture."""
     dataset = Shapes(32, "test")
     known = {c: i for i in sample_indices(len(dataset), 40, 0) for c in dataset.captions(i)}

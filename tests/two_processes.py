@@ -1,5 +1,5 @@
 """Run by tests/test_launch.py in two processes: which samples of shards and of a latent cache each of them
-sees in three epochs, the shares that FSDP gives them, and the moments of features from both.
+sees in three epochs, and the shares that FSDP gives them.
 
 two_processes.py OUT
 """
@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor
 from ldm.data.latents import open_latents
 from ldm.data.order import EpochBatches
 from ldm.data.shards import Shards
-from ldm.distributed import all_gather_objects, processes, rank_and_world
-from ldm.metrics import GaussianMoments
+from ldm.distributed import processes, rank_and_world
 from ldm.model_io import write_json
 from ldm.train import sharding
 from ldm.train.clip import CLIPTask
@@ -26,13 +25,6 @@ from ldm.train.optim import EMA
 def main(out: Path) -> None:
     processes()
     rank, world = rank_and_world()
-    rows = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100
-    moments = GaussianMoments()
-    for part in all_gather_objects([GaussianMoments().update(rows[:13] if rank == 0 else rows[13:])]):
-        moments.merge(part)
-    assert moments.count == 50 and torch.allclose(moments.mean, rows.mean(0), rtol=1e-12)
-    assert torch.allclose(moments.covariance, rows.T.cov(), atol=1e-9)
-
     shards = Shards(out / "shards", 32)
     cached = open_latents(out / "latents.safetensors", tiny.encoder(), shards, 4, torch.device("cpu"))
     names = {}

@@ -18,10 +18,10 @@ def read_baseline(folder: str, e: Evaluation) -> dict:
         resizes = {r["extractor_sha256"]: r["resize"] for r in table["results"] if "extractor_sha256" in r}
     except (KeyError, TypeError):
         raise UserError(f"{folder!r} holds no evaluation of a model by this version") from None
-    for about in (features.about for features in (e.features, e.judge) if features):
-        sha256 = about["extractor_sha256"]
-        name = f"pictures for {about['extractor']} {sha256[:8]}"
-        pairs.append((name, resizes.get(sha256, "not measured"), about["resize"]))
+    for metadata in (each.metadata for each in (e.features, e.judge) if each):
+        sha256 = metadata["extractor_sha256"]
+        name = f"pictures for {metadata['extractor']} {sha256[:8]}"
+        pairs.append((name, resizes.get(sha256, "not measured"), metadata["resize"]))
     for key, old, new in pairs:
         if old != new:
             raise UserError(f"{folder!r} does not compare: {key} {old}, here {new}; measure both alike")

@@ -18,7 +18,7 @@ def cost_records(e: Evaluation, g: float) -> list[Record]:
     Memory is what the batch takes on a GPU beyond weights and all else, shared by its images, and None on a CPU;
     `peak` is the most that torch held on the GPU, on a CPU what the process holds.
     """
-    captions, device, about = e.captions[:TIMED], e.pipe.device, e.samples[g].about
+    captions, device, about = e.captions[:TIMED], e.pipe.device, e.samples[g].labels
     options = {key: value for key, value in about.items() if key != "of"}
     sample, gpu = partial(e.pipe, captions, batch_size=len(captions), **options), device.type == "cuda"
     sample()

@@ -31,9 +31,9 @@ class Features:
         self.known_texts: dict[str, Tensor] = {}
 
     @property
-    def about(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """The fields that every record of these features carries."""
-        return self.network.about
+        return self.network.metadata
 
     def __call__(self, pictures: Pictures) -> Tensor:
         """Features (N, D) of the images, float32 on the CPU. Several processes compute a batch each."""

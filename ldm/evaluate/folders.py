@@ -58,11 +58,11 @@ def evaluate_folders(config: FolderEvaluation) -> list[str]:
         results += distance_records(features, fake, real, config.seed, not config.without_frechet, **counts)
     if judge:
         pair = judge(fake), judge(real)
-        results.append(cmmd_record(*pair, config.seed, of=fake.of, against=real.of, **judge.about))
+        results.append(cmmd_record(*pair, config.seed, of=fake.of, against=real.of, **judge.metadata))
         for images, (of, names) in zip(pair, captions.items(), strict=True):
             if all(names.values()):
                 texts = judge.texts([first for first, *_ in names.values()])
-                results += alignment_records(images, texts, sharing([*names.values()]), of=of, **judge.about)
+                results += alignment_records(images, texts, sharing([*names.values()]), of=of, **judge.metadata)
         for r in find(results, "text_to_image@1", real.of):
             if fault := judge_fault(r):
                 warnings.warn(f"{fault}: its alignment says little", stacklevel=2)

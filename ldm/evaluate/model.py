@@ -80,7 +80,7 @@ def measure_real(e: Evaluation) -> None:
         e.add(*class_records(e.features, e.real, e.config.seed))
         if not e.bank:
             note, of = e.train_note, e.real_train.of
-            e.add(record("frechet_distance", None, of=of, n=0, note=note, **e.features.about))
+            e.add(record("frechet_distance", None, of=of, n=0, note=note, **e.features.metadata))
     if e.judge:
         measure_alignment(e, e.real)
         (found,) = find(e.results, "text_to_image@1", e.real.of)
@@ -111,7 +111,7 @@ def measure_source(e: Evaluation, source: Pictures) -> None:
     if e.features:
         e.add(*distance_records(e.features, source, e.real, e.config.seed))
     if e.judge:
-        pair, fields = (e.judge(source), e.judge(e.real)), source.about | {"against": e.real.of} | e.judge.about
+        pair, fields = (e.judge(source), e.judge(e.real)), source.labels | {"against": e.real.of} | e.judge.metadata
         # of a judge's few dimensions a Frechet distance is hardly biased, and can be extrapolated
         e.add(*frechet_records(*pair, e.config.seed, "judge_", **fields), cmmd_record(*pair, e.config.seed, **fields))
         if source is not e.real_train:
@@ -120,7 +120,7 @@ def measure_source(e: Evaluation, source: Pictures) -> None:
 
 def measure_alignment(e: Evaluation, source: Pictures) -> None:
     """Alignment of images with the held-out captions, and with the attributes that these name."""
-    images, fields = e.judge(source), source.about | e.judge.about
+    images, fields = e.judge(source), source.labels | e.judge.metadata
     e.add(*alignment_records(images, e.judge.texts(e.captions), e.same, **fields))
     for attribute in ATTRIBUTES:
         shares, _ = paired(images, e.captions, e.judge.texts, attribute)
@@ -133,7 +133,7 @@ def measure_best(e: Evaluation, g: float) -> None:
     if e.judge:
         texts, same = e.judge.texts(e.captions).roll(1, 0), e.same.roll((1, 1), (0, 1))
         for source in (e.real, e.samples[g]):
-            fields = source.about | e.judge.about | {"of": f"{source.of}, shuffled captions"}
+            fields = source.labels | e.judge.metadata | {"of": f"{source.of}, shuffled captions"}
             e.add(*alignment_records(e.judge(source), texts, same, **fields))
         for probe in (robustness, groups, combinations):
             probe(e, g)
@@ -147,7 +147,7 @@ def compositional_record(source: Pictures, cases: list[Case], **fields: str) -> 
     right = [check(x, case.required) for x, case in zip(arrays(source), cases, strict=False)]
     cases = cases[: len(right)]
     intervals = {t: {half: mean_interval(r) for half, r in row.items()} for t, row in halves(right, cases).items()}
-    fields = source.about | {"n": len(right), "intervals": intervals} | fields
+    fields = source.labels | {"n": len(right), "intervals": intervals} | fields
     return record("compositional_score", tally(right, cases), intervals["mean"]["all"], **fields)
 
 
@@ -156,7 +156,7 @@ def scene_record(source: Pictures, scenes: list[Scene]) -> Record:
     right = by_aspect(arrays(source), scenes)
     value = {aspect: float(np.mean(each)) for aspect, each in right.items()}
     interval = {aspect: mean_interval(each) for aspect, each in right.items()}
-    return record("scene_accuracy", value, interval, n=source.count, **source.about)
+    return record("scene_accuracy", value, interval, n=source.count, **source.labels)
 
 
 def arrays(source: Pictures) -> list[np.ndarray]:

@@ -29,7 +29,7 @@ class Pictures:
     sampling: dict[str, Any] = field(default_factory=dict)  # the settings they were sampled with
 
     @property
-    def about(self) -> dict[str, Any]:
+    def labels(self) -> dict[str, Any]:
         """The fields that every record of these images carries."""
         return {"of": self.of, **self.sampling}
 

@@ -16,7 +16,7 @@ from ldm.evaluate.evaluation import Evaluation
 from ldm.evaluate.pictures import Pictures
 from ldm.evaluate.records import Record, mean_record, record
 from ldm.metrics.alignment import cosine
-from ldm.metrics.attributes import ATTRIBUTES, PERSON, Attribute, combined, paired, typos
+from ldm.metrics.attributes import ATTRIBUTES, PERSON, Attribute, paired, typos
 from ldm.metrics.diversity import nearest
 from ldm.metrics.intervals import mean_interval, resampled_interval
 
@@ -47,14 +47,14 @@ def memorization(e: Evaluation, g: float) -> None:
         )
     indices = [e.bank[i] for i in which.tolist()]
     fields = {"bank": len(e.bank), "bank_is_whole": len(e.bank) == len(e.train), "near": NEAR}
-    fields |= {"held_out_in_train": shared, **e.features.about}
+    fields |= {"held_out_in_train": shared, **e.features.metadata}
     each_sample = {"nearest": indices, "distances": distances.tolist()}
     for source, values, extra in ((e.real, held_out, {}), (samples, distances, each_sample)):
         nearer = mean_record("", values < held_out.min())
         extra |= {"nearer_than_any": nearer["value"], "nearer_interval": nearer["interval"]}
         extra["quantiles"] = torch.quantile(values, torch.linspace(0, 1, QUANTILES + 1).double()).tolist()
         near = values < torch.quantile(held_out, NEAR)
-        e.add(mean_record("memorized", near, **source.about, **fields, **extra))
+        e.add(mean_record("memorized", near, **source.labels, **fields, **extra))
     for i in distances.argsort()[:SHOWN].tolist():
         pictures = [("sample", samples.read(i)), ("training", e.train[indices[i]]["image"])]
         note = f"distance {distances[i]:.3g}; the training picture: {e.train.captions(indices[i])[0]}"
@@ -77,7 +77,7 @@ def robustness(e: Evaluation, g: float) -> None:
         source = e.sample(f"wording/{kind.replace(' ', '-')}", captions, [g], kind)[g]
         change = cosine(e.judge(source), texts) - cosine(e.judge(plain)[: len(first)], texts)
         other = torch.tensor([a != b for a, b in zip(captions, first, strict=True)])
-        e.add(mean_record("clip_cosine_change", change[other], **source.about, **e.judge.about))
+        e.add(mean_record("clip_cosine_change", change[other], **source.labels, **e.judge.metadata))
         for i, row in enumerate(rows):
             row.append((kind, source.read(i)))
     for i, row in enumerate(rows if kinds else []):
@@ -112,13 +112,13 @@ def groups(e: Evaluation, g: float) -> None:
 
 def _group(e: Evaluation, source: Pictures, rows: list[int], attribute: Attribute) -> Iterator[Record]:
     """Of the images in the given rows, whose captions name one value of the attribute."""
-    captions, network, fields = [e.captions[i] for i in rows], e.features or e.judge, source.about | e.judge.about
+    captions, network, fields = [e.captions[i] for i in rows], e.features or e.judge, source.labels | e.judge.metadata
     images, features = e.judge(source)[rows], network(source)[rows]
     yield mean_record("group_clip_cosine", cosine(images, e.judge.texts(captions)), **fields)
     yield mean_record("group_paired", paired(images, captions, e.judge.texts, attribute)[0], chance=0.5, **fields)
     value = _spread(features)
     interval = resampled_interval(_spread, (features,), value, e.config.seed)
-    yield record("group_diversity", value, interval, n=len(rows), **fields | network.about)
+    yield record("group_diversity", value, interval, n=len(rows), **fields | network.metadata)
 
 
 def _spread(features: Tensor) -> float:
@@ -133,10 +133,10 @@ def combinations(e: Evaluation, g: float) -> None:
     is_new = getattr(e.dataset, "new_combination", lambda index: False)
     rows = [i for i, index in enumerate(e.indices) if is_new(index)]
     for source in (e.real, e.samples[g]):
-        shares, _ = combined(e.judge(source)[rows], [e.captions[i] for i in rows], e.judge.texts, PERSON)
+        shares, _ = paired(e.judge(source)[rows], [e.captions[i] for i in rows], e.judge.texts, *PERSON)
         if len(shares) > 1:
             every = mean_record("", shares == 1)
-            fields = {"every": every["value"], "every_interval": every["interval"], **source.about, **e.judge.about}
+            fields = {"every": every["value"], "every_interval": every["interval"], **source.labels, **e.judge.metadata}
             e.add(mean_record("new_combinations", shares, chance=0.5, **fields))
 
 
@@ -155,5 +155,5 @@ def left_open(e: Evaluation, g: float, attribute: Attribute) -> None:
             e.show(name, [("", source.read(i))], caption, f"judged: {seen[i]}")
     value = {each: Counter(seen)[each] / len(seen) for each in values}
     interval = {each: mean_interval([s == each for s in seen]) for each in values}
-    fields = {"attribute": name, "n": len(seen), **source.about, **e.judge.about}
+    fields = {"attribute": name, "n": len(seen), **source.labels, **e.judge.metadata}
     e.add(record("left_open", value, interval, **fields))

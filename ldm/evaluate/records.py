@@ -45,7 +45,7 @@ def blank_record(source: Pictures, batch_size: int) -> Record:
     for x in source.batches(batch_size):
         highest, lowest = (reduce(x.int(), "b c h w -> b c", bound) for bound in ("max", "min"))
         blank += int(((highest - lowest).amax(1) <= BLANK).sum())
-    return record("blank_pictures", blank, n=source.count, **source.about)
+    return record("blank_pictures", blank, n=source.count, **source.labels)
 
 
 def distance_records(
@@ -53,7 +53,7 @@ def distance_records(
 ) -> list[Record]:
     """All numbers of a feature network on images against real ones."""
     x, y = features(source), features(real)
-    fields |= {**source.about, "against": real.of, **features.about}
+    fields |= {**source.labels, "against": real.of, **features.metadata}
     distances = frechet_records(x, y, seed, **fields) if frechet else ()
     return [*distances, *set_records(x, y, seed, **fields), *class_records(features, source, seed)]
 
@@ -101,7 +101,7 @@ def class_records(features: Features, source: Pictures, seed: int) -> Iterator[R
     if probabilities is not None:
         value, deviation = inception_score(probabilities)
         interval = resampled_interval(lambda rows: inception_score(rows)[0], (probabilities,), value, seed)
-        fields = {"n": source.count, "deviation": deviation, "splits": 10, **source.about, **features.about}
+        fields = {"n": source.count, "deviation": deviation, "splits": 10, **source.labels, **features.metadata}
         yield record("inception_score", value, interval, **fields)
 
 

@@ -2,13 +2,12 @@
 
 from ldm.metrics.alignment import clip_score, cosine, retrieval
 from ldm.metrics.diversity import inception_score, precision_recall
-from ldm.metrics.frechet import GaussianMoments, frechet_distance, frechet_distance_infinite
+from ldm.metrics.frechet import frechet_distance, frechet_distance_infinite
 from ldm.metrics.kernel import cmmd, kernel_distance
 from ldm.metrics.reconstruction import bits_per_dimension, perceptual_distance, psnr, sharpness, ssim
 from ldm.metrics.representation import cluster_scores, dci, linear_probe, mig
 
 __all__ = [
-    "GaussianMoments",
     "bits_per_dimension",
     "clip_score",
     "cluster_scores",

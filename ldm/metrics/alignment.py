@@ -11,8 +11,7 @@ from ldm.metrics.rows import PART, Rows, two_sets
 
 def cosine(image_embeddings: Rows, text_embeddings: Rows) -> Tensor:
     """Cosine of each picture with its own caption, (N, D) and (N, D) -> (N,) float64 in [-1, 1]."""
-    images, texts = _unit_pairs(image_embeddings, text_embeddings)
-    return (images * texts).sum(1)
+    return F.cosine_similarity(*two_sets(image_embeddings, text_embeddings, pairs=True))
 
 
 def clip_score(cosines: Rows, weight: float = 2.5) -> Tensor:
@@ -32,9 +31,9 @@ def retrieval(
     a caption. The orders of a tie count alike, so that constant embeddings score chance. Returns "image_to_text@k",
     "text_to_image@k" and "chance@k", the score of a random order, in [0, 1].
     """
-    scores = {n: float(h.mean()) for n, h in retrieval_hits(image_embeddings, text_embeddings, k, same).items()}
-    right = _partners(len(image_embeddings), same)
-    return scores | {f"chance@{top}": chance(right, top) for top in k}
+    hits = retrieval_hits(image_embeddings, text_embeddings, k, same)
+    scores = {name: float(values.mean()) for name, values in hits.items()}
+    return scores | {f"chance@{top}": chance(_right(len(image_embeddings), same), top) for top in k}
 
 
 def chance(right: Tensor, k: int) -> float:
@@ -48,9 +47,9 @@ def retrieval_hits(
     image_embeddings: Rows, text_embeddings: Rows, k: Sequence[int] = (1, 5), same: Rows | None = None
 ) -> dict[str, Tensor]:
     """The values that `retrieval` averages: each query's 0, 1 or, in a tie, share of a hit; (N,) float64 by name."""
-    images, texts = _unit_pairs(image_embeddings, text_embeddings)
-    right = _partners(len(images), same).to(images.device)
-    hits = {}
+    pairs = two_sets(image_embeddings, text_embeddings, pairs=True)
+    images, texts = (F.normalize(rows, dim=1) for rows in pairs)
+    right, hits = _right(len(images), same).to(images.device), {}
     for name, queries, others, answers in (
         ("image_to_text", images, texts, right),
         ("text_to_image", texts, images, right.T),
@@ -66,7 +65,7 @@ def _ranks(scores: Tensor, right: Tensor) -> Tensor:
     wrong ones equal it; (3, Q) float64."""
     best = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
     tied = (scores - best).abs() < 1e-12  # equal but for round-off
-    return torch.stack([(scores > best) & ~tied & ~right, tied & right, tied & ~right]).sum(2).double()
+    return torch.stack([(scores > best) & ~tied, tied & right, tied & ~right]).sum(2).double()
 
 
 def _hit(ahead: Tensor, right: Tensor, wrong: Tensor, k: int) -> Tensor:
@@ -79,12 +78,6 @@ def _hit(ahead: Tensor, right: Tensor, wrong: Tensor, k: int) -> Tensor:
     return 1 - missed
 
 
-def _partners(count: int, same: Rows | None) -> Tensor:
+def _right(count: int, same: Rows | None) -> Tensor:
     """Which captions are right for which pictures, (N, N) bool."""
-    own = torch.eye(count, dtype=torch.bool)
-    return own if same is None else own | torch.as_tensor(same).cpu()
-
-
-def _unit_pairs(images: Rows, texts: Rows) -> tuple[Tensor, Tensor]:
-    images, texts = two_sets(images, texts, pairs=True)
-    return F.normalize(images, dim=1), F.normalize(texts, dim=1)
+    return torch.eye(count, dtype=torch.bool) | torch.as_tensor(False if same is None else same).cpu()

@@ -6,7 +6,7 @@ A further attribute is an entry in ATTRIBUTES.
 import itertools
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,21 +74,14 @@ PERSON = ATTRIBUTES[:2]  # beside the role, the parts of a combination held out 
 
 
 def paired(
-    images: Tensor, captions: list[str], texts: Callable[[list[str]], Tensor], attribute: Attribute
+    images: Tensor, captions: list[str], texts: Callable[[list[str]], Tensor], *attributes: Attribute
 ) -> tuple[Tensor, list[int]]:
-    """For each picture whose caption names the attribute: the share of wrong values that the right one is preferred to.
+    """For each picture whose caption names an attribute: the share of wrong values that the right one is preferred to;
+    of several attributes, of every other combination of values of those that the caption names.
 
     Unit embeddings of pictures (N, D); `texts` embeds captions. Returns shares (K,) in [0, 1], chance 0.5, and the
     indices of the K pictures.
     """
-    return combined(images, captions, texts, (attribute,))
-
-
-def combined(
-    images: Tensor, captions: list[str], texts: Callable[[list[str]], Tensor], attributes: Sequence[Attribute]
-) -> tuple[Tensor, list[int]]:
-    """`paired` for several attributes at once: wrong is every other combination of values of those that a picture's
-    caption names, one or more."""
     indices = [i for i, caption in enumerate(captions) if any(a.named(caption) for a in attributes)]
     shares = []
     for i in indices:
@@ -103,12 +96,9 @@ def combined(
 def typos(caption: str, seed: int) -> str:
     """Exchanges two neighbouring letters in a word of four letters or more; the caption itself where there is none."""
     rng = random.Random(f"{seed}/{caption}")
-    words = caption.split(" ")
-    long = [i for i, word in enumerate(words) if len(word) >= 4 and word.isalpha() and len(set(word)) > 1]
-    if not long:
+    words = [match for match in re.finditer(r"(?<![^ ])[^\W\d_]{4,}(?![^ ])", caption) if len(set(match.group())) > 1]
+    if not words:
         return caption
-    chosen = rng.choice(long)
-    word = words[chosen]
-    i = rng.choice([i for i, (a, b) in enumerate(itertools.pairwise(word)) if a != b])
-    words[chosen] = word[:i] + word[i + 1] + word[i] + word[i + 2 :]
-    return " ".join(words)
+    word = rng.choice(words)
+    i = rng.choice([i for i in range(word.start(), word.end() - 1) if caption[i] != caption[i + 1]])
+    return caption[:i] + caption[i + 1] + caption[i] + caption[i + 2 :]

@@ -39,11 +39,11 @@ def cases(n: int, seed: int = 0) -> list[Case]:
     "attribute binding": "a small red circle and a large blue square": sizes, colours and shapes all differ
     The requirement of a held-out case is itself a composition that training never shows.
     """
-    keys = itertools.product(TASKS, (False, True), range(n))
-    return [_case(random.Random(f"{seed}/{task}/{held_out}/{i}"), task, held_out) for task, held_out, i in keys]
+    return [_case(*key, seed) for key in itertools.product(TASKS, (False, True), range(n))]
 
 
-def _case(rng: random.Random, task: str, held_out: bool) -> Case:
+def _case(task: str, held_out: bool, i: int, seed: int) -> Case:
+    rng = random.Random(f"{seed}/{task}/{held_out}/{i}")
     kind = {"single object": "single", "counting": "count"}.get(task, "pair")
     sized = task == "attribute binding" or (task == "single object" and rng.random() < 0.5)
     while True:
@@ -69,14 +69,9 @@ def check(image: np.ndarray, required: Scene) -> bool:
     return _matches(parse(image), required, ASPECTS)
 
 
-def breakdown(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
-    """The fractions of pictures right in each aspect alone: "count", "colour", "shape", "size", "place",
-    and in "all" of them together. An aspect is wrong wherever the count is."""
-    return {name: float(np.mean(right)) for name, right in by_aspect(images, scenes).items()}
-
-
 def by_aspect(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, list[bool]]:
-    """The values that `breakdown` averages: whether each picture is right."""
+    """Whether each picture is right in each aspect alone: "count", "colour", "shape", "size", "place", and in "all" of
+    them together. An aspect is wrong wherever the count is."""
     pairs = [(parse(image), scene) for image, scene in zip(images, scenes, strict=True)]
     aspects = {"count": (), **{aspect: (aspect,) for aspect in ASPECTS}, "all": ASPECTS}
     return {name: [_matches(things, scene, chosen) for things, scene in pairs] for name, chosen in aspects.items()}
@@ -85,13 +80,13 @@ def by_aspect(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str
 def _matches(things: Sequence[Thing], required: Scene, aspects: Sequence[str]) -> bool:
     """Whether some assignment of the things to the required ones is right in all the given aspects."""
     orders = itertools.permutations(things) if len(things) == len(required.things) else ()
-    return any(
-        all(
-            _fits(thing, want, aspect) for thing, want in zip(order, required.things, strict=True) for aspect in aspects
-        )
-        and ("place" not in aspects or required.relation is None or required.relation == relation_of(*order[:2]))
-        for order in orders
-    )
+    relation = required.relation if "place" in aspects else None
+    for order in orders:
+        pairs = zip(order, required.things, strict=True)
+        fits = all(_fits(thing, want, aspect) for thing, want in pairs for aspect in aspects)
+        if fits and (relation is None or relation == relation_of(*order[:2])):
+            return True
+    return False
 
 
 def _fits(thing: Thing, want: Thing, aspect: str) -> bool:
@@ -100,17 +95,12 @@ def _fits(thing: Thing, want: Thing, aspect: str) -> bool:
     return getattr(want, aspect) in (None, getattr(thing, aspect))
 
 
-def score(images: Sequence[np.ndarray], cases: Sequence[Case]) -> dict[str, dict[str, float]]:
-    """How many pictures meet their cases: {task: {"seen", "held_out", "all", "n"}, ..., "mean": {...}}.
+def tally(right: Sequence[bool], cases: Sequence[Case]) -> dict[str, dict[str, float]]:
+    """How many cases are right: {task: {"seen", "held_out", "all", "n"}, ..., "mean": {...}}.
 
-    All but "n", the number of pictures, are fractions. "mean" weighs each task the same. A task, or a half
+    All but "n", the number of cases, are fractions. "mean" weighs each task the same. A task, or a half
     of it, without cases is left out of the dictionaries and of the mean.
     """
-    return tally([check(image, case.required) for image, case in zip(images, cases, strict=True)], cases)
-
-
-def tally(right: Sequence[bool], cases: Sequence[Case]) -> dict[str, dict[str, float]]:
-    """`score` of cases of which it is known whether they are met."""
     groups = halves(right, cases)
     means = {task: {name: float(np.mean(oks)) for name, oks in row.items()} for task, row in groups.items()}
     tasks = [row for task, row in means.items() if task != "mean"]
@@ -120,9 +110,9 @@ def tally(right: Sequence[bool], cases: Sequence[Case]) -> dict[str, dict[str, f
 
 def halves(right: Sequence[bool], cases: Sequence[Case]) -> dict[str, dict[str, list[bool]]]:
     """Which cases are right, by task and in "mean" of all tasks: "seen", "held_out", "all"; none that is empty."""
-    result: dict[str, dict[str, list[bool]]] = {task: {} for task in (*TASKS, "mean")}
-    for half, kept in (("seen", (False,)), ("held_out", (True,)), ("all", (False, True))):
-        for case, ok in zip(cases, right, strict=True):
-            for task in (case.task, "mean") if case.held_out in kept else ():
-                result[task].setdefault(half, []).append(bool(ok))
-    return {task: row for task, row in result.items() if row}
+    groups = {task: {"seen": [], "held_out": [], "all": []} for task in (*TASKS, "mean")}
+    for case, ok in zip(cases, right, strict=True):
+        for task, half in itertools.product((case.task, "mean"), ("held_out" if case.held_out else "seen", "all")):
+            groups[task][half].append(bool(ok))
+    rows = {task: {half: oks for half, oks in row.items() if oks} for task, row in groups.items()}
+    return {task: row for task, row in rows.items() if row}

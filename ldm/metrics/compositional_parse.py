@@ -1,5 +1,6 @@
 """Reads shapes pictures: segments colours, finds components, names their shapes. No learned part."""
 
+import itertools
 from functools import cache
 
 import numpy as np
@@ -31,22 +32,17 @@ def parse(image: np.ndarray) -> list[Thing]:
     `image` is uint8 (H, H, 3), of any side from 24 on. Fainter marks than half a colour, and specks under
     0.6% of the picture, are not seen. Raises UserError when the array is no square RGB picture.
     """
-    covers, labels = _segment(_shrink(image))
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.shape[0] != image.shape[1]:
+        raise UserError(f"a picture to read is uint8 (H, H, 3), not {image.dtype} {image.shape}")
+    x = rearrange(torch.from_numpy(image.astype(np.float32)), "h w c -> c h w")
+    covers, labels = _segment(rearrange(torch.nn.functional.adaptive_avg_pool2d(x, SIDE), "c h w -> h w c").numpy())
     things = []
     for i, colour in enumerate(COLOURS):
         components, count = library("scipy.ndimage").label(labels == i, AROUND)
         masks = [components == component for component in range(1, count + 1)]
         things += [_name(colour, mask, covers[..., i], labels < 0) for mask in masks if mask.sum() >= SPECK]
     return things
-
-
-def _shrink(image: np.ndarray) -> np.ndarray:
-    """(SIDE, SIDE, 3) float32 in 0..255 by averaging areas."""
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.shape[0] != image.shape[1]:
-        raise UserError(f"a picture to read is uint8 (H, H, 3), not {image.dtype} {image.shape}")
-    x = rearrange(torch.from_numpy(image.astype(np.float32)), "h w c -> c h w")
-    return rearrange(torch.nn.functional.adaptive_avg_pool2d(x, SIDE), "c h w -> h w c").numpy()
 
 
 def _segment(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -56,10 +52,10 @@ def _segment(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     An antialiased pixel lies on the straight line from the background to its colour, so the nearest of
     these eight lines is its colour and the position along the line is its coverage."""
     offset = picture - np.array(BACKGROUND, np.float32)
-    squares = (RAYS**2).sum(1)
-    covers = np.clip(offset @ (RAYS / squares[:, None]).T, 0, 1)
+    along, squares = offset @ RAYS.T, (RAYS**2).sum(1)
+    covers = np.clip(along / squares, 0, 1)
     # squared distance to the point on the ray, less the pixel's own square, which all rays share
-    labels = (covers**2 * squares - 2 * covers * (offset @ RAYS.T)).argmin(-1)
+    labels = (covers**2 * squares - 2 * covers * along).argmin(-1)
     best = np.take_along_axis(covers, labels[..., None], -1)[..., 0]
     return covers, np.where(best >= COVERED, labels, -1)
 
@@ -73,15 +69,14 @@ def _name(colour: str, mask: np.ndarray, cover: np.ndarray, background: np.ndarr
     left, top = int(x) + CANVAS // 2, int(y) + CANVAS // 2  # in the padded picture
     padded = np.pad(_harden(soft), CANVAS)
     crop = padded[top : top + CANVAS, left : left + CANVAS].ravel()
-    templates, names = _templates(int((x - int(x)) * PHASES), int((y - int(y)) * PHASES))
+    templates, names = _templates(int(x % 1 * PHASES), int(y % 1 * PHASES))
     common = np.minimum(templates, crop).sum(1)
     likeness = common / (templates.sum(1) + padded.sum() - common)
     best = int(likeness.argmax())
     shape, size, shift_x, shift_y = names[best]
     if likeness[best] < LIKE[shape]:
         shape, size, shift_x, shift_y = UNKNOWN, None, 0.0, 0.0
-    centre = {"x": float(x + shift_x) / SIDE, "y": float(y + shift_y) / SIDE}
-    return Thing(colour=colour, shape=shape, size=size, **centre)
+    return Thing(colour=colour, shape=shape, size=size, x=float(x + shift_x) / SIDE, y=float(y + shift_y) / SIDE)
 
 
 def _harden(soft: np.ndarray) -> np.ndarray:
@@ -96,12 +91,12 @@ def _templates(phase_x: int, phase_y: int) -> tuple[np.ndarray, list[tuple[str, 
     x, y = (CANVAS // 2 + (phase + 0.5) / PHASES for phase in (phase_x, phase_y))
     masks, names = [], []
     for shape in SHAPES:
-        centroid_x, centroid_y = _centroid(coverage(shape, 100.0, 51.0, 51.0, 102))
-        for size in SIZES:
-            for diameter in (SIZES[size] * SIDE * stretch for stretch in STRETCH):
-                shift_x, shift_y = ((51.0 - c) / 100 * diameter for c in (centroid_x, centroid_y))
-                masks.append(_harden(coverage(shape, diameter, x + shift_x, y + shift_y, CANVAS)).ravel())
-                names.append((shape, size, shift_x, shift_y))
+        centroid = _centroid(coverage(shape, 100.0, 51.0, 51.0, 102))
+        for size, stretch in itertools.product(SIZES, STRETCH):
+            diameter = SIZES[size] * SIDE * stretch
+            shift_x, shift_y = ((51.0 - c) / 100 * diameter for c in centroid)
+            masks.append(_harden(coverage(shape, diameter, x + shift_x, y + shift_y, CANVAS)).ravel())
+            names.append((shape, size, shift_x, shift_y))
     return np.array(masks), names
 
 

@@ -17,7 +17,7 @@ def inception_score(probabilities: Rows, splits: int = 10) -> tuple[float, float
     Raises ValueError for fewer rows, and for rows that are no probabilities.
     """
     p = torch.as_tensor(probabilities).detach().double()
-    if p.ndim != 2 or not 1 <= splits <= len(p):
+    if p.ndim != 2 or len(p) < splits:
         raise ValueError(f"probabilities must be (N, classes) with N at least {splits}, not {tuple(p.shape)}")
     if p.min() < 0 or (p.sum(1) - 1).abs().max() > 1e-3:
         raise ValueError("rows of probabilities must be at least 0 and sum to 1; take the softmax of logits")
@@ -34,8 +34,7 @@ def precision_recall(real: Rows, fake: Rows, k: int = 5) -> dict[str, float]:
     reach to each row's k-th neighbour in its own set; features (N, D) and (M, D).
 
     precision: share of fakes within a real's ball; recall: share of reals within a fake's; density: how many reals'
-    balls hold a fake, over k; coverage: share of reals whose ball holds a fake. Raises ValueError for k or fewer rows,
-    and k < 1.
+    balls hold a fake, over k; coverage: share of reals whose ball holds a fake. Raises ValueError for k or fewer rows.
     """
     return {name: float(values.mean()) for name, values in neighbourhoods(real, fake, k).items()}
 
@@ -43,8 +42,6 @@ def precision_recall(real: Rows, fake: Rows, k: int = 5) -> dict[str, float]:
 def neighbourhoods(real: Rows, fake: Rows, k: int = 5) -> dict[str, Tensor]:
     """The values that `precision_recall` averages: "precision" and "density" of each fake (M,), "recall" and
     "coverage" of each real (N,), float64."""
-    if k < 1:
-        raise ValueError(f"k {k} must be 1 or more")
     real, fake = two_sets(real, fake, least=k + 1)
     real_radius, fake_radius = (
         torch.cat([distances.kthvalue(k + 1, dim=1).values for distances in _distances(rows, rows)])

@@ -1,6 +1,6 @@
-"""How far a number would move on other captions of the same kind: percentile bootstrap (Efron 1979), by scipy."""
+"""How far a number would move on other captions of the same kind: percentile bootstrap (Efron 1979)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -9,9 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.metrics.kernel import cubic, gaussian
-from ldm.metrics.libraries import library
 
-REPLICATES, BATCH = 1000, 100  # and how many of them are drawn at once
+REPLICATES = 1000
 FEW, FEWEST = 100, 20  # where one costs a decomposition, of up to SMALL rows or columns and of more
 SMALL = 700
 MOST = 3000  # rows whose kernels are held at once
@@ -21,9 +20,7 @@ Interval = tuple[float, float]
 def mean_interval(values: Tensor | np.ndarray | Sequence[float], seed: int = 0) -> Interval:
     """95% interval of the mean of independent values (N,)."""
     x = torch.as_tensor(values).double().numpy()
-    if len(x) < 2:
-        return float(x[0]), float(x[0])
-    return _bounds(_replicates(lambda rows, axis: x[rows].mean(axis), [len(x)], REPLICATES, seed))
+    return _bounds([x[rows].mean() for (rows,) in _draws([len(x)], REPLICATES, seed)])
 
 
 def resampled_interval(
@@ -38,13 +35,10 @@ def resampled_interval(
     """
     few = few or min(min(len(rows), rows[0].numel()) for rows in sets) > SMALL
     count = FEWEST if few else FEW
-    with tqdm(total=count, desc="interval", leave=False, disable=not few) as bar:
-
-        def replicate(*drawn: np.ndarray) -> float:
-            bar.update()
-            return statistic(*(rows[numbers] for rows, numbers in zip(sets, drawn, strict=True)))
-
-        values = _replicates(replicate, [len(rows) for rows in sets], count, seed, vectorized=False)
+    values = np.empty(count)
+    draws = tqdm(_draws([len(rows) for rows in sets], count, seed), "interval", count, leave=False, disable=not few)
+    for i, draw in enumerate(draws):
+        values[i] = statistic(*(rows[drawn] for rows, drawn in zip(sets, draw, strict=True)))
     if few:
         half = 1.96 * float(values.std(ddof=1))
         return value - half, value + half
@@ -65,25 +59,19 @@ def kernel_interval(x: Tensor, y: Tensor, kind: str, value: float, seed: int = 0
     both = (kernel(x, x) + kernel(y, y) - across - across.T).numpy()
     if unbiased:
         np.fill_diagonal(both, 0)
-
-    def mmd(drawn: np.ndarray, axis: int) -> np.ndarray:
-        weights = np.stack([np.bincount(rows, minlength=count) for rows in drawn]).astype(float)
-        return scale * ((weights @ both) * weights).sum(1) / (count * (count - unbiased))
-
-    values = _replicates(mmd, [count], REPLICATES, seed)
+    draws = _draws([count], REPLICATES, seed)
+    weights = np.stack([np.bincount(rows, minlength=count) for (rows,) in draws]).astype(float)
+    values = scale * ((weights @ both) * weights).sum(1) / (count * (count - unbiased))
     return _bounds(shrink * (values - values.mean()) + value)
 
 
-def _replicates(
-    statistic: Callable[..., np.ndarray | float], sizes: list[int], count: int, seed: int, vectorized: bool = True
-) -> np.ndarray:
-    """The statistic of `count` bootstrap samples (count,). It takes the drawn row numbers of each set: (BATCH, N) and
-    an axis, or with `vectorized` false (N,)."""
-    options = {"n_resamples": count, "batch": BATCH, "vectorized": vectorized, "method": "percentile", "rng": seed}
-    numbers = [np.arange(size) for size in sizes]
-    return library("scipy.stats").bootstrap(numbers, statistic, **options).bootstrap_distribution
+def _draws(sizes: Sequence[int], count: int, seed: int) -> Iterator[list[np.ndarray]]:
+    """Row numbers of `count` bootstrap samples, one array (N,) per set."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        yield [rng.integers(size, size=size) for size in sizes]
 
 
-def _bounds(values: np.ndarray) -> Interval:
+def _bounds(values: np.ndarray | list[float]) -> Interval:
     low, high = np.quantile(values, (0.025, 0.975)).tolist()
     return low, high

@@ -17,11 +17,9 @@ def kernel_distance(
     the kernel (x.y / d + 1)^3.
 
     Features (N, D) and (M, D); 0 in expectation for two samples of one distribution, so values below 0 occur. Raises
-    ValueError for fewer rows than `subset_size`, which must be at least 2, and for no subsets.
+    ValueError for fewer rows than `subset_size`, which must be at least 2.
     """
     x, y = two_sets(x, y)
-    if subsets < 1:
-        raise ValueError(f"subsets {subsets} must be 1 or more")
     if not 2 <= subset_size <= min(len(x), len(y)):
         raise ValueError(f"subset_size {subset_size} is not in 2..{min(len(x), len(y))}, the rows there are")
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +35,11 @@ def cmmd(x: Rows, y: Rows) -> float:
     """CMMD (Jayasumana et al. 2024): 1,000 times the squared MMD of embeddings (N, D) and (M, D), scaled to unit length
     here, with a Gaussian kernel of sigma 10; rows are paired with themselves too (biased, as published). At least 0."""
     x, y = (F.normalize(rows, dim=1) for rows in two_sets(x, y))
-    return max(1000 * (_mean_gaussian(x, x) + _mean_gaussian(y, y) - 2 * _mean_gaussian(x, y)), 0.0)  # round-off
+    xx, yy, xy = (
+        sum(float(gaussian(part, b).sum()) for part in a.split(PART)) / (len(a) * len(b))
+        for a, b in ((x, x), (y, y), (x, y))
+    )
+    return max(1000 * (xx + yy - 2 * xy), 0.0)  # round-off
 
 
 def cubic(x: Tensor, y: Tensor) -> Tensor:
@@ -48,7 +50,3 @@ def cubic(x: Tensor, y: Tensor) -> Tensor:
 def gaussian(x: Tensor, y: Tensor) -> Tensor:
     """CMMD's kernel of unit rows x (N, D), y (M, D) -> (N, M)."""
     return torch.exp((x @ y.T - 1) / SIGMA**2)
-
-
-def _mean_gaussian(x: Tensor, y: Tensor) -> float:
-    return sum(float(gaussian(part, y).sum()) for part in x.split(PART)) / (len(x) * len(y))

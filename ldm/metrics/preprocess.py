@@ -1,29 +1,26 @@
 """Pictures as metrics and their networks take them: checked, scaled with antialias, normalized. One place for all."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 RESIZE = "bicubic, antialiased"
+ROUND_OFF = 1e-3
 
 
-def checked(x: Tensor) -> Tensor:
-    """`x` itself. Raises ValueError unless it holds floats in [-1, 1]: with uint8 or [0, 255] metrics mislead."""
+def checked(x: Tensor, side: int = 0) -> Tensor:
+    """`x` itself. Raises ValueError unless it holds floats in [-1, 1] (nan passes): with uint8 or [0, 255] metrics
+    mislead; and, where `side` is given, unless it is (B, C, H, W) of at least `side` pixels per side."""
     if not x.is_floating_point():
         raise ValueError(f"pictures must be floats in [-1, 1], not {x.dtype}; ldm.images.to_float converts uint8")
-    if (largest := float(x.detach().abs().amax())) > 1.001:
-        raise ValueError(f"pictures must be floats in [-1, 1], not up to {largest:.3g}")
+    size = x.detach().abs()
+    if (beyond := size[size > 1 + ROUND_OFF]).numel():
+        raise ValueError(f"pictures must be floats in [-1, 1], not up to {beyond.max():.3g}")
+    if side and (x.ndim != 4 or min(x.shape[-2:]) < side):
+        raise ValueError(f"pictures must be (B, C, H, W) of at least {side}x{side} pixels, not {tuple(x.shape)}")
     return x
-
-
-def checked_batch(x: Tensor) -> Tensor:
-    """`checked` as float32. Raises ValueError unless it is also (B, 3, H, W)."""
-    if x.ndim != 4 or x.shape[1] != 3:
-        raise ValueError(f"pictures must be (B, 3, H, W), not {tuple(x.shape)}")
-    return checked(x).float()
 
 
 def resized(size: int, mean: Tensor, std: Tensor) -> Callable[[Tensor], Tensor]:
@@ -34,11 +31,6 @@ def resized(size: int, mean: Tensor, std: Tensor) -> Callable[[Tensor], Tensor]:
     def prepare(x: Tensor) -> Tensor:
         if x.shape[-2:] != (size, size):
             x = F.interpolate(x, size=(size, size), mode="bicubic", antialias=True)
-        return (x.clamp(-1, 1) - mean.to(x.device)) / std.to(x.device)  # bicubic overshoots at edges
+        return (x.clamp(-1, 1) - mean.to(x)) / std.to(x)  # bicubic overshoots at edges
 
     return prepare
-
-
-def from_unit_range(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of pixels in [0, 1] -> those of pixels in [-1, 1]."""
-    return 2 * torch.tensor(mean) - 1, 2 * torch.tensor(std)

@@ -85,11 +85,8 @@ def discretized_logistic(pixels: Tensor, mean: Tensor, scale: float | Tensor) ->
     upper, lower = ((x - mean.double() + edge) / scale for edge in (half, -half))
     upper = torch.where(pixels == 255, torch.inf, upper)
     lower = torch.where(pixels == 0, -torch.inf, lower)
-    # log(sigmoid(upper) - sigmoid(lower)), on the side where both are small and lose no digits
-    flip = lower > 0
-    high, low = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
-    log_high, log_low = F.logsigmoid(high), F.logsigmoid(low)
-    return -(log_high + torch.log1p(-torch.exp(log_low - log_high).clamp_max(1 - 1e-16)))
+    # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)), which loses no digits where both are near 1
+    return -(F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(lower - upper)))
 
 
 def _filter(x: Tensor, kernel: Tensor) -> Tensor:
@@ -99,16 +96,13 @@ def _filter(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _unit_range(x: Pictures, y: Pictures, side: int = 0) -> tuple[Tensor, Tensor]:
-    """Both as float64 in [0, 1]. Raises ValueError unless they are alike, and (B, C, H, W) of at least `side` pixels
-    a side where one is given."""
-    x, y = _pair(x, y)
-    if side and (x.ndim != 4 or min(x.shape[-2:]) < side):
-        raise ValueError(f"pictures must be (B, C, H, W) of at least {side}x{side} pixels, not {tuple(x.shape)}")
+    """Both as float64 in [0, 1]."""
+    x, y = _pair(x, y, side)
     return (x.double() + 1) / 2, (y.double() + 1) / 2
 
 
-def _pair(x: Pictures, y: Pictures) -> tuple[Tensor, Tensor]:
-    x, y = torch.as_tensor(x), torch.as_tensor(y)
+def _pair(x: Pictures, y: Pictures, side: int = 0) -> tuple[Tensor, Tensor]:
+    x, y = (checked(torch.as_tensor(images), side) for images in (x, y))
     if x.shape != y.shape:
         raise ValueError(f"pictures of shapes {tuple(x.shape)} and {tuple(y.shape)} cannot be compared")
-    return checked(x), checked(y)
+    return x, y

@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from einops import rearrange
 from torch import Tensor
 
 from ldm.metrics.libraries import library
@@ -46,14 +47,16 @@ def mig(codes: Rows, factors: Rows) -> float:
     less that with the second best, over the factor's entropy. Codes (N, D), D >= 2, cut into 20 bins of equal width per
     dimension; factors (N, F) of two classes or more (ValueError). In [0, 1]."""
     codes, factors = _codes_and_factors(codes, factors)
-    binned = [np.digitize(code, np.histogram_bin_edges(code, BINS)[1:-1]) for code in codes.T]
+    binned = np.stack([np.digitize(code, np.histogram_bin_edges(code, BINS)[1:-1]) for code in codes.T], 1)
+    bins = (binned[..., None] == np.arange(BINS)).astype(float)  # (N, D, BINS)
     gaps = []
     for factor in factors.T:
-        classes = np.unique(factor, return_inverse=True)[1]
-        joints = [np.bincount(BINS * classes + bins, minlength=BINS * (classes.max() + 1)) for bins in binned]
-        entropy = _entropy(np.bincount(classes))
-        shared = sorted(entropy + _entropy(np.bincount(b)) - _entropy(j) for b, j in zip(binned, joints, strict=True))
-        gaps.append((shared[-1] - shared[-2]) / entropy)
+        classes = (factor[:, None] == np.unique(factor)).astype(float)  # (N, K)
+        joint = np.tensordot(classes.T, bins, 1) / len(codes)  # (K, D, BINS)
+        entropy = _entropy(classes.mean(0))
+        information = entropy + _entropy(bins.mean(0).T) - _entropy(rearrange(joint, "k d b -> (k b) d"))
+        second, first = np.sort(information)[-2:]
+        gaps.append((first - second) / entropy)
     return float(np.mean(gaps))
 
 
@@ -65,9 +68,7 @@ def dci(codes: Rows, factors: Rows, seed: int = 0) -> dict[str, float]:
     entropy of a factor's over dimensions; informativeness: accuracy on the last fifth of the rows. In [0, 1]. Raises
     ValueError for fewer than two dimensions or factors, or a factor of one class.
     """
-    codes, factors = _codes_and_factors(codes, factors)
-    if factors.shape[1] < 2:
-        raise ValueError(f"factors {factors.shape} must be (N, 2 or more): of one nothing can be told apart")
+    codes, factors = _codes_and_factors(codes, factors, least=2)
     cut = len(codes) - len(codes) // 5
     importance, accuracy = [], []
     for factor in factors.T:
@@ -76,34 +77,32 @@ def dci(codes: Rows, factors: Rows, seed: int = 0) -> dict[str, float]:
         importance.append(trees.feature_importances_)
         accuracy.append(trees.score(codes[cut:], factor[cut:]))
     table = np.array(importance)  # (F, D)
-    informativeness = float(np.mean(accuracy))
-    return {
-        "disentanglement": _concentration(table.T),
-        "completeness": _concentration(table),
-        "informativeness": informativeness,
-    }
+    scores = _concentration(table.T), _concentration(table), float(np.mean(accuracy))
+    return dict(zip(("disentanglement", "completeness", "informativeness"), scores, strict=True))
 
 
 def _concentration(table: np.ndarray) -> float:
     """1 - entropy of each row's shares (over its maximum), weighted by the rows' sums; 0 where all are 0."""
     table = table[table.sum(1) > 0]
-    scores = [1 - _entropy(row) / np.log(len(row)) for row in table]
-    return float(np.average(scores, weights=table.sum(1))) if scores else 0.0
+    if not len(table):
+        return 0.0
+    scores = 1 - _entropy((table / table.sum(1, keepdims=True)).T) / np.log(table.shape[1])
+    return float(np.average(scores, weights=table.sum(1)))
 
 
-def _entropy(counts: np.ndarray) -> float:
-    """In nats, of counts in proportion to the shares."""
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+def _entropy(shares: np.ndarray) -> np.ndarray:
+    """In nats, over the first axis."""
+    return -(shares * np.log(np.where(shares > 0, shares, 1))).sum(0)
 
 
-def _codes_and_factors(codes: Rows, factors: Rows) -> tuple[np.ndarray, np.ndarray]:
+def _codes_and_factors(codes: Rows, factors: Rows, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
     codes, factors = _array(codes, np.float64), _array(factors)
-    if codes.ndim != 2 or codes.shape[1] < 2 or factors.ndim != 2 or len(codes) != len(factors):
-        raise ValueError(f"codes {codes.shape} must be (N, 2 or more) beside factors {factors.shape}")
-    for i, factor in enumerate(factors.T):
-        if len(np.unique(factor)) < 2:
-            raise ValueError(f"factor {i} has one class alone, which every code knows")
+    if codes.ndim != 2 or factors.ndim != 2 or codes.shape[1] < 2 or factors.shape[1] < least:
+        raise ValueError(
+            f"codes {codes.shape} and factors {factors.shape} must be (N, 2 or more) and (N, {least} or more)"
+        )
+    if any(len(np.unique(factor)) < 2 for factor in factors.T):
+        raise ValueError("a factor has one class alone, which every code knows")
     return codes, factors
 
 

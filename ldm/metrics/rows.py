@@ -13,10 +13,10 @@ def two_sets(x: Rows, y: Rows, least: int = 1, pairs: bool = False) -> tuple[Ten
     rows, for N unlike M where they are `pairs`, and for values that are not finite."""
     x, y = (torch.as_tensor(rows).detach().double() for rows in (x, y))
     shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
-    if pairs and x.shape != y.shape:
-        raise ValueError(f"features {shapes} are not pairs")
     if not x.ndim == y.ndim == 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < least:
         raise ValueError(f"features must be (N, D) and (M, D) of at least {least} rows, not {shapes}")
+    if pairs and len(x) != len(y):
+        raise ValueError(f"features {shapes} are not pairs")
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("features have values that are not finite (nan or infinity)")
     return x, y
