@@ -170,12 +170,13 @@ def _read(folder: Path) -> dict[str, Any]:
     else:
         config |= read("special_tokens_map.json")
         listed += [{"content": t, "id": i, "normalized": True} for t, i in read("added_tokens.json").items()]
-    tokens = {token["content"]: token for token in listed}
+    known = {token["content"]: token for token in listed}
+    tokens = dict(known)
     for role, default in ROLES.items():
         token = config.get(role) or default
         token = token if isinstance(token, dict) else {"content": token, "normalized": False}
         content = token["content"]  # in the end that of the last role, padding
-        tokens[content] = tokens.get(content, token) | {"special": True}
+        tokens[content] = known.get(content, token) | {"special": True}
         if role in ("bos_token", "eos_token") and content != default:
             raise UserError(f"{folder}: {role} {content!r} is not supported; CLIP's is {default!r}")
     length = config.get("model_max_length", CONTEXT_LENGTH)
