@@ -9,13 +9,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tiny_models import LENGTH, no_complaints, tiny_parts
+from tiny_models import LENGTH, no_complaints, shapes, tiny_parts
 
 from ldm import pipeline_io
-from ldm.config import UserError
+from ldm.config import UserError, load
 from ldm.diffusion import ScheduleConfig
 from ldm.pipeline import Pipeline
 from ldm.samplers import SAMPLERS, ImageNoise
+from ldm.train.clip import CLIPConfig
 
 PROMPTS = ["a red circle", "a blue square above a red circle", ""]
 
@@ -233,3 +234,19 @@ def test_other_pipelines_and_incomplete_folders(saved, tmp_path):
             pipeline_io.load_parts(folder)
     with pytest.raises(UserError, match="unknown model"):
         pipeline_io.load_parts(tmp_path / "nowhere")
+
+
+def test_sd15_text_encoder_has_the_published_sizes():
+    from transformers import CLIPConfig as TheirConfig
+    from transformers import CLIPModel
+
+    from ldm.clip import CLIP
+
+    config = load(CLIPConfig, Path(__file__).parent.parent / "configs/sd15/clip.toml")
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+    vision |= {"patch_size": 14, "image_size": 224}
+    with torch.device("meta"):
+        theirs = CLIPModel(TheirConfig(text_config=text, vision_config=vision, projection_dim=768))
+        ours = CLIP(config.text, config.vision)
+    assert shapes(ours) == shapes(theirs)
