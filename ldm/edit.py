@@ -102,9 +102,9 @@ def read_edit(
     out of range or pictures that do not fit each other."""
     if resample < 1 or (resample > 1 and mask is None):
         raise UserError(f"resample {resample} is not allowed: 1 or more, and more than 1 only with a mask")
-    if image is None and mask is not None:
-        raise UserError("a mask needs an image: white is the part of it to draw anew")
-    if image is None or not count:
+    if image is None:
+        if mask is not None:
+            raise UserError("a mask needs an image: white is the part of it to draw anew")
         return None
     if not 0 < strength <= 1:
         raise UserError(f"strength {strength} is not allowed: above 0 (the image stays) and up to 1 (all is redrawn)")
@@ -112,9 +112,9 @@ def read_edit(
     if mask is None:
         return Edit(x=x, mask=None, strength=strength)
     white = rearrange(torch.from_numpy(_read("mask", mask, count, "L") >= 128), "b h w -> b 1 h w").float()
-    if white.shape[2:] != x.shape[2:]:
-        sizes = (f"{pixels.shape[3]}x{pixels.shape[2]}" for pixels in (white, x))
-        raise UserError("the mask is {}, the image {}; both must have one size".format(*sizes))
+    (height, width), (h, w) = x.shape[2:], white.shape[2:]
+    if (h, w) != (height, width):
+        raise UserError(f"the mask is {w}x{h}, the image {width}x{height}; both must have one size")
     # A latent's mask is that of its upper left pixel, as in diffusers.
     return Edit(x=x, mask=F.interpolate(white, scale_factor=1 / factor), strength=strength, resample=resample)
 

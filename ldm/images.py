@@ -4,6 +4,7 @@ import base64
 import contextlib
 import errno
 import io
+import math
 import textwrap
 import warnings
 from pathlib import Path
@@ -63,8 +64,7 @@ def captioned_grid(images: list[Image.Image], captions: list[str], columns: int,
     for i, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
         x, y = gap + (i % columns) * (cell + gap), gap + (i // columns) * (height + gap)
         method = Image.Resampling.NEAREST if image.width < 64 else Image.Resampling.LANCZOS
-        image = ImageOps.contain(image, (cell, cell), method)
-        sheet.paste(image, (x + (cell - image.width) // 2, y + (cell - image.height) // 2))
+        sheet.paste(ImageOps.pad(image, (cell, cell), method, color="white"), (x, y))
         for j, text in enumerate(lines):
             draw.text((x, y + cell + 3 + j * line), text, fill="black", font=font)
     return sheet
@@ -88,12 +88,11 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, str]) -> None:
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata in a PNG of `save_png`. Raises UserError for a file without it."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            _check_size(image, LIMIT)
+        with _open(path) as image:
             image.load()  # text may stand behind the pixels
-            metadata = {str(key): str(value) for key, value in image.text.items()}
-    except Exception as error:  # decoders given broken bytes raise nearly anything
-        raise UserError(f"the file is no PNG that can be read ({type(error).__name__})") from None
+            metadata = {str(key): str(value) for key, value in image.info.items()}
+    except Exception as error:
+        raise _explained(error, str(path)) from None
     if not {"prompt", "seed"} <= metadata.keys():
         raise UserError("the PNG has no prompt and seed in its text chunks; only those saved here can be read")
     return metadata
@@ -108,10 +107,9 @@ def read_image(source: str | Path | bytes, size: int, limit: int = LIMIT, name: 
     """
     name = name or (str(source) if not isinstance(source, bytes) else "image")
     try:
-        with _open(source) as image:
-            _check_size(image, limit)
+        with _open(source, limit) as image:
             image.load()
-            pixels = np.array(_crop(upright_rgb(image), size))
+            pixels = np.array(ImageOps.fit(upright_rgb(image), (size, size), Image.Resampling.BICUBIC))
     except MemoryError:
         raise
     except Exception as error:
@@ -122,7 +120,7 @@ def read_image(source: str | Path | bytes, size: int, limit: int = LIMIT, name: 
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height in a picture's header, before EXIF orientation. Raises ImageError as `read_image`."""
     try:
-        with _open(path) as image:
+        with _open(path, math.inf) as image:
             return image.size
     except Exception as error:
         raise _explained(error, str(path)) from None
@@ -155,24 +153,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.dstack([grey, alpha]).astype(np.uint8))
 
 
-def _crop(image: Image.Image, size: int) -> Image.Image:
-    # The square is cut by the resize itself: a 1x10000 strip would otherwise become 64x640000 first.
-    width, height = image.size
-    left, top = max(width - height, 0) / 2, max(height - width, 0) / 2
-    box = (left, top, width - left, height - top)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-
-
-def _open(source: str | Path | bytes) -> Image.Image:
+def _open(source: str | Path | bytes, limit: float = LIMIT) -> Image.Image:
+    """Reads the header alone. Raises ImageError for more than `limit` pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `limit` decides instead
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-
-
-def _check_size(image: Image.Image, limit: int) -> None:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     if image.width * image.height > limit:
-        pixels = f"{image.width}x{image.height} pixels"
-        raise ImageError(f"it has {pixels}, more than the limit of {limit / 1e6:g} million")
+        raise ImageError(f"it has {image.width}x{image.height} pixels, more than the limit of {limit / 1e6:g} million")
+    return image
 
 
 def _explained(error: Exception, name: str) -> UserError:

@@ -21,7 +21,6 @@ from ldm.config import UserError, build, require
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_FILE = "model.safetensors"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers, transformers, transformers until 2022
-LARGEST = 2**20  # of all sizes in a config
 EMA_KEYS = {"decay", "min_decay", "inv_gamma", "power", "optimization_step", "update_after_step", "use_ema_warmup"}
 ASSETS = Path(__file__).parent / "assets" / "models"
 
@@ -62,10 +61,8 @@ def read_json(path: Path) -> dict:
 def find_part(folder: str | Path, part: str) -> Path:
     """The folder of one part (`vae`, `unet`, `text_encoder`, ...): `folder` itself, or that part of a pipeline, a run
     or a shipped model. Raises UserError where there is none."""
-    if _holds_model(Path(folder)):
-        return Path(folder)
-    root = find_root(folder)
-    for candidate in (root / part, root):
+    root = Path(folder) if _holds_model(Path(folder)) else find_root(folder)
+    for candidate in (root, root / part):
         if _holds_model(candidate):
             return candidate
     raise UserError(f"no {part} in {str(folder)!r}: neither {part}/config.json nor a model's config.json is there")
@@ -92,9 +89,8 @@ def find_root(folder: str | Path) -> Path:
 
 def is_finished(run: Path, checkpoint: Path) -> bool:
     """Whether a run folder has all model files that its newest checkpoint has, as after the export at its end."""
-    files = [path.relative_to(checkpoint) for path in checkpoint.glob("*/**/*.json") if path.parent.name != "state"]
-    files += [path.relative_to(checkpoint) for path in checkpoint.glob("*.json") if path.name != "manifest.json"]
-    return bool(files) and all((run / file).is_file() for file in files)
+    files = [path for path in checkpoint.rglob("*.json") if path.name not in ("manifest.json", "state.json")]
+    return bool(files) and all((run / file.relative_to(checkpoint)).is_file() for file in files)
 
 
 def module_hash(module: nn.Module) -> str:
@@ -121,10 +117,10 @@ def read_config(folder: Path, cls: type[Config], class_name: str, supported: dic
     table, names = read_json(path), {field.name for field in dataclasses.fields(cls)}
     if table.get("_class_name", class_name) != class_name:
         raise UserError(f"{str(folder)!r} holds a {table['_class_name']}; supported here: {class_name}")
-    for key, value in table.items():
-        allowed, entries = supported.get(key, (None, False)), value if isinstance(value, list) else [value]
-        ignored = key in names or key in EMA_KEYS or key.startswith("_")
-        if not ignored and any(entry not in allowed for entry in entries):
+    for key in sorted(table.keys() - names - EMA_KEYS):
+        value, allowed = table[key], supported.get(key, (None, False))
+        entries = value if isinstance(value, list) else [value]
+        if not key.startswith("_") and any(entry not in allowed for entry in entries):
             raise UserError(f"{path}: {key} = {value!r} is not supported (supported: {str(allowed)[1:-1]})")
     values = {key: value for key, value in table.items() if key in names}
     match values.get("sample_size"):
@@ -180,9 +176,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def _weight_files(folder: Path) -> list[Path]:
     """Prefers safetensors to `.bin`, full precision to `fp16`, and one file to shards."""
     for kind, variant, stem in itertools.product(("safetensors", "bin"), ("", ".fp16"), STEMS):
-        if (folder / f"{stem}{variant}.{kind}").is_file():
-            return [folder / f"{stem}{variant}.{kind}"]
-        for index in (f"{stem}.{kind}.index{variant}.json", f"{stem}{variant}.{kind}.index.json"):
+        name = f"{stem}{variant}.{kind}"
+        if (folder / name).is_file():
+            return [folder / name]
+        for index in (f"{stem}.{kind}.index{variant}.json", f"{name}.index.json"):
             if (folder / index).is_file():
                 return _shards(folder / index)
     names = ", ".join(f"{stem}.safetensors" for stem in STEMS[:2])
@@ -209,16 +206,15 @@ class _SkipInit(TorchFunctionMode):
 def load_model(make: Callable[[], Model], folder: Path, tensors: dict[str, Tensor], *configs: Any) -> Model:
     """The model that `make` builds from `configs`, with the weights `tensors` as float32, in evaluation mode.
 
-    It is built on the meta device, so that sizes in a config cost no memory before the weights fit. Constant buffers
-    outside the state dict must name their device. Raises UserError for a config that describes no model, and unless
-    names and shapes of the weights are exactly the model's and all values finite.
+    It is built on the meta device, so that sizes in a config cost no memory before the weights fit. Raises UserError
+    for a config that describes no model, and unless names and shapes of the weights are exactly the model's and all
+    values finite.
     """
     path = folder / "config.json"
-    for config in configs:
-        for key, value in dataclasses.asdict(config).items():
-            most = len(tensors) if "layers" in key else LARGEST  # each layer has a weight
-            for size in value if isinstance(value, tuple) else (value,):
-                require(not isinstance(size, int) or abs(size) <= most, key, value, f"at most {most} in {str(path)!r}")
+    sizes = [item for config in configs for item in dataclasses.asdict(config).items() if "layers" in item[0]]
+    for key, value in sizes:  # the number of modules, each of which has a weight
+        most = max(value) if isinstance(value, tuple) else value
+        require(most <= len(tensors), key, value, f"at most {len(tensors)} in {str(path)!r}")
     try:
         with torch.device("meta"), _SkipInit():
             model = make()

@@ -39,6 +39,7 @@ class Pipeline:
     modules of a training run may be among them."""
 
     def __init__(self, parts: Parts):
+        self.parts = parts
         self.vae, self.text_encoder, self.tokenizer, self.unet, self.schedule = parts
 
     @classmethod
@@ -53,11 +54,6 @@ class Pipeline:
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
         """Writes a folder that diffusers' StableDiffusionPipeline opens; `half` stores float16."""
         save_parts(folder, self.parts, half)
-
-    @property
-    def parts(self) -> Parts:
-        """The parts, as `save_parts` takes them."""
-        return Parts(self.vae, self.text_encoder, self.tokenizer, self.unet, self.schedule)
 
     @property
     def device(self) -> torch.device:
@@ -125,12 +121,20 @@ class Pipeline:
 
         Raises UserError for arguments that the model or the sampler does not support.
         """
-        positives = self._contexts("prompt", prompt, prompt_embeds)
-        count = len(positives)
-        negatives = self._contexts("negative_prompt", negative_prompt, negative_prompt_embeds, count)
+        if prompt == []:
+            return []
         name = sampler or self.schedule.config.sampler
         sample, grid = get_sampler(name), make_grid(self.schedule, name, steps, spacing)
         _check(guidance, guidance_rescale, batch_size, sample, sampler_options)
+        context = self._context("prompt", prompt, prompt_embeds, None, batch_size)
+        count, negative = len(context), context
+        if negative_prompt is None and negative_prompt_embeds is None:
+            negative_prompt = ""
+        if guidance != 1:
+            negative = self._context("negative_prompt", negative_prompt, negative_prompt_embeds, count, batch_size)
+        if negative.shape != context.shape:
+            lengths = f"{context.shape[1]} and {negative.shape[1]} tokens"
+            raise UserError(f"prompt and negative have {lengths}; give prompt_embeds for both, of one length")
         edit = read_edit(image, mask, strength, resample, count, self.vae.factor)
         if edit is not None:
             grid, (height, width) = edit.shorten(grid), edit.size(height, width)
@@ -142,11 +146,7 @@ class Pipeline:
         for start in range(0, count, batch_size):
             part = slice(start, min(start + batch_size, count))
             noise = ImageNoise(range(seed + start, seed + part.stop), shape, self.device)
-            context, negative = self._embed(positives[part]), self._embed(negatives[part]) if guidance != 1 else None
-            if negative is not None and negative.shape[1] != context.shape[1]:
-                lengths = f"{context.shape[1]} and {negative.shape[1]} tokens"
-                raise UserError(f"prompt and negative have {lengths}; give prompt_embeds for both, of one length")
-            denoise = guided(denoiser, context, negative, guidance, guidance_rescale, guidance_interval)
+            denoise = guided(denoiser, context[part], negative[part], guidance, guidance_rescale, guidance_interval)
             on_step = self._on_step(callback, start, len(grid.steps))
             run = partial(sample, grid=grid, noise=noise, on_step=on_step, **sampler_options)
             first = None if latents is None else latents[part]
@@ -157,27 +157,23 @@ class Pipeline:
             images += self.decode(z0)
         return images
 
-    def _contexts(
-        self, name: str, texts: str | list[str] | None, embeds: Tensor | None, count: int | None = None
-    ) -> list[str] | Tensor:
-        """Texts or embeddings, one per picture: of `count`, or as many as are given."""
-        if texts is not None and embeds is not None:
-            raise UserError(f"{name} and {name}_embeds are given; give one of the two")
-        if texts is None and embeds is None and count is None:
-            raise UserError(f"give {name}, or {name}_embeds")
-        if embeds is not None:
-            number, width = len(embeds) if count is None else count, self.unet.config.cross_attention_dim
-            if embeds.ndim != 3 or embeds.shape[2] != width or len(embeds) not in (1, number):
-                raise UserError(f"{name}_embeds are {tuple(embeds.shape)}; they must be ({number}, L, {width})")
-            return embeds.expand(number, -1, -1)
-        if texts is None or isinstance(texts, str):
-            return [texts or ""] * (1 if count is None else count)
-        if count is not None and len(texts) != count:
-            raise UserError(f"{len(texts)} {name}s for {count} prompts; give one for all, or one for each")
-        return list(texts)
-
-    def _embed(self, contexts: list[str] | Tensor) -> Tensor:
-        return contexts.to(self.device) if isinstance(contexts, Tensor) else self.encode_prompt(contexts)
+    def _context(
+        self, name: str, texts: str | list[str] | None, embeds: Tensor | None, count: int | None, batch_size: int
+    ) -> Tensor:
+        """The context (B, L, D) of `count` pictures, or of as many as are given."""
+        if (texts is None) == (embeds is None):
+            raise UserError(f"give either {name} or {name}_embeds")
+        given = [texts] if isinstance(texts, str) else embeds if texts is None else list(texts)
+        count = len(given) if count is None else count
+        if len(given) not in (1, count):
+            raise UserError(f"{len(given)} {name}s for {count} prompts; give one for all, or one for each")
+        if embeds is None:
+            batches = range(0, len(given), batch_size)
+            embeds = torch.cat([self.encode_prompt(given[i : i + batch_size]) for i in batches])
+        width = self.unet.config.cross_attention_dim
+        if embeds.ndim != 3 or embeds.shape[2] != width:
+            raise UserError(f"{name}_embeds are {tuple(embeds.shape)}; they must be ({count}, L, {width})")
+        return embeds.to(self.device).expand(count, -1, -1)
 
     def decode(self, z: Tensor) -> list[Image.Image]:
         """Normalized latents (B, C, h, w) -> pictures, in float32: half precision overflows in VAE decoders. Raises
@@ -185,9 +181,7 @@ class Pipeline:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             x = self.vae.decode(z.float())
         if not x.isfinite().all():
-            raise UserError(
-                "the decoded picture has values that are NaN or infinite; the weights or options are at fault"
-            )
+            raise UserError("the picture has values that are NaN or infinite; the weights or options are at fault")
         return to_pil(x)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
@@ -202,27 +196,22 @@ class Pipeline:
         return config.in_channels, sides[0] // factor, sides[1] // factor
 
     def _on_step(self, callback: Callable[[Progress], None] | None, first: int, steps: int) -> OnStep | None:
-        if callback is None:
-            return None
-
         def on_step(i: int, t: float, z_t: Tensor, z0: Tensor) -> None:
             decode = partial(self.decode, z0)
             callback(Progress(first=first, step=i, steps=steps, t=t, z_t=z_t, z0=z0, decode=decode))
 
-        return on_step
+        return on_step if callback else None
 
 
 def _check(guidance: float, rescale: float, batch_size: int, sample: Callable, options: dict) -> None:
-    if not 0 <= guidance < math.inf:
-        raise UserError(f"guidance {guidance} is not allowed: 0 or more, where 1 is none")
-    if not 0 <= rescale <= 1:
-        raise UserError(f"guidance rescale {rescale} is not allowed: in [0, 1], where 0 is none")
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size} is not allowed: 1 or more")
+    for name, value, good, allowed in (
+        ("guidance", guidance, 0 <= guidance < math.inf, "0 or more, where 1 is none"),
+        ("guidance rescale", rescale, 0 <= rescale <= 1, "in [0, 1], where 0 is none"),
+        ("batch size", batch_size, batch_size >= 1, "1 or more"),
+    ):
+        if not good:
+            raise UserError(f"{name} {value} is not allowed: {allowed}")
     known = list(inspect.signature(sample).parameters)[5:]  # after denoise, z, grid, noise and on_step
-    for option in options:
-        if option not in known:
-            raise UserError(
-                f"{option!r} is neither an argument of the pipeline nor an option of the sampler {sample.__name__} "
-                f"(its options: {', '.join(known) or 'none'})"
-            )
+    for option in options.keys() - set(known):
+        names = ", ".join(known) or "none"
+        raise UserError(f"{option!r} is no argument, nor an option of the sampler {sample.__name__} (these: {names})")

@@ -1,11 +1,12 @@
 """A pipeline as a folder in diffusers' Stable Diffusion layout, both ways."""
 
+import copy
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from torch import nn
 
 from ldm import model_io
 from ldm.clip import TextEncoder
@@ -81,20 +82,23 @@ def save_parts(folder: str | Path, parts: Parts, half: bool = False) -> None:
     `half` stores the weights as float16, which load as float32. Raises UserError for weights that float16 cannot hold.
     """
     folder, models = Path(folder), {"vae": parts.vae, "text_encoder": parts.text_encoder, "unet": parts.unet}
-    largest = torch.finfo(torch.float16).max
-    for name, model in models.items() if half else ():
-        for key, tensor in model.state_dict().items():
-            if tensor.abs().max() > largest:
-                raise UserError(f"{name}: {key} has values above {largest:g}, which float16 cannot hold; save it whole")
+    if half:
+        models = {name: _half(name, model) for name, model in models.items()}
     for name, model in models.items():
         model.save_pretrained(folder / name)
-        for file in (folder / name).glob("*.safetensors") if half else ():
-            model_io.save_tensors(file, {key: tensor.half() for key, tensor in model_io.load_tensors(file).items()})
     parts.tokenizer.save_pretrained(folder / "tokenizer")
     save_schedule(folder / "scheduler", parts.schedule.config)
     scheduler = ["diffusers", SCHEDULERS[parts.schedule.config.sampler]]
     index = {"_class_name": PIPELINES[0], "_diffusers_version": LAYOUT, **CLASSES, "scheduler": scheduler}
     model_io.write_json(folder / "model_index.json", index | {"requires_safety_checker": False})
+
+
+def _half(name: str, model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model).half()
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name}: {key} has values above 65504, which float16 cannot hold; save it whole")
+    return model
 
 
 def load_parts(folder: str | Path) -> Parts:
@@ -112,13 +116,8 @@ def load_parts(folder: str | Path) -> Parts:
             "train_diffusion writes one, from a VAE and a text encoder"
         )
     schedule = Schedule(read_schedule(root / "scheduler"))  # first, since it is read at once
-    parts = Parts(
-        VAE.from_pretrained(root / "vae"),
-        TextEncoder.from_pretrained(root / "text_encoder"),
-        Tokenizer.from_pretrained(root / "tokenizer"),
-        UNet.from_pretrained(root / "unet"),
-        schedule,
-    )
+    kinds = {"vae": VAE, "text_encoder": TextEncoder, "tokenizer": Tokenizer, "unet": UNet}
+    parts = Parts(*(kind.from_pretrained(root / name) for name, kind in kinds.items()), schedule)
     _check_sizes(parts, root)
     return parts
 
@@ -126,21 +125,17 @@ def load_parts(folder: str | Path) -> Parts:
 def _check_sizes(parts: Parts, root: Path) -> None:
     latent, unet, text = parts.vae.config.latent_channels, parts.unet.config, parts.text_encoder.config
     tokens, length = len(parts.tokenizer), parts.tokenizer.context_length
-    problems = {
-        f"U-Net of {unet.in_channels} channels in, {unet.out_channels} out; latents have {latent}": (
-            (unet.in_channels, unet.out_channels) != (latent, latent)
-        ),
-        f"U-Net for a context of width {unet.cross_attention_dim}; the text encoder's is {text.hidden_size}": (
-            unet.cross_attention_dim != text.hidden_size
-        ),
-        f"tokenizer of {tokens} tokens; the text encoder has {text.vocab_size}": tokens > text.vocab_size,
-        f"tokenizer of context length {length}; the text encoder reads {text.max_position_embeddings}": (
-            length > text.max_position_embeddings
-        ),
-    }
-    for problem, applies in problems.items():
-        if applies:
-            raise UserError(f"the parts in {str(root)!r} do not fit each other: {problem}")
+    problem = ""
+    if (unet.in_channels, unet.out_channels) != (latent, latent):
+        problem = f"U-Net of {unet.in_channels} channels in, {unet.out_channels} out; latents have {latent}"
+    elif unet.cross_attention_dim != text.hidden_size:
+        problem = f"U-Net for a context of width {unet.cross_attention_dim}; the text encoder's is {text.hidden_size}"
+    elif tokens > text.vocab_size:
+        problem = f"tokenizer of {tokens} tokens; the text encoder has {text.vocab_size}"
+    elif length > text.max_position_embeddings:
+        problem = f"tokenizer of context length {length}; the text encoder reads {text.max_position_embeddings}"
+    if problem:
+        raise UserError(f"the parts in {str(root)!r} do not fit each other: {problem}")
 
 
 def save_schedule(folder: Path, config: ScheduleConfig) -> None:
@@ -148,14 +143,13 @@ def save_schedule(folder: Path, config: ScheduleConfig) -> None:
     read, which diffusers keeps for an exchange of the scheduler. Raises UserError for an unknown sampler."""
     get_sampler(config.sampler)
     name = SCHEDULERS[config.sampler]
-    differences = {
-        "has no zero terminal SNR": config.sampler in ("heun", "pndm") and config.rescale_betas_zero_snr,
-        "cannot sample with prediction 'sample'": config.sampler == "pndm" and config.prediction_type == "sample",
-        "is given steps_offset 1 by its pipelines": config.timestep_spacing == "leading" and config.steps_offset != 1,
+    unlike = {
+        "rescale_betas_zero_snr": config.sampler in ("heun", "pndm") and config.rescale_betas_zero_snr,
+        "prediction_type": config.sampler == "pndm" and config.prediction_type == "sample",
+        "steps_offset": config.timestep_spacing == "leading" and config.steps_offset != 1,
     }
-    for difference, applies in differences.items():
-        if applies:
-            warnings.warn(f"diffusers' {name} {difference}: other pictures there", stacklevel=2)
+    for key in (key for key, differs in unlike.items() if differs):
+        warnings.warn(f"diffusers' {name} ignores {key} = {getattr(config, key)!r}: other pictures there", stacklevel=2)
     values = {key: value for key, value in asdict(config).items() if key != "sampler" and value is not None}
     prk = {"skip_prk_steps": True} if config.sampler == "pndm" else {}  # else PNDM begins with Runge-Kutta steps
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,6 +172,8 @@ def read_schedule(folder: Path) -> ScheduleConfig:
     table = defaults | dict.fromkeys(("timestep_spacing", "set_alpha_to_one")) | table
     if table.get("trained_betas") is not None or "Flow" in name or "EDM" in name:
         raise UserError(f"{path}: the noise schedule of this {name} is not supported; known: {', '.join(samplers)}")
+    if table.get("clip_sample"):
+        warnings.warn(f"{path}: clip_sample = True is read as false, as Stable Diffusion runs", stacklevel=2)
     options = [key for key, value in OPTIONS[sampler].items() if table.get(key, value) not in (value, None)]
     if options or name not in samplers:
         variant = ", ".join([name, *(f"{key} = {table[key]!r}" for key in options)])

@@ -57,7 +57,7 @@ class Tokenizer:
     def train(cls, captions: Iterable[str], vocab_size: int, context_length: int = CONTEXT_LENGTH) -> "Tokenizer":
         """A vocabulary of at most `vocab_size` tokens (fewer where no pair is left that occurs twice), in CLIP's order:
         bytes, bytes that end a word, merges, start, end. Raises UserError below 514 tokens."""
-        letters = _byte_letters()
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # U+0021 and on, one for each byte
         base = [*letters, *(letter + WORD_END for letter in letters)]
         if vocab_size < len(base) + 2:
             raise UserError(f"vocab_size is {vocab_size}; it must be at least {len(base) + 2}: all bytes and the ends")
@@ -70,16 +70,9 @@ class Tokenizer:
             for caption in captions
             for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(_valid(caption)))
         )
-        backend = tokenizers.Tokenizer(models.BPE())
-        backend.train_from_iterator(
-            words,
-            trainers.BpeTrainer(
-                vocab_size=vocab_size - 2,
-                min_frequency=2,
-                initial_alphabet=[*letters, *last.values()],
-                show_progress=False,
-            ),
-        )
+        backend, alphabet = tokenizers.Tokenizer(models.BPE()), [*letters, *last.values()]
+        options = {"vocab_size": vocab_size - 2, "min_frequency": 2, "show_progress": False}
+        backend.train_from_iterator(words, trainers.BpeTrainer(**options, initial_alphabet=alphabet))
         spelled = str.maketrans({spelling: letter + WORD_END for letter, spelling in last.items()})
         pairs = json.loads(backend.to_str())["model"]["merges"]
         merges = [(a.translate(spelled), b.translate(spelled)) for a, b in pairs]
@@ -101,8 +94,8 @@ class Tokenizer:
             ids = self.encode(text)
             if len(ids) > length:
                 if warn:
-                    cut = _quoted(self.decode(ids[length - 1 :]))
-                    message = f"the text {_quoted(text)} has more than {length - 2} tokens; this was cut off: {cut}"
+                    cut = self.decode(ids[length - 1 :])[:100]
+                    message = f"the text {text[:100]!r} has more than {length - 2} tokens; this was cut off: {cut!r}"
                     warnings.warn(message, stacklevel=2)
                 ids = [*ids[: length - 1], self.eos_token_id]
             row[: len(ids)] = torch.tensor(ids)
@@ -121,7 +114,7 @@ class Tokenizer:
         """Writes `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        named = {"bos_token": START, "eos_token": END, "pad_token": self.pad_token, "unk_token": END}
+        named = ROLES | {"pad_token": self.pad_token}
         added = {
             str(self.vocab[token.content]): {"content": token.content} | {flag: getattr(token, flag) for flag in FLAGS}
             for token in self.added
@@ -139,18 +132,18 @@ class Tokenizer:
         """The tokenizer in a folder, or in `tokenizer/` within it: `tokenizer.json`, or `vocab.json` and `merges.txt`.
         Raises UserError where there is none or it is not CLIP's."""
         root = model_io.find_root(folder)
-        for candidate in (root / "tokenizer", root):
-            if any((candidate / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        for path in (root / "tokenizer", root):
+            if (path / "vocab.json").is_file() or (path / "tokenizer.json").is_file():
                 break
         else:
             raise UserError(f"no tokenizer in {str(folder)!r}: neither vocab.json nor tokenizer.json is there")
         try:
-            return cls(**_read(candidate))
+            return cls(**_read(path))
         except UserError:
             raise
         except Exception as error:  # values of other types raise nearly anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"the files of the tokenizer in {str(candidate)!r} are broken ({reason})") from None
+            raise UserError(f"the files of the tokenizer in {str(path)!r} are broken ({reason})") from None
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -178,21 +171,20 @@ def _read(folder: Path) -> dict[str, Any]:
         config |= read("special_tokens_map.json")
         listed += [{"content": t, "id": i, "normalized": True} for t, i in read("added_tokens.json").items()]
     known = {token["content"]: token for token in listed}
-    names, tokens = {}, dict(known)
+    tokens = dict(known)
     for role, default in ROLES.items():
         token = config.get(role) or default
         token = token if isinstance(token, dict) else {"content": token, "normalized": False}
-        names[role] = token["content"]
-        tokens[names[role]] = known.get(names[role], token) | {"special": True}
-    for role in ("bos_token", "eos_token"):
-        if names[role] != ROLES[role]:
-            raise UserError(f"{folder}: {role} {names[role]!r} is not supported; CLIP's is {ROLES[role]!r}")
+        content = token["content"]  # in the end that of the last role, padding
+        tokens[content] = known.get(content, token) | {"special": True}
+        if role in ("bos_token", "eos_token") and content != default:
+            raise UserError(f"{folder}: {role} {content!r} is not supported; CLIP's is {default!r}")
     length = config.get("model_max_length", CONTEXT_LENGTH)
     return {
         "vocab": {token["content"]: token["id"] for token in tokens.values() if "id" in token} | vocab,
         "merges": [tuple(line.split() if isinstance(line, str) else line) for line in lines],
         "context_length": int(length) if length < 1e6 else CONTEXT_LENGTH,  # 1e30 there means "not known"
-        "pad_token": names["pad_token"],
+        "pad_token": content,
         "added": [AddedToken(t, **{f: flags[f] for f in FLAGS if f in flags}) for t, flags in tokens.items()],
     }
 
@@ -207,15 +199,5 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
-def _byte_letters() -> list[str]:
-    """A printable letter for each byte, in CLIP's order: printable Latin-1 stands for itself, then U+0100 and on."""
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
 def _valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode()  # without lone surrogates, as a broken file name may have
-
-
-def _quoted(text: str, length: int = 100) -> str:
-    """In quotation marks; a long text by its two ends."""
-    return repr(text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}")

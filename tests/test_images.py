@@ -128,7 +128,7 @@ def test_metadata_survives_in_png(tmp_path):
     assert read_metadata(tmp_path / "a.png") == metadata
     corners().save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("text")
-    for name, message in (("plain.png", "no prompt and seed"), ("text.png", "no PNG that can be read")):
+    for name, message in (("plain.png", "no prompt and seed"), ("text.png", "no image file that can be read")):
         with pytest.raises(UserError, match=message):
             read_metadata(tmp_path / name)
 

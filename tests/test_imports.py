@@ -1,6 +1,7 @@
 """Imports point one way (the rows below, lowest first), are light, and do nothing."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -8,43 +9,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A module imports from lower rows only; modules of one package (`ldm.data`, `ldm.metrics`) may import each other.
+# A module imports from lower rows only; modules of one package may import each other.
 ROWS = (
-    ("ldm", "ldm.config"),
-    ("ldm.distributed", "ldm.images", "ldm.layers", "ldm.diffusion", "ldm.losses", "ldm.model_io"),
-    (
-        "ldm.samplers",
-        "ldm.data",
-        "ldm.tokenizer",
-        "ldm.vae",
-        "ldm.unet",
-        "ldm.clip",
-        "ldm.discriminator",
-        "ldm.perceptual",
-    ),
-    ("ldm.edit", "ldm.metrics", "ldm.pipeline_io"),
-    ("ldm.pipeline",),
-    ("ldm.train", "ldm.evaluate"),
-    ("ldm.app",),
-    ("ldm.commands",),
-    ("ldm.__main__", "scripts"),
+    {"ldm", "ldm.config"},
+    {"ldm.distributed", "ldm.images", "ldm.layers", "ldm.diffusion", "ldm.losses", "ldm.model_io"},
+    {"ldm.samplers", "ldm.data", "ldm.tokenizer", "ldm.vae", "ldm.unet", "ldm.clip"}
+    | {"ldm.discriminator", "ldm.perceptual"},
+    {"ldm.edit", "ldm.metrics", "ldm.pipeline_io"},
+    {"ldm.pipeline"},
+    {"ldm.train", "ldm.evaluate"},
+    {"ldm.app"},
+    {"ldm.commands"},
+    {"ldm.__main__", "scripts"},
 )
-PACKAGES = ("ldm.data", "ldm.metrics", "ldm.train", "ldm.evaluate", "ldm.app", "ldm.commands")
 MODELS = {"ldm.layers", "ldm.vae", "ldm.unet", "ldm.clip", "ldm.discriminator", "ldm.perceptual", "ldm.pipeline_io"}
-# A module, and what it must reach neither itself nor through others.
+# A module, and the modules that it must not reach, itself or through others.
 APART = {
-    "ldm.diffusion": MODELS,
-    "ldm.samplers": MODELS,
-    "ldm.losses": MODELS,
-    "ldm.data": MODELS,
-    "ldm.model_io": MODELS,
-    "ldm.train.loop": MODELS,
-    "ldm.train.state": MODELS,
-    "ldm.train.optim": MODELS,
+    **dict.fromkeys(("ldm.samplers", "ldm.losses", "ldm.data", "ldm.model_io"), MODELS),
+    **dict.fromkeys(("ldm.train.loop", "ldm.train.state", "ldm.train.optim"), MODELS),
     "ldm.evaluate": {"ldm.train"},
     "ldm.pipeline": {"ldm.data", "ldm.train", "ldm.metrics"},
 }
 HEAVY = {"transformers", "diffusers", "lpips", "tensorboard", "sklearn", "scipy", "skimage", "torchmetrics", "gradio"}
+COMPILER = {"sympy", "torch._dynamo", "torchvision", "scipy"}  # seconds at every start
 
 
 def name_of(path: Path) -> str:
@@ -55,6 +42,7 @@ def name_of(path: Path) -> str:
 SOURCES = {name_of(path): path for folder in ("ldm", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))}
 
 
+@functools.cache
 def imports(module: str) -> set[str]:
     """Our modules that `module` imports, also inside functions."""
     names = set()
@@ -63,26 +51,17 @@ def imports(module: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import"
-            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & SOURCES.keys()
-            names |= submodules or {node.module}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} & SOURCES.keys() or {node.module}
     return {name for name in names if name.split(".")[0] in ("ldm", "scripts")}
 
 
 def unit(module: str) -> str:
     """The entry of ROWS that a module belongs to."""
-    if module.startswith("scripts"):
-        return "scripts"
-    return next((package for package in PACKAGES if module.startswith(package + ".")), module)
-
-
-def row(module: str) -> int:
-    rows = [i for i, names in enumerate(ROWS) if unit(module) in names]
-    assert rows, f"{module} is new: give it a row in {Path(__file__).name}"
-    return rows[0]
+    first, _, second = module.partition(".")
+    return ".".join([first, *second.split(".")[:1]]) if first == "ldm" and second else first
 
 
 def reached(module: str) -> set[str]:
-    """All of our modules that importing `module` brings in, in the end."""
     seen, todo = set(), [module]
     while todo:
         new = imports(todo.pop()) - seen
@@ -91,12 +70,12 @@ def reached(module: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("module", SOURCES)
-def test_imports_point_down(module):
-    for name in imports(module):
-        assert name in SOURCES, f"{module} imports {name}, which does not exist"
-        same_package = unit(name) == unit(module) and unit(module) in PACKAGES
-        assert same_package or row(name) < row(module), f"{module} must not import {name}"
+def test_imports_point_down():
+    row = {name: i for i, names in enumerate(ROWS) for name in names}
+    assert row.keys() == {unit(module) for module in SOURCES}
+    pairs = [(module, name) for module in SOURCES for name in imports(module)]
+    assert {name for _, name in pairs} <= SOURCES.keys()
+    assert not [(a, b) for a, b in pairs if row[unit(b)] >= row[unit(a)] and unit(a) != unit(b)]
 
 
 @pytest.mark.parametrize("module", APART)
@@ -105,45 +84,24 @@ def test_parts_stay_apart(module):
     assert names and not {unit(other) for name in names for other in reached(name)} & APART[module]
 
 
-def test_the_rows_name_what_exists():
-    assert {name for names in ROWS for name in names} == {unit(module) for module in SOURCES}
+MODULES = [name for name in SOURCES if name.startswith("ldm") and not name.startswith(("ldm.app.", "ldm.__main__"))]
+EVERYTHING = f"import importlib\nfor name in {MODULES!r}: importlib.import_module(name)"
+PUBLIC = "from ldm import VAE, Pipeline, TextEncoder, UNet"
+SAMPLING = "from ldm import Pipeline\nPipeline.from_pretrained('shapes')('a red circle', steps=1, guidance=2.0)"
 
 
-def test_importing_everything_is_silent_and_light():
-    modules = [name for name in SOURCES if name.startswith("ldm") and not name.startswith(("ldm.app.", "ldm.__main__"))]
-    code = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\n"
-    code += f"sys.exit(', '.join({HEAVY!r} & set(sys.modules)) or 0)"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("before", "code", "absent"),
+    [
+        ("", "import ldm", {"torch", "numpy", "PIL"}),
+        ("", EVERYTHING, HEAVY),
+        ("import torch", PUBLIC, HEAVY | COMPILER),
+        ("import torch", SAMPLING, COMPILER),
+    ],
+    ids=["package", "everything", "public names", "sampling"],
+)
+def test_imports_are_silent_and_light(before, code, absent):
+    lines = [before, "import sys", "before = set(sys.modules)", code]
+    lines.append(f"sys.exit(', '.join({absent!r} & (sys.modules.keys() - before)) or 0)")
+    out = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True)
     assert (out.returncode, out.stdout, out.stderr) == (0, "", "")
-
-
-def test_import_ldm_is_light_and_gives_the_public_names():
-    code = """
-import sys
-import ldm
-assert not {"torch", "numpy", "PIL"} & set(sys.modules)
-from ldm import VAE, Pipeline, TextEncoder, UNet
-assert {c.__name__ for c in (Pipeline, VAE, TextEncoder, UNet)} == set(ldm.__all__)
-try:
-    ldm.Nothing
-except AttributeError as error:
-    assert "Nothing" in str(error)
-else:
-    raise AssertionError
-"""
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-
-
-def test_opening_a_model_and_sampling_need_no_compiler():
-    """They are most of what `import torch` may leave out, a second or more at every start."""
-    code = """
-import sys
-import torch
-before = set(sys.modules)
-from ldm import Pipeline
-Pipeline.from_pretrained("shapes")("a red circle", steps=1, guidance=2.0)
-sys.exit(", ".join({"sympy", "torch._dynamo", "torchvision", "scipy"} & (sys.modules.keys() - before)) or 0)
-"""
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (out.returncode, out.stderr) == (0, "")

@@ -38,22 +38,24 @@ def load(folder) -> nn.Module:
     return model_io.load_model(Sizes().make, folder, model_io.read_tensors(folder), Sizes())
 
 
+def save(folder) -> None:
+    model_io.save_model(folder, model(), {"_class_name": "Thing"}, model_io.DIFFUSERS_FILE)
+
+
 def equal(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
 
 
-@pytest.mark.parametrize("file", [model_io.DIFFUSERS_FILE, model_io.TRANSFORMERS_FILE])
-def test_weights_round_trip(tmp_path, file):
-    """As plain JSON and safetensors that whoever may read the one may read, the other, too; loaded as float32."""
+def test_weights_round_trip(tmp_path):
+    """In files that whoever may read the one may read the other, too; loaded as float32, in evaluation mode."""
     saved, folder = model().half(), tmp_path / "new" / "folder"
-    model_io.save_model(folder, saved, {"_class_name": "Thing"}, file)
+    model_io.save_model(folder, saved, {"_class_name": "Thing"}, model_io.DIFFUSERS_FILE)
     loaded = load(folder)
     assert equal(saved.float(), loaded) and loaded[0].weight.dtype == torch.float32
     assert loaded[0].weight.requires_grad and not loaded.training
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["config.json", file])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["config.json", model_io.DIFFUSERS_FILE])
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     assert json.loads((folder / "config.json").read_text()) == {"_class_name": "Thing"}
-    assert safetensors.torch.load_file(folder / file).keys() == saved.state_dict().keys()
 
 
 @pytest.mark.parametrize("stem", model_io.STEMS)
@@ -66,27 +68,14 @@ def test_weights_are_found_as_safetensors_variants_and_bin(tmp_path, stem):
         assert equal(saved.float(), load(tmp_path))
 
 
-@pytest.mark.parametrize(("kind", "variant"), list(itertools.product(["safetensors", "bin"], ["", ".fp16"])))
-def test_shards_are_read_by_their_index(tmp_path, kind, variant):
-    saved, names = model(), ("0", "1")
-    files = {name: f"model{variant}-0000{name}-of-00002.{kind}" for name in names}
-    for name in names:
-        part = {key: tensor for key, tensor in saved.state_dict().items() if key.startswith(name)}
-        (torch.save if kind == "bin" else safetensors.torch.save_file)(part, tmp_path / files[name])
-    table = {"weight_map": {key: files[key[0]] for key in saved.state_dict()}}
-    # The second is where older libraries put the variant.
-    for name in (f"model.{kind}.index{variant}.json", f"model{variant}.{kind}.index.json"):
-        index = tmp_path / name
-        model_io.write_json(index, {"metadata": {"total_size": 1}} | table)
-        assert equal(saved, load(tmp_path))
-        for wrong in ({}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"a": "../a"}}):
-            model_io.write_json(index, wrong)
-            with pytest.raises(UserError, match="no weight_map from tensors to files beside it"):
-                load(tmp_path)
-        index.unlink()
-    model_io.write_json(index, table)
-    (tmp_path / files["1"]).unlink()
-    with pytest.raises(UserError, match=f"{files['1']}.*missing or damaged"):
+def test_broken_indices_of_shards(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    for wrong in ({}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"a": "../a"}}):
+        model_io.write_json(index, wrong)
+        with pytest.raises(UserError, match="no weight_map from tensors to files beside it"):
+            load(tmp_path)
+    model_io.write_json(index, {"weight_map": {"a": "model-1.safetensors"}})
+    with pytest.raises(UserError, match="model-1.safetensors.*missing or damaged"):
         load(tmp_path)
 
 
@@ -110,13 +99,12 @@ def test_a_bin_runs_nothing(tmp_path):
         torch.save(content, path)
         with pytest.raises(UserError, match=message) as error:
             load(tmp_path)
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and not mark.exists()
     torch.save(model().state_dict(), path)
     for broken in (path.read_bytes()[:100], b"", b"\x80\x02}q\x00(", b"\x80\x02X\x05\x00\x00\x00\xff\xff\xff\xff\xff."):
         path.write_bytes(broken)
         with pytest.raises(UserError, match="missing or damaged"):
             load(tmp_path)
-    assert not mark.exists()
 
 
 @pytest.mark.parametrize(
@@ -139,9 +127,8 @@ def test_weights_that_do_not_fit(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (Sizes(3), "size mismatch"),
         (Sizes(2**20), "size mismatch"),  # 4 TB
-        (Sizes(2**40), "'width' is 1099511627776; it must be at most 1048576"),
+        (Sizes(2**40), "describes no model that can be built"),
         (Sizes(-5), "describes no model that can be built"),
         (Sizes(2, 2**20), "'layers' is 1048576; it must be at most 4 in"),
     ],
@@ -156,22 +143,17 @@ def test_a_config_of_any_size_takes_no_memory_before_its_weights_fit(tmp_path, s
 def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(UserError, match="no weights in"):
         load(tmp_path)
-    path = tmp_path / model_io.DIFFUSERS_FILE
+    path, config = tmp_path / model_io.DIFFUSERS_FILE, tmp_path / "config.json"
     model_io.save_tensors(path, model().state_dict())
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UserError, match="missing or damaged"):
         load(tmp_path)
-    for text, message in (
-        ("{", "not valid JSON"),
-        ("[" * 200_000, "not valid"),
-        ("9" * 5000, "not valid"),
-        ("[1]", "a JSON list"),
-    ):
-        (tmp_path / "config.json").write_text(text)
+    for text, message in (("{", "not valid JSON"), ("[" * 200_000, "not valid"), ("[1]", "a JSON list")):
+        config.write_text(text)
         with pytest.raises(UserError, match=message):
-            model_io.read_json(tmp_path / "config.json")
-    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n')  # a byte order mark, as Windows writes it
-    assert model_io.read_json(tmp_path / "config.json") == {"a": 1}
+            model_io.read_json(config)
+    config.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n')  # a byte order mark, as Windows writes it
+    assert model_io.read_json(config) == {"a": 1}
     with pytest.raises(UserError, match="is .* a model folder"):
         model_io.read_json(tmp_path / "none" / "config.json")
 
@@ -195,11 +177,8 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def save(folder) -> None:
-    model_io.save_model(folder, model(), {"_class_name": "Thing"}, model_io.DIFFUSERS_FILE)
-
-
-def test_parts_are_found_in_models_runs_and_checkpoints(tmp_path):
+def test_parts_are_found_in_models_runs_checkpoints_and_by_shipped_names(tmp_path, monkeypatch):
+    """A folder in the working directory takes a shipped model's name only where it holds a model."""
     save(tmp_path / "whole" / "vae")
     for folder in (tmp_path / "whole", tmp_path / "whole" / "vae"):
         assert model_io.find_part(folder, "vae") == tmp_path / "whole" / "vae"
@@ -212,25 +191,19 @@ def test_parts_are_found_in_models_runs_and_checkpoints(tmp_path):
     assert model_io.find_part(run, "vae") == run / "vae"
     with pytest.raises(UserError, match="no unet in"):
         model_io.find_part(run, "unet")
-
-
-def test_shipped_names(tmp_path, monkeypatch):
-    """A folder in the working directory takes a shipped model's name only where it holds a model."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes" / "pictures").mkdir(parents=True)
     shipped = model_io.find_root("shapes")
     assert shipped.parent == model_io.ASSETS and model_io.find_part("shapes", "vae") == shipped / "vae"
     with pytest.raises(UserError, match=r"unknown model 'shape': neither a folder nor a shipped one \(emoji, shapes\)"):
         model_io.find_root("shape")
-    (tmp_path / "shapes" / "pictures").mkdir(parents=True)
-    assert model_io.find_root("shapes") == shipped
     save(tmp_path / "shapes" / "vae")
     assert model_io.find_root("shapes").resolve() == tmp_path / "shapes"
 
 
 def test_configs_as_others_write_them(tmp_path):
     """Settings of diffusers' EMA (`unet_ema`), a square `sample_size` as a list, and the first U-Nets' of 32."""
-    unet = UNet(unet_config())
-    unet.save_pretrained(tmp_path)
+    UNet(unet_config()).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     for change, size in (
@@ -244,5 +217,5 @@ def test_configs_as_others_write_them(tmp_path):
         assert UNet.from_pretrained(tmp_path).config.sample_size == size
     for change in ({"act_fn": "mish"}, {"brand_new": 3}, {"sample_size": [8, 16]}, {"attention_head_dim": 0}):
         model_io.write_json(path, config | change)
-        with pytest.raises(UserError, match=f"config.json.*|{next(iter(change))}"):
+        with pytest.raises(UserError, match=next(iter(change))):
             UNet.from_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import warnings
 from collections import Counter
 from itertools import pairwise
@@ -80,7 +81,8 @@ def named(pad_token: str) -> dict:
 
 @pytest.mark.parametrize("pad_token", [END, "!"])
 def test_stable_diffusion_folders(tokenizer, tmp_path, pad_token):
-    """SD 1.x pads with the end token, SD 2.x with "!", which only special_tokens_map.json says."""
+    """SD 1.x pads with the end token, SD 2.x with "!", which only special_tokens_map.json says; the files here, theirs
+    of today (tokenizer.json), with and without a config."""
     from transformers import CLIPTokenizer
 
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -88,34 +90,15 @@ def test_stable_diffusion_folders(tokenizer, tmp_path, pad_token):
     config |= {"pad_token": END, "model_max_length": 32, "do_lower_case": True, "errors": "replace"}
     (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer/special_tokens_map.json").write_text(json.dumps(named(pad_token)))
-    ours = Tokenizer.from_pretrained(tmp_path)
-    assert ours.pad_token == pad_token and ours.context_length == 32
-    assert_same(ours, CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"), TEXTS)
-    ours.save_pretrained(tmp_path / "again")
-    assert_same(ours, CLIPTokenizer.from_pretrained(tmp_path / "again"), TEXTS)
-    assert_same(
-        Tokenizer.from_pretrained(tmp_path / "again"),
-        CLIPTokenizer.from_pretrained(tmp_path / "again"),
-        TEXTS,
-    )
-
-
-@pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("pad_token", [END, "!"])
-def test_tokenizer_json(tokenizer, tmp_path, alone, pad_token):
-    from transformers import CLIPTokenizer
-
-    Tokenizer(tokenizer.vocab, tokenizer.merges, 32, pad_token).save_pretrained(tmp_path / "files")
-    CLIPTokenizer.from_pretrained(tmp_path / "files").save_pretrained(tmp_path / "json")
-    assert not (tmp_path / "json" / "vocab.json").exists()
-    if alone:
-        (tmp_path / "json" / "tokenizer_config.json").unlink()
-    ours, theirs = (
-        Tokenizer.from_pretrained(tmp_path / "json"),
-        CLIPTokenizer.from_pretrained(tmp_path / "json"),
-    )
-    assert (ours.context_length, ours.pad_token) == ((77, END) if alone else (32, pad_token))
-    assert_same(ours, theirs, TEXTS)
+    Tokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    CLIPTokenizer.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "theirs")
+    shutil.copytree(tmp_path / "theirs", tmp_path / "alone")
+    (tmp_path / "alone" / "tokenizer_config.json").unlink()
+    assert not (tmp_path / "theirs" / "vocab.json").exists()
+    for name in ("tokenizer", "again", "theirs", "alone"):
+        ours, theirs = Tokenizer.from_pretrained(tmp_path / name), CLIPTokenizer.from_pretrained(tmp_path / name)
+        assert (ours.context_length, ours.pad_token) == ((77, END) if name == "alone" else (32, pad_token))
+        assert_same(ours, theirs, TEXTS)
 
 
 def test_added_tokens(tokenizer, tmp_path):
@@ -128,6 +111,9 @@ def test_added_tokens(tokenizer, tmp_path):
     ours = Tokenizer.from_pretrained(tmp_path)
     assert 640 in ours.encode("a <Cat-Toy> circle") and len(ours) == 641
     assert_same(ours, CLIPTokenizer.from_pretrained(tmp_path), ["a <cat-toy> circle", "<CAT-TOY>!"])
+    merges = tmp_path / "merges.txt"  # with a byte order mark and line ends as on Windows
+    merges.write_bytes(b"\xef\xbb\xbf" + merges.read_bytes().replace(b"\n", b"\r\n"))
+    assert Tokenizer.from_pretrained(tmp_path).merges == ours.merges
 
 
 def test_shape_and_padding(tokenizer):
@@ -149,15 +135,9 @@ def test_what_is_cut_is_named(tokenizer):
         warnings.simplefilter("error")
         tokenizer([text], warn=False)
         tokenizer(["circle " * 30])  # fits exactly
-    both_ends = "^the text 'circle .* square' has more than 30 .* off: 'circle .*square'$"
-    with pytest.warns(UserWarning, match=both_ends) as told:
+    with pytest.warns(UserWarning, match="^the text 'circle .* has more than 30 tokens") as warned:
         tokenizer(["circle " * 1000 + "green square"])
-    assert len(str(told[0].message)) < 300  # by its ends
-
-
-def test_decode_gives_the_text_back(tokenizer):
-    for text in ("a small red circle", "日本語 😀", "it 's", "مرحبا"):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(str(warned[0].message)) < 300
 
 
 def by_definition(words: list[str], vocab_size: int) -> list[tuple[str, str]]:
@@ -185,14 +165,8 @@ def test_training_is_byte_pair_encoding():
     words = ["".join(rng.choices("abc", k=rng.randrange(1, 9))) for _ in range(400)] + ["aaaa"] * 7 + ["aaaaaaa"] * 3
     merges = Tokenizer.train(words, 560).merges
     assert len(merges) == 46 and merges == by_definition(words, 560)
-
-
-def test_training_depends_on_captions_alone():
-    """Not on their order, nor on the run: the library alone numbers suffixed tokens in an order that varies."""
-    rng = random.Random(0)
-    many = [" ".join("".join(rng.choices("abcdefgh", k=3)) for _ in range(6)) for _ in range(1500)] + captions()
-    first, again = Tokenizer.train(many, 900), Tokenizer.train(many[::-1], 900)
-    assert first.merges == again.merges and first.vocab == again.vocab
+    again = Tokenizer.train(words[::-1], 560)  # the library alone numbers suffixed tokens in an order that varies
+    assert again.merges == merges and again.vocab == Tokenizer.train(words, 560).vocab
 
 
 def test_small_vocabularies():
@@ -211,14 +185,11 @@ def test_small_vocabularies():
         ("merges.txt", None, "merges.txt"),
         ("vocab.json", "{", "not valid JSON"),
         ("vocab.json", "{}", "broken|has no token"),
-        ("vocab.json", '{"a": [1]}', "broken|has no token"),
         ("merges.txt", "#version: 0.2\nx y z\n", "broken"),
         ("merges.txt", "#version: 0.2\nnever seen\n", "broken .*out of vocabulary"),
-        ("merges.txt", "a\x00\ud800", "broken"),
         ("tokenizer.json", '{"model": {"vocab": {}, "merges": []}}', "no CLIP tokenizer"),
         ("tokenizer.json", '{"model": {"end_of_word_suffix": "</w>", "vocab": {}, "merges": 5}}', "broken"),
         ("tokenizer_config.json", '{"bos_token": "<s>", "added_tokens_decoder": {}}', "bos_token '<s>'"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": 7}', "broken"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {}}}', "broken"),
         ("tokenizer_config.json", '{"model_max_length": [3], "added_tokens_decoder": {}}', "broken"),
         ("tokenizer_config.json", '{"model_max_length": 2}', "context_length is 2"),
@@ -232,10 +203,3 @@ def test_broken_folders_are_explained(tokenizer, tmp_path, name, content, messag
     with pytest.raises(UserError, match=message) as error:
         Tokenizer.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
-
-
-def test_merges_may_start_with_a_byte_order_mark_and_end_lines_as_windows_does(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    path = tmp_path / "merges.txt"
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    assert Tokenizer.from_pretrained(tmp_path).merges == tokenizer.merges
