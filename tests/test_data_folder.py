@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from ldm.config import UserError
 from ldm.data import DataConfig, choose_captions, flip_half, open_dataset
 from ldm.data.folder import Folder, captioned
-from ldm.data.identity import fingerprint
+from ldm.data.latents import data_hash as fingerprint
 from ldm.data.splits import assign, caption_group, position
 
 SPLITS = ("train", "val", "test")

@@ -18,7 +18,7 @@ from ldm.config import UserError
 from ldm.data import order
 from ldm.data.faults import readable
 from ldm.data.order import EpochBatches
-from ldm.data.shards import LARGEST, Shards, write_shards
+from ldm.data.shards import Shards, write_shards
 
 SPLITS = ("train", "val", "test")
 

@@ -96,7 +96,7 @@ def read_captions(folder: Path, option: str, seed: int, all_or_none: bool) -> Ca
     """The images of a folder in random order, as names may sort them by content and subsets are taken."""
     if not folder.is_dir():
         raise UserError(f"folder of pictures {str(folder)!r} does not exist")
-    captions = captioned(folder, need_captions=False)
+    captions = captioned(folder)
     if len(captions) < FEWEST:
         count = f"{str(folder)!r} has {len(captions)} pictures"
         raise UserError(f"{count}, too few to measure anything; {FEWEST} are needed")
