@@ -192,7 +192,9 @@ def _parse_line(fields: dict[str, Any], root: Path, folder: PurePosixPath, where
     """The picture that a line of metadata in `root / folder` describes."""
     value = fields.get("file_name")
     if not isinstance(value, str) or "text" not in fields:
-        raise UserError(f"{where} needs a 'file_name', relative to the folder, and a 'text', a string or a list of them")
+        raise UserError(
+            f"{where} needs a 'file_name', relative to the folder, and a 'text', a string or a list of them"
+        )
     name = PurePosixPath(value.replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts:
         raise UserError(f"{where} names {value!r}, outside the folder; only names inside it are read")

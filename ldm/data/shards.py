@@ -117,7 +117,9 @@ class Shards:
 
     def _row(self, index: int) -> Row:
         spans = zip(KINDS, map(tuple, self._spans[index].tolist()), strict=True)
-        return Row(self.files[self._shard[index]], str(self._keys[index]), {k: span for k, span in spans if span[1] >= 0})
+        return Row(
+            self.files[self._shard[index]], str(self._keys[index]), {k: span for k, span in spans if span[1] >= 0}
+        )
 
     def _find_rows(self, split: str, seed: int) -> list[Row]:
         check_index(self.files)
