@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ldm.config import UserError
 from ldm.data.faults import SHARE, Faults, SampleError
-from ldm.data.splits import SPLITS, caption_group, check_split, named_split, split_all
+from ldm.data.splits import SPLITS, check_split, named_split, select
 from ldm.data.text import clean_captions, decode, parse_object, read_text
 from ldm.images import LIMIT, SUFFIXES, ImageError, image_size, read_image
 
@@ -56,14 +56,12 @@ class Folder:
             raise UserError(f"image folder {str(path)!r} does not exist")
         prefix = self._prefix(split)
         entries = find_pictures(self.path, prefix, need_captions, self.faults, limit)
+        samples = [(name, *entry) for name, entry in entries.items()]
         if not prefix:
-            named = [entry.split for entry in entries.values()]
-            groups = [caption_group(entry.captions) or name for name, entry in entries.items()]
-            splits = split_all(named, groups, list(entries), seed, self.faults)
-            entries = {name: entries[name] for name, of in zip(entries, splits, strict=True) if of == split}
-        if not entries:
+            samples = [samples[i] for i in select(samples, split, seed, self.faults)]
+        if not samples:
             raise UserError(f"split {split!r} of {str(path)!r} is empty; add pictures to it")
-        self.samples = [(name, entry.captions) for name, entry in entries.items()]
+        self.samples = [(name, captions) for name, captions, _ in samples]
 
     def _prefix(self, split: str) -> str:
         """The name of the sub-folder of a split with a slash, "" where sub-folders are no splits."""
@@ -192,9 +190,7 @@ def _parse_line(fields: dict[str, Any], root: Path, folder: PurePosixPath, where
     """The picture that a line of metadata in `root / folder` describes."""
     value = fields.get("file_name")
     if not isinstance(value, str) or "text" not in fields:
-        raise UserError(
-            f"{where} needs a 'file_name', relative to the folder, and a 'text', a string or a list of them"
-        )
+        raise UserError(f"{where} needs a 'file_name' and a 'text', one string or a list")
     name = PurePosixPath(value.replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts:
         raise UserError(f"{where} names {value!r}, outside the folder; only names inside it are read")

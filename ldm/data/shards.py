@@ -12,7 +12,7 @@ import os
 import re
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from ldm.config import UserError
 from ldm.data.faults import SHARE, Faults, SampleError
-from ldm.data.splits import caption_group, check_split, named_split, split_all
+from ldm.data.splits import check_split, named_split, select
 from ldm.data.text import clean_captions, decode, parse_object
 from ldm.images import LIMIT, SUFFIXES, ImageError, read_image
 from ldm.model_io import read_json, write_json
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
     file: Path
     key: str
-    spans: dict[str, tuple[int, int]]
+    spans: dict[str, Sequence[int]]
 
     @property
     def name(self) -> str:
@@ -129,20 +129,16 @@ class Shards:
             if named in ("", split):
                 (rows if named else unnamed).extend(scan(file, self.faults))
         self.faults.settle(len(rows) + len(unnamed) + len(self.faults.reasons))
-        return sorted(rows + self._of_split(unnamed, split, seed), key=lambda row: row.file)
-
-    def _of_split(self, rows: list[Row], split: str, seed: int) -> list[Row]:
-        """The rows of a split, of shards that are not named after one."""
-        usable = []
-        for row in rows:
+        samples = []
+        for row in unnamed:
             try:
-                usable.append((row, row.fields()))
+                fields = row.fields()
+                samples.append((row, fields["captions"], fields.get("split")))
             except SampleError as error:
                 self.faults.add(error.name, str(error))
-        named = [fields.get("split") for _, fields in usable]
-        groups = [caption_group(fields["captions"]) for _, fields in usable]
-        splits = split_all(named, groups, [row.name for row, _ in usable], seed, self.faults)
-        return [row for (row, _), name in zip(usable, splits, strict=True) if name == split]
+        named = [(row.name, captions, field) for row, captions, field in samples]
+        rows += [samples[i][0] for i in select(named, split, seed, self.faults)]
+        return sorted(rows, key=lambda row: row.file)
 
 
 def find_shards(path: str | Path) -> list[Path]:
@@ -219,11 +215,11 @@ def _add(rows: dict[str, Row], member: tarfile.TarInfo, file: Path, faults: Faul
         faults.add(row.name, f"shard {file.name!r} has a member with the unsafe name {member.name!r}; rename it")
     elif kind in row.spans:
         faults.add(row.name, f"shard {file.name!r} has two members for the {kind} of {member.name!r}; keep one")
-    row.spans[kind] = (member.offset_data, member.size)
+    row.spans[kind] = [member.offset_data, member.size]
 
 
 def read_span(file: Path, offset: int, size: int) -> bytes:
-    """The bytes of a member. Raises UserError for a shard that is gone or shorter now, which is no fault of a sample."""
+    """The bytes of a member. Raises UserError, not SampleError, for a shard that is gone or cut short now."""
     try:
         with file.open("rb") as stream:
             stream.seek(offset)
