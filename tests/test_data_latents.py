@@ -71,8 +71,7 @@ def test_cached_moments_are_the_vaes(root, tmp_path):
     with pytest.raises(IndexError):
         cached[12]
     assert {name: tuple(t.shape) for name, t in load_file(path).items()} == {
-        "mean": (12, 4, 4, 4),
-        "std": (12, 4, 4, 4),
+        "moments": (12, 2, 4, 4, 4),
         "identities": (12, 16),
     }
     assert [file.name for file in path.parent.iterdir()] == [path.name]

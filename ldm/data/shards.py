@@ -227,7 +227,7 @@ def read_span(file: Path, offset: int, size: int) -> bytes:
     except OSError as error:
         raise UserError(f"shard {str(file)!r} cannot be read: {error.strerror}") from None
     if len(data) != size:
-        raise UserError(f"shard {str(file)!r} is cut short at {offset + len(data)} bytes; write it again")
+        raise UserError(f"shard {str(file)!r} is cut short; write it again")
     return data
 
 
