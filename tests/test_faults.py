@@ -21,7 +21,6 @@ from ldm.data.order import EpochBatches
 from ldm.tokenizer import Tokenizer
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
-from ldm.train.diffusion import DiffusionTask
 from ldm.train.loop import train
 
 
@@ -126,20 +125,17 @@ def test_nothing_readable_ends_in_one_line(workers):
         read(range(40), workers=workers)
 
 
-def test_the_three_trainings_share_the_rest_of_a_spoiled_folder(folder, tmp_path):
+def test_trainings_share_the_rest_of_a_spoiled_folder(folder, tmp_path):
     wrong = {f"train/{name}" for name in spoil(folder)}
     folder.parent.joinpath("val").symlink_to(folder)
     data = DataConfig(name="folder", path=str(folder.parent), max_broken=0.15)
     vae = replace(tiny.autoencoder(), data=data)
-    for steps in (9, 16):  # the second one resumes
+    for steps in (4, 9):  # the second one resumes
         train(AutoencoderTask(vae), replace(tiny.TRAIN, steps=steps, batch_size=8, workers=2), tmp_path / "vae", {})
     without_captions = {f"train/{name}" for name in ("025.png", "030.png", "031.png")}
     assert listed(tmp_path / "vae").keys() == wrong - without_captions  # an autoencoder needs none
-    train(CLIPTask(replace(tiny.clip(), data=data)), replace(tiny.TRAIN, steps=12, batch_size=8), tmp_path / "clip", {})
-    parts = {"vae": tmp_path / "vae", "text_encoder": tmp_path / "clip"}
-    task = DiffusionTask(tiny.diffusion(**parts, data=data, cache=str(tmp_path / "cache")))
-    train(task, tiny.TRAIN, tmp_path / "unet", {})
-    assert listed(tmp_path / "unet").keys() == listed(tmp_path / "clip").keys() == wrong
+    train(CLIPTask(replace(tiny.clip(), data=data)), replace(tiny.TRAIN, steps=9, batch_size=8), tmp_path / "clip", {})
+    assert listed(tmp_path / "clip").keys() == wrong
 
 
 def test_a_tokenizer_is_trained_on_the_captions_that_can_be_read(tmp_path):
