@@ -231,7 +231,7 @@ def test_too_many_bad_samples_are_an_error_of_one_line(tmp_path, sample):
 def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         Shards(tmp_path / "gone", 8)
-    with pytest.raises(UserError, match=r"no \*.tar shards"):
+    with pytest.raises(UserError, match=r"has no \*.tar"):
         Shards(tmp_path, 8)
     with pytest.raises(UserError, match="unknown split 'dev'"):
         Shards(tmp_path, 8, "dev")

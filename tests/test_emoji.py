@@ -98,12 +98,6 @@ def test_pictures_are_centred_on_white_without_fringes(size):
     assert np.abs(x[..., 0] - x[..., 1]).max() <= 1
 
 
-def test_tall_pictures_keep_their_shape():
-    x = emoji_build.picture(_png((0, 0, 0, 255), (20, 4, 40, 44), (60, 66)), 66)
-    rows, columns = np.where(x[..., 0] < 128)
-    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (40, 20)
-
-
 def test_encoding_is_lossless_and_the_compact_one_near():
     x = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     x[:4] = 255

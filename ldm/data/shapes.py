@@ -214,12 +214,6 @@ def _cut(rng: random.Random, sides: list[float], box: Box) -> list[Box]:
 # --- captions: a small grammar in which every sentence is true and names every object
 
 NUMBERS = {2: "two", 3: "three"}
-WORDINGS = {
-    "left of": ("left of", "to the left of"),
-    "right of": ("right of", "to the right of"),
-    "above": ("above",),
-    "below": ("below",),
-}
 
 
 def captions(scene: Scene) -> list[str]:
@@ -250,8 +244,12 @@ def wordings(required: Scene) -> list[str]:
         orders = [names[i:] + names[:i] for i in range(len(names))]
         return [", ".join(order[:-1]) + " and " + order[-1] for order in orders]
     a, b = names
-    forth, back = WORDINGS[required.relation], WORDINGS[RELATIONS[required.relation]]
-    return [f"{a} {words} {b}" for words in forth] + [f"{b} {words} {a}" for words in back]
+    orders = (a, required.relation, b), (b, RELATIONS[required.relation], a)
+    return [
+        f"{first} {to_the}{relation} {second}"
+        for first, relation, second in orders
+        for to_the in (("", "to the ") if relation.endswith("of") else ("",))  # "left of", "to the left of"
+    ]
 
 
 # --- pictures

@@ -144,11 +144,9 @@ class Shards:
 def find_shards(path: str | Path) -> list[Path]:
     """The `*.tar` of a folder in order of name, or one `.tar` itself. Raises UserError when there is none."""
     path = Path(path)
-    files = [path] if path.is_file() and path.suffix == ".tar" else sorted(path.glob("*.tar"))
-    if not path.exists():
-        raise UserError(f"shard folder {str(path)!r} does not exist")
+    files = [path] if path.is_file() else sorted(path.glob("*.tar"))
     if not files:
-        raise UserError(f"no *.tar shards in {str(path)!r}")
+        raise UserError(f"shard folder {str(path)!r} {'has no *.tar' if path.exists() else 'does not exist'}")
     return files
 
 
