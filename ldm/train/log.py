@@ -67,11 +67,9 @@ class Log:
 
     def list_left_out(self) -> None:
         """Lists the samples that any process has left out in left_out.jsonl, beside those listed before."""
-        for tables in all_gather_objects([faults.reasons for faults in self.faults]):
-            for faults, table in zip(self.faults, tables, strict=True):
-                for name, reason in table.items():
-                    faults.add(name, reason)  # so that they become too many in all processes at once
-        reasons = {name: reason for faults in self.faults for name, reason in faults.reasons.items()}
+        mine = {name: reason for faults in self.faults for name, reason in faults.reasons.items()}
+        reasons = {name: reason for table in all_gather_objects(mine) for name, reason in table.items()}
+        self.note_faults(reasons)  # so that they become too many in all processes at once
         if self.accelerator.is_main_process and len(reasons) > self.listed:
             self.listed, file = len(reasons), self.out / "left_out.jsonl"
             lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
