@@ -15,43 +15,18 @@ from ldm.config import UserError
 from ldm.data import DataConfig, emoji, emoji_build, open_dataset
 from ldm.data.emoji import SHIPPED, Emoji
 from ldm.data.shards import Shards, write_shards
+from ldm.data.splits import SPLITS
 
 
 @pytest.fixture(scope="module")
 def sets() -> dict[str, Emoji]:
-    return {split: Emoji(64, split) for split in ("train", "val", "test")}
+    return {split: Emoji(64, split) for split in SPLITS}
 
 
-@pytest.fixture(scope="module")
-def blocks(sets) -> dict[str, torch.Tensor]:
-    """Means of 4x4 pixels of every picture, (N, 768)."""
-    pool = torch.nn.AvgPool2d(4)
-    return {
-        split: torch.stack([pool(data[i]["image"].float()).flatten() for i in range(len(data))])
-        for split, data in sets.items()
-    }
-
-
-# --- the shipped copy
-
-
-def test_the_shipped_copy_is_small_whole_and_licensed(sets):
-    files = [file for file in SHIPPED.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 12e6
-    index = json.loads((SHIPPED / "index.json").read_text())["shards"]
-    assert {name: entry["samples"] for name, entry in index.items()} == {
-        f"{split}-000000.tar.gz": len(data) for split, data in sets.items()
-    }
-    for name in emoji_build.TEXTS[:-1]:
-        assert len((SHIPPED / name).read_text()) > 1000
-    assert "END OF TERMS AND CONDITIONS" in (SHIPPED / "LICENSE-APACHE-2.0.txt").read_text()
-
-
-def test_the_split_has_the_promised_shares(sets):
-    total = sum(len(data) for data in sets.values())
-    assert total > 7000
-    assert len(sets["test"]) / total == pytest.approx(0.08, abs=0.005)
-    assert len(sets["val"]) / total == pytest.approx(0.02, abs=0.003)
+def test_the_shipped_copy_has_its_licences_and_the_promised_shares(sets):
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*")) <= 12e6
+    assert all(len((SHIPPED / name).read_text()) > 1000 for name in emoji_build.TEXTS[:-1])
+    assert [len(data) for data in sets.values()] == [6442, 144, 575]
     rows = [line.rsplit(maxsplit=3) for line in (SHIPPED / "split.txt").read_text().splitlines()[1:]]
     for name, *counts in rows:
         key, _, value = name.partition(": ")
@@ -60,80 +35,48 @@ def test_the_split_has_the_promised_shares(sets):
         assert [len(records) for records in chosen] == list(map(int, counts)), name
 
 
-def test_a_sample_keeps_the_contract(sets):
+def test_a_sample_keeps_the_contract_on_white_ground(sets):
     sample = open_dataset(DataConfig(name="emoji", size=64), "val")[3]
     assert sample["image"].shape == (3, 64, 64) and sample["image"].dtype == torch.uint8
-    assert sample["captions"] == sets["val"].captions(3) and len(sample["captions"]) >= 2
-    assert sample["key"] == sets["val"].records[3]["key"]
-    assert torch.equal(sample["image"], sets["val"][3]["image"])
+    assert sample["captions"] == sets["val"].captions(3) and sample["key"] == sets["val"].records[3]["key"]
     assert Emoji(32, "val")[3]["image"].shape == (3, 32, 32)
-
-
-def test_every_picture_has_a_white_ground_and_several_captions(sets):
-    data = sets["test"]
-    corners = torch.stack([data[i]["image"][:, [0, 0, -1, -1], [0, -1, 0, -1]] for i in range(len(data))])
+    corners = torch.stack([sample["image"][:, [0, 0, -1, -1], [0, -1, 0, -1]] for sample in sets["val"]])
     assert (corners == 255).float().mean() > 0.9  # flags and buttons reach some corners
-    for split in sets.values():
-        for record in split.records:
-            assert len(set(record["captions"])) == len(record["captions"]) >= 2
-            assert any(record["style"] in caption.split() for caption in record["captions"])
-            other = {"3D": "flat", "flat": "3D"}[record["style"]]
-            assert not any(caption.endswith(f", {other}") for caption in record["captions"])
 
 
-# --- the split leaks nothing
-
-
-def test_no_caption_is_shared_between_splits(sets):
+def test_no_caption_is_shared_and_each_names_its_style(sets):
     texts = {s: {c.casefold() for r in data.records for c in r["captions"]} for s, data in sets.items()}
-    assert not texts["train"] & texts["test"]
-    assert not texts["train"] & texts["val"]
+    assert not texts["train"] & texts["test"] and not texts["train"] & texts["val"]
     assert not texts["val"] & texts["test"]
-
-
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_held_out_concepts_are_trained_on_in_the_other_style_only(sets, split):
-    seen = {(r["concept"], r["style"]) for r in sets["train"].records}
-    held = [r for r in sets[split].records if r["held_out"] == "concept"]
-    for record in held:
+    for record in (record for split in sets.values() for record in split.records):
+        assert len(set(record["captions"])) == len(record["captions"]) >= 2
+        assert any(record["style"] in caption.split() for caption in record["captions"])
         other = {"3D": "flat", "flat": "3D"}[record["style"]]
-        assert (record["concept"], record["style"]) not in seen
-        assert (record["concept"], other) in seen
-    assert len(held) > 0.4 * len(sets[split])
+        assert not any(caption.endswith(f", {other}") for caption in record["captions"])
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_held_out_combinations_are_trained_on_in_neither_style_but_their_parts_are(sets, split):
-    names = ("role", "skin_tone", "gender")
-    seen = {tuple(r[name] for name in names) for r in sets["train"].records}
-    parts = [{combination[i] for combination in seen} for i in range(3)]
-    held = [r for r in sets[split].records if r["held_out"] == "combination"]
-    for record in held:
+def test_training_shows_held_out_concepts_in_the_other_style_and_the_parts_of_held_out_combinations(sets, split):
+    train, names = sets["train"].records, ("role", "skin_tone", "gender")
+    assert {record["held_out"] for record in train} == {""}
+    concepts = {(r["concept"], r["style"]) for r in train}
+    combinations = {tuple(r[name] for name in names) for r in train}
+    parts = [set(values) for values in zip(*combinations, strict=True)]
+    held = {kind: [r for r in sets[split].records if r["held_out"] == kind] for kind in ("concept", "combination")}
+    assert sum(map(len, held.values())) == len(sets[split]) and min(map(len, held.values())) > 0.4 * len(sets[split])
+    for record in held["concept"]:
+        other = {"3D": "flat", "flat": "3D"}[record["style"]]
+        assert (record["concept"], record["style"]) not in concepts and (record["concept"], other) in concepts
+    for record in held["combination"]:
         combination = tuple(record[name] for name in names)
-        assert combination not in seen
+        assert combination not in combinations
         assert all(part in known for part, known in zip(combination, parts, strict=True))
-    assert len(held) > 0.4 * len(sets[split])
-    assert {r["held_out"] for r in sets[split].records} == {"concept", "combination"}
-    assert {r["held_out"] for r in sets["train"].records} == {""}
-
-
-def test_no_picture_is_near_identical_across_splits(sets, blocks):
-    # Another distance than the builder's: root mean square of 4x4 blocks' differences. Two same flags have 0.
-    for a, b in (("test", "train"), ("val", "train"), ("test", "val")):
-        nearest = torch.cdist(blocks[a], blocks[b]).min() / 768**0.5
-
-        assert nearest > 3
-    twins = torch.cdist(blocks["train"][:800], blocks["train"][800:]) / 768**0.5
-    assert (twins < 1).any()  # they exist, so the line above says something
 
 
 def test_code_points_have_one_spelling():
     assert emoji_build.codes("23-fe0f-20e3") == emoji_build.codes("0023-FE0F-20E3") == "0023-20e3"
     england = "1f3f4-e0067-e0062-e0065-e006e-e0067-e007f"
     assert emoji_build.codes("1f3f4-e0067_e0062_e0065_e006e_e0067") == emoji_build.codes(england) == england
-
-
-# --- the builder
 
 
 def _png(colour: tuple[int, ...], box: tuple[int, int, int, int], size: tuple[int, int] = (64, 64)) -> bytes:
@@ -155,12 +98,6 @@ def test_pictures_are_centred_on_white_without_fringes(size):
     assert np.abs(x[..., 0] - x[..., 1]).max() <= 1
 
 
-def test_tall_pictures_keep_their_shape():
-    x = emoji_build.picture(_png((0, 0, 0, 255), (20, 4, 40, 44), (60, 66)), 66)
-    rows, columns = np.where(x[..., 0] < 128)
-    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (40, 20)
-
-
 def test_encoding_is_lossless_and_the_compact_one_near():
     x = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     x[:4] = 255
@@ -179,7 +116,7 @@ def packages(tmp_path, monkeypatch) -> Path:
     few are then the shipped set."""
     rng, shipped = np.random.default_rng(0), tmp_path / "shipped"
     files: dict[str, dict[str, bytes]] = {style: {} for style in emoji_build.PACKAGES}
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         few = Emoji(64, split)
         samples = [{**few.records[i], "image": few.pictures[i], "suffix": "webp"} for i in range(8)]
         write_shards(samples, shipped, split)
@@ -203,29 +140,19 @@ def packages(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_build_gives_the_same_bytes_twice_with_the_shipped_captions_and_split(packages, tmp_path):
+def test_builds_are_reproducible_and_keep_the_shipped_captions_and_split(packages, tmp_path):
     assert emoji_build.build(tmp_path / "a", 128, packages) == emoji_build.build(tmp_path / "b", 128, packages) == 24
     for file in sorted((tmp_path / "a").iterdir()):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes() and not file.name.startswith(".")
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         ours, shards = Emoji(128, split, tmp_path / "a"), Shards(tmp_path / "a", 128, split)
         assert ours.records == Emoji(64, split).records and len(shards) == 8
         assert torch.equal(ours[0]["image"], shards[0]["image"]) and ours.captions(0) == shards.captions(0)
-        assert ours[0]["image"].shape == (3, 128, 128)
-
-
-def test_a_compact_build_replaces_an_older_one(packages, tmp_path):
-    out = tmp_path / "out"
-    assert emoji_build.build(out, 64, packages) == emoji_build.build(out, 64, packages, compact=True) == 24
-    assert not list(out.glob("*.tar")) and len(list(out.glob("*.tar.gz"))) == 3
-    index = json.loads((out / "index.json").read_text())["shards"]
-    assert {name: entry["samples"] for name, entry in index.items()} == {
-        f"{split}-000000.tar.gz": 8 for split in ("train", "val", "test")
-    }
-    assert len(Emoji(64, "train", out)) == 8
-
-
-# --- users' mistakes
+    assert emoji_build.build(tmp_path / "a", 64, packages, compact=True) == 24  # replaces the other
+    names = {f"{split}-000000.tar.gz" for split in SPLITS}
+    index = json.loads((tmp_path / "a" / "index.json").read_text())["shards"]
+    assert index.keys() == names == {file.name for file in (tmp_path / "a").glob("*.tar*")}
+    assert len(Emoji(64, "train", tmp_path / "a")) == 8
 
 
 def test_mistakes_in_reading_are_named(tmp_path):

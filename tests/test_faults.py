@@ -1,7 +1,6 @@
 """Samples that cannot be used: counted once, listed, replaced in training by a draw that resuming does not change."""
 
 import json
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,18 +14,14 @@ from test_data_shards import png, tar
 
 from ldm.config import UserError
 from ldm.data import DataConfig, spread
-from ldm.data.faults import Faults, SampleError, readable
+from ldm.data.faults import SampleError, readable
 from ldm.data.folder import Folder
 from ldm.data.loader import load
 from ldm.data.order import EpochBatches
 from ldm.tokenizer import Tokenizer
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
-from ldm.train.diffusion import DiffusionTask
 from ldm.train.loop import train
-
-AT_OPENING = {"010.png", "017.png", "018.png", "025.png", "030.png", "031.png", "059.png"}
-LATE = {"003.png"}
 
 
 def spoil(folder: Path) -> dict[str, str]:
@@ -58,33 +53,23 @@ def folder(tmp_path) -> Path:
     return root
 
 
-def config_of(folder: Path, **changes) -> DataConfig:
-    return DataConfig(**{"name": "folder", "path": str(folder), "max_broken": 0.2} | changes)
-
-
 def listed(run: Path) -> dict[str, str]:
     lines = [json.loads(line) for line in (run / "left_out.jsonl").read_text().splitlines()]
     assert len({line["sample"] for line in lines}) == len(lines)
     return {line["sample"]: line["why"] for line in lines if not line["sample"].startswith("val/")}
 
 
-def test_every_kind_of_mistake_is_left_out_and_said(folder):
+def test_every_kind_of_mistake_is_left_out_and_listed_up_to_a_share(folder):
     wrong = {f"train/{name}": text for name, text in spoil(folder).items()}
-    data = Folder(folder.parent, 32, max_broken=0.2)
-    assert data.faults.reasons.keys() == {f"train/{name}" for name in AT_OPENING}
+    data = Folder(folder.parent, 32, max_broken=0.15)
+    assert wrong.keys() - data.faults.reasons.keys() == {"train/003.png"}  # its header is whole
     assert data.faults.total == 60 and len(data) == 53 and data.captions(3) == ["a red thing number 3"]
     with pytest.raises(SampleError, match=r"003\.png.*repair or remove it"):
         data[3]
     assert readable(data, range(53)) == [i for i in range(53) if i != 3] and 3 not in spread(data, 53)
-    assert data.faults.reasons.keys() == wrong.keys()
-    assert all(
-        text in data.faults.reasons[name] and "\n" not in data.faults.reasons[name] for name, text in wrong.items()
-    )
-    assert readable([1, 2, 3], [0, 2]) == [0, 2]
-
-
-def test_too_many_stop_it_with_the_first_of_them(folder):
-    spoil(folder)
+    reasons = data.faults.reasons
+    assert reasons.keys() == wrong.keys()
+    assert all(text in reasons[name] and "\n" not in reasons[name] for name, text in wrong.items())
     with pytest.raises(UserError, match=r"010.png.* \(7 of 60 samples cannot be used; data.max_broken = 0.04"):
         Folder(folder.parent, 32, max_broken=0.04)
     data = Folder(folder.parent, 32, max_broken=0.12)  # seven
@@ -93,17 +78,6 @@ def test_too_many_stop_it_with_the_first_of_them(folder):
     for name in ("max_broken", "max_pixels", "size"):
         with pytest.raises(UserError, match=f"data.{name}"):
             DataConfig(**{name: -1})
-
-
-def test_each_is_counted_once_and_travels_between_processes():
-    error = pickle.loads(pickle.dumps(SampleError("a", "why")))
-    assert error.name == "a" and str(error) == "why"
-    faults = Faults(0.5, 2)
-    for _ in range(3):
-        faults.add("a", "why")
-        faults.add("README", "no picture", counts=False)
-    with pytest.raises(UserError, match="^why .2 of 2"):
-        faults.add("b", "other")
 
 
 class Numbers:
@@ -151,20 +125,17 @@ def test_nothing_readable_ends_in_one_line(workers):
         read(range(40), workers=workers)
 
 
-def test_the_three_trainings_share_the_rest_of_a_spoiled_folder(folder, tmp_path):
+def test_trainings_share_the_rest_of_a_spoiled_folder(folder, tmp_path):
     wrong = {f"train/{name}" for name in spoil(folder)}
     folder.parent.joinpath("val").symlink_to(folder)
-    data = config_of(folder.parent)
+    data = DataConfig(name="folder", path=str(folder.parent), max_broken=0.15)
     vae = replace(tiny.autoencoder(), data=data)
-    for steps in (9, 16):  # the second one resumes
+    for steps in (4, 9):  # the second one resumes
         train(AutoencoderTask(vae), replace(tiny.TRAIN, steps=steps, batch_size=8, workers=2), tmp_path / "vae", {})
     without_captions = {f"train/{name}" for name in ("025.png", "030.png", "031.png")}
     assert listed(tmp_path / "vae").keys() == wrong - without_captions  # an autoencoder needs none
-    train(CLIPTask(replace(tiny.clip(), data=data)), replace(tiny.TRAIN, steps=12, batch_size=8), tmp_path / "clip", {})
-    parts = {"vae": tmp_path / "vae", "text_encoder": tmp_path / "clip"}
-    task = DiffusionTask(tiny.diffusion(**parts, data=data, cache=str(tmp_path / "cache")))
-    train(task, tiny.TRAIN, tmp_path / "unet", {})
-    assert listed(tmp_path / "unet").keys() == listed(tmp_path / "clip").keys() == wrong
+    train(CLIPTask(replace(tiny.clip(), data=data)), replace(tiny.TRAIN, steps=9, batch_size=8), tmp_path / "clip", {})
+    assert listed(tmp_path / "clip").keys() == wrong
 
 
 def test_a_tokenizer_is_trained_on_the_captions_that_can_be_read(tmp_path):

@@ -1,5 +1,6 @@
 """The shapes data: pure, true captions, separable shapes, compositions that training never shows."""
 
+import hashlib
 import itertools
 import re
 from collections import Counter
@@ -53,33 +54,25 @@ def scenes() -> list[Scene]:
     return [data.scene(i) for data in (Shapes(), Shapes(split="val"), Shapes(split="test")) for i in range(1500)]
 
 
-def test_item_follows_the_contract_at_any_size():
-    for size in (32, 48, 64):
-        item = Shapes(size=size, length=5)[4]
+def test_items_follow_the_contract_and_depend_on_seed_split_and_index_alone():
+    for size in (32, 48):
+        item = Shapes(size=size, length=6)[5]
         assert item["image"].dtype == torch.uint8 and item["image"].shape == (3, size, size)
-        assert item["image"].is_contiguous()
-        assert item["captions"] == Shapes(size=size).captions(4)
-        assert len(item["captions"]) >= 3 and all(isinstance(text, str) for text in item["captions"])
-        assert item["key"] == "shapes-0-train-0000004" and isinstance(item["scene"], Scene)
-
-
-def test_an_item_depends_on_seed_split_and_index_alone():
-    first, again = Shapes(length=50), Shapes(size=32, length=99)
-    [again[i] for i in (7, 3)]
-    assert torch.equal(first[5]["image"], again[5]["image"]) and first[5]["captions"] == again[5]["captions"]
+        assert item["image"].is_contiguous() and item["captions"] == Shapes().captions(5)
+        assert item["key"] == "shapes-0-train-0000005" and item["scene"] == Shapes().scene(5)
+        assert torch.equal(item["image"], Shapes(size=size, length=99)[5]["image"])
     others = [Shapes(seed=1)[5], Shapes(split="val")[5], Shapes()[6]]
-    assert all(first[5]["scene"] != other["scene"] for other in others)
+    assert all(item["scene"] != other["scene"] for other in others)
 
 
 def test_the_data_do_not_drift():
-    # trained models rely on these scenes: a change here makes another data set
-    assert Shapes()[0]["captions"][0] == "a yellow square left of a black cross"
-    assert Shapes()[2]["captions"] == [
-        "three blue squares",
-        "three large blue squares",
-        "a picture of three blue squares",
-    ]
-    assert Shapes(split="test").scene(1) == Shapes(split="test", length=2).scene(1)
+    """Trained models rely on these scenes and captions: a change here makes another data set."""
+    datasets = [Shapes(split=split) for split in ("train", "val", "test")]
+    items = [(data.captions(i), data.scene(i)) for data in datasets for i in range(40)]
+    assert (
+        hashlib.sha256(repr(items).encode()).hexdigest()
+        == "b66decf8f841d5f871202c1f3603686733073747366172cee0d9a35daf60a6e9"
+    )
 
 
 def test_every_caption_is_true_complete_and_short(scenes):
@@ -103,18 +96,17 @@ def test_things_lie_inside_and_apart(scenes):
             assert apart >= 2 / 32 - 1e-9
 
 
-def test_scenes_cover_all_kinds_relations_and_attributes():
-    train = [Shapes().scene(i) for i in range(3000)]
+def test_scenes_cover_all_kinds_relations_and_attributes(scenes):
+    train = scenes[:1500]
     assert {len(scene.things) for scene in train} == {1, 2, 3}
     relations = Counter(scene.relation for scene in train)
-    assert min(relations[name] for name in shapes.RELATIONS) > 200
+    assert min(relations[name] for name in shapes.RELATIONS) > 100
     for attribute, names in (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES)):
         count = Counter(getattr(thing, attribute) for scene in train for thing in scene.things)
         assert set(count) == set(names) and min(count.values()) > 0.6 * max(count.values())
 
 
 def test_training_never_shows_a_held_out_composition(scenes):
-    assert len(shapes.HELD_OUT_THINGS) / (len(SHAPES) * len(COLOURS)) == pytest.approx(0.083, abs=0.01)
     for scene in scenes[:3000]:  # train and val
         things = scene.things
         assert not {(t.colour, t.shape) for t in things} & shapes.HELD_OUT_THINGS
@@ -126,9 +118,6 @@ def test_training_never_shows_a_held_out_composition(scenes):
                 seen = [r for r in shapes.RELATIONS if lies(r, a, b)]
                 assert not {(a.shape, r, b.shape) for r in seen} & shapes.HELD_OUT_RELATIONS
         assert not is_held_out(scene)
-    train = {text for scene in scenes[:1500] for text in captions(scene)}
-    for colour, shape in shapes.HELD_OUT_THINGS:
-        assert not any(f"{colour} {shape}" in text for text in train)
 
 
 def test_every_second_test_item_is_held_out_in_each_of_the_three_ways(scenes):
@@ -170,34 +159,13 @@ def test_coverage_has_the_exact_area(shape):
     assert mask.sum() == pytest.approx(AREAS[shape] * 20**2, rel=0.02)
 
 
-def test_shapes_are_told_apart_even_when_small():
-    def best_overlap(a: str, b: str) -> float:
-        mask, best = coverage(a, 9.6, 8, 8, 16), 0.0
-        for scale, dx, dy in itertools.product((0.8, 0.9, 1, 1.1, 1.2), (-1, 0, 1), (-1, 0, 1)):
-            other = coverage(b, 9.6 * scale, 8 + dx, 8 + dy, 16)
-            best = max(best, np.minimum(mask, other).sum() / np.maximum(mask, other).sum())
-        return best
-
-    overlaps = {pair: best_overlap(*pair) for pair in itertools.combinations(SHAPES, 2)}
-    assert overlaps.pop(("circle", "square")) < 0.87
-    assert max(overlaps.values()) < 0.8
-
-
-def test_colours_are_far_apart_and_no_edge_looks_like_another_colour():
-    colours = np.array([*COLOURS.values(), shapes.BACKGROUND], float)
-    distances = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
-    assert distances[~np.eye(9, dtype=bool)].min() > 160
-    half = (colours[:8] + colours[8]) / 2  # an edge pixel, half covered
-    nearest = np.linalg.norm(half[:, None] - colours[None], axis=-1).argsort(1)[:, :2]
-    assert [set(row) for row in nearest.tolist()] == [{i, 8} for i in range(8)]
-
-
 def test_mistakes_are_named():
-    with pytest.raises(UserError, match="train, val, test"):
-        Shapes(split="valid")
-    with pytest.raises(UserError, match="24 or more"):
-        Shapes(size=16)
-    with pytest.raises(UserError, match="length 0"):
-        Shapes(length=0)
+    for options, message in (
+        ({"split": "valid"}, "train, val, test"),
+        ({"size": 16}, "24 or more"),
+        ({"length": 0}, "1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Shapes(**options)
     with pytest.raises(IndexError):
         Shapes(length=3)[3]

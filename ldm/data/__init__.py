@@ -18,9 +18,7 @@ from ldm.data.faults import readable
 from ldm.data.folder import Folder
 from ldm.data.shapes import Shapes
 from ldm.data.shards import Shards
-from ldm.data.splits import SPLITS, check_split
-
-__all__ = ["SPLITS"]
+from ldm.data.splits import check_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,34 +52,17 @@ def open_dataset(config: DataConfig, split: str, need_captions: bool = True) -> 
     return DATASETS[config.name](config, split, need_captions)
 
 
-def _shapes(config: DataConfig, split: str, need_captions: bool) -> Shapes:
-    return Shapes(config.size, split, config.length if split == "train" else None, config.seed)
-
-
-def _emoji(config: DataConfig, split: str, need_captions: bool) -> Emoji:
-    return Emoji(config.size, split, config.path or None)
-
-
-def _folder(config: DataConfig, split: str, need_captions: bool) -> Folder:
-    return Folder(need_captions=need_captions, **_of_user(config, split))
-
-
-def _shards(config: DataConfig, split: str, need_captions: bool) -> Shards:
-    return Shards(**_of_user(config, split))
-
-
-def _of_user(c: DataConfig, split: str) -> dict[str, Any]:
-    if not c.path:
-        raise UserError(f"data set {c.name!r} needs a path: --data-path PATH to evaluate, data.path=PATH to train")
-    options = {"path": c.path, "size": c.size, "split": split, "seed": c.seed}
-    return options | {"limit": c.max_pixels, "max_broken": c.max_broken}
+def _path(config: DataConfig) -> str:
+    if not config.path:
+        raise UserError(f"data set {config.name!r} needs a path: --data-path PATH to evaluate, data.path=PATH to train")
+    return config.path
 
 
 DATASETS: dict[str, Callable[[DataConfig, str, bool], Any]] = {
-    "shapes": _shapes,
-    "emoji": _emoji,
-    "folder": _folder,
-    "shards": _shards,
+    "shapes": lambda c, split, _: Shapes(c.size, split, c.length if split == "train" else None, c.seed),
+    "emoji": lambda c, split, _: Emoji(c.size, split, c.path or None),
+    "folder": lambda c, split, need: Folder(_path(c), c.size, split, c.seed, c.max_pixels, need, c.max_broken),
+    "shards": lambda c, split, _: Shards(_path(c), c.size, split, c.seed, c.max_pixels, c.max_broken),
 }
 
 

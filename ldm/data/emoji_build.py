@@ -5,26 +5,20 @@ Sources: `@lobehub/fluent-emoji-3d` (Microsoft's Fluent emoji, MIT, 256 px WebP:
 flat style is enlarged (Lanczos). Captions, attributes and split are those of the shipped set, a table in its shards.
 """
 
-import gzip
-import hashlib
 import io
-import json
-import os
 import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ldm.config import UserError
 from ldm.data.emoji import SHIPPED, Emoji
-from ldm.data.shards import INDEX, write_shards
+from ldm.data.shards import write_shards
 from ldm.data.splits import SPLITS
 
 PACKAGES = {"3D": "@lobehub/fluent-emoji-3d@1.1.0", "flat": "emoji-datasource-google@16.0.0"}
@@ -39,37 +33,30 @@ def build(out: str | Path, size: int = 64, packages: str | Path | None = None, c
 
     `packages` holds the two `.tgz` of `npm pack`; without it `npm pack` fetches them. `compact` is how the shipped copy
     was made: colours rounded to STEP and shards gzipped. Returns the number of pictures. Raises UserError for another
-    size, missing npm or packages.
+    size, missing npm or packages; nothing is written then.
     """
+    out = Path(out)
     if size not in SIZES:
         raise UserError(f"emoji size {size} is not available; allowed: {', '.join(map(str, SIZES))}")
-    out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {str(out)!r} is a file; name a folder")
     with tempfile.TemporaryDirectory() as temporary:
-        archives = _find(Path(packages)) if packages else _npm_pack(Path(temporary))
-        sources = {key: data for style in PACKAGES for key, data in _pictures(archives[style], style)}
-    out.mkdir(parents=True, exist_ok=True)
-    # Written beside and moved at the end: a build broken off leaves the folder as it was.
-    with tempfile.TemporaryDirectory(dir=out, prefix=".part-") as name:
-        part = Path(name)
-        count = sum(write_shards(_samples(split, sources, size, compact), part, split) for split in SPLITS)
-        if compact:
-            _gzip(part)
-        for text in TEXTS:
-            shutil.copy(SHIPPED / text, part / text)
-        for old in (*out.glob("*.tar"), *out.glob("*.tar.gz")):
-            old.unlink()
-        for file in part.iterdir():
-            os.replace(file, out / file.name)
+        folder = Path(packages or temporary)
+        if packages is None:
+            npm_pack(folder)
+        sources = {key: data for style in PACKAGES for key, data in read_package(folder, style).items()}
+    splits = {split: Emoji(split=split).records for split in SPLITS}
+    missing = [record["key"] for records in splits.values() for record in records if record["key"] not in sources]
+    if missing:
+        raise UserError(f"the packages hold no picture {missing[0]}; fetch {' and '.join(PACKAGES.values())}")
+    count = 0
+    for split, records in splits.items():
+        images = (encode(picture(sources[record["key"]], size), compact) for record in records)
+        samples = ({**r, "image": image, "suffix": "webp"} for r, image in zip(records, images, strict=True))
+        count += write_shards(samples, out, split, compress=compact)
+    for text in TEXTS:
+        shutil.copy(SHIPPED / text, out / text)
     return count
-
-
-def _samples(split: str, sources: dict[str, bytes], size: int, compact: bool) -> Iterator[dict[str, Any]]:
-    for record in Emoji(split=split).records:
-        if record["key"] not in sources:
-            raise UserError(f"the packages hold no picture {record['key']}; fetch {' and '.join(PACKAGES.values())}")
-        yield {**record, "image": encode(picture(sources[record["key"]], size), compact), "suffix": "webp"}
 
 
 def picture(data: bytes, size: int) -> np.ndarray:
@@ -108,30 +95,22 @@ def codes(name: str) -> str:
     return "-".join(parts)
 
 
-def _pictures(archive: Path, style: str) -> Iterator[tuple[str, bytes]]:
-    """The key and the file of each picture in a package."""
-    folder, suffix = PICTURES[style]
+def read_package(folder: Path, style: str) -> dict[str, bytes]:
+    """The files of the pictures in a package of `npm pack`, by key."""
+    package, (prefix, suffix) = PACKAGES[style], PICTURES[style]
+    archive = folder / (package.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")
     try:
         with tarfile.open(archive) as tar:
-            for member in tar:
-                if member.isfile() and member.name.startswith(folder) and member.name.endswith(suffix):
-                    yield f"{style}-{codes(Path(member.name).stem)}", tar.extractfile(member).read()
+            members = [m for m in tar if m.isfile() and m.name.startswith(prefix) and m.name.endswith(suffix)]
+            return {f"{style}-{codes(Path(m.name).stem)}": tar.extractfile(m).read() for m in members}
+    except FileNotFoundError:
+        raise UserError(f"{archive.name} is not in {str(folder)!r}; `npm pack {package}` writes it") from None
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{archive.name} is broken ({error}); fetch it again with `npm pack`") from None
 
 
-def _gzip(folder: Path) -> None:
-    table = json.loads((folder / INDEX).read_text())["shards"]
-    for name in list(table):
-        packed = gzip.compress((folder / name).read_bytes(), 9, mtime=0)
-        (folder / name).unlink()
-        (folder / f"{name}.gz").write_bytes(packed)
-        digest = hashlib.sha256(packed).hexdigest()
-        table[f"{name}.gz"] = table.pop(name) | {"bytes": len(packed), "sha256": digest}
-    (folder / INDEX).write_text(json.dumps({"shards": table}, indent=1, sort_keys=True) + "\n")
-
-
-def _npm_pack(folder: Path) -> dict[str, Path]:
+def npm_pack(folder: Path) -> None:
+    """Fetches the packages. Raises UserError when that fails."""
     if shutil.which("npm") is None:
         raise UserError("npm is not installed; install Node.js, or use --packages DIR with the two .tgz")
     command = ["npm", "pack", "--silent", *PACKAGES.values()]
@@ -139,13 +118,3 @@ def _npm_pack(folder: Path) -> dict[str, Path]:
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(f"`{' '.join(command)}` failed ({reason}); check the registry, or use --packages DIR")
-    return _find(folder)
-
-
-def _find(folder: Path) -> dict[str, Path]:
-    archives = {}
-    for style, package in PACKAGES.items():
-        archives[style] = folder / (package.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")
-        if not archives[style].is_file():
-            raise UserError(f"{archives[style].name} is not in {str(folder)!r}; `npm pack {package}` writes it")
-    return archives

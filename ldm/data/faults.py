@@ -20,7 +20,7 @@ class SampleError(UserError):
 
 
 class Faults:
-    """The unusable samples of a data set, `reasons[name]`; among them, `uncounted`, files that are no samples.
+    """The unusable samples of a data set, and files that are no samples: `reasons[name]`.
 
     Raises UserError as soon as the samples are more than `share` of the `total` (None: not known yet).
     """
@@ -28,45 +28,37 @@ class Faults:
     def __init__(self, share: float = SHARE, total: int | None = None) -> None:
         self.share, self.total = share, total
         self.reasons: dict[str, str] = {}
-        self.uncounted: set[str] = set()
-        self.tried: dict[int, bool] = {}  # index of a sample -> whether it can be read
+        self.samples: list[str] = []  # names of those that count
 
     def add(self, name: str, reason: str, counts: bool = True) -> None:
         """Lists a sample, once, or a file that does not count as one."""
-        if not counts and name not in self.reasons:
-            self.uncounted.add(name)
-        self.reasons.setdefault(name, reason)
-        self.check()
+        if name not in self.reasons:
+            self.reasons[name] = reason
+            self.samples += [name] * counts
+            self.settle(self.total)
 
-    def settle(self, total: int) -> None:
+    def settle(self, total: int | None) -> None:
         """Sets the number of samples, the unusable ones included."""
-        self.total = total
-        self.check()
-
-    def check(self) -> None:
-        """Raises UserError, with the first reason, when more samples are unusable than tolerated."""
-        names = [name for name in self.reasons if name not in self.uncounted]
-        if self.total is not None and len(names) > self.share * self.total:
+        self.total, count = total, len(self.samples)
+        if total is not None and count > self.share * total:
             raise UserError(
-                f"{self.reasons[names[0]]} ({len(names)} of {self.total} samples cannot be used; data.max_broken ="
+                f"{self.reasons[self.samples[0]]} ({count} of {total} samples cannot be used; data.max_broken ="
                 f" {self.share:g} is the share that may be left out)"
             )
 
 
 def readable(dataset: Any, indices: Sequence[int]) -> list[int]:
     """The indices whose samples can be read; the others go into the data set's `faults`."""
-    faults = getattr(dataset, "faults", None)
-    if faults is None:
+    if getattr(dataset, "faults", None) is None:
         return list(indices)
+    kept = []
     for index in indices:
-        if index not in faults.tried:
-            try:
-                dataset[index]
-                faults.tried[index] = True
-            except SampleError as error:
-                faults.tried[index] = False
-                faults.add(error.name, str(error))
-    return [index for index in indices if faults.tried[index]]
+        try:
+            dataset[index]
+            kept.append(index)
+        except SampleError as error:
+            dataset.faults.add(error.name, str(error))
+    return kept
 
 
 def all_captions(dataset: Any) -> Iterator[list[str]]:

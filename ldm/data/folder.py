@@ -1,13 +1,13 @@
 """A user's folder of captioned pictures: whatever lies in it is either used or listed with the reason, once."""
 
 import os
-from collections import defaultdict, deque
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ldm.config import UserError
 from ldm.data.faults import SHARE, Faults, SampleError
-from ldm.data.splits import SPLITS, caption_group, check_split, named_split, split_all
+from ldm.data.splits import SPLITS, check_split, named_split, select
 from ldm.data.text import clean_captions, decode, parse_object, read_text
 from ldm.images import LIMIT, SUFFIXES, ImageError, image_size, read_image
 
@@ -17,10 +17,10 @@ PICTURES = {*SUFFIXES, ".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg"
 
 
 class Entry(NamedTuple):
-    """What text files say of a picture."""
+    """Captions of a picture, and the field `split` of its metadata."""
 
     captions: list[str]
-    split: Any = None  # the field of its metadata
+    split: Any = None
 
 
 class Folder:
@@ -54,35 +54,33 @@ class Folder:
         self.path, self.size, self.limit, self.faults = Path(path), size, limit, Faults(max_broken)
         if not self.path.is_dir():
             raise UserError(f"image folder {str(path)!r} does not exist")
-        root = self.path / self._folder_of(split)
-        prefix = "" if root == self.path else f"{root.name}/"
-        entries = find_pictures(root, need_captions, self.faults, limit, prefix)
+        prefix = self._prefix(split)
+        entries = find_pictures(self.path, prefix, need_captions, self.faults, limit)
+        samples = [(name, *entry) for name, entry in entries.items()]
         if not prefix:
-            named = [entry.split for entry in entries.values()]
-            groups = [caption_group(entry.captions) or name for name, entry in entries.items()]
-            splits = split_all(named, groups, list(entries), seed, self.faults)
-            entries = {name: entries[name] for name, of in zip(entries, splits, strict=True) if of == split}
-        if not entries:
-            raise UserError(
-                f"split {split!r} of {str(path)!r} is empty; add pictures, or sort them into sub-folders train, val and"
-                " test"
-            )
-        self.samples = [(prefix + name, entry.captions) for name, entry in entries.items()]
+            samples = [samples[i] for i in select(samples, split, seed, self.faults)]
+        if not samples:
+            raise UserError(f"split {split!r} of {str(path)!r} is empty; add pictures to it")
+        self.samples = [(name, captions) for name, captions, _ in samples]
 
-    def _folder_of(self, split: str) -> str:
-        """The name of the sub-folder of a split, "" where sub-folders are no splits."""
+    def _prefix(self, split: str) -> str:
+        """The name of the sub-folder of a split with a slash, "" where sub-folders are no splits."""
         folders: dict[str, str] = {}
-        for name in sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir()):
-            named = named_split(name, f"sub-folder {name!r} of {str(self.path)!r}")
+        names = sorted(name for name in os.listdir(self.path) if not name.startswith("."))
+        for name in names:
+            is_folder = (self.path / name).is_dir()
+            named = named_split(name, f"sub-folder {name!r} of {str(self.path)!r}") if is_folder else ""
             if named and folders.setdefault(named, name) != name:
                 raise UserError(f"{folders[named]!r} and {name!r} of {str(self.path)!r} are both {named}; keep one")
-        if folders and split not in folders:
-            names = ", ".join(folders[name] for name in SPLITS if name in folders)
-            raise UserError(f"{str(self.path)!r} has sub-folders {names} but no {split!r}; add it")
-        for name in sorted(os.listdir(self.path)) if folders else ():
-            if name not in folders.values() and not name.startswith("."):
+        if not folders:
+            return ""
+        if split not in folders:
+            known = ", ".join(folders[name] for name in SPLITS if name in folders)
+            raise UserError(f"{str(self.path)!r} has sub-folders {known} but no {split!r}; add it")
+        for name in names:
+            if name not in folders.values():
                 self.faults.add(name, f"{name!r} lies beside the folders of the splits", counts=False)
-        return folders.get(split, "")
+        return f"{folders[split]}/"
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -111,66 +109,63 @@ def captioned(root: Path) -> dict[str, list[str]]:
 
     Raises UserError for no pictures, or one that cannot be read as far as its header tells.
     """
-    return {name: entry.captions for name, entry in find_pictures(root, False, Faults(share=0), LIMIT).items()}
+    return {name: entry.captions for name, entry in find_pictures(root, "", False, Faults(share=0), LIMIT).items()}
 
 
-def find_pictures(root: Path, need_captions: bool, faults: Faults, limit: int, prefix: str = "") -> dict[str, Entry]:
-    """The usable pictures under a folder, in order of name; the other files go into `faults`, by name after `prefix`.
+def find_pictures(root: Path, prefix: str, need_captions: bool, faults: Faults, limit: int) -> dict[str, Entry]:
+    """The usable pictures in `root / prefix`, by name relative to `root`; all other files go into `faults`.
 
     Raises UserError for no pictures, or more faults than allowed.
     """
-    files = set(list_files(root))
-    metadata = {file for file in files if os.path.basename(file) == METADATA}
-    described, broken = read_metadata(root, sorted(metadata))
-    pictures = {file for file in files if _kind(file) in PICTURES}
-    grids = {file for file in pictures - described.keys() if _is_grid(root / file)}
-    names = sorted(pictures - grids | described.keys())
+    files = sorted(os.path.relpath(file, root) for file in list_files(str(root / prefix), set()))
+    metadata = [file for file in files if os.path.basename(file) == METADATA]
+    described, broken = read_metadata(root, metadata)
+    names = [name for name in files if name in described or _suffix(name) in PICTURES and not _is_grid(root / name)]
     if not names and not broken:
-        raise UserError(f"no pictures in {str(root)!r}; known kinds: {' '.join(SUFFIXES)}")
-    texts = {os.path.splitext(name)[0] + ".txt" for name in names}
-    for name, reason in _unused(sorted(files.difference(names, metadata, texts))).items():
-        faults.add(prefix + name, reason, counts=False)
-    for name, reason in broken.items():
-        faults.add(prefix + name, reason, counts=need_captions)
-    entries, lines = {}, len(broken)
+        raise UserError(f"no pictures in {str(root / prefix)!r}; known kinds: {' '.join(SUFFIXES)}")
+    for line, reason in broken.items():
+        faults.add(line, reason, counts=need_captions)
+    entries = {}
     for name in names:
-        entry = described.get(name, Entry([]))
         try:
-            captions = entry.captions or _captions_beside(root / name, need_captions)
-        except UserError as error:  # perhaps for a broken line of metadata: the two are one mistake
-            faults.add(prefix + name, str(error), counts=lines <= 0)
-            lines -= 1
+            entry = described.get(name) or Entry(_captions_beside(root / name, need_captions))
+        except UserError as error:
+            faults.add(name, str(error))
             continue
         if reason := _header_fault(root / name, limit):
-            faults.add(prefix + name, reason)
+            faults.add(name, reason)
         else:
-            entries[name] = Entry(captions, entry.split)
-    faults.settle(len(names) + max(lines, 0) * need_captions)
+            entries[name] = entry
+    faults.settle(len(names) + len(broken) * need_captions)
+    texts = {os.path.splitext(name)[0] + ".txt" for name in names}
+    for name in sorted({*files}.difference(names, metadata, texts)):
+        suffix = _suffix(name)
+        if suffix in PICTURES:
+            faults.add(name, f"picture {name!r} is a grid of other pictures", counts=False)
+        elif suffix == ".txt":
+            faults.add(name, f"text {name!r} belongs to no picture", counts=False)
+        else:
+            reason = f"files *{suffix}, such as {name!r}, are not read; known kinds: {' '.join(SUFFIXES)}"
+            faults.add(f"{prefix}*{suffix}", reason, counts=False)
     return entries
 
 
-def list_files(root: Path) -> list[str]:
-    """Names relative to `root` of all files that are not hidden. Linked folders are followed, each folder once."""
-    folders, visited, names = deque([str(root)]), set(), []
-    while folders:
-        folder = folders.popleft()
-        if (real := os.path.realpath(folder)) in visited:
-            continue
-        visited.add(real)
-        for entry in os.scandir(folder):
-            if entry.name.startswith("."):
-                continue
-            if not entry.is_dir():
-                names.append(os.path.relpath(entry.path, root))
-            elif entry.is_symlink():  # last, so that a folder within `root` is read under its real name
-                folders.append(entry.path)
+def list_files(folder: str, visited: set[str]) -> Iterator[str]:
+    """All files under a folder that are not hidden. Links are followed, each folder is read once."""
+    real = os.path.realpath(folder)
+    if real in visited:
+        return
+    visited.add(real)
+    for entry in sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name)):
+        if not entry.name.startswith("."):
+            if entry.is_dir():
+                yield from list_files(entry.path, visited)
             else:
-                folders.appendleft(entry.path)
-    return names
+                yield entry.path
 
 
-def _kind(file: str | Path) -> str:
-    return os.path.splitext(file)[1].lower()
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def read_metadata(root: Path, files: list[str]) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -179,30 +174,29 @@ def read_metadata(root: Path, files: list[str]) -> tuple[dict[str, Entry], dict[
     broken: dict[str, str] = {}
     for file in files:
         for number, line in enumerate((root / file).read_bytes().split(b"\n"), start=1):
-            where = f"{str(root / file)!r} line {number}"
+            where = f"{file} line {number}"
             try:
                 if text := decode(line, where).strip():
-                    name, captions, split = _line(parse_object(text, where), root, PurePosixPath(file).parent, where)
+                    name, entry = _parse_line(parse_object(text, where), root, PurePosixPath(file).parent, where)
                     known = entries.get(name, Entry([]))
-                    entries[name] = Entry(list(dict.fromkeys(known.captions + captions)), split or known.split)
+                    captions = [*dict.fromkeys(known.captions + entry.captions)]
+                    entries[name] = Entry(captions, entry.split or known.split)
             except UserError as error:
-                broken[f"{file} line {number}"] = str(error)
+                broken[where] = str(error)
     return entries, broken
 
 
-def _line(fields: dict[str, Any], root: Path, folder: PurePosixPath, where: str) -> tuple[str, list[str], Any]:
-    """The picture that a line of metadata in `root / folder` describes, its captions and its split."""
+def _parse_line(fields: dict[str, Any], root: Path, folder: PurePosixPath, where: str) -> tuple[str, Entry]:
+    """The picture that a line of metadata in `root / folder` describes."""
     value = fields.get("file_name")
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{where} has no 'file_name'; give the picture's name relative to the folder")
+    if not isinstance(value, str) or "text" not in fields:
+        raise UserError(f"{where} needs a 'file_name' and a 'text', one string or a list")
     name = PurePosixPath(value.replace("\\", "/"))
-    if name.is_absolute() or ".." in name.parts or "\0" in value:
+    if name.is_absolute() or ".." in name.parts:
         raise UserError(f"{where} names {value!r}, outside the folder; only names inside it are read")
     if not os.path.isfile(root / folder / name):  # unlike Path.is_file, never raises
         raise UserError(f"{where} names {value!r}, which does not exist; add the file or drop the line")
-    if "text" not in fields:
-        raise UserError(f"{where} has no 'text'; give {value!r} a string or a list of strings")
-    return (folder / name).as_posix(), clean_captions(fields["text"], where), fields.get("split")
+    return (folder / name).as_posix(), Entry(clean_captions(fields["text"], where), fields.get("split"))
 
 
 def _captions_beside(picture: Path, needed: bool) -> list[str]:
@@ -230,22 +224,7 @@ def _header_fault(file: Path, limit: int) -> str:
 def _is_grid(file: Path) -> bool:
     """Whether sample.py wrote a picture as a grid of others: its first text chunk is "grid", or (in older ones) it is
     grid.png beside numbered pictures."""
-    if _kind(file) != ".png" or not file.is_file():
+    if file.suffix.lower() != ".png" or not file.is_file():
         return False
     with file.open("rb") as stream:
         return b"iTXtgrid\0" in stream.read(64) or file.name == "grid.png" and any(file.parent.glob("0000*.png"))
-
-
-def _unused(files: list[str]) -> dict[str, str]:
-    """Why files are no samples: {name, or of an unknown kind the suffix: reason}."""
-    reasons, others = {}, defaultdict(list)
-    for file in files:
-        kind = _kind(file)
-        if kind == ".txt":
-            reasons[file] = f"text {file!r} belongs to no picture"
-        elif kind in PICTURES:
-            reasons[file] = f"picture {file!r} is a grid of other pictures"
-        else:
-            others[f"*{kind}"].append(file)
-    text = "{} files of a kind that is not read, such as {!r}; known kinds: {}"
-    return reasons | {kind: text.format(len(names), names[0], " ".join(SUFFIXES)) for kind, names in others.items()}

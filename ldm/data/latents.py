@@ -1,18 +1,19 @@
 """Cached latents: a frozen VAE's moments of every picture of a data set, computed once, sampled anew every epoch.
 
-One safetensors file holds, for every sample in the order of the data set, the raw moments `mean` and `std` (N, C, h, w)
+One safetensors file holds, for every sample in the order of the data set, mean and std as raw `moments` (N, 2, C, h, w)
 in float16 and the `identities` (N, 16) of the pictures; captions come from the data set. Half precision halves the
 file; its rounding, at most a 2048th of the mean, is below the std of a usual VAE. Shift and scale are not in it: the
 VAE applies those (`vae.normalize`). Neither are mirror images, whose latents are no mirrored latents.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +22,27 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.config import UserError
-from ldm.data.faults import SampleError, readable
-from ldm.data.identity import KEY, fingerprint, identities, identity
+from ldm.data.faults import SampleError, all_captions
 from ldm.distributed import gather_objects, rank_and_world
 from ldm.images import to_float
 from ldm.model_io import module_hash
 
 FORMAT = "ldm-latents-2"
-HEADER = 1024  # bytes, filled up with spaces as the format allows
-data_hash = fingerprint  # the name that evaluations import
-Row = tuple[int, Tensor, Tensor]  # index, mean, std
+KEY = 16  # bytes of a picture's hash
+
+
+def identities(dataset: Any) -> np.ndarray:
+    """A hash of each picture, uint8 (N, KEY): another where its file, or the size that it is read at, changes."""
+    rows = (repr((dataset.size, *dataset.identity(i))).encode() for i in range(len(dataset)))
+    return np.frombuffer(b"".join(hashlib.sha256(row).digest()[:KEY] for row in rows), np.uint8).reshape(-1, KEY)
+
+
+def data_hash(dataset: Any) -> str:
+    """SHA-256 of a data set, another where any picture, caption or key, or their order, changes."""
+    digest = hashlib.sha256(identities(dataset).tobytes())
+    for captions in all_captions(dataset):
+        digest.update(repr(captions).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 class CachedLatents:
@@ -58,11 +70,10 @@ class CachedLatents:
         with open_cache(self.path) as file:
             if file.metadata() != self.metadata:
                 raise UserError(f"latent cache {str(self.path)!r} was replaced by another run; give each its own")
-            mean, std = (file.get_slice(name)[i].float() for name in ("mean", "std"))
+            mean, std = file.get_slice("moments")[i].float()
         if not mean.isfinite().all():
             self.dataset[i]  # raises the SampleError again
-        key, _ = identity(self.dataset, i)
-        return {"mean": mean, "std": std, "captions": self.captions(i), "key": key}
+        return {"mean": mean, "std": std, "captions": self.captions(i), "key": self.dataset.identity(i)[0]}
 
 
 def open_latents(path: Path, vae: nn.Module, dataset: Any, batch_size: int, device: torch.device) -> CachedLatents:
@@ -74,15 +85,19 @@ def open_latents(path: Path, vae: nn.Module, dataset: Any, batch_size: int, devi
     one, a full disk, and latents that are not finite.
     """
     path, keys = Path(path), identities(dataset)
+    if not len(keys):
+        raise UserError("the data set has no samples to encode")
     metadata = {"format": FORMAT, "vae": module_hash(vae), "data": hashlib.sha256(keys.tobytes()).hexdigest()}
-    old = read_rows(path, metadata, keys) if path.exists() else {}
+    rows = read_rows(path, metadata, keys) if path.exists() else [None] * len(keys)
     gather_objects(None)  # all have looked before one writes
-    if old is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if rows is not None:
+        was_training = vae.training
         try:
-            write_cache(path, vae.to(device), dataset, batch_size, metadata, keys, old)
+            write_cache(path, vae.to(device).eval(), dataset, batch_size, metadata, keys, rows)
         except OSError as error:
             raise UserError(f"cannot write the latent cache {str(path)!r}: {error.strerror or error}") from None
+        finally:
+            vae.train(was_training)
     return CachedLatents(path, dataset, metadata)
 
 
@@ -94,21 +109,22 @@ def open_cache(path: Path) -> Any:
         raise UserError(f"latent cache {str(path)!r} is damaged ({error}); delete it to write it again") from None
 
 
-def read_rows(path: Path, metadata: dict[str, str], keys: np.ndarray) -> dict[bytes, int] | None:
-    """Which row of a cache each picture has, by its identity; None where the cache is up to date."""
+def read_rows(path: Path, metadata: dict[str, str], keys: np.ndarray) -> list[int | None] | None:
+    """Which row of a cache each picture has, None where it has none; None where the cache is up to date."""
     with open_cache(path) as file:
         old = file.metadata() or {}
         if old == metadata:
             return None
-        reason = ""
-        if old.get("format") != FORMAT:
-            reason = f"is of another version ({old.get('format', 'unknown')}, not {FORMAT})"
-        elif old["vae"] != metadata["vae"]:
-            reason = f"was made by another VAE ({old['vae'][:12]}, not {metadata['vae'][:12]})"
-        else:
-            rows = {key.tobytes(): row for row, key in enumerate(file.get_tensor("identities").numpy())}
-            if not any(key.tobytes() in rows for key in keys):
-                reason = "was made from another data set, split or picture size"
+        known = file.get_tensor("identities").numpy() if old.get("format") == FORMAT else ()
+    table = {key.tobytes(): row for row, key in enumerate(known)}
+    rows = [table.get(key.tobytes()) for key in keys]
+    reason = ""
+    if old.get("format") != FORMAT:
+        reason = f"is of another version ({old.get('format', 'unknown')}, not {FORMAT})"
+    elif old["vae"] != metadata["vae"]:
+        reason = f"was made by another VAE ({old['vae'][:12]}, not {metadata['vae'][:12]})"
+    elif all(row is None for row in rows):
+        reason = "was made from another data set, split or picture size"
     if reason:
         raise UserError(f"latent cache {str(path)!r} {reason}; delete it to write it again")
     return rows
@@ -122,64 +138,60 @@ def write_cache(
     batch_size: int,
     metadata: dict[str, str],
     keys: np.ndarray,
-    old: dict[bytes, int],
+    rows: list[int | None],
 ) -> None:
-    """Writes a cache, whole or not at all: rows that the `old` one has are copied, the others encoded."""
+    """Writes a cache, as a whole or not at all: its `rows` of an old cache are copied, the others encoded.
+
+    Each process writes its samples into one file, which then takes the place of the old one.
+    """
     rank, world = rank_and_world()
-    part = path.with_name(f".{path.name}.part")
-    kept = {i: old[key.tobytes()] for i, key in enumerate(keys) if key.tobytes() in old}
-    missing = [i for i in range(len(keys)) if i not in kept]
+    shape = encode(vae, torch.zeros(1, 3, dataset.size, dataset.size, dtype=torch.uint8)).shape[1:]
+    header = _header(metadata, len(keys), shape) + keys.tobytes()
+    missing = [i for i, row in enumerate(rows) if row is None]
     batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
     batches = batches[len(batches) * rank // world : len(batches) * (rank + 1) // world]
-    was_training = vae.training
-    vae.eval()
+    part = path.with_name(f".{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        shape = _shape(vae, dataset)
         if rank == 0:
-            part.write_bytes(_header(metadata, len(keys), shape) + keys.tobytes())
+            part.write_bytes(header)
         gather_objects(None)  # so the file is there for all
         with part.open("r+b") as file:
-            if rank == 0:
-                _write(file, len(keys), _copy(path, kept))
-            _write(file, len(keys), _encode(vae, dataset, batches, shape))
+            kept = _copy(path, rows) if rank == 0 else ()
+            for i, moments in itertools.chain(kept, _encode(vae, dataset, batches, shape)):
+                file.seek(len(header) + i * moments.nbytes)
+                file.write(moments.numpy().tobytes())
+            file.flush()
             os.fsync(file.fileno())
         gather_objects(None)  # so all have written
         if rank == 0:
             os.replace(part, path)
         gather_objects(None)  # so the cache is there for all
     finally:
-        vae.train(was_training)
         if rank == 0:
             part.unlink(missing_ok=True)
 
 
-def _shape(vae: nn.Module, dataset: Any) -> tuple[int, ...]:
-    """The shape (C, h, w) of a latent, by the first picture that can be read."""
-    for i in range(len(dataset)):
-        if readable(dataset, [i]):
-            return tuple(_moments(vae, [dataset[i]["image"]])[0][0].shape)
-    raise UserError("the data set has no samples to encode")
+def _header(metadata: dict[str, str], count: int, shape: tuple[int, ...]) -> bytes:
+    """Of a safetensors file: the length of what follows, then JSON."""
+    start, end = count * KEY, count * (KEY + 2 * math.prod(shape))
+    identities = {"dtype": "U8", "shape": [count, KEY], "data_offsets": [0, start]}
+    moments = {"dtype": "F16", "shape": [count, *shape], "data_offsets": [start, end]}
+    table = json.dumps({"__metadata__": metadata, "identities": identities, "moments": moments})
+    table = table.encode().ljust(-(-len(table) // 8) * 8)
+    return len(table).to_bytes(8, "little") + table
 
 
-def _moments(vae: nn.Module, images: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Mean and std (C, h, w) of each image, in float16 on the CPU."""
-    posterior = vae.encode(to_float(torch.stack(images).to(next(vae.parameters()).device)))
-    mean, std = (moment.half().cpu() for moment in (posterior.mean, posterior.std))
-    if not (mean.isfinite().all() and std.isfinite().all()):
-        raise UserError("the VAE gives latents that are not finite in float16; train it again with more KL")
-    return list(zip(mean, std, strict=True))
-
-
-def _copy(path: Path, rows: dict[int, int]) -> Iterator[Row]:
-    if rows:
+def _copy(path: Path, rows: list[int | None]) -> Iterator[tuple[int, Tensor]]:
+    if any(row is not None for row in rows):
         with open_cache(path) as file:
-            mean, std = file.get_slice("mean"), file.get_slice("std")
-            for i, row in rows.items():
-                yield i, mean[row], std[row]
+            moments = file.get_slice("moments")
+            yield from ((i, moments[row]) for i, row in enumerate(rows) if row is not None)
 
 
-def _encode(vae: nn.Module, dataset: Any, batches: list[list[int]], shape: tuple[int, ...]) -> Iterator[Row]:
-    nothing = torch.full(shape, torch.nan, dtype=torch.half)  # of a picture that cannot be read
+def _encode(
+    vae: nn.Module, dataset: Any, batches: list[list[int]], shape: tuple[int, ...]
+) -> Iterator[tuple[int, Tensor]]:
     for batch in tqdm(batches, desc="encoding", unit="batch", disable=rank_and_world()[0] > 0):
         images = {}
         for i in batch:
@@ -187,35 +199,15 @@ def _encode(vae: nn.Module, dataset: Any, batches: list[list[int]], shape: tuple
                 images[i] = dataset[i]["image"]
             except SampleError as error:
                 dataset.faults.add(error.name, str(error))
-                yield i, nothing, nothing
+                yield i, torch.full(shape, torch.nan, dtype=torch.half)
         if images:
-            for i, (mean, std) in zip(images, _moments(vae, list(images.values())), strict=True):
-                yield i, mean, std
+            yield from zip(images, encode(vae, torch.stack(list(images.values()))), strict=True)
 
 
-def _write(file: BinaryIO, count: int, rows: Iterator[Row]) -> None:
-    for i, mean, std in rows:
-        data = mean.numpy().tobytes()
-        file.seek(HEADER + count * KEY + i * len(data))
-        file.write(data)
-        file.seek(HEADER + count * KEY + (count + i) * len(data))
-        file.write(std.numpy().tobytes())
-    file.flush()
-
-
-def cache_bytes(count: int, shape: tuple[int, ...]) -> int:
-    """The size of a cache of `count` samples with latents of `shape` (C, h, w)."""
-    return HEADER + count * (KEY + 2 * 2 * math.prod(shape))
-
-
-def _header(metadata: dict[str, str], count: int, shape: tuple[int, ...]) -> bytes:
-    table: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, dtype, size, dims in (
-        ("identities", "U8", 1, (count, KEY)),
-        ("mean", "F16", 2, (count, *shape)),
-        ("std", "F16", 2, (count, *shape)),
-    ):
-        begin, end = end, end + size * math.prod(dims)
-        table[name] = {"dtype": dtype, "shape": dims, "data_offsets": [begin, end]}
-    return (HEADER - 8).to_bytes(8, "little") + json.dumps(table).encode().ljust(HEADER - 8)
+def encode(vae: nn.Module, images: Tensor) -> Tensor:
+    """uint8 images (B, 3, H, W) -> their means and stds (B, 2, C, h, w), in float16 on the CPU."""
+    posterior = vae.encode(to_float(images.to(next(vae.parameters()).device)))
+    moments = torch.stack([posterior.mean, posterior.std], dim=1).half().cpu()
+    if not moments.isfinite().all():
+        raise UserError("the VAE gives latents that are not finite in float16; train it again with more KL")
+    return moments

@@ -35,7 +35,7 @@ def load(
     """
     loader = DataLoader(
         _Replacing(dataset, order.seed),
-        batch_sampler=_Positions(order),
+        batch_sampler=_positions(order),
         num_workers=workers,
         collate_fn=partial(_collate, collate),
         pin_memory=pin_memory,
@@ -61,16 +61,11 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
-class _Positions:
+def _positions(order: EpochBatches) -> Iterator[list[tuple[int, int, int]]]:
     """An order's batches as lists of (index, step, position in the global batch)."""
-
-    def __init__(self, order: EpochBatches) -> None:
-        self.order = order
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        first = self.order.rank * self.order.batch_size
-        for step, indices in enumerate(self.order, self.order.start):
-            yield [(index, step, position) for position, index in enumerate(indices, first)]
+    first = order.rank * order.batch_size
+    for step, indices in enumerate(order, order.start):
+        yield [(index, step, position) for position, index in enumerate(indices, first)]
 
 
 class _Replacing:

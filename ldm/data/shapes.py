@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 
-from ldm.config import UserError
+from ldm.config import require
 from ldm.data.splits import check_split
 
 LENGTHS = {"train": 200_000, "val": 2_000, "test": 2_000}
@@ -48,6 +48,7 @@ HELD_OUT_COUNTS = frozenset({(2, "cyan"), (3, "white"), (3, "star")})
 
 MARGIN, GAP = 1 / 32, 2 / 32  # least room to the picture's edge and between two things, in picture sides
 CLEAR = 1.4  # two things are "left of" or "above" only when one axis leads the other by this factor
+Box = tuple[tuple[float, float], tuple[float, float]]  # (low, high) on the x axis and on the y axis
 SAMPLES = 4  # sub-pixel samples per side for antialiasing
 
 
@@ -84,10 +85,8 @@ class Shapes:
 
     def __init__(self, size: int = 32, split: str = "train", length: int | None = None, seed: int = 0) -> None:
         check_split(split)
-        if size < MIN_SIZE:
-            raise UserError(f"shapes at {size} px cannot be told apart; use a size of {MIN_SIZE} or more")
-        if length is not None and length < 1:
-            raise UserError(f"shapes length {length} is empty; use 1 or more, or leave it out")
+        require(size >= MIN_SIZE, "data.size", size, f"{MIN_SIZE} or more, for shapes to be told apart")
+        require(length is None or length >= 1, "data.length", length, "1 or more")
         self.size, self.split, self.seed = size, split, seed
         self.length = length or LENGTHS[split]
 
@@ -112,7 +111,7 @@ class Shapes:
     def __getitem__(self, index: int) -> dict:
         """{"image": uint8 (3, size, size), "captions": list of str, "key": str, "scene": Scene}."""
         scene = self.scene(index)
-        image = torch.from_numpy(rearrange(render(scene, self.size), "h w c -> c h w").copy())
+        image = torch.from_numpy(render(scene, self.size)).permute(2, 0, 1).contiguous()
         return {"image": image, "captions": captions(scene), "key": self.identity(index)[0], "scene": scene}
 
 
@@ -139,13 +138,12 @@ def is_held_out(scene: Scene) -> bool:
     colour, shape = things[0].colour, things[0].shape
     if len(things) > 1 and all((t.colour, t.shape) == (colour, shape) for t in things):
         return bool({(len(things), colour), (len(things), shape)} & HELD_OUT_COUNTS)
+    related = []
     if things[0].x is not None:
         related = [(a.shape, relation_of(a, b), b.shape) for a, b in itertools.permutations(things, 2)]
     elif scene.relation:
         a, b = things[0].shape, things[1].shape
         related = [(a, scene.relation, b), (b, RELATIONS[scene.relation], a)]
-    else:
-        related = []
     return not HELD_OUT_RELATIONS.isdisjoint(related)
 
 
@@ -154,9 +152,15 @@ def sample_scene(rng: random.Random, held_out: bool, kind: str | None = None) ->
     while True:
         chosen = kind or rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
         things = _place(rng, _draw_things(rng, chosen))
-        clear = chosen != "pair" or _is_clear(*things)
-        scene = Scene(things=things, relation=relation_of(*things) if chosen == "pair" else None)
-        if clear and is_held_out(scene) == held_out:
+        relation = None
+        if chosen == "pair":
+            a, b = things
+            near, far = sorted((abs(a.x - b.x), abs(a.y - b.y)))
+            if far <= CLEAR * near:
+                continue
+            relation = relation_of(a, b)
+        scene = Scene(things=things, relation=relation)
+        if is_held_out(scene) == held_out:
             return scene
 
 
@@ -175,56 +179,41 @@ def _draw_things(rng: random.Random, kind: str) -> list[Thing]:
     return things
 
 
-def _is_clear(a: Thing, b: Thing) -> bool:
-    near, far = sorted((abs(a.x - b.x), abs(a.y - b.y)))
-    return far > CLEAR * near
-
-
 def _place(rng: random.Random, things: list[Thing]) -> tuple[Thing, ...]:
     """Gives the things centres: never overlapping or touching, each wholly inside."""
     order = rng.sample(range(len(things)), len(things))
-    boxes = _cut(rng, [SIZES[things[i].size] for i in order], MARGIN, MARGIN, 1 - MARGIN, 1 - MARGIN)
+    side = (MARGIN, 1 - MARGIN)
+    boxes = _cut(rng, [SIZES[things[i].size] for i in order], (side, side))
     placed = list(things)
-    for i, (x0, y0, x1, y1) in zip(order, boxes, strict=True):
+    for i, box in zip(order, boxes, strict=True):
         half = SIZES[things[i].size] / 2
-        placed[i] = replace(things[i], x=rng.uniform(x0 + half, x1 - half), y=rng.uniform(y0 + half, y1 - half))
+        x, y = (rng.uniform(low + half, high - half) for low, high in box)
+        placed[i] = replace(things[i], x=x, y=y)
     return tuple(placed)
 
 
-def _cut(rng: random.Random, sides: list[float], x0: float, y0: float, x1: float, y1: float) -> list[tuple]:
+def _cut(rng: random.Random, sides: list[float], box: Box) -> list[Box]:
     """Cuts a box into one cell per side length by straight cuts: no trial and error, whatever the sizes.
 
     Of three, one stands alone and the two others share the rest, cut on the other axis, where they fit."""
     if len(sides) == 1:
-        return [(x0, y0, x1, y1)]
+        return [box]
     alone, rest = sides[0], sides[1:]
-    tight = len(sides) == 2 and min(x1 - x0, y1 - y0) < sum(sides) + GAP  # room for two on one axis only
-    across = x1 - x0 > y1 - y0 if tight else rng.random() < 0.5
-    low, high = (x0, x1) if across else (y0, y1)
-    first_ends = low + alone + rng.uniform(0, high - low - alone - GAP - max(rest))
-    if across:
-        first, second = (x0, y0, first_ends, y1), (first_ends + GAP, y0, x1, y1)
-    else:
-        first, second = (x0, y0, x1, first_ends), (x0, first_ends + GAP, x1, y1)
-    if rng.random() < 0.5:  # the lone thing to the other end, by mirroring
-        first, second = (_mirror(box, low + high, across) for box in (first, second))
-    return [first, *_cut(rng, rest, *second)]
-
-
-def _mirror(box: tuple, total: float, across: bool) -> tuple:
-    x0, y0, x1, y1 = box
-    return (total - x1, y0, total - x0, y1) if across else (x0, total - y1, x1, total - y0)
+    lengths = [high - low for low, high in box]
+    tight = len(sides) == 2 and min(lengths) < sum(sides) + GAP  # room for two on one axis only
+    axis = int(lengths[0] <= lengths[1]) if tight else int(rng.random() >= 0.5)
+    low, high = box[axis]
+    end = low + alone + rng.uniform(0, high - low - alone - GAP - max(rest))
+    cuts = (low, end), (end + GAP, high)
+    if rng.random() < 0.5:  # the lone thing at the other end, by mirroring
+        cuts = tuple((low + high - b, low + high - a) for a, b in cuts)
+    first, second = ((cut, box[1]) if axis == 0 else (box[0], cut) for cut in cuts)
+    return [first, *_cut(rng, rest, second)]
 
 
 # --- captions: a small grammar in which every sentence is true and names every object
 
 NUMBERS = {2: "two", 3: "three"}
-WORDINGS = {  # of "A is in this relation to B"
-    "left of": ("{a} left of {b}", "{a} to the left of {b}"),
-    "right of": ("{a} right of {b}", "{a} to the right of {b}"),
-    "above": ("{a} above {b}",),
-    "below": ("{a} below {b}",),
-}
 
 
 def captions(scene: Scene) -> list[str]:
@@ -232,13 +221,10 @@ def captions(scene: Scene) -> list[str]:
 
     Each names every object; a caption without sizes, or without the relation, leaves them open.
     """
-    plain, sized = _sentences(unsized(scene)), _sentences(scene)
+    plain, sized = (
+        [*(wordings(s) if s.relation else ()), *wordings(replace(s, relation=None))] for s in (unsized(scene), scene)
+    )
     return [*plain, *sized, *(f"a picture of {sentence}" for sentence in plain)]
-
-
-def _sentences(scene: Scene) -> list[str]:
-    lists = wordings(replace(scene, relation=None))
-    return [*wordings(scene), *lists] if scene.relation else lists
 
 
 def unsized(scene: Scene) -> Scene:
@@ -248,19 +234,22 @@ def unsized(scene: Scene) -> Scene:
 
 def wordings(required: Scene) -> list[str]:
     """The sentences that require exactly this: sizes if they are given, the relation if there is one."""
-    things, relation = required.things, required.relation
-    nouns = [" ".join(filter(None, (thing.size, thing.colour, thing.shape))) for thing in things]
-    if len(things) == 1:
+    nouns = [" ".join(filter(None, (thing.size, thing.colour, thing.shape))) for thing in required.things]
+    if len(nouns) == 1:
         return [f"a {nouns[0]}", f"one {nouns[0]}"]
     if len(set(nouns)) == 1:
-        return [f"{NUMBERS[len(things)]} {nouns[0]}{'es' if nouns[0].endswith('s') else 's'}"]
+        return [f"{NUMBERS[len(nouns)]} {nouns[0]}{'es' if nouns[0].endswith('s') else 's'}"]
     names = [f"a {noun}" for noun in nouns]
-    if relation is None:
+    if required.relation is None:
         orders = [names[i:] + names[:i] for i in range(len(names))]
         return [", ".join(order[:-1]) + " and " + order[-1] for order in orders]
     a, b = names
-    forth = [wording.format(a=a, b=b) for wording in WORDINGS[relation]]
-    return forth + [wording.format(a=b, b=a) for wording in WORDINGS[RELATIONS[relation]]]
+    orders = (a, required.relation, b), (b, RELATIONS[required.relation], a)
+    return [
+        f"{first} {to_the}{relation} {second}"
+        for first, relation, second in orders
+        for to_the in (("", "to the ") if relation.endswith("of") else ("",))  # "left of", "to the left of"
+    ]
 
 
 # --- pictures
@@ -275,16 +264,11 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return (notch_x - 1) * r * np.sin(angle) >= notch_y * (r * np.cos(angle) - 1)
 
 
-def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    u, v = np.abs(u), np.abs(v)
-    return (np.minimum(u, v) <= 0.32) & (np.maximum(u, v) <= 1)
-
-
 INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # u right, v down, both in [-1, 1]
     "circle": lambda u, v: u * u + v * v <= 1,
     "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) <= 0.9,
     "triangle": lambda u, v: (np.abs(u) <= (v + 0.9) * 0.55) & (v <= 0.9),
-    "cross": _cross,
+    "cross": lambda u, v: (np.minimum(abs(u), abs(v)) <= 0.32) & (np.maximum(abs(u), abs(v)) <= 1),
     "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.75) <= 0.25,
     "star": _star,
 }
@@ -304,8 +288,7 @@ def coverage(shape: str, diameter: float, x: float, y: float, side: int) -> np.n
 
 def render(scene: Scene, size: int) -> np.ndarray:
     """The scene as a uint8 (size, size, 3) picture on the plain background, edges antialiased."""
-    picture = np.empty((size, size, 3), np.float32)
-    picture[:] = BACKGROUND
+    picture = np.full((size, size, 3), BACKGROUND, np.float32)
     for thing in scene.things:
         diameter = SIZES[thing.size] * size
         x, y = thing.x * size, thing.y * size

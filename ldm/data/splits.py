@@ -7,6 +7,7 @@ trained on. Near-identical pictures under different captions are not seen.
 
 import hashlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ldm.config import UserError
@@ -69,19 +70,22 @@ def assign(groups: list[str], seed: int) -> list[str]:
     return [splits[group] for group in groups]
 
 
-def split_all(named: list[Any], groups: list[str], names: list[str], seed: int, faults: Faults) -> list[str]:
-    """The split of each sample: that of its field `split`, `named` (None where it has none), else by `assign`.
+def select(samples: Sequence[tuple[str, list[str], Any]], split: str, seed: int, faults: Faults) -> list[int]:
+    """The indices of the samples (name, captions, field `split`) of a split: by the field; where none has it, `assign`.
 
-    Where some have the field, those that have none go into `faults`, and into no split. Raises UserError for a field
-    that is no split's name.
+    Where only some have the field, the others go into `faults`, and into no split. Raises UserError for a field that is
+    no split's name.
     """
-    if all(value is None for value in named):
-        return assign(groups, seed)
-    splits = []
-    for value, name in zip(named, names, strict=True):
-        splits.append(named_split(str(value), f"split {value!r} of {name}") if value is not None else "")
-        if value is None:
+    if all(field is None for _, _, field in samples):
+        splits = assign([caption_group(captions) or name for name, captions, _ in samples], seed)
+        return [i for i, assigned in enumerate(splits) if assigned == split]
+    indices = []
+    for i, (name, _, field) in enumerate(samples):
+        named = named_split(str(field), f"split {field!r} of {name}")
+        if field is None:
             faults.add(name, f"{name} has no 'split', though other samples have one; add it")
-        elif not splits[-1]:
-            raise UserError(f"{name} has the unknown split {value!r}; name it train, val or test")
-    return splits
+        elif not named:
+            raise UserError(f"{name} has the unknown split {field!r}; name it train, val or test")
+        elif named == split:
+            indices.append(i)
+    return indices
