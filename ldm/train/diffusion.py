@@ -1,8 +1,7 @@
 """Training the U-Net on latents and captions (Rombach et al. 2022, section 3.3)."""
 
 import math
-import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weig
 from ldm.distributed import Draws, processes
 from ldm.images import captioned_grid, to_float
 from ldm.pipeline import Pipeline
-from ldm.pipeline_io import Parts, read_schedule, save_parts
+from ldm.pipeline_io import Parts, save_parts
 from ldm.samplers import make_grid
 from ldm.tokenizer import Tokenizer
 from ldm.train.config import TrainConfig
@@ -26,9 +25,6 @@ from ldm.train.loop import Losses, Modules, Task, to_device
 from ldm.train.optim import freeze
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE
-
-# Keys of a schedule that a U-Net depends on.
-NOISE = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr", "prediction_type")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,32 +103,20 @@ class DiffusionTask(Task):
 
     def make_unet(self) -> UNet:
         """The U-Net to start from, new or loaded. Raises UserError where it does not fit the other parts."""
-        config = self.config
+        config, channels = self.config, self.vae.config.latent_channels
+        sizes = {"in_channels": channels, "out_channels": channels}
+        sizes["cross_attention_dim"] = self.text_encoder.config.hidden_size
         torch.manual_seed(config.train.seed)
-        unet = UNet.from_pretrained(config.unet) if config.unet else UNet(self.fitted(config.model))
-        if config.unet:
-            warn_of_another_schedule(config.unet, config.schedule)
-        fitted = self.fitted(unet.config)
-        for key in ("in_channels", "out_channels", "cross_attention_dim"):
-            value, needed = getattr(unet.config, key), getattr(fitted, key)
-            if value != needed:
-                raise UserError(f"the U-Net in {config.unet!r} has {key} {value}, VAE and text encoder need {needed}")
+        new = replace(config.model, sample_size=config.data.size // self.vae.factor, **sizes)
+        unet = UNet.from_pretrained(config.unet) if config.unet else UNet(new)
+        for key, size in sizes.items():
+            value = getattr(unet.config, key)
+            require(value == size, f"{key} of {config.unet}", value, f"{size}, to fit VAE and text encoder")
         multiple, size = self.vae.factor * 2 ** (len(unet.config.block_out_channels) - 1), config.data.size
         allowed = f"a multiple of {multiple}, the reduction of VAE and U-Net together"
         require(size % multiple == 0, "data.size", size, allowed)
         freeze(unet, config.frozen)
         return unet
-
-    def fitted(self, model: UNetConfig) -> UNetConfig:
-        """The U-Net's config with the sizes that the VAE and the text encoder determine."""
-        channels = self.vae.config.latent_channels
-        return replace(
-            model,
-            in_channels=channels,
-            out_channels=channels,
-            sample_size=self.config.data.size // self.vae.factor,
-            cross_attention_dim=self.text_encoder.config.hidden_size,
-        )
 
     @torch.no_grad()
     def latents(self, batch: dict, draws: Draws) -> Tensor:
@@ -207,17 +191,6 @@ class DiffusionTask(Task):
     def export(self, modules: Modules, folder: Path, final: bool) -> None:
         """Writes the whole pipeline into `folder`."""
         save_parts(folder, self.parts(modules))
-
-
-def warn_of_another_schedule(folder: str, schedule: ScheduleConfig) -> None:
-    """Warns where the U-Net to start from was trained with another noise schedule or prediction."""
-    root = model_io.find_root(folder)
-    if (root / "scheduler").is_dir():
-        theirs, ours = asdict(read_schedule(root / "scheduler")), asdict(schedule)
-        changes = [f"{key} {theirs[key]!r}, here {ours[key]!r}" for key in NOISE if theirs[key] != ours[key]]
-        if changes:
-            text = f"the U-Net of {folder!r} was trained with schedule.{'; schedule.'.join(changes)}"
-            warnings.warn(text, stacklevel=2)
 
 
 def check_normalized(z: Tensor) -> None:
