@@ -1,4 +1,4 @@
-"""The training loop on a toy: what it writes, that resuming is exact, and that wrong numbers never reach the weights."""
+"""The training loop on a toy: what it writes, exact resuming, and that wrong numbers never reach the weights."""
 
 import json
 import math
