@@ -132,14 +132,11 @@ class AutoencoderTask(Task):
 
     def validate(self, modules: Modules) -> dict[str, float]:
         """PSNR (dB), SSIM and perceptual distance of the reconstructions (from the mean) of held-out images."""
-        metrics = {"psnr": psnr, "ssim": ssim, "perceptual": self.perceptual}
-        count = min(self.config.held_out, len(self.held_out))
-        sums = dict.fromkeys(metrics, 0.0)
-        for x in images(self.held_out, count, self.batch_size, self.device):
+        metrics, rows = {"psnr": psnr, "ssim": ssim, "perceptual": self.perceptual}, []
+        for x in images(self.held_out, self.config.held_out, self.batch_size, self.device):
             y = reconstruct(modules["vae"], x)
-            for name, metric in metrics.items():
-                sums[name] += float(metric(y, x).sum())
-        return {name: total / count for name, total in sums.items()}
+            rows.append(torch.stack([metric(y, x) for metric in metrics.values()]))
+        return dict(zip(metrics, torch.cat(rows, 1).mean(1).tolist(), strict=True))
 
     def preview(self, modules: Modules) -> Image.Image:
         """Up to eight held-out images, each above its reconstruction."""

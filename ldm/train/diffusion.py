@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -137,10 +139,8 @@ class DiffusionTask(Task):
         captions = choose_captions(batch["captions"], draws.rand(len(z0)))
         dropped = (draws.rand(len(z0)) < c.caption_dropout).tolist()
         captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
-        density = {"density": c.timesteps, "mean": c.logit_mean, "std": c.logit_std}
-        t = draws.rows(
-            lambda n, generator: sample_timesteps(n, len(self.schedule), generator=generator, **density), len(z0)
-        )
+        sample = partial(sample_timesteps, total=len(self.schedule), mean=c.logit_mean, std=c.logit_std)
+        t = draws.rows(lambda n, generator: sample(n, density=c.timesteps, generator=generator), len(z0))
         eps = draws.randn(*z0.shape)
         yield "unet", self.loss(modules, z0, captions, t.to(z0.device), eps), {"z_std": z0.std()}
 
@@ -148,11 +148,7 @@ class DiffusionTask(Task):
         """The weighted squared error at timesteps t (B,) with noise eps (B, C, h, w)."""
         denoiser = Denoiser(modules["unet"], self.schedule)
         tokens = self.tokenizer(captions, warn=False).to(z0.device)
-        if "text_encoder" in modules:
-            context = modules["text_encoder"](tokens)
-        else:
-            with torch.no_grad():
-                context = self.text_encoder(tokens)
+        context = modules.get("text_encoder", self.text_encoder)(tokens)
         prediction = denoiser.predict(self.schedule.add_noise(z0, eps, t), t, context)
         weight = loss_weight(self.schedule, t, denoiser.prediction, self.config.min_snr_gamma)
         return losses.diffusion(prediction, denoiser.target(z0, eps, t), weight.to(z0.device, z0.dtype))
@@ -162,18 +158,16 @@ class DiffusionTask(Task):
         chosen = spread(self.held_out, self.config.held_out)
         fixed = torch.Generator().manual_seed(self.config.train.seed)
         order = torch.randperm(len(chosen), generator=fixed)  # the data may be sorted
-        timesteps = torch.linspace(0, len(self.schedule) - 1, len(chosen)).long()[order]
-        total, done = 0.0, 0
+        timesteps = iter(torch.linspace(0, len(self.schedule) - 1, len(chosen)).long()[order].tolist())
+        total = 0.0
         for batch in batches(self.held_out, chosen, self.batch_size):
             posterior = self.vae.encode(to_float(batch["image"].to(self.device)))
-            shape = posterior.mean.shape
-            noise = torch.stack([torch.randn(2, *shape[1:], generator=fixed) for _ in range(shape[0])]).to(self.device)
-            z0 = self.vae.normalize(posterior.mean + posterior.std * noise[:, 0])
-            t = timesteps[done : done + len(z0)].to(self.device)
-            captions = [c[0] for c in batch["captions"]]
-            total += float(self.loss(modules, z0, captions, t, noise[:, 1])) * len(z0)
-            done += len(z0)
-        return {"loss": total / done}
+            count, *shape = posterior.mean.shape
+            noise, eps = torch.randn(count, 2, *shape, generator=fixed).to(self.device).unbind(1)
+            z0 = self.vae.normalize(posterior.mean + posterior.std * noise)
+            t = torch.tensor(list(islice(timesteps, count)), device=self.device)
+            total += float(self.loss(modules, z0, [c[0] for c in batch["captions"]], t, eps)) * count
+        return {"loss": total / len(chosen)}
 
     def preview(self, modules: Modules) -> Image.Image:
         """A captioned grid of pictures from fixed prompts and seeds."""

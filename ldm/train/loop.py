@@ -148,7 +148,10 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
                 run.save(done)
             if stopped_by:
                 raise Stopped(stopped_by, done)
-        run.end()
+        if run.best:
+            log.say(f"{c.best} was best at step {run.best['step']}: {state.checkpoint(out, run.best['step'])}")
+        for tracker in a.trackers:
+            tracker.finish()
 
 
 class Run:
@@ -256,14 +259,6 @@ class Run:
                     self.task.export(modules, folder, final=False)
             state.write_state(folder and folder / "state", self.trained, {"step": done, "best": self.best})
         self.accelerator.wait_for_everyone()
-
-    def end(self) -> None:
-        """Names the best checkpoint and closes the logs."""
-        if self.best:
-            folder = state.checkpoint(self.out, self.best["step"])
-            self.log.say(f"{self.config.best} was best at step {self.best['step']}: {folder}")
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
 
 
 def agree(tables: list[dict[str, Tensor]], signals: list[int], accelerator: Accelerator) -> tuple[bool, int]:
