@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 SHAPES := runs/shapes
 
-.PHONY: demo app test test-page soak lint train-shapes train-emoji clean
+.PHONY: demo app test test-all test-page soak lint train-shapes train-emoji clean
 
 demo: .venv/.ready
 	$(RUN) scripts/sample.py --model shapes --prompts configs/shapes/demo.txt --guidance 3 --guidance-rescale 0.7 --out outputs/demo --grid outputs/demo.png
@@ -13,6 +13,10 @@ test: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(RUN) -m pytest
+
+# With the slow tests: several processes with DDP and FSDP, and long comparisons.
+test-all: .venv/.ready
+	$(RUN) -m pytest -m ""
 
 # The long check: kills, full disks, damaged and malicious files; some 15 minutes. GROUPS="kill disk" runs some of it.
 soak: .venv/.ready

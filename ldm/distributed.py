@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, distributed
 
 from ldm.config import UserError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # Options of `accelerate launch` for FSDP, as it hands them on: the default there, and the only value supported here.
 FSDP = (("VERSION", "1", "2"), ("OFFLOAD_PARAMS", "false", "false"), ("ACTIVATION_CHECKPOINTING", "false", "false"))
 
@@ -34,24 +34,18 @@ def check_launch() -> None:
     """Raises UserError where the environment asks for a way to split the model that is not supported, or for several
     processes that nobody has started."""
     env = os.environ
-    for key, name in {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}.items():
-        if env.get(f"ACCELERATE_USE_{key}", "").lower() == "true":
-            raise UserError(
-                f"{name} is not supported. Launch with --config_file configs/accelerate/one-node-8-gpus.yaml or"
-                " multi-node.yaml, where every process holds the whole model, or fsdp.yaml, where each holds a share"
-            )
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if env.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise UserError(f"{name} is not supported; launch with a file of configs/accelerate/, fsdp.yaml to shard")
     fsdp_requested()
-    mpi = any(name in env for name in MPI)
-    if not mpi and "WORLD_SIZE" not in env and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= env.keys():
+    if "WORLD_SIZE" not in env and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= env.keys():
         raise UserError(
             "accelerate launch was to start several processes and started one, as it does without a GPU; add"
             " --multi_gpu, which starts them on CPUs too (for a single process, unset MASTER_ADDR)"
         )
-    if not mpi and env.get("WORLD_SIZE", "1") not in ("", "1") and "RANK" not in env:
-        raise UserError(
-            f"WORLD_SIZE is {env['WORLD_SIZE']}, but no launcher has started this process: unset WORLD_SIZE, or use"
-            " accelerate launch"
-        )
+    if env.get("WORLD_SIZE", "1") not in ("", "1") and "RANK" not in env:
+        world = env["WORLD_SIZE"]
+        raise UserError(f"WORLD_SIZE is {world}, but no launcher has started this process; unset it, or use one")
 
 
 def fsdp_requested() -> bool:
@@ -61,10 +55,7 @@ def fsdp_requested() -> bool:
     for key, default, supported in FSDP:
         value = os.environ.get(f"FSDP_{key}", default).lower()
         if value != supported:
-            raise UserError(
-                f"fsdp_{key.lower()} is {value}; supported is {supported}: see configs/accelerate/fsdp.yaml, or launch"
-                " without FSDP (one-node-8-gpus.yaml or multi-node.yaml)"
-            )
+            raise UserError(f"fsdp_{key.lower()} is {value}; it must be {supported}: configs/accelerate/fsdp.yaml")
     return True
 
 
@@ -89,52 +80,38 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def gather_objects(x: Any) -> list[Any]:
-    """`x` of every process in order of rank, in process 0; an empty list in the others."""
-    gathered = all_gather_objects(x)
-    return gathered if rank_and_world()[0] == 0 else []
-
-
-def all_gather_objects(x: Any) -> list[Any]:
     """`x` of every process in order of rank, in all processes."""
     world = rank_and_world()[1]
-    if world == 1:
-        return [x]
-    gathered: list[Any] = [None] * world
-    distributed.all_gather_object(gathered, x)
+    gathered = [x] * world
+    if world > 1:
+        distributed.all_gather_object(gathered, x)
     return gathered
 
 
 def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """`work` of each item, shared out among the processes; all results in all of them."""
     rank, world = rank_and_world()
-    parts = all_gather_objects([work(item) for item in items[rank::world]])
+    parts = gather_objects([work(item) for item in items[rank::world]])
     return [parts[i % world][i // world] for i in range(len(items))]
 
 
 def from_main(work: Callable[[], Result]) -> Result:
     """The result of `work`, which runs in process 0 alone, in all processes; which raise its UserError alike."""
-    rank, world = rank_and_world()
-    outcome: list[Any] = [None]
-    if rank == 0:
+    outcome: Any = None
+    if rank_and_world()[0] == 0:
         try:
-            outcome = [work()]
+            outcome = work()
         except UserError as error:
-            outcome = [error]
-    if world > 1:
-        distributed.broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]
+            outcome = error
+    outcome = gather_objects(outcome)[0]
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
     """The mean of `x` over all processes, without a graph."""
-    world = rank_and_world()[1]
-    if world == 1:
-        return x.detach()
-    total = x.detach().clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(total)
-    return total / world
+    return reduce(x.detach().contiguous(), "mean")
 
 
 class Draws:

@@ -21,7 +21,6 @@ KINDS = {
     "randn": lambda draws, rows: draws.randn(len(rows), 3, 2),
     "flip": lambda draws, rows: flip_half(IMAGES[rows], draws.rand(len(rows))),
     "captions": lambda draws, rows: choose_captions([CAPTIONS[i] for i in rows], draws.rand(len(rows))),
-    "uniform": timesteps("uniform"),
     "stratified": timesteps("stratified"),
     "logit normal": timesteps("logit_normal"),
 }

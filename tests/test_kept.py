@@ -121,12 +121,10 @@ def test_kept_parts_start_a_training_and_a_kept_judge_judges(run):
     assert "judge:judge" in (run.cwd / "measured/metrics.json").read_text() and succeed(outcome)
 
 
-@pytest.mark.xfail(strict=False, reason="89fa4cd goes on with its own runs")
 def test_an_unfinished_run_of_then_is_refused(run):
     refuse(run("train_autoencoder", "--config", "autoencoder.toml", "--out", "unfinished"), "unfinished")
 
 
-@pytest.mark.xfail(strict=False, reason="89fa4cd reads its own latent caches")
 def test_a_latent_cache_of_then_is_refused(run):
     refuse(train_diffusion(run, "cache=latents.safetensors", "--out", "refused"), "latents.safetensors")
 

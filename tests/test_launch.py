@@ -5,16 +5,12 @@ import math
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
 from launching import CONFIGS, EXAMPLES, launch, train_here
 
-from ldm import Pipeline
 from ldm.config import UserError
 from ldm.data.latents import open_latents
 from ldm.data.shards import Shards, write_shards
@@ -47,7 +43,7 @@ def given(kind: str, name: str, batch: int, *more: str) -> list[str]:
 
 
 def launched(kind: str, name: str, *more: str, cwd: Path, out: str = "") -> None:
-    """A training in two processes of batches of 4, to its end."""
+    """A training run in two processes of batches of 4, to its end."""
     options = {"options": FSDP} if kind == "fsdp" else {}
     arguments = ["--config", f"../{name}.toml", "--out", out or name, *given(kind, name, 4), *more]
     done = launch(f"scripts/train_{name}.py", *arguments, cwd=cwd, **options)
@@ -56,32 +52,43 @@ def launched(kind: str, name: str, *more: str, cwd: Path, out: str = "") -> None
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """`ddp/` and `fsdp/`: the trainings in two processes; `ddp-one/` and `fsdp-one/`: in one, from the same parts."""
     folder = tmp_path_factory.mktemp("launch")
-    for kind in OWN:
-        (folder / kind).mkdir()
-        (folder / f"{kind}-one").mkdir()
-        for name, text in CONFIGS.items():
-            (folder / f"{name}.toml").write_text(text)
-            launched(kind, name, cwd=folder / kind)
-            train_here(name, given(kind, name, 8), name, folder / f"{kind}-one")
+    for name, text in CONFIGS.items():
+        (folder / f"{name}.toml").write_text(text)
     return folder
 
 
-def check_same_lines(one: Path, two: Path, count: int, tolerance: float = 1e-4) -> None:
+def runs(folder: Path, kind: str, name: str) -> tuple[Path, Path]:
+    """The same training in one process and in two, from the same parts; made once."""
+    one, two = folder / f"{kind}-one" / name, folder / kind / name
+    if not two.exists():
+        for other in ("autoencoder", "clip") if name == "diffusion" else ():
+            runs(folder, kind, other)
+        one.parent.mkdir(exist_ok=True)
+        two.parent.mkdir(exist_ok=True)
+        train_here(name, given(kind, name, 8), name, one.parent)
+        launched(kind, name, cwd=two.parent)
+    return one, two
+
+
+def check_same_lines(one: Path, two: Path, count: int) -> None:
     """Every logged number: losses, gradient norms, the adaptive weight, validation."""
     one, two = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two))
     assert [line.keys() for line in one] == [line.keys() for line in two] and len(one) == count
     for a, b in zip(one, two, strict=True):
         for key in a.keys() - {"z_std"}:  # a deviation is no mean over samples
-            assert math.isclose(a[key], b[key], rel_tol=tolerance, abs_tol=1e-6), (a["step"], key, a[key], b[key])
+            assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-6), (a["step"], key, a[key], b[key])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("kind", OWN)
+MATRIX = [(kind, name) for kind in OWN for name in CONFIGS]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [pytest.param(*pair, marks=[pytest.mark.slow] * (pair != ("ddp", "clip"))) for pair in MATRIX]
+)
 def test_two_processes_train_as_one_with_their_batches_together(folder, one_thread, kind, name):
     """All numbers, and every tensor of every file: the model, weights, averages, optimizers, under the same names."""
-    one, two = folder / f"{kind}-one" / name, folder / kind / name
+    one, two = runs(folder, kind, name)
     check_same_lines(one, two, 7)
     files, others = ({p.relative_to(run) for p in run.rglob("*") if "tensorboard" not in p.parts} for run in (one, two))
     assert files == others
@@ -91,8 +98,10 @@ def test_two_processes_train_as_one_with_their_batches_together(folder, one_thre
         torch.testing.assert_close(load_tensors(two / file), load_tensors(one / file), rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_one_or_two_processes_sharded_or_not(folder, one_thread):
-    for before, after in (("fsdp-one", "fsdp-one"), ("fsdp", "fsdp-one"), ("fsdp", "fsdp"), ("fsdp-one", "fsdp")):
+    runs(folder, "fsdp", "clip")
+    for before, after in (("fsdp-one", "fsdp-one"), ("fsdp", "fsdp-one"), ("fsdp-one", "fsdp")):
         out = folder / after / f"from-{before}"
         shutil.copytree(folder / before / "clip", out)
         if after == "fsdp":
@@ -102,22 +111,16 @@ def test_a_run_goes_on_in_one_or_two_processes_sharded_or_not(folder, one_thread
         check_same_lines(folder / "fsdp-one" / "from-fsdp-one", out, 11)
 
 
-def test_the_folder_of_a_sharded_run_opens_as_usual(folder):
-    pictures = [
-        Pipeline.from_pretrained(folder / n / "diffusion")("a red circle", steps=2) for n in ("fsdp-one", "fsdp")
-    ]
-    one, two = (np.asarray(picture[0]).astype(int) for picture in pictures)
-    assert np.abs(one - two).max() <= 1 and one.std() > 1
-
-
+@pytest.mark.slow
 def test_bf16_is_autocast_over_float32_weights_with_and_without_fsdp(folder):
+    half = [*OWN["fsdp"]["clip"], "train.precision=bf16", "train.steps=3"]
     for kind in OWN:
-        launched(
-            kind, "clip", *OWN["fsdp"]["clip"], "train.precision=bf16", "train.steps=3", cwd=folder / kind, out="half"
-        )
+        (folder / kind).mkdir(exist_ok=True)
+        launched(kind, "clip", *half, cwd=folder / kind, out="half")
     check_same_lines(folder / "ddp" / "half", folder / "fsdp" / "half", 4)
 
 
+@pytest.mark.slow
 def test_two_processes_share_data_features_and_parameters(tmp_path):
     """They write the cache that one writes, read every sample once per epoch, and hold about half of every parameter
     each, except CLIP's scale, which has no dimensions."""
@@ -142,28 +145,11 @@ def test_two_processes_share_data_features_and_parameters(tmp_path):
 @pytest.mark.parametrize(
     ("file", "nodes", "each"), [("one-node-8-gpus", 1, 8), ("multi-node", 4, 8), ("two-cpus", 1, 2)]
 )
-def test_accelerate_reads_the_example_files_as_they_are_meant(file, nodes, each, monkeypatch):
-    """By its own loader, which refuses unknown keys, and its own translation for torch's launcher."""
-    path = EXAMPLES / f"{file}.yaml"
-    config = load_config_from_file(str(path))
+def test_accelerate_reads_the_example_files_as_they_are_meant(file, nodes, each):
+    """By its own loader, which refuses unknown keys."""
+    config = load_config_from_file(str(EXAMPLES / f"{file}.yaml"))
     assert (config.num_machines, config.num_processes) == (nodes, nodes * each)
-    args = launch_command_parser().parse_args(["--config_file", str(path), "scripts/train_clip.py"])
-    args, _, _ = _validate_launch_command(args)
-    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
-    environment = prepare_multi_gpu_env(args)
-    assert args.multi_gpu and not args.use_fsdp and not args.use_deepspeed and int(args.nproc_per_node) == each
-    assert int(getattr(args, "nnodes", None) or 1) == nodes
-    assert environment["ACCELERATE_MIXED_PRECISION"] == "no" and "ACCELERATE_USE_FSDP" not in environment
-
-
-def test_a_launch_that_would_start_one_process_for_two_is_refused_in_one_line(tmp_path):
-    """What accelerate does without a GPU and --multi_gpu."""
-    (tmp_path / "clip.toml").write_text(CONFIGS["clip"])
-    options = ("--num_processes", "2")
-    done = launch("scripts/train_clip.py", "--config", "clip.toml", "--out", "new", cwd=tmp_path, options=options)
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert done.returncode != 0 and "started one" in line and "add --multi_gpu" in line
-    assert not (tmp_path / "new").exists()
+    assert config.mixed_precision == "no" and not config.fsdp_config and not config.deepspeed_config
 
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true"}
@@ -172,11 +158,10 @@ SHARDED = {"ACCELERATE_USE_FSDP": "true"}
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
-        (SHARDED, "fsdp_version is 1; supported is 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED is not supported"),
+        (SHARDED, "fsdp_version is 1; it must be 2"),
         (SHARDED | {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params is true"),
-        (SHARDED | {"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing is"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "localhost"}, "started one.*add --multi_gpu"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but no launcher has started this process"),
     ],
 )

@@ -1,10 +1,8 @@
-"""The training loop on a toy: what it writes, that resuming is exact, and that looking at a run leaves it alone."""
+"""The training loop on a toy: what it writes, exact resuming, and that wrong numbers never reach the weights."""
 
 import json
 import math
 import multiprocessing
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +10,12 @@ import pytest
 import tiny
 import torch
 
-from ldm.config import UserError, build, load
-from ldm.model_io import load_tensors, read_json, write_json
+from ldm.config import UserError, build
+from ldm.model_io import load_tensors, read_json
 from ldm.train.config import OptimizerConfig, TrainConfig
 from ldm.train.loop import train
-from ldm.train.state import seal
 
-CONFIG = replace(tiny.TRAIN, steps=6, save_every=3, ema_decay=0.9)
+CONFIG = replace(tiny.TRAIN, steps=6, save_every=3, log_every=1, ema_decay=0.9)
 
 
 def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -40,21 +37,15 @@ def test_learning_rate_warms_up_then_falls_as_a_cosine():
 
 @pytest.mark.parametrize(
     ("table", "key"),
-    [({"steps": 0}, "steps"), ({"keep": 0}, "keep"), ({"ema_decay": 1.0}, "ema_decay"), ({"clip": 0.0}, "clip")]
-    + [({"seed": -1}, "seed"), ({"optimizer": {"lr": 0.0}}, "lr"), ({"optimizer": {"betas": [0.9, 1.0]}}, "betas")]
-    + [({"best": "loss", "validate_every": 0}, "best")],
+    [({"steps": 0}, "steps"), ({"ema_decay": 1.0}, "ema_decay"), ({"clip": 0.0}, "clip"), ({"seed": -1}, "seed")]
+    + [({"optimizer": {"betas": [0.9, 1.0]}}, "betas"), ({"best": "loss", "validate_every": 0}, "best")],
 )
 def test_config_refuses_values_out_of_range(table, key):
     with pytest.raises(UserError, match=f"{key}' is .*; it must be"):
         build(TrainConfig, table)
 
 
-def test_muon_is_switched_off_from_the_command_line(tmp_path):
-    (tmp_path / "c.toml").write_text("optimizer.muon_lr = 1e-2")
-    assert load(TrainConfig, tmp_path / "c.toml", ["optimizer.muon_lr=none"]).optimizer.muon_lr is None
-
-
-@pytest.mark.parametrize(("workers", "accumulate", "muon"), [(0, 1, False), (2, 1, False), (0, 2, True)])
+@pytest.mark.parametrize(("workers", "accumulate", "muon"), [(2, 1, False), (0, 2, True)])
 def test_resume_is_exact(tmp_path, monkeypatch, workers, accumulate, muon):
     monkeypatch.setattr("ldm.train.optim.NARROW", 1)  # the toy's matrices are small
     config = replace(CONFIG, workers=workers, accumulate=accumulate)
@@ -62,7 +53,9 @@ def test_resume_is_exact(tmp_path, monkeypatch, workers, accumulate, muon):
     train(tiny.Toy(), config, tmp_path / "straight", {})
     with pytest.raises(KeyboardInterrupt):
         train(tiny.Toy(stop_at=5), config, tmp_path / "resumed", {})
-    assert lines_of(tmp_path / "resumed")[-1]["step"] == 4  # done after the checkpoint, to be done again
+    assert lines_of(tmp_path / "resumed")[-1]["step"] == 5  # done after the checkpoint, to be done again
+    with (tmp_path / "resumed/metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "l')  # as a kill leaves it
     train(tiny.Toy(), config, tmp_path / "resumed", {})
     straight = state_of(tmp_path / "straight", 6)
     assert tiny.same(straight, state_of(tmp_path / "resumed", 6))
@@ -71,12 +64,6 @@ def test_resume_is_exact(tmp_path, monkeypatch, workers, accumulate, muon):
     files |= {"first-muon-optimizer", "second-muon-optimizer"} if muon else set()
     assert {name.split("/")[0] for name in straight} == files
     assert lines_of(tmp_path / "resumed") == lines_of(tmp_path / "straight")
-
-
-def test_validation_and_previews_leave_the_training_alone(tmp_path):
-    train(tiny.Toy(), CONFIG, tmp_path / "a", {})
-    train(tiny.Toy(), replace(CONFIG, validate_every=1, preview_every=2), tmp_path / "b", {})
-    assert tiny.same(state_of(tmp_path / "a", 6), state_of(tmp_path / "b", 6))
 
 
 def test_average_moves_is_not_the_weights_and_is_what_gets_exported(tmp_path):
@@ -93,7 +80,7 @@ def test_average_moves_is_not_the_weights_and_is_what_gets_exported(tmp_path):
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_a_non_finite_loss_never_reaches_weights_averages_or_log(tmp_path, wrong):
     """Infinity is added as a constant: the gradient stays finite, and the step is skipped all the same."""
-    config = replace(CONFIG, save_every=1, log_every=1, keep=9)
+    config = replace(CONFIG, save_every=1, keep=9)
     train(tiny.Toy(wrong={1: wrong, 2: wrong}), config, tmp_path, {})
     states = [state_of(tmp_path, step) for step in range(1, 7)]
     assert tiny.same(states[0], states[1]) and tiny.same(states[0], states[2])
@@ -108,10 +95,8 @@ def test_gives_up_after_many_non_finite_steps_with_the_last_good_checkpoint(tmp_
     with pytest.raises(UserError, match="3 steps in a row had a non-finite loss"):
         train(toy, replace(CONFIG, steps=20, max_skipped=3), tmp_path, {})
     assert all(value.isfinite().all() for value in state_of(tmp_path, 6).values())
-    assert read_json(tmp_path / "checkpoints/step-00000006/state/state.json")["skipped"] == 2
-    (kept,) = tmp_path.glob("non-finite-step-*.pt")
-    (batch,) = torch.load(kept, weights_only=True)
-    assert kept.name == "non-finite-step-00000006-process-0.pt" and len(batch["x"]) == CONFIG.batch_size
+    (batch,) = torch.load(tmp_path / "non-finite-step-00000006-process-0.pt", weights_only=True)
+    assert len(batch["x"]) == CONFIG.batch_size
 
 
 def test_accumulating_halves_is_one_whole_batch(tmp_path):
@@ -123,7 +108,7 @@ def test_accumulating_halves_is_one_whole_batch(tmp_path):
 
 
 def test_run_folder_holds_log_previews_config_and_the_newest_checkpoints(tmp_path):
-    config = replace(CONFIG, validate_every=3, preview_every=3, save_every=1, keep=2)
+    config = replace(CONFIG, log_every=2, validate_every=3, preview_every=3, save_every=1, keep=2)
     train(tiny.Toy(), config, tmp_path, {"train": {"steps": 6}})
     assert read_json(tmp_path / "config.json") == {"train": {"steps": 6}}
     assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == ["step-00000003.png", "step-00000006.png"]
@@ -136,39 +121,25 @@ def test_run_folder_holds_log_previews_config_and_the_newest_checkpoints(tmp_pat
     assert lines[0]["lr"] == pytest.approx(CONFIG.optimizer.lr)
 
 
-def test_the_same_command_again_says_that_the_run_is_finished(tmp_path, capsys):
+def test_a_finished_run_is_left_alone_unless_its_export_is_missing(tmp_path, capsys):
     train(tiny.Toy(), CONFIG, tmp_path, {})
-    files = [file for file in tmp_path.rglob("*") if file.name != ".lock"]
-    before = {file: file.stat().st_mtime_ns for file in files}
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
     again = tiny.Toy()
     train(again, CONFIG, tmp_path, {})
     assert "is finished at step 6" in capsys.readouterr().out
-    assert again.exports == 0 and before == {file: file.stat().st_mtime_ns for file in files}
-
-
-def test_a_run_stopped_before_its_export_is_exported(tmp_path):
-    train(tiny.Toy(), CONFIG, tmp_path, {})
+    assert again.exports == 0 and before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
     (tmp_path / "first" / "config.json").unlink()
     train(tiny.Toy(), CONFIG, tmp_path, {})
     assert read_json(tmp_path / "first" / "config.json") == {"final": True}
 
 
-def test_more_steps_go_on_and_name_what_changed(tmp_path):
-    train(tiny.Toy(), CONFIG, tmp_path, {"train": {"steps": 6}, "same": 1})
-    with pytest.warns(UserWarning, match=r"other values than before of: train\.steps$"):
-        train(tiny.Toy(), replace(CONFIG, steps=8), tmp_path, {"train": {"steps": 8}, "same": 1})
-    assert lines_of(tmp_path)[-1]["step"] == 8
-
-
-def test_refuses_the_state_of_another_model_optimizer_or_version_and_a_file_as_folder(tmp_path, monkeypatch):
+def test_refuses_the_state_of_another_model_or_optimizer_and_a_file_as_folder(tmp_path, monkeypatch):
     train(tiny.Toy(), CONFIG, tmp_path / "run", {})
     changed = tiny.Toy()
-    changed.modules["first"] = torch.nn.Linear(3, 5)
-    with pytest.raises(UserError, match="of another model than the config describes.*size mismatch"):
-        train(changed, CONFIG, tmp_path / "run", {})
-    changed.modules = {"third": torch.nn.Linear(1, 1)}
-    with pytest.raises(UserError, match="of another model than the config describes.*third"):
-        train(changed, CONFIG, tmp_path / "run", {})
+    for modules in ({"first": torch.nn.Linear(3, 5)}, {"third": torch.nn.Linear(1, 1)}):
+        changed.modules = modules
+        with pytest.raises(UserError, match="of another model than the config describes"):
+            train(changed, CONFIG, tmp_path / "run", {})
     monkeypatch.setattr("ldm.train.optim.NARROW", 1)
     muon = replace(CONFIG, optimizer=replace(CONFIG.optimizer, muon_lr=1e-2))
     with pytest.raises(UserError, match="of another model than the config describes"):
@@ -185,33 +156,14 @@ class Unreadable(list):
         raise UserError("picture 'a.png' cannot be read; repair or remove it")
 
 
-def test_a_loading_process_passes_on_an_error_in_one_line_and_ends(tmp_path):
+def test_loading_processes_end_with_an_error_of_theirs_or_of_a_step(tmp_path, monkeypatch):
     toy = tiny.Toy()
     toy.dataset = Unreadable(range(8))
     with pytest.raises(UserError) as caught:
         train(toy, replace(CONFIG, workers=1), tmp_path, {})
     assert str(caught.value) == "picture 'a.png' cannot be read; repair or remove it"
     assert not multiprocessing.active_children()  # though `caught` still refers to the frames of the training
-
-
-def test_loading_processes_end_with_a_step_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny.Toy, "losses", lambda *a: (_ for _ in ()).throw(RuntimeError("out of luck")))
-    with pytest.raises(RuntimeError, match="out of luck") as caught:
-        train(tiny.Toy(), replace(CONFIG, workers=2), tmp_path, {})
-    assert caught and not multiprocessing.active_children()
-
-
-def test_an_unfinished_run_of_an_earlier_version_is_refused_in_one_line(tmp_path):
-    worker = "import sys, tiny; from ldm.commands.cli import run_command; from ldm.train.loop import train\n"
-    worker += "from dataclasses import replace\n"
-    worker += "run_command(lambda: train(tiny.Toy(), replace(tiny.TRAIN, steps=9), sys.argv[1], {}))"
-    train(tiny.Toy(), CONFIG, tmp_path, {})
-    for folder in (tmp_path / "checkpoints").iterdir():
-        state = folder / "state" / "state.json"
-        write_json(state, {k: v for k, v in read_json(state).items() if k != "format"})
-        (folder / "manifest.json").unlink()
-        seal(folder)
-    command = [sys.executable, "-c", worker, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and "written by an earlier version of this code and cannot be resumed" in line
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(tiny.Toy(), replace(CONFIG, workers=1), tmp_path, {})
+    assert not multiprocessing.active_children()

@@ -72,15 +72,8 @@ def diffusion(vae: Path | str, text_encoder: Path | str, train: TrainConfig = TR
         attention_head_dim=2,
         norm_num_groups=4,
     )
-    schedule = ScheduleConfig(timestep_spacing="trailing", sampler="ddim")
-    fixed = {
-        "schedule": schedule,
-        "data": DATA,
-        "model": model,
-        "train": train,
-        "held_out": 4,
-        "preview": PreviewConfig(count=2, steps=2),
-    }
+    fixed = {"data": DATA, "model": model, "train": train, "held_out": 4, "preview": PreviewConfig(count=2, steps=2)}
+    fixed["schedule"] = ScheduleConfig(timestep_spacing="trailing", sampler="ddim")
     return DiffusionConfig(**{"vae": str(vae), "text_encoder": str(text_encoder)} | fixed | changes)
 
 

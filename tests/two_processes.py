@@ -1,5 +1,5 @@
 """Run by tests/test_launch.py in two processes: which samples of shards and of a latent cache each of them
-sees in three epochs, and the shares that FSDP gives them.
+sees in three epochs, the shares that FSDP gives them.
 
 two_processes.py OUT
 """

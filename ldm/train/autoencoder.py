@@ -1,13 +1,11 @@
 """Training the VAE: reconstruction + perceptual + KL + patch-GAN (Rombach et al. 2022, section 3.1)."""
 
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -87,7 +85,10 @@ class AutoencoderTask(Task):
         freeze(vae, config.frozen)
         self.modules = {"vae": vae}
         if loss.gan:
-            self.modules["discriminator"] = make_discriminator(config)
+            discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
+            allowed = f"{discriminator.smallest} or more for {loss.discriminator_layers} loss.discriminator_layers"
+            require(size >= discriminator.smallest, "data.size", size, allowed)
+            self.modules["discriminator"] = discriminator
         if loss.discriminator_lr:
             changes = {"lr": loss.discriminator_lr, "muon_lr": None, "betas": DISCRIMINATOR_BETAS}
             self.optimizers = {"discriminator": replace(config.train.optimizer, **changes)}
@@ -131,50 +132,27 @@ class AutoencoderTask(Task):
 
     def validate(self, modules: Modules) -> dict[str, float]:
         """PSNR (dB), SSIM and perceptual distance of the reconstructions (from the mean) of held-out images."""
-        metrics = {"psnr": psnr, "ssim": ssim, "perceptual": self.perceptual}
-        count = min(self.config.held_out, len(self.held_out))
-        sums = dict.fromkeys(metrics, 0.0)
-        for x in images(self.held_out, count, self.batch_size, self.device):
+        metrics, rows = {"psnr": psnr, "ssim": ssim, "perceptual": self.perceptual}, []
+        for x in images(self.held_out, self.config.held_out, self.batch_size, self.device):
             y = reconstruct(modules["vae"], x)
-            for name, metric in metrics.items():
-                sums[name] += float(metric(y, x).sum())
-        return {name: total / count for name, total in sums.items()}
+            rows.append(torch.stack([metric(y, x) for metric in metrics.values()]))
+        return dict(zip(metrics, torch.cat(rows, 1).mean(1).tolist(), strict=True))
 
     def preview(self, modules: Modules) -> Image.Image:
-        """Two rows of eight held-out images, each above its reconstruction; one row of fewer than sixteen."""
-        x = next(images(self.held_out, 16, 16, self.device))
-        columns = min(8, len(x))
-        x = x[: len(x) - len(x) % columns]
-        pairs = torch.stack([x, reconstruct(modules["vae"], x)])  # (2, B, 3, H, W)
-        rows = rearrange(pairs, "p (r c) k h w -> (r p c) k h w", c=columns)
-        return tile(rows, columns=columns, scale=max(1, 128 // x.shape[-1]))
+        """Up to eight held-out images, each above its reconstruction."""
+        x = next(images(self.held_out, 8, 8, self.device))
+        pairs = torch.cat([x, reconstruct(modules["vae"], x)])
+        return tile(pairs, columns=len(x), scale=max(1, 128 // x.shape[-1]))
 
     def export(self, modules: Modules, folder: Path, final: bool) -> None:
         """Writes `folder/vae` with the shift and scale of the training set's latents folded in, measured on few images
         unless `final`. A frozen encoder keeps its own: models trained on its latents still fit."""
         vae, trained = modules["vae"], self.modules["vae"]
         if any(p.requires_grad for part in (trained.encoder, trained.quant_conv) for p in part.parameters()):
-            count = min(self.config.statistics if final else 1024, len(self.dataset))
+            count = self.config.statistics if final else 1024
             batches = images(self.dataset, count, self.batch_size, self.device)
-            total = -(-count // self.batch_size)
-            bar = tqdm(batches, total=total, desc="latent statistics", leave=False)
-            vae = vae.with_statistics(*latent_statistics(vae, bar))
+            vae = vae.with_statistics(*latent_statistics(vae, tqdm(batches, desc="latent statistics", leave=False)))
         vae.save_pretrained(folder / "vae")
-
-
-def make_discriminator(config: AutoencoderConfig) -> PatchDiscriminator:
-    """A new discriminator. Raises UserError where it needs larger images; warns where the run ends before it counts."""
-    loss, size, steps = config.loss, config.data.size, config.train.steps
-    discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
-    allowed = f"{discriminator.smallest} or more for {loss.discriminator_layers} loss.discriminator_layers"
-    require(size >= discriminator.smallest, "data.size", size, allowed)
-    if loss.gan_start >= steps:
-        warnings.warn(
-            f"the discriminator never counts: loss.gan_start is {loss.gan_start} and train.steps {steps}; give e.g."
-            f" loss.gan_start={steps * 4 // 5} loss.gan_ramp={steps // 10}, or loss.gan=0 to train without it",
-            stacklevel=2,
-        )
-    return discriminator
 
 
 def images(dataset: Any, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:

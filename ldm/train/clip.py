@@ -18,7 +18,7 @@ from ldm.config import UserError, require
 from ldm.data import DataConfig, batches, choose_captions, flip_half, open_dataset, spread, stack_images
 from ldm.data.faults import all_captions
 from ldm.data.minimal_pairs import alter
-from ldm.distributed import Draws, all_gather_objects, mean_over_processes, processes
+from ldm.distributed import Draws, gather_objects, mean_over_processes, processes
 from ldm.images import to_float
 from ldm.metrics import retrieval
 from ldm.tokenizer import Tokenizer
@@ -59,33 +59,29 @@ class CLIPConfig:
 class CLIPTask(Task):
     """One step on a batch of pairs; with many processes the contrast is over the global batch."""
 
-    contrasts = True
-
     def __init__(self, config: CLIPConfig) -> None:
         self.config, self.device = config, processes().device
         self.dataset, self.held_out = (open_dataset(config.data, split) for split in ("train", "val"))
         if config.judge:
             self.dataset = Joined([self.dataset, self.held_out])
         self.collate = stack_images
-        start = TextEncoder.from_pretrained(config.text_encoder) if config.text_encoder else None
+        text, start = config.text, None
+        if config.text_encoder:
+            start = TextEncoder.from_pretrained(config.text_encoder)
+            text = replace(start.config, projection_dim=text.projection_dim)
         if config.tokenizer or start:
             self.tokenizer = Tokenizer.from_pretrained(config.tokenizer or model_io.find_root(config.text_encoder))
         else:
             captions = (caption for captions in all_captions(self.dataset) for caption in captions)
-            self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.text.max_position_embeddings)
-        torch.manual_seed(config.train.seed)
-        text = replace(
-            replace(start.config, projection_dim=config.text.projection_dim) if start else config.text,
-            vocab_size=start.config.vocab_size if start else len(self.tokenizer),
-            bos_token_id=self.tokenizer.bos_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+            self.tokenizer = Tokenizer.train(captions, config.vocab_size, text.max_position_embeddings)
+        ids = {f"{kind}_token_id": getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        text = replace(text, vocab_size=start.config.vocab_size if start else len(self.tokenizer), **ids)
         size, patch, length = config.data.size, config.vision.patch_size, self.tokenizer.context_length
         require(size % patch == 0, "data.size", size, f"a multiple of vision.patch_size {patch}")
         positions, allowed = text.max_position_embeddings, f"{length} or more, the tokenizer's context"
         require(positions >= length, "text.max_position_embeddings", positions, allowed)
         vision = replace(config.vision, image_size=size)
+        torch.manual_seed(config.train.seed)
         clip = CLIP(text, vision)
         if start:
             clip.text_model.load_state_dict(start.text_model.state_dict())
@@ -104,7 +100,7 @@ class CLIPTask(Task):
         images, texts, scale, context = modules["clip"](x, tokens)
         if distributed.is_initialized():
             images, texts = (torch.cat(all_gather(rows)) for rows in (images, texts))
-            captions = [each for part in all_gather_objects(captions) for each in part]
+            captions = [each for part in gather_objects(captions) for each in part]
         same = sharing(captions).to(x.device)
         loss, values = losses.contrastive(images, texts, scale, same), {"scale": scale}
         if "grounding" in modules:
@@ -118,27 +114,18 @@ class CLIPTask(Task):
 
     def validate(self, modules: Modules) -> dict[str, float]:
         """R@1 and R@5 both ways among validation pairs (the first caption of each; a judge has learned them), beside
-        chance; how often a caption is preferred to itself with one word wrong (chance 0.5); the auxiliary losses."""
-        device = self.device
-        clip, draws = modules["clip"], Draws(self.config.train.seed, 0, device=device)
-        images, texts, altered, captions = [], [], [], []
-        sums: dict[str, float] = defaultdict(float)
+        chance; how often a caption is preferred to itself with one word wrong (chance 0.5)."""
+        clip, captions, rows = modules["clip"], [], []
         for batch in batches(self.held_out, spread(self.held_out, self.config.held_out), BATCH):
             captions += batch["captions"]
             first = [c[0] for c in batch["captions"]]
-            x, tokens = to_float(batch["image"].to(device)), self.tokenizer(first, warn=False).to(device)
-            context = clip.text_model(tokens)
-            images.append(clip.encode_image(x))
-            texts.append(clip.embed(context, tokens))
-            wrong = self.tokenizer(alter(first, batch["captions"]), warn=False).to(device)
-            altered.append(clip.encode_text(wrong))
-            if "grounding" in modules:
-                for name, value in modules["grounding"](context, tokens, x, draws)[1].items():
-                    sums[name] += float(value) * len(x)
-        image, text, other = (torch.cat(parts).cpu() for parts in (images, texts, altered))
-        preferred = ((image * text).sum(-1) > (image * other).sum(-1)).float().mean()
-        values = retrieval(image, text, same=sharing(captions)) | {"one_word_wrong": float(preferred)}
-        return values | {name: total / len(captions) for name, total in sums.items()}
+            right, wrong = (self.tokenizer(texts, warn=False) for texts in (first, alter(first, batch["captions"])))
+            image = clip.encode_image(to_float(batch["image"].to(self.device)))
+            texts = [clip.encode_text(tokens.to(self.device)) for tokens in (right, wrong)]
+            rows.append(torch.stack([image, *texts]).cpu())
+        image, text, altered = torch.cat(rows, 1)
+        preferred = ((image * text).sum(-1) > (image * altered).sum(-1)).float().mean()
+        return retrieval(image, text, same=sharing(captions)) | {"one_word_wrong": float(preferred)}
 
     def export(self, modules: Modules, folder: Path, final: bool) -> None:
         """Writes `folder/clip` (both towers), `folder/text_encoder` and `folder/tokenizer`; of a judge `folder/judge`

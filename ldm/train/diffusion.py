@@ -1,8 +1,9 @@
 """Training the U-Net on latents and captions (Rombach et al. 2022, section 3.3)."""
 
 import math
-import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weig
 from ldm.distributed import Draws, processes
 from ldm.images import captioned_grid, to_float
 from ldm.pipeline import Pipeline
-from ldm.pipeline_io import Parts, read_schedule, save_parts
+from ldm.pipeline_io import Parts, save_parts
 from ldm.samplers import make_grid
 from ldm.tokenizer import Tokenizer
 from ldm.train.config import TrainConfig
@@ -26,9 +27,6 @@ from ldm.train.loop import Losses, Modules, Task, to_device
 from ldm.train.optim import freeze
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE
-
-# Keys of a schedule that a U-Net depends on.
-NOISE = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr", "prediction_type")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,32 +105,20 @@ class DiffusionTask(Task):
 
     def make_unet(self) -> UNet:
         """The U-Net to start from, new or loaded. Raises UserError where it does not fit the other parts."""
-        config = self.config
+        config, channels = self.config, self.vae.config.latent_channels
+        sizes = {"in_channels": channels, "out_channels": channels}
+        sizes["cross_attention_dim"] = self.text_encoder.config.hidden_size
         torch.manual_seed(config.train.seed)
-        unet = UNet.from_pretrained(config.unet) if config.unet else UNet(self.fitted(config.model))
-        if config.unet:
-            warn_of_another_schedule(config.unet, config.schedule)
-        fitted = self.fitted(unet.config)
-        for key in ("in_channels", "out_channels", "cross_attention_dim"):
-            value, needed = getattr(unet.config, key), getattr(fitted, key)
-            if value != needed:
-                raise UserError(f"the U-Net in {config.unet!r} has {key} {value}, VAE and text encoder need {needed}")
+        new = replace(config.model, sample_size=config.data.size // self.vae.factor, **sizes)
+        unet = UNet.from_pretrained(config.unet) if config.unet else UNet(new)
+        for key, size in sizes.items():
+            value = getattr(unet.config, key)
+            require(value == size, f"{key} of {config.unet}", value, f"{size}, to fit VAE and text encoder")
         multiple, size = self.vae.factor * 2 ** (len(unet.config.block_out_channels) - 1), config.data.size
         allowed = f"a multiple of {multiple}, the reduction of VAE and U-Net together"
         require(size % multiple == 0, "data.size", size, allowed)
         freeze(unet, config.frozen)
         return unet
-
-    def fitted(self, model: UNetConfig) -> UNetConfig:
-        """The U-Net's config with the sizes that the VAE and the text encoder determine."""
-        channels = self.vae.config.latent_channels
-        return replace(
-            model,
-            in_channels=channels,
-            out_channels=channels,
-            sample_size=self.config.data.size // self.vae.factor,
-            cross_attention_dim=self.text_encoder.config.hidden_size,
-        )
 
     @torch.no_grad()
     def latents(self, batch: dict, draws: Draws) -> Tensor:
@@ -153,10 +139,8 @@ class DiffusionTask(Task):
         captions = choose_captions(batch["captions"], draws.rand(len(z0)))
         dropped = (draws.rand(len(z0)) < c.caption_dropout).tolist()
         captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
-        density = {"density": c.timesteps, "mean": c.logit_mean, "std": c.logit_std}
-        t = draws.rows(
-            lambda n, generator: sample_timesteps(n, len(self.schedule), generator=generator, **density), len(z0)
-        )
+        sample = partial(sample_timesteps, total=len(self.schedule), mean=c.logit_mean, std=c.logit_std)
+        t = draws.rows(lambda n, generator: sample(n, density=c.timesteps, generator=generator), len(z0))
         eps = draws.randn(*z0.shape)
         yield "unet", self.loss(modules, z0, captions, t.to(z0.device), eps), {"z_std": z0.std()}
 
@@ -164,11 +148,7 @@ class DiffusionTask(Task):
         """The weighted squared error at timesteps t (B,) with noise eps (B, C, h, w)."""
         denoiser = Denoiser(modules["unet"], self.schedule)
         tokens = self.tokenizer(captions, warn=False).to(z0.device)
-        if "text_encoder" in modules:
-            context = modules["text_encoder"](tokens)
-        else:
-            with torch.no_grad():
-                context = self.text_encoder(tokens)
+        context = modules.get("text_encoder", self.text_encoder)(tokens)
         prediction = denoiser.predict(self.schedule.add_noise(z0, eps, t), t, context)
         weight = loss_weight(self.schedule, t, denoiser.prediction, self.config.min_snr_gamma)
         return losses.diffusion(prediction, denoiser.target(z0, eps, t), weight.to(z0.device, z0.dtype))
@@ -178,18 +158,16 @@ class DiffusionTask(Task):
         chosen = spread(self.held_out, self.config.held_out)
         fixed = torch.Generator().manual_seed(self.config.train.seed)
         order = torch.randperm(len(chosen), generator=fixed)  # the data may be sorted
-        timesteps = torch.linspace(0, len(self.schedule) - 1, len(chosen)).long()[order]
-        total, done = 0.0, 0
+        timesteps = iter(torch.linspace(0, len(self.schedule) - 1, len(chosen)).long()[order].tolist())
+        total = 0.0
         for batch in batches(self.held_out, chosen, self.batch_size):
             posterior = self.vae.encode(to_float(batch["image"].to(self.device)))
-            shape = posterior.mean.shape
-            noise = torch.stack([torch.randn(2, *shape[1:], generator=fixed) for _ in range(shape[0])]).to(self.device)
-            z0 = self.vae.normalize(posterior.mean + posterior.std * noise[:, 0])
-            t = timesteps[done : done + len(z0)].to(self.device)
-            captions = [c[0] for c in batch["captions"]]
-            total += float(self.loss(modules, z0, captions, t, noise[:, 1])) * len(z0)
-            done += len(z0)
-        return {"loss": total / done}
+            count, *shape = posterior.mean.shape
+            noise, eps = torch.randn(count, 2, *shape, generator=fixed).to(self.device).unbind(1)
+            z0 = self.vae.normalize(posterior.mean + posterior.std * noise)
+            t = torch.tensor(list(islice(timesteps, count)), device=self.device)
+            total += float(self.loss(modules, z0, [c[0] for c in batch["captions"]], t, eps)) * count
+        return {"loss": total / len(chosen)}
 
     def preview(self, modules: Modules) -> Image.Image:
         """A captioned grid of pictures from fixed prompts and seeds."""
@@ -207,17 +185,6 @@ class DiffusionTask(Task):
     def export(self, modules: Modules, folder: Path, final: bool) -> None:
         """Writes the whole pipeline into `folder`."""
         save_parts(folder, self.parts(modules))
-
-
-def warn_of_another_schedule(folder: str, schedule: ScheduleConfig) -> None:
-    """Warns where the U-Net to start from was trained with another noise schedule or prediction."""
-    root = model_io.find_root(folder)
-    if (root / "scheduler").is_dir():
-        theirs, ours = asdict(read_schedule(root / "scheduler")), asdict(schedule)
-        changes = [f"{key} {theirs[key]!r}, here {ours[key]!r}" for key in NOISE if theirs[key] != ours[key]]
-        if changes:
-            text = f"the U-Net of {folder!r} was trained with schedule.{'; schedule.'.join(changes)}"
-            warnings.warn(text, stacklevel=2)
 
 
 def check_normalized(z: Tensor) -> None:

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.distributed import all_gather_objects
+from ldm.distributed import gather_objects
+from ldm.model_io import atomic_write
 
 
 class Log:
@@ -20,34 +21,24 @@ class Log:
         self.sums: dict[str, Tensor] = {}  # (total, count) since the last line
         self.skipped = 0  # steps since the last line
         self.faults = [d.faults for d in datasets if getattr(d, "faults", None) is not None]
-        self.listed = 0  # samples in left_out.jsonl
-
-    def state(self) -> dict[str, Any]:
-        """The values since the last line, averaged over processes, for a checkpoint."""
-        if self.sums:
-            rows = self.accelerator.reduce(torch.stack(list(self.sums.values())), "mean")
-            self.sums = dict(zip(self.sums, rows, strict=True))
-        return {"sums": {name: row.tolist() for name, row in self.sums.items()}, "skipped_since_log": self.skipped}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continues from `state`."""
-        device = self.accelerator.device
-        self.sums = {name: torch.tensor(row, device=device) for name, row in state["sums"].items()}
-        self.skipped = state["skipped_since_log"]
+        self.listed: dict[str, str] = {}  # the samples in left_out.jsonl and why
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar, once for all processes."""
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
-    def add(self, tables: list[dict[str, Tensor]]) -> None:
-        """Adds the values of a step to the means."""
-        for name, value in (item for table in tables for item in table.items()):
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds values to the means."""
+        for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + torch.stack([value, torch.ones_like(value)])
 
     def write_means(self, step: int) -> str:
         """Writes the means since the last line; returns the losses for the progress bar."""
-        means = {name: total / count for name, (total, count) in self.state()["sums"].items()}
+        means = {}
+        if self.sums:
+            totals, counts = self.accelerator.reduce(torch.stack(list(self.sums.values())), "sum").unbind(1)
+            means = dict(zip(self.sums, (totals / counts).tolist(), strict=True))
         self.write(step, means | {"skipped": self.skipped})
         self.list_left_out()
         self.sums, self.skipped = {}, 0
@@ -60,21 +51,20 @@ class Log:
                 file.write(json.dumps({"step": step} | values) + "\n")
         self.accelerator.log(values, step=step)
 
-    def note_faults(self, faults: dict[str, str]) -> None:
-        """Counts samples {name: reason} that could not be read. Raises UserError for too many."""
-        for name, reason in faults.items():
-            self.faults[0].add(name, reason)
-
     def list_left_out(self) -> None:
-        """Lists the samples that any process has left out in left_out.jsonl, beside those listed before."""
-        mine = {name: reason for faults in self.faults for name, reason in faults.reasons.items()}
-        reasons = {name: reason for table in all_gather_objects(mine) for name, reason in table.items()}
-        self.note_faults(reasons)  # so that they become too many in all processes at once
-        if self.accelerator.is_main_process and len(reasons) > self.listed:
-            self.listed, file = len(reasons), self.out / "left_out.jsonl"
-            lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-            entries = [json.loads(line) for line in lines if line.endswith("\n")]  # a crash may leave half a line
-            reasons = {entry["sample"]: entry["why"] for entry in entries} | reasons
-            entries = [json.dumps({"sample": name, "why": reason}) for name, reason in reasons.items()]
-            file.write_text("\n".join(entries) + "\n")
+        """Lists the samples that any process has left out in left_out.jsonl, beside those listed before. Raises
+        UserError, in all processes, where they are too many."""
+        reasons: dict[str, str] = {}
+        for faults in self.faults:
+            for table in gather_objects(faults.reasons):
+                for name, reason in table.items():
+                    faults.add(name, reason)
+            reasons |= faults.reasons
+        if self.accelerator.is_main_process and reasons.keys() - self.listed.keys():
+            file = self.out / "left_out.jsonl"
+            lines = file.read_text().splitlines() if file.is_file() else []
+            self.listed = {entry["sample"]: entry["why"] for entry in map(json.loads, lines)} | reasons
+            entries = [json.dumps({"sample": name, "why": reason}) for name, reason in self.listed.items()]
+            with atomic_write(file) as temporary:
+                temporary.write_text("\n".join(entries) + "\n")
             self.say(f"{len(reasons)} samples are left out, listed in {file}")

@@ -2,11 +2,9 @@
 
 import copy
 import fnmatch
-from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.config import UserError
@@ -31,38 +29,31 @@ def freeze(module: nn.Module, patterns: tuple[str, ...]) -> None:
 
 
 def make_optimizers(name: str, module: nn.Module, config: OptimizerConfig) -> dict[str, torch.optim.Optimizer]:
-    """A module's optimizers: AdamW under its name, and with `muon_lr` Muon under NAME-muon for its hidden layers.
+    """A module's optimizers: AdamW under its name, and with `muon_lr` Muon under NAME-muon for its hidden layers: the
+    matrices and kernels with at least NARROW inputs and outputs.
 
     Weight decay is for the matrices and kernels of linear and convolutional layers alone: no norms, biases,
     embeddings, nor CLIP's logit scale.
     """
+    trained = [p for p in module.parameters() if p.requires_grad]
     kernels = {m.weight for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    hidden = hidden_weights(module) if config.muon_lr else []
-    by_muon = set(hidden)
-    rest = [p for p in module.parameters() if p.requires_grad and p not in by_muon]
-    groups = [
-        {"params": [p for p in rest if p in kernels], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p not in kernels], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    hidden = [p for p in trained if config.muon_lr and p in kernels and min(p.shape[:2]) >= NARROW]
+    rest = [p for p in trained if p not in set(hidden)]
     optimizers: dict[str, torch.optim.Optimizer] = {}
-    if groups:
+    if rest:
+        groups = [
+            {"params": [p for p in rest if p in kernels], "weight_decay": config.weight_decay},
+            {"params": [p for p in rest if p not in kernels], "weight_decay": 0.0},
+        ]
         optimizers[name] = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     if hidden:
         optimizers[f"{name}-muon"] = Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay)
     return optimizers
 
 
-def hidden_weights(module: nn.Module) -> list[nn.Parameter]:
-    """The trained matrices and kernels (out, in, ...) of linear and convolutional layers with at least NARROW inputs
-    and outputs."""
-    layers = (m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
-    return [m.weight for m in layers if m.weight.requires_grad and min(m.weight.shape[:2]) >= NARROW]
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum whose updates are orthogonalized (Jordan et al. 2024, "Muon: An optimizer for hidden layers"), with
-    Nesterov momentum and decoupled weight decay, for `hidden_weights`.
+    Nesterov momentum and decoupled weight decay.
 
     A kernel (out, in, h, w) is taken as the matrix (out, in * h * w). An update has the root mean square of a usual
     AdamW step, 0.2 times the learning rate (Liu et al. 2025, arXiv:2502.16982, eq. 4), so both can share a rate.
@@ -74,42 +65,34 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of all parameters that have a gradient, those of one shape at once."""
+        """One update of all parameters that have a gradient."""
         for group in self.param_groups:
-            by_shape = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    matrix = full(self._nesterov(parameter, group["momentum"])).flatten(1)
-                    tall = matrix.shape[0] > matrix.shape[1]
-                    by_shape[matrix.shape].append((parameter, matrix.mT if tall else matrix))
-            for (rows, columns), members in by_shape.items():
-                updates = orthogonalize(torch.stack([matrix for _, matrix in members]))
-                updates = rearrange(updates, "k m n -> k n m") if rows > columns else updates
-                size = group["lr"] * 0.2 * max(rows, columns) ** 0.5
-                for (parameter, _), update in zip(members, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.sub_(shard_like(update.reshape(parameter.shape), parameter), alpha=size)
-
-    def _nesterov(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = full(parameter.grad.lerp(state["momentum"], group["momentum"])).flatten(1)
+                size = group["lr"] * 0.2 * max(update.shape) ** 0.5
+                update = orthogonalize(update).reshape(parameter.shape)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(shard_like(update, parameter), alpha=size)
 
 
-def orthogonalize(updates: Tensor, rounds: int = 5) -> Tensor:
-    """(K, M, N), M <= N -> about U V^T of each U S V^T, by Newton-Schulz iteration, in float32 or float64.
+def orthogonalize(update: Tensor, rounds: int = 5) -> Tensor:
+    """(M, N) -> about U V^T of its U S V^T, by Newton-Schulz iteration, in float32 or float64.
 
     All directions of an update get the same length, so rare features are learned as fast as common ones.
     """
+    if update.shape[0] > update.shape[1]:
+        return orthogonalize(update.mT, rounds).mT
     a, b, c = QUINTIC
-    x = updates / updates.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = update / update.norm().clamp(min=1e-7)
     # Every round multiplies x by a polynomial of x x^T, and these commute: the rounds need M x M matrices only.
-    gram, product = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    gram, product = x @ x.mT, torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(rounds):
         factor = b * gram + c * gram @ gram
-        factor.diagonal(dim1=1, dim2=2).add_(a)
+        factor.diagonal().add_(a)
         gram, product = factor @ gram @ factor, factor @ product
     return product @ x
 

@@ -15,7 +15,7 @@ import tiny
 
 from soak.common import Child, Row, Work, checkpoints, finish, identical, trained, training, watched
 
-CONFIG = replace(tiny.TRAIN, save_every=2, keep=2, log_every=2, ema_decay=0.9)
+CONFIG = replace(tiny.TRAIN, save_every=2, keep=2, log_every=1, ema_decay=0.9)
 KILLS, STOPS, STEPS, BLOCK = 50, 20, 14, 4096
 
 
@@ -61,7 +61,7 @@ def stop(folder: Path, seed: int) -> list[Row]:
 def resume(folder: Path, seed: int) -> list[Row]:
     """The three real trainings, stopped by SIGTERM or SIGKILL at random steps."""
     row, draw = Row("resume of autoencoder with discriminator, CLIP, diffusion from a cache"), random.Random(seed)
-    config = replace(tiny.TRAIN, steps=STEPS, save_every=4, validate_every=5, log_every=3, ema_decay=0.9, batch_size=5)
+    config = replace(tiny.TRAIN, steps=STEPS, save_every=4, validate_every=5, log_every=1, ema_decay=0.9, batch_size=5)
     for name, task in trained(row, folder).items():
         for accumulate in (1, 2):
             straight = folder / f"{name}-straight-{accumulate}"
