@@ -41,12 +41,12 @@ class Options:
     """Options of `ldm benchmark`."""
 
     out: Path  # folder for the results
-    only: str | None = None  # workloads with commas; default: all
-    rounds: int = 7  # per case
-    threads: int = 0  # of each side; 0: all cores
-    device: Literal["cpu", "cuda"] = "cpu"  # of both sides
-    quick: bool = False  # only the first case of each workload
-    compile: bool = False  # also with torch.compile on both sides
+    only: str | None = None  # workloads to run, separated by commas; default: all
+    rounds: int = 7  # measurements per case
+    threads: int = 0  # CPU threads per side; 0: all cores
+    device: Literal["cpu", "cuda"] = "cpu"  # device of both sides
+    quick: bool = False  # run only the first case of each workload
+    compile: bool = False  # also run with torch.compile on both sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +188,7 @@ def child(side: str, job: str, params: Row, options: Options) -> Iterator[Callab
         yield ask
     finally:
         process.kill()
+        process.join()
 
 
 def serve(pipe: Any, side: str, job: str, params: Row, options: Options) -> None:

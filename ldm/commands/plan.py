@@ -36,21 +36,21 @@ class Options:
     """Options of `ldm plan`."""
 
     family: Path = Path("configs/sd15")  # folder with autoencoder.toml, clip.toml and diffusion.toml
-    pictures: float = 100e6  # in the data set
-    epochs: float = 1.0  # times each picture is seen
-    size: int = 256  # pixels per side
+    pictures: float = 100e6  # number of pictures in the data set
+    epochs: float = 1.0  # passes over the data set
+    size: int = 256  # picture side in pixels
     gpus: int = 8  # number of GPUs
-    peak: float = 989.0  # TFLOP/s per GPU; the default is an H100 SXM in bf16
-    utilization: tuple[float, ...] = (25, 35, 45)  # percent of --peak, with commas
-    rate: float | None = None  # measured TFLOP/s per GPU, instead of --peak and --utilization
-    price: float = 2.5  # per GPU hour
+    peak: float = 989.0  # peak TFLOP/s per GPU, here of an H100 SXM in bf16
+    utilization: tuple[float, ...] = (25, 35, 45)  # percentages of --peak to project, separated by commas
+    rate: float | None = None  # measured TFLOP/s per GPU, replaces --peak and --utilization
+    price: float = 2.5  # price of a GPU hour
     bandwidth: float | None = None  # GB/s per GPU of an all-reduce; default: 300 (NVLink) for up to 8 GPUs, else 50
-    storage: float = 10.0  # GB/s for all GPUs together
-    caption_bytes: int = 100  # of key and captions, per picture
-    picture_bytes: int = 0  # per file; 0: a quarter byte per pixel
-    no_cache: bool = False  # encode pictures in every step
-    measure: int = 0  # take N training steps on this machine instead
-    batch: int = 0  # per GPU and micro-batch; 0: the config's
+    storage: float = 10.0  # GB/s that storage delivers to all GPUs together
+    caption_bytes: int = 100  # bytes of key and captions per picture
+    picture_bytes: int = 0  # bytes per picture file; 0: a quarter byte per pixel
+    no_cache: bool = False  # encode pictures in every step instead of caching latents
+    measure: int = 0  # run N training steps on this machine and print their rate
+    batch: int = 0  # pictures per GPU and micro-batch; 0: the config's
     accumulate: int = 0  # micro-batches per step; 0: the config's
 
 

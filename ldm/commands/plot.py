@@ -60,16 +60,16 @@ Lines = dict[str, list[tuple[float, float]]]  # points (x, y) by the label of th
 class Options:
     """Options of `ldm plot`."""
 
-    paths: tuple[Path, ...] = positional()  # of runs and evaluations
-    out: Path  # the page to write
+    paths: tuple[Path, ...] = positional()  # run and evaluation folders, or their metrics files
+    out: Path  # HTML page to write
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultsOptions:
     """Options of `ldm results`."""
 
-    results: Path  # folder, e.g. configs/emoji/results
-    out: Path  # the SVG to write
+    results: Path  # folder of results, e.g. configs/emoji/results
+    out: Path  # SVG file to write
 
 
 def main() -> None:

@@ -31,27 +31,27 @@ class Options:
     """Options of `ldm sample`."""
 
     model: str  # a shipped model, a run folder or a Stable Diffusion folder
-    prompt: tuple[str, ...] = ()  # may be repeated
+    prompt: tuple[str, ...] = ()  # text to make a picture of; may be repeated
     prompts: Path | None = None  # text file with one prompt per line, instead of --prompt
     out: Path  # folder for the PNGs and grid.png
     steps: int = 30  # denoising steps
     guidance: float = 5.0  # scale of classifier-free guidance; 1 is none
-    guidance_rescale: float = 0.0  # in [0, 1]: against overexposure at high guidance
+    guidance_rescale: float = 0.0  # 0 to 1: reduces overexposure at high guidance
     sampler: str | None = None  # ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc or pndm; default: the model's own
-    seed: int = 0  # picture i has seed + i
-    negative_prompt: str = ""  # what guidance leads away from
+    seed: int = 0  # picture i is made with seed + i
+    negative_prompt: str = ""  # text that guidance leads away from
     image: Path | None = None  # picture to start from: its centre square, resized
-    mask: Path | None = None  # with --image: white (or transparent) is redrawn, black stays
-    resample: int = 1  # with --mask: model calls per step; 2 fits the kept part better
-    strength: float = 0.8  # with --image, in (0, 1]: how much is redrawn
-    interpolate: int | None = None  # pictures from the first to the second prompt, 2 or more; not with ddpm or euler_a
+    mask: Path | None = None  # with --image: white (or transparent) parts are redrawn, black ones are kept
+    resample: int = 1  # with --mask: model calls per step; 2 blends the kept part in better
+    strength: float = 0.8  # with --image, above 0 and up to 1: how much is redrawn
+    interpolate: int | None = None  # number of pictures from the first prompt to the second; not with ddpm or euler_a
     seed_to: int | None = None  # with --interpolate: seed of the last picture; default: --seed
-    height: int | None = None  # pixels; default: the model's own
-    width: int | None = None  # pixels; default: the model's own
+    height: int | None = None  # in pixels; default: the model's own
+    width: int | None = None  # in pixels; default: the model's own
     batch_size: int = 16  # pictures per call of the model
-    compile: bool = False  # torch.compile: takes minutes first, pays off for hundreds of pictures
-    grid: Path | None = None  # captioned grid of all pictures; default: grid.png in --out
-    device: str = ""  # default: cuda where available, else cpu
+    compile: bool = False  # use torch.compile: takes minutes at first, pays off for hundreds of pictures
+    grid: Path | None = None  # PNG with all pictures and their prompts; default: grid.png in --out
+    device: str = ""  # cpu or cuda; default: cuda where available
 
 
 def main() -> None:
