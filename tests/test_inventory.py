@@ -479,7 +479,7 @@ MISTAKES = [
     ([*FOLDERS, "--features", "none"], "--features", "--judge"),
     ([*FOLDERS, "--reference", "empty"], "empty"),
     ([*FOLDERS, "--reference", "photos/val"], "photos/val", "4", "16"),
-    ([*FOLDERS, "--without-frechet"], "40x36", "--size"),
+    ([*FOLDERS, "--reference", "photos/test", "--without-frechet"], "40x36", "--size"),
     ([*COMPARE, "--guidance", "a"], "a", "1,7.5"),
     ([*COMPARE, "--guidance", "0.5"], "0.5", "1"),
     ([*COMPARE, "--steps", "0"], "0", "1"),
