@@ -164,7 +164,7 @@ def write(options: Options, images: list[Image.Image], metadata: list[dict[str, 
         save_png(image, options.out / f"{i:04d}-{slug or 'prompt'}.png", texts)
     file = options.grid or options.out / "grid.png"
     file.parent.mkdir(parents=True, exist_ok=True)
-    captions = [texts.get("share", texts["prompt"]) for texts in metadata]
+    captions = [texts.get("share", texts["prompt"])[:400] for texts in metadata]  # as many letters as fit a cell
     grid = captioned_grid(images, captions, len(images) if options.interpolate else min(6, len(images)))
     save_png(grid, file, {"grid": f"{len(images)} pictures"})  # so that an evaluation of the folder leaves it out
     print(f"{len(images)} pictures in {options.out}, grid in {file}")
