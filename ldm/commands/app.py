@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ldm.commands.cli import read_options
 from ldm.config import UserError
-from ldm.distributed import find_device
 
 DESCRIPTION = """A page to make pictures, look into a model, and judge how often people are fooled.
 
@@ -38,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "served")  # read when gradio is imported
     from ldm.app.models import Models, find_models
     from ldm.app.page import serve
+    from ldm.distributed import find_device
 
     models = Models(find_models(options.model), find_device(options.device))
     for name in models.names if options.model else models.names[:1]:
