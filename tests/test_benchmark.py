@@ -35,10 +35,10 @@ def test_the_command_compares_and_writes_tables(capsys, monkeypatch, tmp_path):
 
 
 def test_a_failure_names_its_side_and_is_exit_code_1(capsys, monkeypatch, tmp_path):
-    monkeypatch.setitem(WORKLOADS, "import", Workload(job="nothing", cases={"a": {}}))
-    line = ["--only", "import", "--threads", "1", "--out", "b"]
+    monkeypatch.setitem(WORKLOADS, "data", Workload(job="nothing", cases={"a": {}}))
+    line = ["--only", "data", "--threads", "1", "--out", "b"]
     code, out, err = in_process(capsys, monkeypatch, "benchmark.py", *line, cwd=tmp_path)
-    assert code == 1 and "error: import: a: ldm: KeyError: 'nothing'" in err and "failed" in out
+    assert code == 1 and "error: data: a: ldm: KeyError: 'nothing'" in err and "failed" in out
 
 
 def test_every_case_has_a_job():

@@ -67,8 +67,7 @@ def cases(*rows: tuple[str, int, int]) -> dict[str, Row]:
 SINGLE = (("shapes", 32, 1), ("emoji", 64, 1), ("emoji", 128, 1), ("emoji", 256, 1))
 LOADED = {f"{d}, {n} workers, 256 pictures": {"name": d, "workers": n} for d in ("shapes", "emoji") for n in (0, 2)}
 WORKLOADS = {
-    "import": Workload(job="program", cases={"the pipeline": {}}, tolerance=None),
-    "cold-start": Workload(job="program", cases={"first 64 px picture": {"draws": True}}, tolerance=PICTURE),
+    "cold-start": Workload(job="program", cases={"first 64 px picture": {}}, tolerance=PICTURE),
     "unet-forward": Workload(job="unet", cases=cases(*SINGLE)),
     "sampling": Workload(
         job="sampling", cases=cases(*SINGLE, ("shapes", 32, 8), ("emoji", 64, 8), ("emoji", 128, 8)), tolerance=PICTURE

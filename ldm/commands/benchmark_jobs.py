@@ -19,7 +19,7 @@ from ldm import losses
 from ldm.clip import CLIP
 from ldm.data import DataConfig, open_dataset, stack_images
 from ldm.metrics.judges import JUDGES
-from ldm.model_io import find_root, read_json
+from ldm.model_io import ASSETS, find_root, read_json
 from ldm.pipeline import Pipeline
 from ldm.unet import UNet
 from ldm.vae import VAE
@@ -208,17 +208,16 @@ def train_unet(s: Side, model: str, size: int, batch: int) -> Run:
 
 def train_clip(s: Side) -> Run:
     """The contrastive loss of the emoji judge's two towers."""
-    x, generator = pictures(s, 32, 64), torch.Generator().manual_seed(0)
     if s.ours:
         model = CLIP.from_pretrained(JUDGES / "emoji").to(s.device)
     else:
         from transformers import CLIPModel
 
         model = CLIPModel.from_pretrained(JUDGES / "emoji", attn_implementation="sdpa").to(s.device)
-    text = read_json(JUDGES / "emoji" / "config.json")["text_config"]
-    tokens = torch.randint(0, text["bos_token_id"], (32, text["max_position_embeddings"]), generator=generator)
-    tokens[:, 0], tokens[:, 20:] = text["bos_token_id"], text["eos_token_id"]
-    tokens = tokens.to(s.device)
+    text, x = read_json(JUDGES / "emoji" / "config.json")["text_config"], pictures(s, 32, 64)
+    length, bos, eos = text["max_position_embeddings"], text["bos_token_id"], text["eos_token_id"]
+    tokens = (torch.arange(32 * length).view(32, length) * 31 % bos).to(s.device)
+    tokens[:, 0], tokens[:, 20:] = bos, eos
     if s.ours:
         return training(model, lambda: losses.contrastive(*model(x, tokens)[:3]))
     return training(model, lambda: model(input_ids=tokens, pixel_values=x, return_loss=True).loss)
@@ -227,24 +226,26 @@ def train_clip(s: Side) -> Run:
 # --- whole programs, our data sets
 
 
-OURS = "pipe('a red apple', steps=25, sampler='ddim')[0]"
-THEIRS = "pipe('a red apple', num_inference_steps=25, guidance_scale=5.0, generator=torch.manual_seed(0)).images[0]"
+OURS = """from ldm import Pipeline
+pipe = Pipeline.from_pretrained('emoji')
+pipe('a red apple', steps=25, sampler='ddim')[0].save(sys.stdout.buffer, 'PNG')"""
+THEIRS = f"""from diffusers import StableDiffusionPipeline
+options = dict(safety_checker=None, requires_safety_checker=False)
+pipe = StableDiffusionPipeline.from_pretrained({str(ASSETS / "emoji")!r}, **options)
+generator = torch.manual_seed(0)
+image = pipe('a red apple', num_inference_steps=25, guidance_scale=5.0, generator=generator).images[0]
+image.save(sys.stdout.buffer, 'PNG')"""
 
 
-def program(s: Side, draws: bool = False) -> Run:
-    """A new Python process that imports a pipeline, and makes one picture if `draws`."""
-    module, name = ("ldm", "Pipeline") if s.ours else ("diffusers", "StableDiffusionPipeline")
-    code = f"import sys, torch; from {module} import {name}"
-    if draws:
-        unsafe = "" if s.ours else ", safety_checker=None, requires_safety_checker=False"
-        code += f"; pipe = {name}.from_pretrained({str(find_root('emoji'))!r}{unsafe})"
-        code += f"; {OURS if s.ours else THEIRS}.save(sys.stdout.buffer, 'PNG')"
+def program(s: Side) -> Run:
+    """A new Python process that imports a pipeline and makes one picture."""
+    code = f"import sys, torch\n{OURS if s.ours else THEIRS}"
 
-    def run() -> list[Image.Image] | None:
+    def run() -> list[Image.Image]:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True)
         if done.returncode:
             raise RuntimeError(done.stderr.decode().splitlines()[-1])
-        return [Image.open(io.BytesIO(done.stdout))] if draws else None
+        return [Image.open(io.BytesIO(done.stdout))]
 
     return run
 
