@@ -7,7 +7,6 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -136,15 +135,15 @@ def _payloads(mark: Path) -> dict[str, bytes]:
         torch.save(value, file, **options)
         return file.getvalue()
 
-    code = f"open({str(mark)!r}, 'w').close()"
-    calls = {"os.system": Call(os.system, f"touch {mark}"), "exec": Call(exec, code), "eval": Call(eval, code)}
-    calls |= {"open": Call(open, str(mark), "w"), "Popen": Call(subprocess.Popen, ["touch", str(mark)])}
-    files = {f"{name} in a plain pickle": pickle.dumps(call) for name, call in calls.items()}
-    for name in ("os.system", "exec"):
-        files[f"{name} in torch's zip"] = saved({"state": {0: {"step": calls[name]}}, "param_groups": []})
-        files[f"{name} in torch's old format"] = saved({"w": calls[name]}, _use_new_zipfile_serialization=False)
-    files["a whole module"] = saved(torch.nn.Linear(2, 2))
-    return files | {"tensors, then os.system": saved({"a": torch.zeros(2)}) + files["os.system in a plain pickle"]}
+    call, code = Call(os.system, f"touch {mark}"), Call(exec, f"open({str(mark)!r}, 'w').close()")
+    return {
+        "os.system in a plain pickle": pickle.dumps(call),
+        "exec in a plain pickle": pickle.dumps(code),
+        "os.system in torch's zip": saved({"state": {0: {"step": call}}, "param_groups": []}),
+        "exec in torch's old format": saved({"w": code}, _use_new_zipfile_serialization=False),
+        "a whole module": saved(torch.nn.Linear(2, 2)),
+        "tensors, then os.system": saved({"a": torch.zeros(2)}) + pickle.dumps(call),
+    }
 
 
 def _pickles(folder: Path, mark: Path) -> Iterator[Case]:
@@ -177,7 +176,7 @@ def _pickles(folder: Path, mark: Path) -> Iterator[Case]:
             yield f"{kind} as {name} of {network}", partial(feature_extractor, path), REFUSED
 
 
-NAMES = ("../outside", "../../outside", "/etc/passwd", "os.system", "evil.Evil", "a\x00b", "", None, 7, ["../x"])
+NAMES = ("../outside", "/etc/passwd", "evil.Evil", "a\x00b", None, ["../x"])
 KEYS = {
     "model_index.json": ("_class_name", "vae", "unet", "tokenizer", "_name_or_path"),
     "unet/config.json": ("_class_name", "_name_or_path", "down_block_types", "act_fn"),
