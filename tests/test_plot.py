@@ -26,9 +26,9 @@ def test_runs_share_a_plot_per_number(tmp_path, capsys, monkeypatch):
 
 def test_an_evaluation_is_drawn_over_guidance():
     curves = plot.curves(RESULTS / "evaluation.json")
-    assert [x for x, _ in curves["Frechet distance"][""]] == [1, 2, 3, 5, 8]
+    assert [x for x, _ in curves["Frechet distance"]["samples"]] == [1, 2, 3, 5, 8]
     hits = curves["Right caption found first, %"]
-    assert [round(y, 1) for _, y in hits[""]] == [53.8, 61.5, 64.0, 62.1, 56.2]
+    assert [round(y, 1) for _, y in hits["samples"]] == [53.8, 61.5, 64.0, 62.1, 56.2]
     (first, y), (last, same) = hits["real held-out"]
     assert (first, last) == (1, 8) and y == same > 64
 

@@ -124,8 +124,8 @@ def read(path: Path) -> list[Record]:
 
 
 def curves(path: Path) -> dict[str, Lines]:
-    """By title, the line "" of every number of a run over the steps; or of the GUIDED metrics of an evaluation over
-    guidance, with those of real pictures as level lines."""
+    """By title, every number of a run over the steps, as the line ""; or the GUIDED metrics of an evaluation over
+    guidance, those of real pictures as level lines."""
     plots: dict[str, Lines] = defaultdict(lambda: defaultdict(list))
     records = read(path)
     if path.suffix == ".jsonl":
@@ -138,9 +138,9 @@ def curves(path: Path) -> dict[str, Lines]:
         values = [(r, factor * (v["mean"]["all"] if isinstance(v, dict) else v)) for r, v in values]
         samples = sorted((r["guidance"], value) for r, value in values if r["of"] == "samples")
         if samples:
-            levels = {r["of"]: value for r, value in values if r["of"].startswith("real")}
+            levels = {r["of"]: value for r, value in values if r["of"] in ("real held-out", "real train")}
             ends = (samples[0][0], samples[-1][0])
-            plots[title] = {"": samples} | {of: [(x, value) for x in ends] for of, value in levels.items()}
+            plots[title] = {"samples": samples} | {of: [(x, value) for x in ends] for of, value in levels.items()}
     return plots
 
 
