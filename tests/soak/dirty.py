@@ -57,7 +57,7 @@ def run(folder: Path, seed: int) -> list[Row]:
     """A row for a folder and one for shards, each with both trainings that read pictures."""
     rows, train = [], replace(tiny.TRAIN, steps=2 * COUNT // 50, batch_size=50, validate_every=20, workers=1)
     for source, write in (("folder", _write_folder), ("shards", _write_shards)):
-        row, root = Row(f"training on a {source} with 1% of each fault"), folder / source
+        row, root = Row(f"training on data of the kind {source!r} with 1% of each fault"), folder / source
         root.mkdir()
         faults = write(root, _samples(random.Random(seed)))
         data = DataConfig(name=source, path=str(root), max_broken=0.25, size=32)
