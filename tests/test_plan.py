@@ -1,18 +1,16 @@
 """The projection of a training run against closed forms."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from test_scripts import in_process
+from test_scripts import ROOT, in_process
 from torch import nn
 
 from ldm.commands import plan
 from ldm.commands.plan import Model, Options
 from ldm.unet import UNetConfig
 
-ROOT = Path(__file__).parents[1]
 SHARED = {"unet": UNetConfig(), "latent": (4, 8, 8), "context": (7, 16), "parameters": 30}
 MODEL = Model(unet_flops=600, vae_flops=100, text_flops=0, batch=2, accumulate=3, **SHARED)
 RUN = Options(pictures=4800, gpus=4, bandwidth=1e-3, storage=1.0, price=3.0, size=64)
@@ -40,16 +38,16 @@ def test_stable_diffusion_has_its_published_size():
 
 def test_time_is_work_over_rate_and_cost_is_time_of_all_gpus():
     rows = plan.projection(MODEL, RUN, 1200.0)
-    assert rows["FLOP in all"] == f"{4800 * 700:.3g}" and rows["encoding the cache"] == "100.0 s"
-    assert rows["a step"] == "3.0 s" and rows["pictures/s"] == "8"
+    assert rows["FLOP in all"] == f"{4800 * 700:.3g}" and rows["encoding the cache"] == "1.67 minutes"
+    assert rows["a step"] == "3 s" and rows["pictures/s"] == "8"
     assert rows["of it not hidden behind computing"] == "none" and rows["what takes longest"] == "computing"
-    assert rows["training"] == "10.0 minutes" and rows["read from storage"] == "9.06 KB/s"
+    assert rows["training"] == "10 minutes" and rows["read from storage"] == "9.06 KB/s"
     assert plan.all_reduce_bytes(1000, 8) == 2 * 7 / 8 * 4 * 1000
 
 
 def test_the_slowest_part_sets_the_pace():
     rows = plan.projection(MODEL, replace(RUN, bandwidth=30e-9), 1200.0)
-    assert rows["all-reduce of a step"] == "6.0 s" and rows["a step"] == "8.3 s"  # 2/3 s is hidden
+    assert rows["all-reduce of a step"] == "6 s" and rows["a step"] == "8.33 s"  # 2/3 s is hidden
     assert rows["what takes longest"] == "all-reduce"
     rows = plan.projection(MODEL, replace(RUN, storage=1e-7), 1200.0)
     assert rows["what takes longest"] == "storage" and rows["read from storage"] == "100 bytes/s"
@@ -63,18 +61,3 @@ def test_the_command_has_a_column_per_rate(capsys, monkeypatch):
     assert [cell.strip() for cell in rows["at TFLOP/s a GPU"] if cell.strip()] == ["0.01", "0.05"]
     slow, fast = (float(cell) for cell in rows["pictures/s"] if cell.strip())
     assert fast == pytest.approx(5 * slow, rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("--pictures 0", "--pictures 0 is not allowed; give more than 0"),
-        ("--size 100", "--size 100 is not possible: 'configs/sd15' takes multiples of 64 px"),
-        ("--utilization 30,x", "--utilization is '30,x'"),
-        ("--rate nan", "--rate nan is not allowed"),
-        ("--family nowhere", "config file 'nowhere/autoencoder.toml' does not exist"),
-    ],
-)
-def test_wrong_options_are_refused(capsys, monkeypatch, line, message):
-    code, out, err = in_process(capsys, monkeypatch, "plan_training.py", *line.split(), cwd=ROOT)
-    assert code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1 and message in err

@@ -21,13 +21,16 @@ def test_runs_share_a_plot_per_number(tmp_path, capsys, monkeypatch):
     assert code == 0 and "2 plots in new/c.html: loss, val/loss" in out, err
     page = (tmp_path / "new/c.html").read_text()
     assert ">a<" in page and ">b<" in page and "src=" not in page and "<link" not in page
-    assert plot.curves(tmp_path / "a/metrics.jsonl")["loss"] == [(10, 4.0), (20, 2.0), (30, 1.0)]
+    assert plot.curves(tmp_path / "a/metrics.jsonl")["loss"][""] == [(10, 4.0), (20, 2.0), (30, 1.0)]
 
 
 def test_an_evaluation_is_drawn_over_guidance():
     curves = plot.curves(RESULTS / "evaluation.json")
-    assert [x for x, _ in curves["Frechet distance"]] == [1, 2, 3, 5, 8]
-    assert [round(y, 1) for _, y in curves["Right caption found first, %"]] == [53.8, 61.5, 64.0, 62.1, 56.2]
+    assert [x for x, _ in curves["Frechet distance"]["samples"]] == [1, 2, 3, 5, 8]
+    hits = curves["Right caption found first, %"]
+    assert [round(y, 1) for _, y in hits["samples"]] == [53.8, 61.5, 64.0, 62.1, 56.2]
+    (first, y), (last, same) = hits["real held-out"]
+    assert (first, last) == (1, 8) and y == same > 64
 
 
 def test_the_model_cards_curves_and_tables(capsys, monkeypatch, tmp_path):

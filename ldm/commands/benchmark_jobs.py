@@ -1,12 +1,12 @@
 """The work of both sides of the benchmark. Diffusers gets its default attention and the faster memory layout."""
 
+import io
 import itertools
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,71 +16,50 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm import losses
-from ldm.clip import CLIP, TextConfig, TextEncoder, VisionConfig
+from ldm.clip import CLIP
 from ldm.data import DataConfig, open_dataset, stack_images
-from ldm.diffusion import Schedule, ScheduleConfig
-from ldm.metrics.features import feature_extractor
-from ldm.model_io import find_root, read_json
+from ldm.metrics.judges import JUDGES
+from ldm.model_io import ASSETS, find_root, read_json
 from ldm.pipeline import Pipeline
-from ldm.pipeline_io import Parts, save_parts
-from ldm.tokenizer import Tokenizer
-from ldm.unet import UNet, UNetConfig
-from ldm.vae import VAE, VAEConfig
+from ldm.unet import UNet
+from ldm.vae import VAE
 
 PROMPTS = ("a red circle above a blue square", "a green star", "a 3D emoji of a red apple", "a flat emoji of a dog")
-KL, LR = 1e-4, 1e-4  # of training steps
 Run = Callable[[], Any]  # one run; returns tensors by name, or PIL images
 
 
-class Setting(NamedTuple):
-    """What a job is built for; all jobs of one benchmark share the folder `home`."""
+class Side(NamedTuple):
+    """Whose code runs, and where."""
 
     ours: bool
-    params: dict[str, Any]
     device: torch.device
-    home: Path
 
 
-def build(side: str, job: str, params: dict[str, Any], threads: int, device: str, home: str) -> Run:
+def build(ours: bool, job: str, params: dict[str, Any], threads: int, device: str) -> Run:
     """The job of that name, ready to run."""
     torch.set_num_threads(threads)
-    return globals()[job](Setting(side == "ldm", params, torch.device(device), Path(home)))
+    return globals()[job](Side(ours, torch.device(device)), **params)
 
 
-def serve(pipe: Any, run: Run) -> None:
-    """Sends the seconds of a first run; then runs as often as asked and sends the seconds per run; on 0 sends the
-    outputs and the peak bytes."""
-    pipe.send(timed(run))
-    result = None
-    for repeats in iter(pipe.recv, 0):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            result = run()
-        synchronize()
-        pipe.send((time.perf_counter() - start) / repeats)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    pipe.send((arrays(result), torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak))
-
-
-def arrays(result: Any) -> dict[str, np.ndarray]:
-    """Tensors by name, or PIL images, as arrays."""
-    if isinstance(result, list):
-        return {"pictures": np.stack([np.asarray(image.convert("RGB"), dtype=float) for image in result])}
-    return {name: value.detach().double().cpu().numpy() for name, value in (result or {}).items()}
-
-
-def timed(run: Run) -> float:
-    """Seconds of one run."""
+def timed(run: Run, repeats: int = 1) -> float:
+    """Seconds per run."""
     start = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def synchronize() -> None:
-    """Waits for the GPU, where one is in use."""
+    for _ in range(repeats):
+        run()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def outcome(run: Run) -> tuple[dict[str, np.ndarray], int]:
+    """The outputs of one more run as arrays, and the peak bytes so far."""
+    result = run()
+    if isinstance(result, list):
+        arrays = {"pictures": np.stack([np.asarray(image.convert("RGB"), dtype=float) for image in result])}
+    else:
+        arrays = {name: value.detach().double().cpu().numpy() for name, value in (result or {}).items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return arrays, torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak
 
 
 def fastest_layout(model: nn.Module, run: Run) -> None:
@@ -95,131 +74,92 @@ def fastest_layout(model: nn.Module, run: Run) -> None:
 # --- models and inputs, the same for both sides
 
 
-def folder(s: Setting) -> Path:
-    """A shipped model, or `sd-W`: Stable Diffusion 1.5's shape with widths W, 2W, 3W, 3W and random weights."""
-    if not s.params["model"].startswith("sd-"):
-        return find_root(s.params["model"])
-    path, width = s.home / s.params["model"], int(s.params["model"].removeprefix("sd-"))
-    if not path.exists():
-        tokenizer = Tokenizer.train(PROMPTS, 560, 77)
-        ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        sizes = {"hidden_size": 64, "intermediate_size": 256, "projection_dim": 64}
-        text = TextConfig(vocab_size=len(tokenizer), num_hidden_layers=2, num_attention_heads=4, **sizes, **ends)
-        widths = (width, 2 * width, 3 * width, 3 * width)
-        unet = UNetConfig(block_out_channels=widths, cross_attention_dim=64, sample_size=16)
-        vae = VAE(VAEConfig(block_out_channels=(32, 64, 96, 96), sample_size=128))
-        schedule = ScheduleConfig(sampler="ddim", prediction_type="v_prediction", timestep_spacing="trailing")
-        models = (randomize(vae), randomize(TextEncoder(text)), tokenizer, randomize(UNet(unet)))
-        save_parts(path, Parts(*models, Schedule(schedule)))
-    return path
-
-
-def randomize(model: nn.Module) -> nn.Module:
-    """Draws every parameter anew such that activations keep their size: an error anywhere shows at the end."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            draw = torch.randn(p.shape, generator=generator)
-            p.copy_(draw * p[0].numel() ** -0.5 if p.ndim > 1 else 0.1 * draw + name.endswith("weight"))
-    return model
-
-
-def normal(s: Setting, *shape: int, seed: int = 0) -> Tensor:
+def normal(s: Side, *shape: int, seed: int = 0) -> Tensor:
     """Standard normals that depend on the seed alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(s.device)
 
 
-def pictures(s: Setting, size: int) -> Tensor:
+def pictures(s: Side, batch: int, size: int) -> Tensor:
     """Smooth pictures (B, 3, size, size) in [-1, 1]."""
-    small = normal(s, s.params["batch"], 3, size // 8, size // 8)
+    small = normal(s, batch, 3, size // 8, size // 8)
     return F.interpolate(small, size=(size, size), mode="bilinear").tanh()
 
 
-def unet_inputs(s: Setting, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """z_t (B, C, s, s), t (B,) and context (B, L, D)."""
-    config, side = read_json(folder(s) / "unet" / "config.json"), s.params["side"]
-    length = read_json(folder(s) / "text_encoder" / "config.json")["max_position_embeddings"]
-    context = normal(s, batch, length, config["cross_attention_dim"], seed=1)
-    t = torch.arange(batch, device=s.device) * 999 // max(batch - 1, 1)
-    return normal(s, batch, config["in_channels"], side, side), t, context
-
-
-def open_model(s: Setting, part: str) -> nn.Module:
-    """The U-Net or the VAE of the side."""
+def open_model(s: Side, model: str, part: str) -> nn.Module:
+    """The U-Net or the VAE of a shipped model."""
     if s.ours:
-        return (UNet if part == "unet" else VAE).from_pretrained(folder(s) / part).to(s.device)
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+        classes = {"unet": UNet, "vae": VAE}
+    else:
+        from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    cls = UNet2DConditionModel if part == "unet" else AutoencoderKL
-    return cls.from_pretrained(folder(s) / part).to(s.device)
+        classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    return classes[part].from_pretrained(find_root(model) / part).to(s.device)
+
+
+def open_unet(s: Side, model: str, size: int, batch: int) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """The U-Net, and a function that returns its prediction on fixed inputs."""
+    unet, root = open_model(s, model, "unet"), find_root(model)
+    side = size // 2 ** (len(read_json(root / "vae" / "config.json")["block_out_channels"]) - 1)
+    length = read_json(root / "text_encoder" / "config.json")["max_position_embeddings"]
+    z_t = normal(s, batch, unet.config.in_channels, side, side)
+    context = normal(s, batch, length, unet.config.cross_attention_dim, seed=1)
+    t = torch.arange(batch, device=s.device) * 999 // max(batch - 1, 1)
+    return unet, lambda: unet(z_t, t, context) if s.ours else unet(z_t, t, context).sample
 
 
 # --- inference
 
 
-def ready(s: Setting, model: nn.Module, part: nn.Module, run: Run) -> Run:
-    """`run` in inference mode, with the model in its faster layout, its `part` compiled if asked for."""
+def ready(model: nn.Module, parts: list[nn.Module], run: Run) -> Run:
+    """`run` in inference mode, with the model in its faster layout and `parts` of it compiled."""
     run = torch.inference_mode()(run)
     model.eval().requires_grad_(False)
     fastest_layout(model, run)
-    if s.params.get("compile"):
+    for part in parts:
         part.compile()
     return run
 
 
-def unet(s: Setting) -> Run:
+def unet(s: Side, model: str, size: int, batch: int, compile: bool = False) -> Run:
     """A pass of the U-Net with guidance: twice the batch."""
-    model, (z_t, t, context) = open_model(s, "unet"), unet_inputs(s, 2 * s.params["batch"])
-    if s.ours:
-        return ready(s, model, model, lambda: {"prediction": model(z_t, t, context)})
-    return ready(s, model, model, lambda: {"prediction": model(z_t, t, context).sample})
+    network, predict = open_unet(s, model, size, 2 * batch)
+    return ready(network, [network] * compile, lambda: {"prediction": predict()})
 
 
-def vae_encode(s: Setting) -> Run:
-    """Pictures to moments."""
-    model, x = open_model(s, "vae"), pictures(s, s.params["size"])
+def vae(s: Side, model: str, size: int, batch: int, compile: bool = False) -> Run:
+    """Pictures to moments, and their mean to pictures."""
+    network, x = open_model(s, model, "vae"), pictures(s, batch, size)
 
     def run() -> dict[str, Tensor]:
-        posterior = model.encode(x) if s.ours else model.encode(x).latent_dist
-        return {"mean": posterior.mean, "std": posterior.std}
+        posterior = network.encode(x) if s.ours else network.encode(x).latent_dist
+        decoded = network.decode_raw(posterior.mean) if s.ours else network.decode(posterior.mean).sample
+        return {"mean": posterior.mean, "std": posterior.std, "x": decoded}
 
-    return ready(s, model, model.encoder, run)
-
-
-def vae_decode(s: Setting) -> Run:
-    """Raw latents to pictures."""
-    model = open_model(s, "vae")
-    side = s.params["size"] // 2 ** (len(model.config.block_out_channels) - 1)
-    z = normal(s, s.params["batch"], model.config.latent_channels, side, side)
-    return ready(s, model, model.decoder, lambda: {"x": model.decode_raw(z) if s.ours else model.decode(z).sample})
+    return ready(network, [network.encoder, network.decoder] * compile, run)
 
 
-def sampling(s: Setting) -> Run:
-    """Prompts to pictures by DDIM with guidance 5."""
-    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(s.params["batch"])]
+def sampling(s: Side, model: str, size: int, batch: int, compile: bool = False) -> Run:
+    """Prompts to pictures by 25 steps of DDIM with guidance 5."""
+    prompts, shape = [PROMPTS[i % len(PROMPTS)] for i in range(batch)], {"height": size, "width": size}
     if s.ours:
-        pipe = Pipeline.from_pretrained(folder(s), s.device)
-        if s.params.get("compile"):
+        pipe = Pipeline.from_pretrained(model, s.device)
+        if compile:
             pipe.compile()
-        side = s.params["side"] * pipe.vae.factor
-        fixed = {"guidance": 5.0, "sampler": "ddim", "seed": 0, "height": side, "width": side}
-        return lambda: pipe(prompts, steps=25, **fixed)
+        return lambda: pipe(prompts, steps=25, guidance=5.0, sampler="ddim", seed=0, **shape)
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     unsafe = {"safety_checker": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline.from_pretrained(folder(s), **unsafe).to(s.device)
+    pipe = StableDiffusionPipeline.from_pretrained(find_root(model), **unsafe).to(s.device)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    side = s.params["side"] * pipe.vae_scale_factor
 
     def run(steps: int = 25) -> list[Image.Image]:
-        noise = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        options = {"num_inference_steps": steps, "guidance_scale": 5.0, "height": side, "width": side}
-        return pipe(prompts, generator=noise, **options).images
+        noise = [torch.Generator().manual_seed(i) for i in range(batch)]
+        return pipe(prompts, generator=noise, num_inference_steps=steps, guidance_scale=5.0, **shape).images
 
-    for model in (pipe.unet, pipe.vae):
-        fastest_layout(model, lambda: run(2))
-    if s.params.get("compile"):
+    for part in (pipe.unet, pipe.vae):
+        fastest_layout(part, lambda: run(2))
+    if compile:
         pipe.unet.compile()
         pipe.vae.decoder.compile()
     return run
@@ -229,7 +169,7 @@ def sampling(s: Setting) -> Run:
 
 
 def training(model: nn.Module, loss: Callable[[], Tensor]) -> Run:
-    """A step: forward, backward, clipping, AdamW, average. Returns the first loss and gradient."""
+    """A step: forward, backward, clipping, AdamW, average. Returns the first loss and gradient norm."""
     model.train()
 
     def backward() -> None:
@@ -237,17 +177,16 @@ def training(model: nn.Module, loss: Callable[[], Tensor]) -> Run:
         model.zero_grad()
 
     fastest_layout(model, backward)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn())
     first: dict[str, Tensor] = {}
 
     def step() -> dict[str, Tensor]:
         value = loss()
         value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not first:
-            gradients = {name: p.grad.flatten() for name, p in model.named_parameters() if p.grad is not None}
-            first.update(loss=value.detach(), gradient=torch.cat([gradients[name] for name in sorted(gradients)]))
+            first.update(loss=value.detach(), norm=norm)
         optimizer.step()
         optimizer.zero_grad()
         average.update_parameters(model)
@@ -256,85 +195,65 @@ def training(model: nn.Module, loss: Callable[[], Tensor]) -> Run:
     return step
 
 
-def train_unet(s: Setting) -> Run:
+def train_unet(s: Side, model: str, size: int, batch: int) -> Run:
     """The squared error of the prediction."""
-    model, (z_t, t, context) = open_model(s, "unet"), unet_inputs(s, s.params["batch"])
-    target = normal(s, *z_t.shape, seed=2)
-    if s.ours:
-        return training(model, lambda: losses.diffusion(model(z_t, t, context), target))
-    return training(model, lambda: F.mse_loss(model(z_t, t, context).sample, target))
-
-
-def train_vae(s: Setting) -> Run:
-    """Absolute error through a sample of the latent, and KL."""
-    model, x = open_model(s, "vae"), pictures(s, s.params["size"])
+    network, predict = open_unet(s, model, size, batch)
 
     def loss() -> Tensor:
-        posterior = model.encode(x) if s.ours else model.encode(x).latent_dist
-        z = posterior.mean + posterior.std * normal(s, *posterior.mean.shape, seed=2)
-        decoded = model.decode_raw(z) if s.ours else model.decode(z).sample
-        kl = losses.kl(posterior.mean, posterior.logvar) if s.ours else posterior.kl().sum() / posterior.mean.numel()
-        return F.l1_loss(decoded, x) + KL * kl
+        prediction = predict()
+        return (losses.diffusion if s.ours else F.mse_loss)(prediction, torch.zeros_like(prediction))
 
-    return training(model, loss)
+    return training(network, loss)
 
 
-def train_clip(s: Setting) -> Run:
-    """The contrastive loss of two towers of the emoji model's sizes."""
-    path = s.home / "clip"
-    if not path.exists():
-        sizes = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 6, "projection_dim": 192}
-        ends = {"bos_token_id": 2046, "eos_token_id": 2047, "pad_token_id": 2047}
-        text = TextConfig(vocab_size=2048, num_hidden_layers=4, max_position_embeddings=32, **sizes, **ends)
-        CLIP(text, VisionConfig(image_size=64, patch_size=8, num_hidden_layers=4, **sizes)).save_pretrained(path)
-    x = pictures(s, 64)
-    tokens = torch.randint(0, 2040, (len(x), 32), generator=torch.Generator().manual_seed(0)).to(s.device)
-    tokens[:, 0], tokens[:, 20:] = 2046, 2047
+def train_clip(s: Side) -> Run:
+    """The contrastive loss of the emoji judge's two towers."""
     if s.ours:
-        model = CLIP.from_pretrained(path).to(s.device)
-        return training(model, lambda: losses.contrastive(*model(x, tokens)[:3]))
-    from transformers import CLIPModel
+        model = CLIP.from_pretrained(JUDGES / "emoji").to(s.device)
+    else:
+        from transformers import CLIPModel
 
-    model = CLIPModel.from_pretrained(path, attn_implementation="sdpa").to(s.device)
+        model = CLIPModel.from_pretrained(JUDGES / "emoji", attn_implementation="sdpa").to(s.device)
+    text, x = read_json(JUDGES / "emoji" / "config.json")["text_config"], pictures(s, 32, 64)
+    length, bos, eos = text["max_position_embeddings"], text["bos_token_id"], text["eos_token_id"]
+    tokens = (torch.arange(32 * length).view(32, length) * 31 % bos).to(s.device)
+    tokens[:, 0], tokens[:, 20:] = bos, eos
+    if s.ours:
+        return training(model, lambda: losses.contrastive(*model(x, tokens)[:3]))
     return training(model, lambda: model(input_ids=tokens, pixel_values=x, return_loss=True).loss)
 
 
-# --- whole programs, our data sets, the features of evaluations
+# --- whole programs, our data sets
 
 
-OURS = "pipe('a red apple', steps=25, sampler='ddim')[0]"
-THEIRS = "pipe('a red apple', num_inference_steps=25, guidance_scale=5.0, generator=torch.manual_seed(0)).images[0]"
+OURS = """from ldm import Pipeline
+pipe = Pipeline.from_pretrained('emoji')
+pipe('a red apple', steps=25, sampler='ddim')[0].save(sys.stdout.buffer, 'PNG')"""
+THEIRS = f"""from diffusers import StableDiffusionPipeline
+options = dict(safety_checker=None, requires_safety_checker=False)
+pipe = StableDiffusionPipeline.from_pretrained({str(ASSETS / "emoji")!r}, **options)
+generator = torch.manual_seed(0)
+image = pipe('a red apple', num_inference_steps=25, guidance_scale=5.0, generator=generator).images[0]
+image.save(sys.stdout.buffer, 'PNG')"""
 
 
-def program(s: Setting) -> Run:
-    """A new Python process that imports a pipeline, and makes one picture if `draws`."""
-    module, name = ("ldm", "Pipeline") if s.ours else ("diffusers", "StableDiffusionPipeline")
-    code, out = f"import torch; from {module} import {name}", s.home / f"{module}.png"
-    if s.params.get("draws"):
-        unsafe = "" if s.ours else ", safety_checker=None, requires_safety_checker=False"
-        code += f"; pipe = {name}.from_pretrained({str(find_root('emoji'))!r}{unsafe})"
-        code += f"; {OURS if s.ours else THEIRS}.save({str(out)!r})"
+def program(s: Side) -> Run:
+    """A new Python process that imports a pipeline and makes one picture."""
+    code = f"import sys, torch\n{OURS if s.ours else THEIRS}"
 
-    def run() -> list[Image.Image] | None:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    def run() -> list[Image.Image]:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True)
         if done.returncode:
-            raise RuntimeError(done.stderr.splitlines()[-1])
-        return [Image.open(out)] if out.exists() else None
+            raise RuntimeError(done.stderr.decode().splitlines()[-1])
+        return [Image.open(io.BytesIO(done.stdout))]
 
     return run
 
 
-def data(s: Setting) -> Run:
+def data(s: Side, name: str, workers: int) -> Run:
     """Eight batches from a loader that is already running."""
-    size = {"shapes": 32, "emoji": 64}[s.params["name"]]
-    dataset = open_dataset(DataConfig(name=s.params["name"], size=size), "train")
-    workers = {"num_workers": s.params["workers"], "persistent_workers": s.params["workers"] > 0}
-    loader = torch.utils.data.DataLoader(dataset, 32, collate_fn=stack_images, **workers)
+    dataset = open_dataset(DataConfig(name=name, size={"shapes": 32, "emoji": 64}[name]), "train")
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": stack_images}
+    loader = torch.utils.data.DataLoader(dataset, 32, **options)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     return lambda: [next(batches) for _ in range(8)] and None
-
-
-def features(s: Setting) -> Run:
-    """The features of a batch of pictures, resizing included."""
-    extractor, x = feature_extractor("effnet-lite0").to(s.device), pictures(s, 64)
-    return lambda: {"features": extractor(x)}

@@ -27,10 +27,10 @@ class Options:
     """Options of `ldm compare`."""
 
     folder: str = positional()  # a Stable Diffusion folder, a run folder or a shipped model
-    prompt: tuple[str, ...] = ()  # may be repeated; default: two built-in prompts
-    steps: int = 10
-    guidance: tuple[float, ...] = (1, 7.5)  # each 1 or more
-    seed: int = 0  # picture i has seed + i
+    prompt: tuple[str, ...] = ()  # prompt to compare; may be repeated; default: two built-in ones
+    steps: int = 10  # denoising steps
+    guidance: tuple[float, ...] = (1, 7.5)  # scales of classifier-free guidance, each 1 or more
+    seed: int = 0  # picture i is made with seed + i
 
 
 def main() -> None:

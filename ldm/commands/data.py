@@ -14,9 +14,9 @@ from ldm.commands.cli import positional, read_options
 class Options:
     """Options of `ldm data`."""
 
-    command: Literal["emoji"] = positional()  # the data set: emoji
+    command: Literal["emoji"] = positional()  # data set to build: emoji
     out: Path  # folder for the shards
-    size: int = 64  # side in pixels, 64 or 128
+    size: int = 64  # picture side in pixels: 64 or 128
     packages: Path | None = None  # folder with the two .tgz files of `npm pack`; npm downloads them otherwise
     compact: bool = False  # round colours and gzip the shards, as in the shipped copy
 

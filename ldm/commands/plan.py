@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 NODE = 8  # GPUs that NVLink connects
 STATE_BYTES = 4 + 4 + 8 + 4  # per parameter: float32 weight, gradient, AdamW's two moments, average
 GRADIENT_BYTES = 4  # DDP sums float32 gradients, also under bf16 autocast
-WARM_UP, PRODUCT = 2, 2048  # steps not timed; rows of the matrix product for comparison
+WARM_UP = 2  # steps that are not timed
 POSITIVE = ("pictures", "epochs", "size", "gpus", "peak", "storage", "caption_bytes", "rate", "bandwidth")
-UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "bytes"))
 NOT_NEGATIVE = ("price", "picture_bytes", "measure", "batch", "accumulate")
+BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "bytes"))
+SECONDS = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "s"), (1e-3, "ms"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +36,21 @@ class Options:
     """Options of `ldm plan`."""
 
     family: Path = Path("configs/sd15")  # folder with autoencoder.toml, clip.toml and diffusion.toml
-    pictures: float = 100e6  # in the data set
-    epochs: float = 1.0  # times each picture is seen
-    size: int = 256  # pixels per side
+    pictures: float = 100e6  # number of pictures in the data set
+    epochs: float = 1.0  # passes over the data set
+    size: int = 256  # picture side in pixels
     gpus: int = 8  # number of GPUs
-    peak: float = 989.0  # TFLOP/s per GPU; the default is an H100 SXM in bf16
-    utilization: tuple[float, ...] = (25, 35, 45)  # percent of --peak, with commas
-    rate: float | None = None  # measured TFLOP/s per GPU, instead of --peak and --utilization
-    price: float = 2.5  # per GPU hour
+    peak: float = 989.0  # peak TFLOP/s per GPU, here of an H100 SXM in bf16
+    utilization: tuple[float, ...] = (25, 35, 45)  # percentages of --peak to project, separated by commas
+    rate: float | None = None  # measured TFLOP/s per GPU, replaces --peak and --utilization
+    price: float = 2.5  # price of a GPU hour
     bandwidth: float | None = None  # GB/s per GPU of an all-reduce; default: 300 (NVLink) for up to 8 GPUs, else 50
-    storage: float = 10.0  # GB/s for all GPUs together
-    caption_bytes: int = 100  # of key and captions, per picture
-    picture_bytes: int = 0  # per file; 0: a quarter byte per pixel
-    no_cache: bool = False  # encode pictures in every step
-    measure: int = 0  # take N training steps on this machine instead
-    batch: int = 0  # per GPU and micro-batch; 0: the config's
+    storage: float = 10.0  # GB/s that storage delivers to all GPUs together
+    caption_bytes: int = 100  # bytes of key and captions per picture
+    picture_bytes: int = 0  # bytes per picture file; 0: a quarter byte per pixel
+    no_cache: bool = False  # encode pictures in every step instead of caching latents
+    measure: int = 0  # run N training steps on this machine and print their rate
+    batch: int = 0  # pictures per GPU and micro-batch; 0: the config's
     accumulate: int = 0  # micro-batches per step; 0: the config's
 
 
@@ -152,16 +153,16 @@ def count_flops(run: Callable[[], object]) -> int:
 def facts(model: Model, o: Options) -> dict[str, str]:
     """The rows that do not depend on a GPU's rate."""
     flops = " + ".join(f"{n / 1e12:.3g}" for n in (model.unet_flops, model.text_flops, model.vae_flops))
-    batch, state = model.batch * model.accumulate * o.gpus, bytes_text(STATE_BYTES * model.parameters)
+    batch, state = model.batch * model.accumulate * o.gpus, quantity(BYTES, STATE_BYTES * model.parameters)
     steps = f"{round(o.pictures) * o.epochs / batch:,.0f} steps"
-    cache = bytes_text(o.pictures * sample_bytes(model, replace(o, no_cache=False)))
+    cache = quantity(BYTES, o.pictures * sample_bytes(model, replace(o, no_cache=False)))
     return {
         "a picture: U-Net there and back, text, VAE encoder": f"{flops} TFLOP",
         "U-Net": f"{model.parameters / 1e6:,.0f}M parameters, {state} on each GPU",
         "batch": f"{batch:,} ({model.batch} x {model.accumulate} a GPU), {steps}",
-        "pictures on disk": bytes_text(o.pictures * sample_bytes(model, replace(o, no_cache=True))),
+        "pictures on disk": quantity(BYTES, o.pictures * sample_bytes(model, replace(o, no_cache=True))),
         "cache of latents on disk": "none" if o.no_cache else cache,
-        "all-reduce a step and GPU": bytes_text(all_reduce_bytes(model.parameters, o.gpus)),
+        "all-reduce a step and GPU": quantity(BYTES, all_reduce_bytes(model.parameters, o.gpus)),
     }
 
 
@@ -185,15 +186,15 @@ def projection(model: Model, o: Options, rate: float) -> dict[str, str]:
     hours = (encoding + training) * o.gpus / 3600
     return {
         "FLOP in all": f"{pictures * o.epochs * per_sample + encode_flops:.3g}",
-        "encoding the cache": time_text(encoding),
-        "training": time_text(training),
+        "encoding the cache": quantity(SECONDS, encoding),
+        "training": quantity(SECONDS, training),
         "GPU hours": f"{hours:,.0f}",
         "cost": f"{hours * o.price:,.0f}",
         "pictures/s": f"{per_second:,.0f}",
-        "a step": time_text(step),
-        "all-reduce of a step": time_text(reduce),
-        "of it not hidden behind computing": time_text(waited),
-        "read from storage": f"{bytes_text(per_second * sample_bytes(model, o))}/s",
+        "a step": quantity(SECONDS, step),
+        "all-reduce of a step": quantity(SECONDS, reduce),
+        "of it not hidden behind computing": quantity(SECONDS, waited),
+        "read from storage": f"{quantity(BYTES, per_second * sample_bytes(model, o))}/s",
         "what takes longest": max((compute, "computing"), (waited, "all-reduce"), (reading, "storage"))[1],
     }
 
@@ -212,7 +213,7 @@ def sample_bytes(model: Model, o: Options) -> int:
 
 
 def measured(model: Model, steps: int) -> str:
-    """Times `steps` training steps of the U-Net on random latents, after some to warm up, beside a matrix product."""
+    """Times `steps` training steps of the U-Net on random latents, after some to warm up."""
     import torch
 
     from ldm.commands.benchmark_jobs import timed, training
@@ -232,25 +233,15 @@ def measured(model: Model, steps: int) -> str:
 
     step = training(unet, loss)
     seconds = median([timed(step) for _ in range(WARM_UP + steps)][WARM_UP:])
-    a = torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16 if bf16 else None)
-    product = 2 * PRODUCT**3 / min(timed(lambda: a @ a) for _ in range(10))
-    rate, threads = model.batch * model.unet_flops / seconds, torch.get_num_threads()
+    per_second, threads = model.batch / seconds, torch.get_num_threads()
     return (
-        f"U-Net's training step, batch {model.batch}, {threads} threads: {time_text(seconds)}\n"
-        f"{model.batch / seconds:,.3g} pictures/s, {rate / 1e12:.3g} TFLOP/s (--rate)\n"
-        f"matrix product: {product / 1e12:.3g} TFLOP/s, of which the step has {rate / product:.0%}"
+        f"U-Net's training step, batch {model.batch}, {threads} threads: {quantity(SECONDS, seconds)}\n"
+        f"{per_second:,.3g} pictures/s, {per_second * model.unet_flops / 1e12:.3g} TFLOP/s (--rate)"
     )
 
 
-def bytes_text(count: float) -> str:
-    """1.6 TB."""
-    unit, name = next((unit, name) for unit, name in UNITS if count >= unit or unit == 1)
-    return f"{count / unit:,.3g} {name}" if count < 1000 * unit else f"{count / unit:,.0f} {name}"
-
-
-def time_text(seconds: float) -> str:
-    """3.8 hours; "none" for 0."""
-    for least, unit, name in ((2 * 86400, 86400, "days"), (7200, 3600, "hours"), (120, 60, "minutes"), (1, 1, "s")):
-        if seconds >= least:
-            return f"{seconds / unit:,.1f} {name}"
-    return f"{1000 * seconds:,.3g} ms" if seconds else "none"
+def quantity(units: tuple[tuple[float, str], ...], value: float) -> str:
+    """A value in the largest unit of which there is one or more: 1.6 TB, 3.8 hours; "none" for 0."""
+    size, unit = next((row for row in units if value >= row[0]), units[-1])
+    number = f"{value / size:,.0f}" if value >= 1000 * size else f"{value / size:.3g}"
+    return f"{number} {unit}" if value else "none"

@@ -11,8 +11,7 @@ from __future__ import annotations
 import io
 import json
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,23 @@ from ldm.commands.cli import positional, read_options
 from ldm.config import UserError
 
 RUN, EVALUATION = "metrics.jsonl", "metrics.json"
-GUIDED = (  # metrics of an evaluation at every guidance: name, title, factor
-    ("frechet_distance", "Frechet distance", 1),
-    ("image_to_text@1", "Right caption found first, %", 100),
-    ("clip_score_100", "CLIP score, 100 max(cos, 0)", 1),
-    ("precision", "Precision, %", 100),
-    ("recall", "Recall, %", 100),
-    ("compositional_score", "Exactly right, %", 100),
-)
+GUIDED = {  # metrics of an evaluation that depend on guidance: title -> name, factor
+    "Frechet distance": ("frechet_distance", 1),
+    "Right caption found first, %": ("image_to_text@1", 100),
+    "CLIP score, 100 max(cos, 0)": ("clip_score_100", 1),
+    "Precision, %": ("precision", 100),
+    "Recall, %": ("recall", 100),
+    "Exactly right, %": ("compositional_score", 100),
+}
+RESULTS = {  # plots of `ldm results`: title -> file, {line: number in the file}
+    "Decoder: PSNR on validation, dB": ("decoder.jsonl", {"": "val/psnr"}),
+    "Decoder: perceptual distance on validation": ("decoder.jsonl", {"": "val/perceptual"}),
+    "Text encoder: share found first on validation": (
+        "clip.jsonl",
+        {"caption of a picture": "val/image_to_text@1", "picture of a caption": "val/text_to_image@1"},
+    ),
+    "U-Net: loss": ("diffusion.jsonl", {"training": "unet_loss", "validation": "val/loss"}),
+}
 RECONSTRUCTED = (  # columns of an autoencoders' table: title, metric, factor, decimals
     ("PSNR in dB", "psnr_db", 1, 2),
     ("SSIM", "ssim", 1, 3),
@@ -36,7 +44,7 @@ RECONSTRUCTED = (  # columns of an autoencoders' table: title, metric, factor, d
     ("Frechet distance", "frechet_distance", 1, 1),
     ("kernel distance x 1000", "kernel_distance", 1000, 1),
 )
-RESULTS = """Draws and prints the results that a family of configs keeps.
+RESULTS_HELP = """Draws and prints the results that a family of configs keeps.
 
 ldm results --results configs/emoji/results --out .github/emoji-curves.svg
 
@@ -45,70 +53,48 @@ the model's evaluation, ablation/*.json and gan/*.json are those of autoencoders
 printed.
 """
 Record = dict[str, Any]
-Points = list[tuple[float, float]]
+Lines = dict[str, list[tuple[float, float]]]  # points (x, y) by the label of their line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of `ldm plot`."""
 
-    paths: tuple[Path, ...] = positional()  # of runs and evaluations
-    out: Path  # the page to write
+    paths: tuple[Path, ...] = positional()  # run and evaluation folders, or their metrics files
+    out: Path  # HTML page to write
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultsOptions:
     """Options of `ldm results`."""
 
-    results: Path  # folder, e.g. configs/emoji/results
-    out: Path  # the SVG to write
-
-
-@dataclass(kw_only=True)
-class Panel:
-    """One plot: points by line, and horizontal reference levels."""
-
-    title: str
-    x: str
-    lines: dict[str, Points] = field(default_factory=dict)
-    levels: dict[str, float] = field(default_factory=dict)
+    results: Path  # folder of results, e.g. configs/emoji/results
+    out: Path  # SVG file to write
 
 
 def main() -> None:
     """Writes the page and prints the titles of its plots."""
     options = read_options(Options, __doc__)
-    panels: dict[str, Panel] = {}
+    plots: dict[str, Lines] = defaultdict(dict)
     for path in map(metrics_file, options.paths):
         name = path.parent.name if path.name in (RUN, EVALUATION) else path.stem
-        x = "step" if path.suffix == ".jsonl" else "guidance"
-        for title, points in curves(path).items():
-            panels.setdefault(title, Panel(title=title, x=x)).lines[name] = points
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Curves</title>{draw(list(panels.values()))}</html>"
-    write(options.out, page)
-    print(f"{len(panels)} plots in {options.out}: {', '.join(panels)}")
+        for title, lines in curves(path).items():
+            plots[title] |= {f"{name} {label}".strip(): points for label, points in lines.items()}
+    write(options.out, f"<!doctype html><html lang=en><meta charset=utf-8><title>Curves</title>{draw(plots)}</html>")
+    print(f"{len(plots)} plots in {options.out}: {', '.join(plots)}")
 
 
 def results() -> None:
     """Writes the curves of three runs and over guidance; prints the autoencoders' tables."""
-    options = read_options(ResultsOptions, RESULTS)
-    decoder, clip, diffusion = (curves(options.results / f"{name}.jsonl") for name in ("decoder", "clip", "diffusion"))
-    evaluation = options.results / "evaluation.json"
-    sides = {"caption of a picture": "val/image_to_text@1", "picture of a caption": "val/text_to_image@1"}
-    found = {name: [(x, 100 * y) for x, y in clip[key]] for name, key in sides.items()}
-    losses = {"training": diffusion["unet_loss"], "validation": diffusion["val/loss"]}
-    panels = [
-        Panel(title="Decoder: PSNR on validation, dB", x="step", lines={"": decoder["val/psnr"]}),
-        Panel(title="Decoder: perceptual distance on validation", x="step", lines={"": decoder["val/perceptual"]}),
-        Panel(title="Text encoder: found first on validation, %", x="step", lines=found),
-        Panel(title="U-Net: loss", x="step", lines=losses),
-    ]
-    guided = curves(evaluation)
-    for (metric, title, factor), of in zip(GUIDED[1::-1], ("real held-out", "real train"), strict=True):
-        real = [factor * r["value"] for r in read(evaluation) if (r["metric"], r["of"]) == (metric, of)]
-        levels = {of: real[0]} if real else {}
-        panels.append(Panel(title=title, x="guidance", lines={"samples": guided[title]}, levels=levels))
+    options = read_options(ResultsOptions, RESULTS_HELP)
+    plots: dict[str, Lines] = {}
+    for title, (file, lines) in RESULTS.items():
+        logged = curves(options.results / file)
+        plots[title] = {label: logged[key][""] for label, key in lines.items() if key in logged}
+    guided = curves(options.results / "evaluation.json")
+    plots |= {title: guided[title] for title in ("Right caption found first, %", "Frechet distance") if title in guided}
     tables = [table(options.results / name) for name in ("ablation", "gan")]
-    write(options.out, draw(panels))
+    write(options.out, draw(plots))
     print(*(f"{text}\n" for text in tables if text), sep="\n", end="")
     print(f"curves in {options.out}")
 
@@ -137,48 +123,45 @@ def read(path: Path) -> list[Record]:
     return records
 
 
-def curves(path: Path) -> dict[str, Points]:
-    """By title, every number of a run over the steps or the GUIDED metrics of an evaluation over guidance; other titles
-    are empty."""
-    points: dict[str, Points] = defaultdict(list)
+def curves(path: Path) -> dict[str, Lines]:
+    """By title, every number of a run over the steps, as the line ""; or the GUIDED metrics of an evaluation over
+    guidance, those of real pictures as level lines."""
+    plots: dict[str, Lines] = defaultdict(lambda: defaultdict(list))
     records = read(path)
     if path.suffix == ".jsonl":
         for line in records:
-            for key, value in line.items():
-                points[key].append((line["step"], value))
-        del points["step"]
-        return points
-    for metric, title, factor in GUIDED:
-        for record in records:
-            if record["metric"] == metric and record["of"] == "samples" and record["value"] is not None:
-                value = record["value"]
-                value = value["mean"]["all"] if isinstance(value, dict) else value
-                points[title].append((record["guidance"], factor * value))
-        if title in points:
-            points[title].sort()
-    return points
+            for key in line.keys() - {"step"}:
+                plots[key][""].append((line["step"], line[key]))
+        return plots
+    for title, (metric, factor) in GUIDED.items():
+        values = [(r, r["value"]) for r in records if r["metric"] == metric and r["value"] is not None]
+        values = [(r, factor * (v["mean"]["all"] if isinstance(v, dict) else v)) for r, v in values]
+        samples = sorted((r["guidance"], value) for r, value in values if r["of"] == "samples")
+        if samples:
+            levels = {r["of"]: value for r, value in values if r["of"] in ("real held-out", "real train")}
+            ends = (samples[0][0], samples[-1][0])
+            plots[title] = {"samples": samples} | {of: [(x, value) for x in ends] for of, value in levels.items()}
+    return plots
 
 
-def draw(panels: Sequence[Panel]) -> str:
-    """All panels, two in a row, as one SVG."""
+def draw(plots: dict[str, Lines]) -> str:
+    """All plots, two in a row, as one SVG."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("plots need matplotlib: pip install -e '.[evaluate]'") from None
 
-    rows = -(-len(panels) // 2)
+    rows = -(-len(plots) // 2)
     figure = Figure(figsize=(10, 3.4 * rows), layout="constrained")
-    for panel, axes in zip(panels, figure.subplots(rows, 2, squeeze=False).flat, strict=False):
-        for name, points in panel.lines.items():
-            axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 16 else "", markersize=3, label=name)
-        for name, value in panel.levels.items():
-            axes.axhline(value, linestyle="--", color="gray", label=name)
-        axes.set(title=panel.title, xlabel=panel.x)
+    for (title, lines), axes in zip(plots.items(), figure.subplots(rows, 2, squeeze=False).flat, strict=False):
+        for label, points in lines.items():
+            axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 16 else "", markersize=3, label=label)
+        axes.set(title=title, xlabel="guidance" if title in GUIDED else "step")
         axes.grid(alpha=0.3)
-        if len(panel.lines) + len(panel.levels) > 1:
+        if any(lines):
             axes.legend()
-    for axes in figure.axes[len(panels) :]:
+    for axes in figure.axes[len(plots) :]:
         axes.set_axis_off()
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ldm"}):

@@ -2,8 +2,8 @@
 
 ldm sample --model emoji --prompt "a 3D emoji of a red apple" --out outputs
 
---image begins with a picture, and --mask redraws only its white part. --interpolate N makes N pictures from the first
-of two prompts (and --seed) to the second (and --seed-to), and an animated GIF of them.
+--image starts from a picture, and --mask redraws only the white part of it. --interpolate N makes N pictures from the
+first of two prompts (and --seed) to the second (and --seed-to), and an animated GIF of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import Pipeline
 
-Metadata = dict[str, Any]  # the text chunks of a PNG
 PASSED = ("negative_prompt", "steps", "guidance", "guidance_rescale", "sampler", "seed", "strength", "resample")
 PASSED += ("height", "width", "batch_size")  # to the pipeline, under the same names
 RECORDED = ("negative_prompt", "steps", "guidance", "guidance_rescale", "model")  # in every PNG
@@ -32,29 +31,27 @@ class Options:
     """Options of `ldm sample`."""
 
     model: str  # a shipped model, a run folder or a Stable Diffusion folder
-    prompt: tuple[str, ...] = ()  # may be repeated
+    prompt: tuple[str, ...] = ()  # text to make a picture of; may be repeated
     prompts: Path | None = None  # text file with one prompt per line, instead of --prompt
     out: Path  # folder for the PNGs and grid.png
     steps: int = 30  # denoising steps
     guidance: float = 5.0  # scale of classifier-free guidance; 1 is none
-    guidance_rescale: float = 0.0  # in [0, 1]: against overexposure at high guidance
+    guidance_rescale: float = 0.0  # 0 to 1: reduces overexposure at high guidance
     sampler: str | None = None  # ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc or pndm; default: the model's own
-    seed: int = 0  # picture i has seed + i
-    negative_prompt: str = ""  # what guidance leads away from
-    image: Path | None = None  # picture to begin with: its centre square, resized
-    mask: Path | None = None  # with --image: white (or transparent) is redrawn, black stays
-    resample: int = 1  # with --mask: model calls per step; 2 fits the kept part better
-    strength: float = 0.8  # with --image, in (0, 1]: how much is redrawn
-    interpolate: int | None = (
-        None  # number of pictures from the first prompt to the second, 2 or more; not with ddpm or euler_a
-    )
+    seed: int = 0  # picture i is made with seed + i
+    negative_prompt: str = ""  # text that guidance leads away from
+    image: Path | None = None  # picture to start from: its centre square, resized
+    mask: Path | None = None  # with --image: white (or transparent) parts are redrawn, black ones are kept
+    resample: int = 1  # with --mask: model calls per step; 2 blends the kept part in better
+    strength: float = 0.8  # with --image, above 0 and up to 1: how much is redrawn
+    interpolate: int | None = None  # number of pictures from the first prompt to the second; not with ddpm or euler_a
     seed_to: int | None = None  # with --interpolate: seed of the last picture; default: --seed
-    height: int | None = None  # pixels; default: the model's own
-    width: int | None = None  # pixels; default: the model's own
+    height: int | None = None  # in pixels; default: the model's own
+    width: int | None = None  # in pixels; default: the model's own
     batch_size: int = 16  # pictures per call of the model
-    compile: bool = False  # torch.compile: takes minutes first, pays off for hundreds of pictures
-    grid: Path | None = None  # captioned grid of all pictures; default: grid.png in --out
-    device: str = ""  # default: cuda where available, else cpu
+    compile: bool = False  # use torch.compile: takes minutes at first, pays off for hundreds of pictures
+    grid: Path | None = None  # PNG with all pictures and their prompts; default: grid.png in --out
+    device: str = ""  # cpu or cuda; default: cuda where available
 
 
 def main() -> None:
@@ -67,41 +64,38 @@ def main() -> None:
     from ldm.distributed import find_device
     from ldm.pipeline import Pipeline
 
-    device = find_device(options.device)
-    pipe = Pipeline.from_pretrained(options.model, device)
+    pipe = Pipeline.from_pretrained(options.model, find_device(options.device))
     if options.compile:
         pipe.compile()
-    named = {name: getattr(options, name) for name in PASSED} | read_squares(options, pipe)
-    if options.interpolate:
-        inputs, metadata = interpolation(pipe, prompts, options)
-    else:
-        inputs = {"prompt": prompts}
-        metadata = [{"prompt": prompt, "seed": options.seed + i} for i, prompt in enumerate(prompts)]
-    steps = int(options.steps * options.strength) if options.image else options.steps
-    batches = -(-len(metadata) // max(options.batch_size, 1))
-    with tqdm(total=batches * steps, unit="step", delay=1e-3) as bar:  # the delay: no bar before an error
-        images = pipe(callback=lambda progress: bar.update(), **inputs, **named)
+    inputs = {name: getattr(options, name) for name in PASSED} | read_squares(options, pipe)
     shared = {name: getattr(options, name) for name in RECORDED}
     shared["sampler"] = options.sampler or pipe.schedule.config.sampler
     if options.image:
         shared |= {name: getattr(options, name) or "" for name in ("image", "mask", "strength", "resample")}
-    write(options, images, [texts | shared for texts in metadata])
+    if options.interpolate:
+        contexts, latents, metadata = interpolate(pipe, prompts, options)
+        inputs |= {"prompt_embeds": contexts, "latents": latents}
+    else:
+        inputs["prompt"] = prompts
+        metadata = [{"prompt": prompt, "seed": options.seed + i} for i, prompt in enumerate(prompts)]
+    steps = int(options.steps * options.strength) if options.image else options.steps
+    batches = -(-len(metadata) // max(options.batch_size, 1))
+    with tqdm(total=batches * steps, unit="step", delay=1e-3) as bar:  # the delay: no bar before an error
+        images = pipe(callback=lambda progress: bar.update(), **inputs)
+    write(options, images, [{key: str(v) for key, v in (own | shared).items()} for own in metadata])
 
 
 def read_prompts(options: Options) -> list[str]:
     """The prompts of --prompt, or the non-empty lines of the file --prompts."""
+    from ldm.data.text import read_text
+
     if bool(options.prompt) == (options.prompts is not None):
         raise UserError("exactly one of --prompt and --prompts is required; see --help")
     if not options.prompts:
         return list(options.prompt)
-    path = str(options.prompts)
-    try:
-        lines = options.prompts.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path!r} cannot be read: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in read_text(options.prompts).splitlines() if line.strip()]
     if not prompts:
-        raise UserError(f"prompt file {path!r} holds no prompt; write one per line")
+        raise UserError(f"prompt file {str(options.prompts)!r} holds no prompt; write one per line")
     return prompts
 
 
@@ -144,8 +138,8 @@ def read_squares(options: Options, pipe: Pipeline) -> dict[str, Image.Image]:
     return squares
 
 
-def interpolation(pipe: Pipeline, prompts: list[str], options: Options) -> tuple[dict[str, Any], list[Metadata]]:
-    """The pipeline's `prompt_embeds` and `latents` from the first prompt to the second, and the PNGs' metadata."""
+def interpolate(pipe: Pipeline, prompts: list[str], options: Options) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Contexts (N, L, D) and latents (N, C, h, w) from the first prompt to the second, and the PNGs' metadata."""
     import torch
 
     from ldm.edit import between, slerp
@@ -156,23 +150,24 @@ def interpolation(pipe: Pipeline, prompts: list[str], options: Options) -> tuple
     shares = torch.linspace(0, 1, options.interpolate).tolist()
     contexts = between(*(pipe.encode_prompt([prompt]) for prompt in prompts), shares)
     texts = {"prompt": " -> ".join(prompts), "seed": options.seed, "seed_to": last}
-    inputs = {"prompt_embeds": contexts, "latents": torch.stack([slerp(a, b, share) for share in shares])}
-    return inputs, [texts | {"share": f"{share:.4g}"} for share in shares]
+    latents = torch.stack([slerp(a, b, share) for share in shares])
+    return contexts, latents, [texts | {"share": f"{share:.4g}"} for share in shares]
 
 
-def write(options: Options, images: list[Image.Image], metadata: list[Metadata]) -> None:
+def write(options: Options, images: list[Image.Image], metadata: list[dict[str, str]]) -> None:
     """PNGs named by number and prompt, a captioned grid, and the GIF of an interpolation."""
     from ldm.images import captioned_grid, save_png
 
     options.out.mkdir(parents=True, exist_ok=True)
     for i, (image, texts) in enumerate(zip(images, metadata, strict=True)):
         slug = re.sub(r"[^a-z0-9]+", "-", texts["prompt"].lower())[:48].strip("-")
-        save_png(image, options.out / f"{i:04d}-{slug or 'prompt'}.png", {k: str(v) for k, v in texts.items()})
-    grid = options.grid or options.out / "grid.png"
-    grid.parent.mkdir(parents=True, exist_ok=True)
-    captions = [texts.get("share", texts["prompt"]) for texts in metadata]
-    captioned_grid(images, captions, len(images) if options.interpolate else min(6, len(images))).save(grid)
-    print(f"{len(images)} pictures in {options.out}, grid in {grid}")
+        save_png(image, options.out / f"{i:04d}-{slug or 'prompt'}.png", texts)
+    file = options.grid or options.out / "grid.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    captions = [texts.get("share", texts["prompt"])[:400] for texts in metadata]  # as many letters as fit a cell
+    grid = captioned_grid(images, captions, len(images) if options.interpolate else min(6, len(images)))
+    save_png(grid, file, {"grid": f"{len(images)} pictures"})  # so that an evaluation of the folder leaves it out
+    print(f"{len(images)} pictures in {options.out}, grid in {file}")
     if options.interpolate:
         gif = options.out / "path.gif"
         images[0].save(gif, save_all=True, append_images=images[1:], duration=120, loop=0)

@@ -1,12 +1,14 @@
 """Shared by the groups: a row of the table, child processes, and trainings that print where they are."""
 
+import io
 import json
 import multiprocessing
 import os
 import signal
 import sys
+import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import tiny
 import torch
 import torch._dynamo  # optimizers import it; here, once for all children
 import torch.utils.tensorboard  # noqa: F401
+from PIL import Image
 
 from ldm.commands.cli import run_command
 from ldm.model_io import load_tensors
@@ -176,3 +179,19 @@ def identical(a: Path, b: Path) -> bool:
     logs = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (a, b)]
     hidden = [p for p in a.rglob("*") if p.name.startswith(".step-") or p.suffix in (".tmp", ".part")]
     return not hidden and logs[0] == logs[1] and same(state(checkpoints(a)[-1]), state(checkpoints(b)[-1]))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """A picture as the bytes of a file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_tar(file: Path, members: Iterable[tuple[str | tarfile.TarInfo, bytes]]) -> None:
+    """A tar archive of names, or prepared headers, and contents."""
+    with tarfile.open(file, "w") as archive:
+        for member, content in members:
+            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member)
+            info.size = len(content) if info.isreg() else 0
+            archive.addfile(info, io.BytesIO(content))

@@ -1,10 +1,8 @@
 """A folder and shards in which one sample in a hundred has each kind of fault: runs end, and left_out.jsonl names
 exactly the faulty samples."""
 
-import io
 import json
 import random
-import tarfile
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,16 +14,10 @@ from PIL import Image
 from ldm.data import DataConfig
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
-from soak.common import Row, finish
+from soak.common import Row, encoded, finish, write_tar
 
-COUNT, EACH = 1500, 15  # samples, and of each kind of fault: one in a hundred
+COUNT, EACH, SHARD = 1000, 10, 250  # samples, those of each kind of fault, and samples per shard
 Sample = dict[str, bytes]  # the files of one sample by suffix
-
-
-def _encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def bomb() -> bytes:
@@ -49,62 +41,56 @@ WORDLESS: dict[str, Callable[[Sample], Sample]] = {
     "no UTF-8": lambda s: s | {"txt": b"\xff\xfe caf\xe9"},
 }
 UNUSUAL: dict[str, Callable[[Sample], Sample]] = {
-    "16 bits": lambda s: s | {"png": _encoded(Image.new("I;16", (40, 40), 40_000))},
-    "CMYK": lambda s: s | {"png": _encoded(Image.new("CMYK", (40, 40), (9, 99, 199, 0)), "JPEG")},
-    "one pixel": lambda s: s | {"png": _encoded(Image.new("RGB", (1, 1), "red"))},
-    "1 x 9,999": lambda s: s | {"png": _encoded(Image.new("RGB", (1, 9999), "red"))},
-    "animated": lambda s: s | {"png": _encoded(RED, "GIF", save_all=True, append_images=[RED])},
+    "16 bits": lambda s: s | {"png": encoded(Image.new("I;16", (40, 40), 40_000))},
+    "CMYK": lambda s: s | {"png": encoded(Image.new("CMYK", (40, 40), (9, 99, 199, 0)), "JPEG")},
+    "one pixel": lambda s: s | {"png": encoded(Image.new("RGB", (1, 1), "red"))},
+    "1 x 9,999": lambda s: s | {"png": encoded(Image.new("RGB", (1, 9999), "red"))},
+    "animated": lambda s: s | {"png": encoded(RED, "GIF", save_all=True, append_images=[RED])},
     "a caption of 1 MB": lambda s: s | {"txt": b"long " * 200_000},
     "NUL and right-to-left": lambda s: s | {"txt": "a\0b \u202eدائرة حمراء 🟥".encode()},
 }
-
-
-def _samples(draw: random.Random) -> dict[str, tuple[str, Sample]]:
-    """name -> (kind of fault, files)."""
-    every = UNREADABLE | WORDLESS | UNUSUAL
-    kinds = [kind for kind in every for _ in range(EACH)]
-    kinds += [""] * (COUNT - len(kinds))
-    draw.shuffle(kinds)
-    found = {}
-    for i, kind in enumerate(kinds):
-        size, colour = (draw.randrange(20, 90), draw.randrange(20, 90)), tuple(draw.randbytes(3))
-        clean = {"png": _encoded(Image.new("RGB", size, colour)), "txt": f"a picture of the colour {i}".encode()}
-        found[f"{i:05d}"] = (kind, every[kind](clean) if kind else clean)
-    return found
+FAULTS = UNREADABLE | WORDLESS | UNUSUAL
+Samples = dict[str, tuple[str, Sample]]  # name -> kind of fault, files
 
 
 def run(folder: Path, seed: int) -> list[Row]:
     """A row for a folder and one for shards, each with both trainings that read pictures."""
-    rows = []
-    for source in ("folder", "shards"):
-        row, root, draw = Row(f"training on a {source} with 1% of each fault"), folder / source, random.Random(seed)
+    rows, train = [], replace(tiny.TRAIN, steps=2 * COUNT // 50, batch_size=50, validate_every=20, workers=1)
+    for source, write in (("folder", _write_folder), ("shards", _write_shards)):
+        row, root = Row(f"training on data of the kind {source!r} with 1% of each fault"), folder / source
         root.mkdir()
-        faulty = (_write_folder if source == "folder" else _write_shards)(root, _samples(draw))
+        faults = write(root, _samples(random.Random(seed)))
         data = DataConfig(name=source, path=str(root), max_broken=0.25, size=32)
-        train = replace(tiny.TRAIN, steps=2 * COUNT // 50, batch_size=50, validate_every=20, workers=1)
-        tasks = {
-            "clip": (lambda d: CLIPTask(replace(tiny.clip(), data=d)), {*UNREADABLE, *WORDLESS}),
-            "autoencoder": (lambda d: AutoencoderTask(replace(tiny.autoencoder(), data=d)), {*UNREADABLE}),
-        }
-        for name, (task, kinds) in tasks.items():
-            if source == "shards":
-                kinds = {*UNREADABLE, *WORDLESS}
+        clip, autoencoder = replace(tiny.clip(), data=data), replace(tiny.autoencoder(), data=data)
+        left_out = {"shard", *UNREADABLE, *WORDLESS}
+        cases = {"clip": (CLIPTask, clip, left_out)}
+        cases["autoencoder"] = (AutoencoderTask, autoencoder, left_out if source == "shards" else {*UNREADABLE})
+        for name, (task, config, kinds) in cases.items():
             out = folder / f"{source}-{name}"
-            finish(row, lambda task=task, data=data: task(data), train, out, folder / f"{out.name}-log")
-            lines = (out / "left_out.jsonl").read_text().splitlines() if (out / "left_out.jsonl").is_file() else []
-            listed = {json.loads(line)["sample"] for line in lines}
-            expected = {sample for sample, kind in faulty.items() if kind in kinds or kind == "shard"}
-            row.expect(
-                listed == expected,
-                f"{name}: {len(listed)} left out, not {len(expected)}: {sorted(listed ^ expected)[:3]}",
-            )
+            finish(row, lambda task=task, config=config: task(config), train, out, folder / f"{out.name}-log")
+            log = out / "left_out.jsonl"
+            listed = {json.loads(line)["sample"] for line in log.read_text().splitlines()} if log.is_file() else set()
+            wrong = listed ^ {sample for sample, kind in faults.items() if kind in kinds}
+            row.expect(not wrong, f"{name}: {len(listed)} are left out, of which {sorted(wrong)[:3]} wrongly or not")
             row.notes.append(f"{name}: {len(listed)} of {COUNT:,} left out, each by name")
             row.count += 1
         rows.append(row)
     return rows
 
 
-def _write_folder(root: Path, samples: dict[str, tuple[str, Sample]]) -> dict[str, str]:
+def _samples(draw: random.Random) -> Samples:
+    kinds = [kind for kind in FAULTS for _ in range(EACH)]
+    kinds += [""] * (COUNT - len(kinds))
+    draw.shuffle(kinds)
+    samples = {}
+    for i, kind in enumerate(kinds):
+        size, colour = (draw.randrange(20, 90), draw.randrange(20, 90)), tuple(draw.randbytes(3))
+        clean = {"png": encoded(Image.new("RGB", size, colour)), "txt": f"a picture of the colour {i}".encode()}
+        samples[f"{i:05d}"] = (kind, FAULTS[kind](clean) if kind else clean)
+    return samples
+
+
+def _write_folder(root: Path, samples: Samples) -> dict[str, str]:
     """Folders `train` and `val`; sample -> kind of fault."""
     for split, part in (("train", samples), ("val", dict(list(samples.items())[:400]))):
         (root / split).mkdir()
@@ -114,28 +100,20 @@ def _write_folder(root: Path, samples: dict[str, tuple[str, Sample]]) -> dict[st
     return {f"train/{name}.png": kind for name, (kind, _) in samples.items()}
 
 
-def _write_shards(root: Path, samples: dict[str, tuple[str, Sample]]) -> dict[str, str]:
-    """Shards of 250 samples, the second with members that lead outside or are there twice; sample -> kind of fault."""
-    names, faulty = list(samples), {}
-    for number in range(0, COUNT, 250):
-        part, shard = names[number : number + 250], f"train-{number // 250:06d}.tar"
+def _write_shards(root: Path, samples: Samples) -> dict[str, str]:
+    """Shards, the second with members that lead outside or are there twice; sample -> kind of fault."""
+    names, faults = list(samples), {}
+    for number in range(0, COUNT, SHARD):
+        part, shard = names[number : number + SHARD], f"train-{number // SHARD:06d}.tar"
         members = [(f"{name}.{suffix}", content) for name in part for suffix, content in samples[name][1].items()]
-        faulty |= {f"{name} in {shard}": samples[name][0] for name in part}
-        if number == 250:
+        faults |= {f"{name} in {shard}": samples[name][0] for name in part}
+        if number == SHARD:
             members += [
-                (f"../{i}.{s}", content) for i in range(5) for s, content in (("png", _encoded(RED)), ("txt", b"a"))
+                (f"../{i}.{s}", content) for i in range(5) for s, content in (("png", encoded(RED)), ("txt", b"a"))
             ]
-            members += [(f"twice{i}.png", _encoded(RED)) for i in range(5) for _ in range(2)]
-            faulty |= {f"{name}{i} in {shard}": "shard" for i in range(5) for name in ("../", "twice")}
-        _write_tar(root / shard, members)
+            members += [(f"twice{i}.png", encoded(RED)) for i in range(5) for _ in range(2)]
+            faults |= {f"{name}{i} in {shard}": "shard" for i in range(5) for name in ("../", "twice")}
+        write_tar(root / shard, members)
     clean = [name for name in names if not samples[name][0]][:40]
-    _write_tar(root / "val-000000.tar", [(f"v{n}.{s}", content) for n in clean for s, content in samples[n][1].items()])
-    return faulty
-
-
-def _write_tar(file: Path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(file, "w") as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+    write_tar(root / "val-000000.tar", [(f"v{n}.{s}", content) for n in clean for s, content in samples[n][1].items()])
+    return faults

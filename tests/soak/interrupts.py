@@ -16,45 +16,42 @@ import tiny
 from soak.common import Child, Row, Work, checkpoints, finish, identical, trained, training, watched
 
 CONFIG = replace(tiny.TRAIN, save_every=2, keep=2, log_every=1, ema_decay=0.9)
-KILLS, STOPS, STEPS, BLOCK = 50, 20, 14, 4096
+TIMES, STEPS, BLOCK = 30, 14, 4096
 
 
 def kill(folder: Path, seed: int) -> list[Row]:
     """SIGKILL at random moments: at most the steps since the last save are taken again."""
-    row, draw, out = Row("`kill -9` of a run that saves every 2 steps"), random.Random(seed), folder / "killed"
-    last = -1
-    for number in range(KILLS):
-        child = Child(training(watched(tiny.Toy), replace(CONFIG, steps=10**6), out), folder / f"kill-{number}")
-        if number % 5:  # else it may be killed while it starts
-            child.wait()
-        time.sleep(draw.uniform(0.0, 0.6))
-        os.kill(child.process.pid, signal.SIGKILL)
-        row.expect(child.end() == -signal.SIGKILL, f"kill {number}: {child.error()[-200:]}")
-        if steps := child.steps():
-            row.expect(last - 2 <= steps[0] <= last + 1, f"kill {number}: resumed at {steps[0]}, killed at {last}")
-            last = steps[-1]
-        row.count += 1
-    row.notes.append(f"killed at steps up to {last:,}")
-    _compare(row, folder, out, tiny.Toy, replace(CONFIG, steps=last + 11))
-    return [row]
+    return _interrupted(folder, seed, signal.SIGKILL)
 
 
 def stop(folder: Path, seed: int) -> list[Row]:
-    """SIGTERM to the process or its group: the step is saved, the exit code is 143."""
-    row, draw, out, last = Row("SIGTERM at random moments"), random.Random(seed), folder / "stopped", -1
-    config, toy = replace(CONFIG, save_every=9, validate_every=4, steps=10**6), watched(tiny.Toy, 0.01)
-    for number in range(STOPS):
-        child = Child(training(toy, replace(config, workers=number % 2), out), folder / f"stop-{number}")
-        child.wait()
-        time.sleep(draw.uniform(0.0, 0.8))
-        (os.killpg if number % 4 > 1 else os.kill)(child.process.pid, signal.SIGTERM)
-        row.expect(child.end() == 143, f"stop {number}: exit code {child.process.exitcode}: {child.error()[-200:]}")
-        row.expect("Traceback" not in child.error(), f"stop {number}: {child.error()[-200:]}")
-        row.expect(child.steps()[:1] == [last + 1], f"stop {number}: step {last} was done, then {child.steps()[:1]}")
-        last = child.steps()[-1]
+    """SIGTERM at random moments: the step is saved, the exit code is 143."""
+    return _interrupted(folder, seed, signal.SIGTERM)
+
+
+def _interrupted(folder: Path, seed: int, number: signal.Signals) -> list[Row]:
+    """Sends a signal to a process or its group, again and again; then the run ends as one that was left alone."""
+    row, draw, out, last = Row(f"{number.name} at random moments"), random.Random(seed), folder / "run", -1
+    code, again = {signal.SIGKILL: (-9, 3), signal.SIGTERM: (143, 0)}[number]
+    config = replace(CONFIG, save_every=2 if again else 9, validate_every=4, steps=10**6)
+    for i in range(TIMES):
+        log = folder / f"log-{i}"
+        child = Child(training(watched(tiny.Toy, 0.01), replace(config, workers=i % 2), out), log)
+        if i % 5 or not again:  # else it may be killed while it starts
+            child.wait()
+        time.sleep(draw.uniform(0.0, 0.6))
+        (os.killpg if i % 4 > 1 else os.kill)(child.process.pid, number)
+        ended = child.end() == code and "Traceback" not in child.error()
+        row.expect(ended, f"{log.name}: exit code {child.process.exitcode}: {child.error()[-200:]}")
+        if steps := child.steps():
+            row.expect(last + 1 - again <= steps[0] <= last + 1, f"{log.name}: resumed at {steps[0]} after {last}")
+            last = steps[-1]
         row.count += 1
-    row.notes.append("exit code 143 and the step saved each time")
-    _compare(row, folder, out, tiny.Toy, replace(config, steps=last + 11))
+    finish(row, tiny.Toy, replace(config, steps=last + 11), out, folder / "end")
+    straight = folder / "straight"
+    finish(row, tiny.Toy, replace(config, steps=last + 11, save_every=0), straight, folder / "straight-log")
+    row.expect(identical(out, straight), "other weights or log than an undisturbed run")
+    row.notes.append(f"exit code {code}; after {last:,} steps bit-identical to an undisturbed run")
     return [row]
 
 
@@ -153,12 +150,3 @@ def pair(folder: Path, seed: int) -> list[Row]:
     row.expect(identical(out, folder / "straight"), "other weights or log")
     row.notes.append("the other one ended too; resumed, then bit-identical")
     return [row]
-
-
-def _compare(row: Row, folder: Path, out: Path, task: Work, config: tiny.TrainConfig) -> None:
-    """Lets a run end, and compares it with one that was never disturbed."""
-    straight = folder / f"{out.name}-straight"
-    finish(row, task, config, out, folder / "end")
-    finish(row, task, replace(config, save_every=0), straight, folder / "straight-log")
-    row.expect(identical(out, straight), "other weights or log than an undisturbed run")
-    row.notes.append("then bit-identical to an undisturbed run")
