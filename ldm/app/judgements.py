@@ -10,11 +10,6 @@ from typing import Any
 
 from ldm.config import UserError
 
-TABLE = """CREATE TABLE IF NOT EXISTS judgements (
-id INTEGER PRIMARY KEY AUTOINCREMENT, time TEXT NOT NULL, session TEXT NOT NULL, kind TEXT NOT NULL,
-model TEXT NOT NULL, other_model TEXT NOT NULL, prompt TEXT NOT NULL, seed INTEGER, exposure_ms INTEGER,
-answer TEXT NOT NULL, "right" INTEGER, extra TEXT NOT NULL)"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
@@ -39,7 +34,7 @@ class Judgement:
     time: str = ""  # UTC, set by the store
 
 
-NAMES = tuple(field.name for field in fields(Judgement))
+NAMES = [field.name for field in fields(Judgement)]
 COLUMNS = ", ".join(f'"{name}"' for name in NAMES)
 
 
@@ -48,7 +43,7 @@ class JudgementStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._execute(TABLE)
+        self._execute(f"CREATE TABLE IF NOT EXISTS judgements (id INTEGER PRIMARY KEY, {COLUMNS})")
         self._execute("PRAGMA user_version = 1")  # a read-only file fails here and not at an answer
 
     def _execute(self, sql: str, values: list[Any] | tuple = ()) -> list[tuple]:
@@ -60,9 +55,9 @@ class JudgementStore:
 
     def add(self, judgement: Judgement) -> None:
         """Stores an answer with the time."""
-        row = vars(judgement) | {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
-        row["extra"] = json.dumps(judgement.extra)
-        self._execute(f"INSERT INTO judgements ({COLUMNS}) VALUES ({', '.join('?' * len(NAMES))})", list(row.values()))
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        row = vars(judgement) | {"time": now, "extra": json.dumps(judgement.extra)}
+        self._execute(f"INSERT INTO judgements ({COLUMNS}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
 
     def judgements(self) -> list[Judgement]:
         """All of them, oldest first."""

@@ -54,13 +54,12 @@ def build(models: Models, folder: Path, page: gr.Blocks, seed: int) -> None:
 
     def ask(study):
         study.shown_at = time.monotonic()
-        answers = ANSWERS[study.kind] if study.question else ()
-        labels = [LABELS[answer] for answer in answers] + [""] * (len(buttons) - len(answers))
-        shown = [gr.Button(label, visible=bool(label)) for label in labels]
-        return {view: question_html(study, folder)} | dict(zip(buttons, shown, strict=True))
+        labels = [LABELS[answer] for answer in ANSWERS[study.kind]] if study.question else []
+        shown = [gr.Button(label, visible=bool(label)) for label in (*labels, "", "", "")]
+        return {view: question_html(study, folder)} | dict(zip(buttons, shown, strict=False))
 
     def start(values):
-        asked, preference = values[kind], values[kind] == "preference"
+        preference = values[kind] == "preference"
         names = [values[model], values[other]] if preference else [values[model]]
         if len(set(names)) < len(names):
             raise UserError("choose two different models; start the page with more than one --model")
@@ -73,11 +72,16 @@ def build(models: Models, folder: Path, page: gr.Blocks, seed: int) -> None:
                 else:
                     yield {panel.status: ui.progress(result, f"Making pictures of {name}:")}
         session, past = values[visit] or secrets.token_hex(6), store.judgements()
-        earlier = [j for j in past if (j.kind, j.session, j.model) == ("flash", session, names[0])]
-        rights = [bool(j.right) for j in earlier if j.answer in ANSWERS[asked]]
-        order = questions(asked, values[count], sets, seed + len(past), session)
-        flashes = values[flash] and not preference
-        study = studies[session] = Study(kind=asked, flash=flashes, questions=order, rights=rights)
+        study = studies[session] = Study(
+            kind=values[kind],
+            flash=values[flash] and not preference,
+            questions=questions(values[kind], values[count], sets, seed + len(past), session),
+            rights=[
+                bool(j.right)
+                for j in past
+                if (j.kind, j.session, j.model) == ("flash", session, names[0]) and j.answer in ANSWERS[values[kind]]
+            ],
+        )
         yield {visit: session, panel.status: ""} | ask(study)
 
     @ui.user_errors()
@@ -107,15 +111,6 @@ def build(models: Models, folder: Path, page: gr.Blocks, seed: int) -> None:
 
 def question_html(study: Study, folder: Path) -> str:
     """The question to answer next, or thanks."""
-    question = study.question
-    files = question.extra["pictures"] if question else []
-    return TEMPLATES.get_template("question.jinja").render(
-        question=question,
-        kind=study.kind,
-        number=study.position + 1,
-        total=len(study.questions),
-        images=[data_url(Image.open(folder / file)) for file in files],
-        exposure=study.exposure,
-        fixation=FIXATION,
-        feedback=("right" if study.rights[-1] else "wrong") if study.position else "",  # as in HYPE
-    )
+    files = study.question.extra["pictures"] if study.question else []
+    images = [data_url(Image.open(folder / file)) for file in files]
+    return TEMPLATES.get_template("question.jinja").render(study=study, images=images, fixation=FIXATION)
