@@ -108,7 +108,7 @@ def test_models_are_found_named_and_kept_open(tmp_path, monkeypatch):
         Path(run, "model_index.json").touch()
     assert find_models() == {name: name for name in ("emoji", "shapes", "runs/one", "runs/two/diffusion")}
     given = ["emoji", "/home/me/sd", "/home/you/sd", "runs/one", "../sd"]
-    assert find_models(given) == dict(zip(["emoji", "sd", "sd (2)", "runs/one", "sd (3)"], given, strict=True))
+    assert find_models(given) == dict(zip(["emoji", "sd", "/home/you/sd", "runs/one", "../sd"], given, strict=True))
     opened = []
     monkeypatch.setattr(Pipeline, "from_pretrained", lambda name, device: opened.append(name))
     models = offered("a", "b", "c")

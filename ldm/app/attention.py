@@ -12,7 +12,6 @@ from PIL import Image, ImageEnhance
 from torch import Tensor, nn
 
 from ldm.diffusion import Schedule
-from ldm.images import to_pil
 from ldm.pipeline import Pipeline
 from ldm.samplers import make_grid
 from ldm.tokenizer import Tokenizer
@@ -54,9 +53,9 @@ def word_overlays(maps: list[Tensor], pipe: Pipeline, prompt: str, image: Image.
     overlays = []
     for word, tokens in token_positions(pipe.tokenizer, prompt):
         heat = mean[tokens].sum(0)
-        heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-8) * 2 - 1
-        (mask,) = to_pil(heat.expand(1, 3, -1, -1))
-        overlays.append((Image.composite(image, dark, mask.convert("L").resize(image.size)), word))
+        heat = (heat - heat.min()) / (heat.max() - heat.min()) * 255
+        mask = Image.fromarray(heat.byte().numpy()).resize(image.size)
+        overlays.append((Image.composite(image, dark, mask), word))
     return overlays
 
 

@@ -26,13 +26,12 @@ class Models:
 
 def find_models(given: Sequence[str] = ()) -> dict[str, str]:
     """{name: shipped name or folder} of the given models, by default the shipped ones and finished runs in runs/.
-    A folder outside of the working directory is called by its last part, so that visitors learn no other."""
+    A folder outside of the working directory is called by its last part, where no other is."""
     shipped = sorted(folder.name for folder in ASSETS.iterdir() if folder.is_dir())
     runs = sorted(str(f.parent) for pattern in ("*", "*/*") for f in Path("runs").glob(f"{pattern}/model_index.json"))
     models: dict[str, str] = {}
     for folder in dict.fromkeys(given or [*shipped, *runs]):
         path = Path(folder)
         name = path.resolve().name if path.is_absolute() or ".." in path.parts else folder
-        same = sum(other == name or other.startswith(f"{name} (") for other in models)
-        models[f"{name} ({same + 1})" if same else name] = folder
+        models[folder if name in models else name] = folder
     return models

@@ -82,7 +82,11 @@ def sample(
 
     Raises UserError for settings that the pipeline refuses or that need too much memory.
     """
-    _check_size(pipe, settings)
+    _, height, width = pipe.latent_shape(settings.height or None, settings.width or None)
+    _, default_height, default_width = pipe.latent_shape()
+    most = BOUNDS["count"][1] * default_height * default_width // (height * width)
+    if settings.count > most:
+        raise UserError(f"{settings.count} of that size are too many at once for this model; at most {most}")
     if "prompt_embeds" not in arguments:
         if not settings.prompt:
             raise UserError("the prompt is empty; describe the picture")
@@ -90,6 +94,9 @@ def sample(
     updates: queue.Queue[Update | BaseException] = queue.Queue()
     closed = threading.Event()
     start = last = time.monotonic()
+
+    def report(images: list[Image.Image], step: int, steps: int, **more: Any) -> None:
+        updates.put(Update(images=images, step=step, steps=steps, seconds=time.monotonic() - start, **more))
 
     def on_step(progress: Progress) -> None:
         nonlocal last
@@ -101,17 +108,14 @@ def sample(
         timely = time.monotonic() - last >= PREVIEW_INTERVAL
         if timely if preview_steps is None else progress.step in preview_steps:
             images, last = progress.decode(), time.monotonic()
-        seconds = time.monotonic() - start
-        updates.put(Update(images=images, step=step, steps=progress.steps, seconds=seconds, t=progress.t))
+        report(images, step, progress.steps, t=progress.t)
 
     def run() -> None:
         try:
             with _ONE_AT_A_TIME, warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
                 images = pipe(callback=on_step, **settings.arguments(), **arguments)
-            notes = tuple(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)))
-            seconds = time.monotonic() - start
-            updates.put(Update(images=images, step=settings.steps, steps=settings.steps, seconds=seconds, notes=notes))
+            report(images, settings.steps, settings.steps, notes=tuple({str(w.message): None for w in caught}))
         except BaseException as error:  # raised again by the reader
             updates.put(error)
 
@@ -127,15 +131,6 @@ def sample(
             yield update
     finally:
         closed.set()
-
-
-def _check_size(pipe: Pipeline, settings: Settings) -> None:
-    """Raises UserError for more pixels than the page makes at once: 16 pictures of the model's own size."""
-    _, height, width = pipe.latent_shape(settings.height or None, settings.width or None)
-    _, default_height, default_width = pipe.latent_shape()
-    most = BOUNDS["count"][1] * default_height * default_width // (height * width)
-    if settings.count > most:
-        raise UserError(f"{settings.count} of that size are too many at once for this model; at most {most}")
 
 
 def picture_metadata(pipe: Pipeline, settings: Settings, **more: Any) -> list[dict[str, str]]:

@@ -22,18 +22,17 @@ def questions(kind: str, count: int, sets: Mapping[str, Sequence[Sample]], seed:
     apart. Both pictures of a question have one caption.
     """
     rng = random.Random(f"{kind} {seed}")
-    (model, samples), *others = sets.items()
+    (model, samples), (other, rivals) = [*sets.items(), ("", ())][:2]
     order = {heads: _shuffled(rng, len(samples)) for heads in (True, False)}
     result = []
     for heads in rng.sample([True, False] * -(-count // 2), count):
         i = next(order[heads or kind != "single"])
-        models, truth, first = [model, ""], ANSWERS[kind][not heads], samples[i].real
         if kind == "preference":
-            ((other, rivals),) = others
-            models, truth, first = [model, other] if heads else [other, model], "", rivals[i].made
-        pictures = [first, samples[i].made]
-        if heads == (kind == "preference"):
-            pictures.reverse()
+            pictures, models, truth = (samples[i].made, rivals[i].made), (model, other), ""
+            models = models if heads else models[::-1]
+        else:
+            pictures, models, truth = (samples[i].real, samples[i].made), (model, ""), ANSWERS[kind][not heads]
+        pictures = pictures if heads else pictures[::-1]
         extra = {"pictures": pictures[: 1 if kind == "single" else 2], "truth": truth}
         shared = {"kind": kind, "session": session, "prompt": samples[i].caption, "seed": samples[i].seed}
         result.append(Judgement(model=models[0], other_model=models[1], extra=extra, **shared))

@@ -35,14 +35,13 @@ def build(models: Models, pictures: Pictures, page: gr.Blocks) -> tuple[gr.Butto
         yield dict.fromkeys((history, names), past[:HISTORY])
 
     @ui.user_errors()
-    def show(path, download=None):
+    def show(path):
         settings, notes = restore(path, models)
-        texts = "The settings of that picture, for one picture.", *notes
-        return tab.show(settings) | (tab.done(path, *texts) if download else {tab.panel.status: ui.message(*texts)})
+        return tab.show(settings) | tab.done(path, "The settings of that picture, for one picture.", *notes)
 
     @ui.user_errors()
     def choose(event: gr.SelectData):
-        return show(pictures.find(event.value["image"]["path"]), True)
+        return show(pictures.find(event.value["image"]["path"]))
 
     tab.on(make, [names], [history, names])
     shown = {tab.panel.status, tab.download, *tab.controls.values()}
