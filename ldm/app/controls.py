@@ -15,7 +15,7 @@ from ldm.config import UserError
 from ldm.samplers import SAMPLERS
 
 Values = dict[Component, Any]  # of the page's components
-Handler = Callable[[Values], Iterator[Values]]
+Handler = Callable[[Values], Iterator[Values | Update]]
 IMMEDIATE = {"concurrency_limit": None, "show_progress": "hidden"}
 
 
@@ -40,11 +40,13 @@ class Panel:
     def on(
         self, triggers: Sequence, handler: Handler, inputs: Iterable[Component], outputs: Iterable[Component]
     ) -> None:
-        """Runs a generator of updates, one in all browsers at a time, until it ends or Stop is pressed."""
+        """Runs a handler, one in all browsers at a time, until it ends or Stop is pressed. It yields new values of
+        components, and progress for the status."""
 
         def run(values: Values) -> Iterator[Values]:
             with user_errors():
-                yield from handler(values)
+                for shown in handler(values):
+                    yield {self.status: progress(shown)} if isinstance(shown, Update) else shown
 
         shown = {"show_progress": "minimal", "show_progress_on": self.status}
         event = gr.on(triggers, run, set(inputs), {self.status, *outputs}, concurrency_id="model", **shown)
@@ -86,10 +88,14 @@ class SamplingTab:
         """The update that makes the controls show these settings."""
         return {control: getattr(settings, name, False) for name, control in self.controls.items()}
 
-    def follow(self, updates: Iterator[Update], settings: Settings, save: Callable[[list], list]) -> Iterator[Values]:
+    def follow(
+        self, updates: Iterator[Update], settings: Settings, save: Callable[[list], list]
+    ) -> Iterator[Values | Update]:
         """Shows previews and progress, then the files that `save(images)` returns, alone or with labels."""
         for update in updates:
-            yield {self.panel.status: progress(update)} | ({self.gallery: update.images} if update.images else {})
+            yield update
+            if update.images:
+                yield {self.gallery: update.images}
         files = save(update.images)
         text = f"{len(files)} picture{'s' * (len(files) > 1)} in {update.seconds:.1f} s, seed {settings.seed}."
         yield {self.gallery: files, self.controls["seed"]: settings.seed} | self.done(files[0], text, *update.notes)
@@ -138,7 +144,7 @@ def message(*texts: str) -> str:
     return "".join(f'<p role="status">{escape(text)}</p>' for text in texts)
 
 
-def progress(update: Update, label: str = "") -> str:
+def progress(update: Update) -> str:
     """A progress bar as HTML."""
     bar = f'<progress max="{update.steps}" value="{update.step}" aria-label="steps"></progress>'
-    return f"<p>{escape(label)} step {update.step} of {update.steps}, {update.seconds:.1f} s</p>{bar}"
+    return f"<p>step {update.step} of {update.steps}, {update.seconds:.1f} s</p>{bar}"

@@ -1,6 +1,6 @@
 """The pictures that people judge: held-out real ones, and a model's for the same captions, made once and kept."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,9 +45,9 @@ def training_data(model: str, pipe: Pipeline) -> DataConfig:
 
 def prepare(
     models: Models, model: str, data_model: str, count: int, seed: int, folder: Path
-) -> Iterator[Update | list[Sample]]:
+) -> Generator[Update, None, list[Sample]]:
     """Makes the pictures that are missing, with updates over all of them, for captions of the data set of `data_model`;
-    then yields the samples.
+    returns the samples.
 
     Picture i has the caption of the i-th of `count` held-out samples, drawn by `seed`, and the seed `seed + i`.
     """
@@ -76,7 +76,7 @@ def prepare(
             yield replace(update, step=step, steps=len(samples) * update.steps)
         for image, s, metadata in zip(update.images, batch, picture_metadata(pipe, settings), strict=True):
             _save(image, folder / s.made, metadata | {"prompt": s.caption})
-    yield samples
+    return samples
 
 
 def _save(image: Image.Image, file: Path, metadata: dict[str, str]) -> None:

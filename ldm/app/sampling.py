@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,10 @@ class Update:
 
 def sample(
     pipe: Pipeline, settings: Settings, preview_steps: Collection[int] | None = None, **arguments: Any
-) -> Iterator[Update]:
-    """Samples in a thread, with previews after the steps numbered (from 0), by default now and then. Closing the
-    iterator stops the thread. `arguments` go to the pipeline, such as `prompt_embeds` instead of the prompt.
+) -> Generator[Update, None, Update]:
+    """Samples in a thread, with previews after the steps numbered (from 0), by default now and then; yields all updates
+    and returns the last. Closing the generator stops the thread. `arguments` go to the pipeline, such as
+    `prompt_embeds` instead of the prompt.
 
     Raises UserError for settings that the pipeline refuses or that need too much memory.
     """
@@ -129,6 +130,7 @@ def sample(
                 memory = isinstance(update, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(update)
                 raise UserError("out of memory; make fewer or smaller pictures") if memory else update
             yield update
+        return update
     finally:
         closed.set()
 

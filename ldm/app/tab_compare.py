@@ -34,8 +34,7 @@ def build(models: Models, pictures: Pictures) -> None:
         settings = tab.settings(values)
         shown = []
         for label, variant in variants(settings, values[name], values[text]).items():
-            for update in sample(models[variant.model], variant, preview_steps=()):
-                yield {tab.panel.status: ui.progress(update, f"{label}:")}
+            update = yield from sample(models[variant.model], variant, preview_steps=())
             shown.append((update.images[0], label))
             yield {tab.gallery: shown, tab.controls["seed"]: settings.seed}
         sheet = captioned_grid(*map(list, zip(*shown, strict=True)), columns=min(4, len(shown)), cell=200)

@@ -27,7 +27,8 @@ def build(models: Models, pictures: Pictures) -> None:
         with attention_maps(pipe) as maps:
             for update in sample(pipe, settings, preview_steps=shown):
                 estimates += [(image, f"t = {update.t:.0f}") for image in update.images]
-                yield {tab.panel.status: ui.progress(update), tab.gallery: estimates}
+                yield update
+                yield {tab.gallery: estimates}
         (image,) = update.images
         (file,) = pictures.save([image], picture_metadata(pipe, settings))
         yield tab.done(file, f"Seed {settings.seed}.", *update.notes) | {

@@ -42,7 +42,6 @@ def build(models: Models, folder: Path, page: gr.Blocks, seed: int) -> None:
         model = gr.Dropdown(models.names, value=models.names[0], label="Model")
         other = gr.Dropdown(models.names, value=models.names[-1], label="Other model (which fits better)")
         count = gr.Slider(4, 200, 20, step=1, label="Questions")
-        each = gr.Slider(4, 200, 24, step=1, label="Pictures of each kind")
     panel = ui.Panel("judge", "Start", "Choose a question and press Start.")
     view = gr.HTML(elem_id="judge-view")
     with gr.Row():
@@ -66,11 +65,7 @@ def build(models: Models, folder: Path, page: gr.Blocks, seed: int) -> None:
         yield {view: ""} | dict.fromkeys(buttons, gr.Button(visible=False))
         sets = {}
         for name in names:
-            for result in prepare(models, name, names[0], values[each], seed, folder):
-                if isinstance(result, list):
-                    sets[name] = result
-                else:
-                    yield {panel.status: ui.progress(result, f"Making pictures of {name}:")}
+            sets[name] = yield from prepare(models, name, names[0], values[count], seed, folder)
         session, past = values[visit] or secrets.token_hex(6), store.judgements()
         study = studies[session] = Study(
             kind=values[kind],
@@ -101,7 +96,7 @@ def build(models: Models, folder: Path, page: gr.Blocks, seed: int) -> None:
         html = TEMPLATES.get_template("results.jinja").render(results=results(store.judgements()))
         return {report: html, export: gr.DownloadButton(value=str(file), interactive=exported)}
 
-    panel.on([panel.start.click], start, {visit, kind, flash, model, other, count, each}, {visit, view, *buttons})
+    panel.on([panel.start.click], start, {visit, kind, flash, model, other, count}, {visit, view, *buttons})
     shown: Any = {view, *buttons, accordion, report, export}
     for number, button in enumerate(buttons):
         button.click(partial(answer, number), visit, shown, **ui.IMMEDIATE)

@@ -323,7 +323,6 @@ def test_look_inside_shows_the_way_the_words_and_the_schedule(page):
 
 def judge(page: Page, question: str, flashes: bool = False) -> None:
     turn_to(page, "Judge")
-    number(page, "Pictures of each kind", 6)
     number(page, "Questions", 6)
     field(page, "Question").click()
     page.get_by_role("option", name=question, exact=True).click()
