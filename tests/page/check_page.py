@@ -35,7 +35,7 @@ def running(out: Path, *options: str) -> Iterator[int]:
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, preexec_fn=restore)
         try:
-            wait(lambda: reachable(port) or process.poll() is not None, 180)
+            wait(lambda: reachable(port) or process.poll() is not None, 300)
             assert process.poll() is None, log.read_text()
             yield port
         finally:
@@ -226,14 +226,12 @@ def test_settings_come_back_from_a_click_from_a_file_and_after_a_reload(page, tm
     ("prompt", "words"),
     [
         (" \n\t ", "the prompt is empty"),
-        (PROMPT, "seed is -3; it must be from 0 to 4,294,967,279"),
         ("x" * 2**20, "1,048,576 characters; at most 1,000"),
         ("<img src=x onerror=alert(1)><script>alert(2)</script>", ""),
         ("\u202eدائرة حمراء\u202c a\0b\x07 '; DROP TABLE judgements; -- 🟥", ""),
     ],
 )
 def test_hostile_prompts_are_answered_in_the_page(page, prompt, words):
-    field(page, "Seed").fill("-3" if "seed" in words else "0")
     start(page, prompt, steps=2, pictures=1)
     until(page, ".toast-body" if words else "#make-status", words or "picture in")
     assert page.locator("#make-status img").count() == 0
