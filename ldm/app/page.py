@@ -34,8 +34,8 @@ def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
                 tab_compare.build(models, pictures)
             with gr.Tab("Look inside"):
                 tab_inside.build(models, pictures)
-            with gr.Tab("Judge"):
-                tab_judge.build(models, folder, page, seed)
+            with gr.Tab("Judge") as judge:
+                tab_judge.build(models, folder, judge, seed)
 
         @ui.user_errors()
         def open_editor(path):

@@ -31,7 +31,7 @@ models' pictures fits its caption better? Answers are kept in a file on this mac
 pictures, which takes a while."""
 
 
-def build(models: Models, folder: Path, page: gr.Blocks, seed: int) -> None:
+def build(models: Models, folder: Path, tab: gr.Tab, seed: int) -> None:
     """Builds the tab; pictures and answers are kept in `folder`, `seed` orders the questions."""
     store = JudgementStore(folder / "judgements.sqlite")
     studies: dict[str, Study] = {}  # by visit, so that a reload goes on
@@ -100,7 +100,7 @@ def build(models: Models, folder: Path, page: gr.Blocks, seed: int) -> None:
     shown: Any = {view, *buttons, accordion, report, export}
     for number, button in enumerate(buttons):
         button.click(partial(answer, number), visit, shown, **ui.IMMEDIATE)
-    page.load(reload, visit, shown, **ui.IMMEDIATE)
+    tab.select(reload, visit, shown, **ui.IMMEDIATE)
     accordion.expand(show_results, None, shown, **ui.IMMEDIATE)
 
 

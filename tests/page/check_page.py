@@ -170,7 +170,7 @@ def test_pictures_appear_while_they_denoise_and_are_the_scripts_own(page, tmp_pa
     field(page, "Seed").fill("11")
     start(page, steps=60, pictures=3)
     assert "seed 11" in until(page, "#make-status", "pictures in")
-    wait(lambda: "pictures/a-red-circle" in page.locator("#make-pictures img").first.get_attribute("src"))
+    wait(lambda: "a-red-circle" in page.locator("#make-pictures img").first.get_attribute("src"))
     assert page.evaluate("seen.size") >= 3  # previews, and the picture
     command = [sys.executable, "scripts/sample.py", "--model", "shapes", *["--prompt", PROMPT] * 3, "--seed", "11"]
     command += ["--guidance", "3", "--steps", "60", "--out", str(tmp_path)]
