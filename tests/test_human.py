@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-import scipy.stats
 
 from ldm.app import results as r
 from ldm.app.judgements import Judgement, JudgementStore
@@ -19,26 +18,13 @@ from ldm.app.study import ANSWERS, questions
 from ldm.config import UserError
 
 
-def test_intervals_are_scipys_and_open_where_little_is_known():
-    for successes, total in ((0, 1), (3, 7), (99, 100), (12345, 12345)):
-        expected = scipy.stats.binomtest(successes, total).proportion_ci(0.95, method="wilson")
-        assert r.rate_interval(successes, total) == (successes / total, expected.low, expected.high)
-    assert r.rate_interval(0, 9).low == 0 and r.rate_interval(9, 9).high == 1
-    assert math.isnan(r.rate_interval(0, 0).value)
-    half = r.rate_interval(2.5, 9)  # a tie
-    assert (half.value, half.low, half.high) == (2.5 / 9, r.rate_interval(2, 9).low, r.rate_interval(3, 9).high)
-    assert r.sign_test(8, 2) == pytest.approx(112 / 1024) and r.sign_test(0, 0) == 1
-    assert r.median_interval([3, 1, 2, 5, 4, 6]) == (3.5, 1, 6)
-    median, low, high = r.median_interval([3, 1, 2, 5, 4])  # 2 / 2^5 > 5%
-    assert median == 3 and not math.isfinite(low) and not math.isfinite(high)
-
-
 def test_staircase_is_hypes():
     """Zhou et al. 2019, section 2.1: range, first exposure, block, steps, and the rule of three up, one down."""
     answers = [True, True, True, True, True, False, True, True, True, False, False]
     assert r.exposures(answers) == [500, 500, 500, 470, 470, 470, 480, 480, 480, 450, 460, 470]
     assert (r.exposures([True] * 140)[-1], r.exposures([False] * 140)[-1]) == (100, 1000)
     assert r.exposures([True] * 149)[-1] == 100 and r.exposures([True] * 150)[-1] == 500  # the next block starts anew
+    assert r.sign_test(8, 10) == pytest.approx(112 / 1024) and r.sign_test(0, 0) == 1
     assert r.threshold([300] * 50 + [200] * 40) == 300 and r.threshold([300] * 83) is None
     assert r.threshold([300] * 150 + [100] * 60 + [200] * 60 + [900] * 30 + [400] * 83) == 200  # the shortest of equals
 
@@ -82,7 +68,7 @@ def test_preferences_are_counted_from_both_sides_and_exported(tmp_path):
         more = {"model": left, "other_model": right, "right": None, "prompt": '"a"\n', "seed": 3, "extra": files}
         store.add(answered("preference", "", answer, **more))
     rows = r.results(store.judgements())
-    assert rows["a"]["preferred to b"] == "62% [15%, 95%]: 2 won, 1 ties, 1 lost, p = 1"
+    assert rows["a"]["preferred to b"] == "67% [21%, 94%]: 2 won, 1 ties, 1 lost, p = 1"
     assert "1 won, 1 ties, 2 lost" in rows["b"]["preferred to a"]
     assert store.export_preferences(tmp_path / "out" / "pairs.jsonl") == 3
     lines = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]

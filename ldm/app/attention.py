@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor, nn
 
 from ldm.diffusion import Schedule
@@ -48,16 +47,15 @@ def attention_maps(pipe: Pipeline) -> Iterator[list[Tensor]]:
 
 
 def word_overlays(maps: list[Tensor], pipe: Pipeline, prompt: str, image: Image.Image) -> list[tuple[Image.Image, str]]:
-    """Per word of the prompt, the picture: bright where the mean of `attention_maps` over the word's tokens is high,
+    """Per word of the prompt, the picture: as it is where the mean of `attention_maps` over the word's tokens is high,
     grey and dark where it is low."""
-    pixels, mean = np.asarray(image.convert("RGB"), np.float64), torch.stack(maps).mean(0)
-    dark = pixels.mean(2, keepdims=True) * 0.25
-    bright = pixels * 0.8 + np.array([255, 170, 0]) * 0.2
+    dark, mean = ImageEnhance.Brightness(image.convert("L").convert("RGB")).enhance(0.25), torch.stack(maps).mean(0)
     overlays = []
     for word, tokens in token_positions(pipe.tokenizer, prompt):
-        heat = F.interpolate(mean[None, tokens].sum(1, keepdim=True), image.size[::-1], mode="bilinear")[0, 0]
-        heat = ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-8)).numpy()[..., None]
-        overlays.append((Image.fromarray((dark + (bright - dark) * heat).round().astype(np.uint8)), word))
+        heat = mean[tokens].sum(0)
+        heat = (heat - heat.min()) / (heat.max() - heat.min()) * 255
+        mask = Image.fromarray(heat.byte().numpy()).resize(image.size)
+        overlays.append((Image.composite(image, dark, mask), word))
     return overlays
 
 
@@ -65,19 +63,17 @@ def token_positions(tokenizer: Tokenizer, prompt: str) -> list[tuple[str, list[i
     """The words of a prompt, each with the positions of its tokens in the context; words cut off are left out."""
     words = prompt.split()
     ends = [len(tokenizer.encode(" ".join(words[:n]))) - 1 for n in range(len(words) + 1)]
-    ends = [min(end, tokenizer.context_length - 1) for end in ends]
-    spans = zip(words, ends, ends[1:], strict=False)
-    return [(word, list(range(start, end))) for word, start, end in spans if start < end]
+    spans = [range(start, min(end, tokenizer.context_length - 1)) for start, end in zip(ends, ends[1:], strict=False)]
+    return [(word, list(span)) for word, span in zip(words, spans, strict=True) if span]
 
 
 def schedule_figure(schedule: Schedule, sampler: str, steps: int) -> Figure:
     """Signal and noise in the latent over t, with a dot at each step of the sampler."""
-    taken = [float(step.t) for step in make_grid(schedule, sampler, steps).steps]
+    taken = [round(step.t) for step in make_grid(schedule, sampler, steps).steps]
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     for name, level in (("signal", schedule.alpha), ("noise", schedule.sigma)):
-        (line,) = axes.plot([float(level(torch.tensor(float(t)))) for t in range(len(schedule))], label=name)
-        axes.plot(taken, [float(level(torch.tensor(t))) for t in taken], "o", color=line.get_color(), markersize=4)
+        axes.plot(level(torch.arange(len(schedule))), marker="o", markersize=4, markevery=taken, label=name)
     axes.set(xlabel="t", title=f"Signal and noise, and the {len(taken)} steps of {sampler}")
     axes.legend(frameon=False)
     return figure

@@ -15,7 +15,7 @@ from ldm.config import UserError
 from ldm.samplers import SAMPLERS
 
 Values = dict[Component, Any]  # of the page's components
-Handler = Callable[[Values], Iterator[Values]]
+Handler = Callable[[Values], Iterator[Values | Update]]
 IMMEDIATE = {"concurrency_limit": None, "show_progress": "hidden"}
 
 
@@ -40,11 +40,13 @@ class Panel:
     def on(
         self, triggers: Sequence, handler: Handler, inputs: Iterable[Component], outputs: Iterable[Component]
     ) -> None:
-        """Runs a generator of updates, one in all browsers at a time, until it ends or Stop is pressed."""
+        """Runs a handler, one in all browsers at a time, until it ends or Stop is pressed. It yields new values of
+        components, and progress for the status."""
 
         def run(values: Values) -> Iterator[Values]:
             with user_errors():
-                yield from handler(values)
+                for shown in handler(values):
+                    yield {self.status: progress(shown)} if isinstance(shown, Update) else shown
 
         shown = {"show_progress": "minimal", "show_progress_on": self.status}
         event = gr.on(triggers, run, set(inputs), {self.status, *outputs}, concurrency_id="model", **shown)
@@ -61,11 +63,13 @@ class SamplingTab:
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 self.extras = gr.Column()
-                self.controls = settings_controls(models, count, leave_out)
+                self.controls = settings_controls(models, count)
             with gr.Column(scale=3, min_width=300) as self.results:
                 self.panel = Panel(name, label, hint)
                 self.gallery = gallery(f"{name}-pictures", "Pictures")
                 self.download = gr.DownloadButton("Download", interactive=False, elem_id=f"{name}-download")
+        for setting in leave_out:
+            self.controls[setting].visible = False
 
     def on(self, handler: Handler, inputs: Sequence[Component] = (), outputs: Sequence[Component] = ()) -> None:
         """Runs the handler at the start button or enter, with the controls and `inputs`."""
@@ -84,23 +88,26 @@ class SamplingTab:
         """The update that makes the controls show these settings."""
         return {control: getattr(settings, name, False) for name, control in self.controls.items()}
 
-    def follow(self, updates: Iterator[Update], settings: Settings, save: Callable[[list], list]) -> Iterator[Values]:
+    def follow(
+        self, updates: Iterator[Update], settings: Settings, save: Callable[[list], list]
+    ) -> Iterator[Values | Update]:
         """Shows previews and progress, then the files that `save(images)` returns, alone or with labels."""
         for update in updates:
-            if not update.done:
-                yield {self.panel.status: progress(update)} | ({self.gallery: update.images} if update.images else {})
+            yield update
+            if update.images:
+                yield {self.gallery: update.images}
         files = save(update.images)
         text = f"{len(files)} picture{'s' * (len(files) > 1)} in {update.seconds:.1f} s, seed {settings.seed}."
-        yield {self.gallery: files, self.panel.status: message(text, *update.notes)}
-        yield {self.controls["seed"]: settings.seed} | self.offer(files[0])
+        yield {self.gallery: files, self.controls["seed"]: settings.seed} | self.done(files[0], text, *update.notes)
 
-    def offer(self, file: str | tuple[str, str]) -> Values:
-        """The update that makes a file, alone or with its label, the one to download."""
-        return {self.download: gr.DownloadButton(value=file if isinstance(file, str) else file[0], interactive=True)}
+    def done(self, file: str | tuple[str, str], *texts: str) -> Values:
+        """The update that shows a status, and makes a file, alone or with its label, the one to download."""
+        file = file if isinstance(file, str) else file[0]
+        return {self.panel.status: message(*texts), self.download: gr.DownloadButton(value=file, interactive=True)}
 
 
-def settings_controls(models: Models, count: int, leave_out: Sequence[str]) -> dict[str, Component]:
-    """The controls by setting, and "random_seed"; those left out are hidden."""
+def settings_controls(models: Models, count: int) -> dict[str, Component]:
+    """The controls by setting, and "random_seed"."""
 
     def slider(name: str, label: str, value: float, step: float) -> gr.Slider:
         return gr.Slider(*BOUNDS[name], value, step=step, label=label)
@@ -113,7 +120,6 @@ def settings_controls(models: Models, count: int, leave_out: Sequence[str]) -> d
     with gr.Row():
         controls["steps"] = slider("steps", "Steps", 30, 1)
         controls["guidance"] = slider("guidance", "Guidance", 3.0, 0.5)
-    with gr.Row():
         controls["count"] = slider("count", "Pictures", count, 1)
         controls["strength"] = slider("strength", "Strength (1 redraws everything)", 0.6, 0.05)
     with gr.Row():
@@ -124,8 +130,6 @@ def settings_controls(models: Models, count: int, leave_out: Sequence[str]) -> d
         controls["guidance_rescale"] = slider("guidance_rescale", "Guidance rescale", 0.0, 0.1)
         for side in ("width", "height"):
             controls[side] = gr.Number(0, label=f"{side.title()} in pixels (0: the model's)", precision=0)
-    for name in leave_out:
-        controls[name].visible = False
     return controls
 
 
@@ -140,7 +144,7 @@ def message(*texts: str) -> str:
     return "".join(f'<p role="status">{escape(text)}</p>' for text in texts)
 
 
-def progress(update: Update, label: str = "") -> str:
+def progress(update: Update) -> str:
     """A progress bar as HTML."""
     bar = f'<progress max="{update.steps}" value="{update.step}" aria-label="steps"></progress>'
-    return f"<p>{escape(label)} step {update.step} of {update.steps}, {update.seconds:.1f} s</p>{bar}"
+    return f"<p>step {update.step} of {update.steps}, {update.seconds:.1f} s</p>{bar}"

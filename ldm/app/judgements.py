@@ -10,11 +10,6 @@ from typing import Any
 
 from ldm.config import UserError
 
-TABLE = """CREATE TABLE IF NOT EXISTS judgements (
-id INTEGER PRIMARY KEY AUTOINCREMENT, time TEXT NOT NULL, session TEXT NOT NULL, kind TEXT NOT NULL,
-model TEXT NOT NULL, other_model TEXT NOT NULL, prompt TEXT NOT NULL, seed INTEGER, exposure_ms INTEGER,
-answer TEXT NOT NULL, "right" INTEGER, extra TEXT NOT NULL)"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
@@ -39,8 +34,7 @@ class Judgement:
     time: str = ""  # UTC, set by the store
 
 
-NAMES = tuple(field.name for field in fields(Judgement))
-COLUMNS = ", ".join(f'"{name}"' for name in NAMES)
+COLUMNS = ", ".join(f'"{field.name}"' for field in fields(Judgement))
 
 
 class JudgementStore:
@@ -48,26 +42,27 @@ class JudgementStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._execute(TABLE)
+        self._execute(f"CREATE TABLE IF NOT EXISTS judgements (id INTEGER PRIMARY KEY, {COLUMNS})")
         self._execute("PRAGMA user_version = 1")  # a read-only file fails here and not at an answer
 
-    def _execute(self, sql: str, values: list[Any] | tuple = ()) -> list[tuple]:
+    def _execute(self, sql: str, values: list[Any] | tuple = ()) -> list[sqlite3.Row]:
         try:
             with closing(sqlite3.connect(self.path, timeout=30, isolation_level=None)) as database:
+                database.row_factory = sqlite3.Row
                 return database.execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise UserError(f"judgements cannot be kept in {str(self.path)!r}: {error}; use another --out") from None
 
     def add(self, judgement: Judgement) -> None:
         """Stores an answer with the time."""
-        row = vars(judgement) | {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
-        row["extra"] = json.dumps(judgement.extra)
-        self._execute(f"INSERT INTO judgements ({COLUMNS}) VALUES ({', '.join('?' * len(NAMES))})", list(row.values()))
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        row = vars(judgement) | {"time": now, "extra": json.dumps(judgement.extra)}
+        self._execute(f"INSERT INTO judgements ({COLUMNS}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
 
     def judgements(self) -> list[Judgement]:
         """All of them, oldest first."""
-        rows = [dict(zip(NAMES, row, strict=True)) for row in self._execute(f"SELECT {COLUMNS} FROM judgements")]
-        return [Judgement(**row | {"extra": json.loads(row["extra"])}) for row in rows]
+        rows = self._execute(f"SELECT {COLUMNS} FROM judgements")
+        return [Judgement(**dict(row) | {"extra": json.loads(row["extra"])}) for row in rows]
 
     def export_preferences(self, path: Path) -> int:
         """Writes the preferences without ties as JSONL (prompt, and file, model and seed of the chosen and of the

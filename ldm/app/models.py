@@ -11,11 +11,11 @@ from ldm.pipeline import Pipeline
 
 
 class Models:
-    """Pipelines by the name under which the page offers them; the last `keep` stay open."""
+    """Pipelines by the name under which the page offers them; the last two stay open."""
 
-    def __init__(self, folders: Mapping[str, str], device: Any = "cpu", keep: int = 2) -> None:
+    def __init__(self, folders: Mapping[str, str], device: Any = "cpu") -> None:
         self.folders, self.names = dict(folders), list(folders)
-        self._open = lru_cache(maxsize=keep)(lambda name: Pipeline.from_pretrained(self.folders[name], device))
+        self._open = lru_cache(maxsize=2)(lambda name: Pipeline.from_pretrained(self.folders[name], device))
 
     def __getitem__(self, name: str) -> Pipeline:
         """Raises UserError unless the page offers `name`: browsers choose names, never folders of this machine."""
@@ -26,13 +26,12 @@ class Models:
 
 def find_models(given: Sequence[str] = ()) -> dict[str, str]:
     """{name: shipped name or folder} of the given models, by default the shipped ones and finished runs in runs/.
-    A folder outside of the working directory is called by its last part."""
+    A folder outside of the working directory is called by its last part, where no other is."""
     shipped = sorted(folder.name for folder in ASSETS.iterdir() if folder.is_dir())
     runs = sorted(str(f.parent) for pattern in ("*", "*/*") for f in Path("runs").glob(f"{pattern}/model_index.json"))
     models: dict[str, str] = {}
     for folder in dict.fromkeys(given or [*shipped, *runs]):
         path = Path(folder)
         name = path.resolve().name if path.is_absolute() or ".." in path.parts else folder
-        same = sum(other == name or other.startswith(f"{name} (") for other in models)
-        models[f"{name} ({same + 1})" if same else name] = folder
+        models[folder if name in models else name] = folder
     return models

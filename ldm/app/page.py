@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ldm.app import controls as ui
 from ldm.app import tab_compare, tab_edit, tab_inside, tab_judge, tab_make
@@ -11,6 +13,8 @@ from ldm.app.sampling import EXIT
 from ldm.app.storage import Pictures
 from ldm.app.style import CSS, HEAD
 from ldm.config import UserError
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
@@ -30,14 +34,14 @@ def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
                 tab_compare.build(models, pictures)
             with gr.Tab("Look inside"):
                 tab_inside.build(models, pictures)
-            with gr.Tab("Judge"):
-                tab_judge.build(models, folder, page, seed)
+            with gr.Tab("Judge") as judge:
+                tab_judge.build(models, folder, judge, seed)
 
         @ui.user_errors()
         def open_editor(path):
-            drawing, values = tab_edit.open_picture(pictures.find(path), models)
+            image, values = tab_edit.open_picture(pictures.find(path), models)
             shown = {controls[name]: value for name, value in values.items()}
-            return shown | {editor: drawing, tabs: gr.Tabs(selected="edit"), inner: gr.Tabs(selected="picture")}
+            return shown | {editor: image, tabs: gr.Tabs(selected="edit"), inner: gr.Tabs(selected="picture")}
 
         edit.click(open_editor, chosen, {tabs, inner, editor, *controls.values()}, **ui.IMMEDIATE)
     return page.queue(default_concurrency_limit=1, max_size=32, api_open=False)
@@ -45,6 +49,8 @@ def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
 
 def serve(models: Models, folder: Path, host: str, port: int, seed: int = 0) -> None:
     """Serves the page until the process is interrupted. Raises UserError where it cannot listen."""
+    # on this machine alone, another site's name that resolves to it must not be answered (DNS rebinding)
+    hosts = [*LOCAL, "[::1]"] if host in LOCAL else ["*"]
     try:
         page = build(models, folder, seed)
         page.launch(
@@ -58,9 +64,10 @@ def serve(models: Models, folder: Path, host: str, port: int, seed: int = 0) -> 
             footer_links=[],
             ssr_mode=False,
             quiet=True,
+            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]},
             prevent_thread_lock=True,
         )
-    except OSError:
+    except (OSError, OverflowError):
         raise UserError(f"cannot listen on {host}:{port}; use another --port or --host") from None
     try:
         EXIT.wait()  # until ctrl-C

@@ -1,7 +1,6 @@
 """The pictures that people judge: held-out real ones, and a model's for the same captions, made once and kept."""
 
-import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ldm.data import DATASETS, DataConfig, open_dataset
 from ldm.data.faults import readable
 from ldm.data.latents import data_hash
 from ldm.images import save_png, to_float, to_pil
-from ldm.model_io import find_root, module_hash, read_json
+from ldm.model_io import atomic_write, find_root, module_hash, read_json
 from ldm.pipeline import Pipeline
 
 BATCH = 8
@@ -46,34 +45,27 @@ def training_data(model: str, pipe: Pipeline) -> DataConfig:
 
 def prepare(
     models: Models, model: str, data_model: str, count: int, seed: int, folder: Path
-) -> Iterator[Update | list[Sample]]:
+) -> Generator[Update, None, list[Sample]]:
     """Makes the pictures that are missing, with updates over all of them, for captions of the data set of `data_model`;
-    then yields the samples.
+    returns the samples.
 
     Picture i has the caption of the i-th of `count` held-out samples, drawn by `seed`, and the seed `seed + i`.
     """
     pipe = models[model]
-    data = training_data(models.folders[data_model], models[data_model])
-    dataset = open_dataset(data, "test")
+    dataset = open_dataset(training_data(models.folders[data_model], models[data_model]), "test")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     order = readable(dataset, order)
     if len(order) < 4:
         raise UserError(f"only {len(order)} held-out pictures can be read; judging needs 4 or more")
-    subset = f"{_slug(data.name)}-{data_hash(dataset)[:12]}-{seed}"
+    subset = f"{data_hash(dataset)[:12]}-{seed}"
     weights = module_hash(nn.ModuleList([pipe.vae, pipe.text_encoder, pipe.unet]))[:12]
-    samples = [
-        Sample(
-            caption=dataset.captions(index)[0],
-            real=f"judged/real-{subset}/{i:04d}.png",
-            made=f"judged/{_slug(model)}-{weights}-{subset}/{i:04d}.png",
-            seed=seed + i,
-        )
-        for i, index in enumerate(order)
-    ]
-    for sample_, index in zip(samples, order, strict=True):
-        if not (folder / sample_.real).is_file():
-            _save(to_pil(to_float(dataset[index]["image"][None]))[0], folder / sample_.real, {})
-    for start in range(0, len(order), BATCH):
+    samples = []
+    for i, index in enumerate(order):
+        real, made = (f"judged/{source}-{subset}/{i:04d}.png" for source in ("real", weights))
+        samples.append(Sample(caption=dataset.captions(index)[0], real=real, made=made, seed=seed + i))
+        if not (folder / real).is_file():
+            _save(to_pil(to_float(dataset[index]["image"][None]))[0], folder / real, {})
+    for start in range(0, len(samples), BATCH):
         batch = samples[start : start + BATCH]
         if all((folder / s.made).is_file() for s in batch):
             continue
@@ -81,17 +73,13 @@ def prepare(
         embeds = pipe.encode_prompt([s.caption for s in batch])
         for update in sample(pipe, settings, preview_steps=(), prompt_embeds=embeds):
             step = start * update.steps + update.step * len(batch)
-            yield replace(update, step=step, steps=len(order) * update.steps)
+            yield replace(update, step=step, steps=len(samples) * update.steps)
         for image, s, metadata in zip(update.images, batch, picture_metadata(pipe, settings), strict=True):
             _save(image, folder / s.made, metadata | {"prompt": s.caption})
-    yield samples
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", name)[-40:].strip("-") or "model"
+    return samples
 
 
 def _save(image: Image.Image, file: Path, metadata: dict[str, str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_png(image, file.with_suffix(".part"), metadata)
-    file.with_suffix(".part").replace(file)
+    with atomic_write(file) as temporary:
+        save_png(image, temporary, metadata)

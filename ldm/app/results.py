@@ -8,49 +8,13 @@ independent: many answers of few people are less certain than they say.
 
 import math
 import statistics
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from ldm.app.judgements import Judgement
 
 BLOCK, START, SHORTEST, LONGEST = 150, 500, 100, 1000  # answers, and ms
 UP, DOWN, STREAK = 10, 30, 3  # ms after a wrong answer, and after so many right ones in a row
 ENOUGH = 2 * STREAK * math.ceil((START - SHORTEST) / DOWN)  # answers, twice those from START to SHORTEST without errors
-
-
-class Interval(NamedTuple):
-    """An estimate with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def rate_interval(successes: float, total: int) -> Interval:
-    """The share of successes with its score interval (Wilson 1927); (nan, 0, 1) of none at all. The lower end rounds
-    half a success down, the upper end up."""
-    from scipy.stats import binomtest
-
-    if not total:
-        return Interval(math.nan, 0.0, 1.0)
-    low, high = (binomtest(f(successes), total).proportion_ci(method="wilson") for f in (math.floor, math.ceil))
-    return Interval(successes / total, low.low, high.high)
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p of wins being as likely as losses; ties are left out (Dixon and Mood 1946)."""
-    from scipy.stats import binomtest
-
-    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-
-
-def median_interval(values: Sequence[float]) -> Interval:
-    """The median with an interval between order statistics, which holds for any distribution; an interval of nan for
-    fewer than the 6 values that it needs."""
-    from scipy.stats import quantile_test
-
-    return Interval(statistics.median(values), *quantile_test(values).confidence_interval(0.95))
 
 
 def exposures(answers: Iterable[bool]) -> list[int]:
@@ -86,47 +50,58 @@ def results(judgements: Sequence[Judgement]) -> dict[str, dict[str, str]]:
 
 
 def _rows(model: str, judgements: list[Judgement]) -> dict[str, str]:
-    kinds = defaultdict(list)
+    kinds: dict[str, list[Judgement]] = {}
     for j in judgements:
-        kinds[j.kind].append(j)
-    single = [(not j.right, j.answer == ("real" if j.right else "generated")) for j in kinds["single"]]
-    real, generated = ([wrong for wrong, is_real in single if is_real == truth] for truth in (True, False))
+        kinds.setdefault(j.kind, []).append(j)
+    single, pairs, flashes = (kinds.get(kind, []) for kind in ("single", "pair", "flash"))
+    generated = [not j.right for j in single if (j.answer == "generated") == j.right]
+    real = [not j.right for j in single if (j.answer == "real") == j.right]
     rows = {
-        "judgements": ", ".join(f"{len(found)} {kind}" for kind, found in kinds.items() if found),
+        "judgements": ", ".join(f"{len(answers)} {kind}" for kind, answers in kinds.items()),
         "visits": str(len({j.session for j in judgements})),
-        "wrong, single": _share(real + generated),
-        "generated taken for real, single": _share(generated),
-        "real taken for generated, single": _share(real),
-        "generated chosen as real, pairs": _share([not j.right for j in kinds["pair"]]),
-        "flash that fools, single": _threshold(j for j in kinds["flash"] if j.answer in ("real", "generated")),
-        "flash that fools, pairs": _threshold(j for j in kinds["flash"] if j.answer in ("left", "right")),
+        "wrong, single": _rate(real + generated),
+        "generated taken for real, single": _rate(generated),
+        "real taken for generated, single": _rate(real),
+        "generated chosen as real, pairs": _rate([not j.right for j in pairs]),
+        "flash that fools, single": _threshold(j for j in flashes if j.answer in ("real", "generated")),
+        "flash that fools, pairs": _threshold(j for j in flashes if j.answer in ("left", "right")),
     }
-    outcomes = defaultdict(Counter)
-    for j in kinds["preference"]:
-        side, other = ("left", j.other_model) if j.model == model else ("right", j.model)
-        outcomes[other]["won" if j.answer == side else "tie" if j.answer == "tie" else "lost"] += 1
-    for other, n in sorted(outcomes.items()):
-        rate = rate_interval(n["won"] + n["tie"] / 2, n.total())  # too wide, never too narrow, where ties are many
-        counts = f"{n['won']} won, {n['tie']} ties, {n['lost']} lost, p = {sign_test(n['won'], n['lost']):.2g}"
-        rows[f"preferred to {other}"] = f"{_percent(rate)}: {counts}"
+    preferences = kinds.get("preference", [])
+    for other in sorted({j.model if j.model != model else j.other_model for j in preferences}):
+        between = [j for j in preferences if other in (j.model, j.other_model)]
+        won = [(j.answer == "left") == (j.model == model) for j in between if j.answer != "tie"]
+        counts = f"{sum(won)} won, {len(between) - len(won)} ties, {len(won) - sum(won)} lost"
+        rows[f"preferred to {other}"] = f"{_rate(won)}: {counts}, p = {sign_test(sum(won), len(won)):.2g}"
     return rows
 
 
-def _share(wrong: list[bool]) -> str:
-    return _percent(rate_interval(sum(wrong), len(wrong))) if wrong else "no answers yet"
+def sign_test(wins: int, total: int) -> float:
+    """Two-sided p of wins being as likely as losses; ties are left out (Dixon and Mood 1946)."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(wins, total).pvalue) if total else 1.0
 
 
-def _percent(rate: Interval) -> str:
-    return f"{rate.value:.0%} [{rate.low:.0%}, {rate.high:.0%}]"
+def _rate(outcomes: list[bool]) -> str:
+    """The share of True with its score interval (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    if not outcomes:
+        return "no answers yet"
+    interval = binomtest(sum(outcomes), len(outcomes)).proportion_ci(method="wilson")
+    return f"{statistics.mean(outcomes):.0%} [{interval.low:.0%}, {interval.high:.0%}]"
 
 
 def _threshold(flashes: Iterable[Judgement]) -> str:
-    visits = defaultdict(list)
+    """The median of the visits' thresholds with its interval between order statistics, from the 6th visit on."""
+    from scipy.stats import quantile_test
+
+    visits: dict[str, list[int]] = {}
     for j in flashes:
-        visits[j.session].append(j.exposure_ms)
+        visits.setdefault(j.session, []).append(j.exposure_ms)
     thresholds = [ms for shown in visits.values() if (ms := threshold(shown)) is not None]
     if not thresholds:
         return f"after {ENOUGH} flashes in one visit"
-    median, low, high = median_interval(thresholds)
+    low, high = quantile_test(thresholds).confidence_interval(0.95)
     interval = f" [{low:.0f}, {high:.0f}]" if math.isfinite(low) else ""
-    return f"{median:.0f} ms{interval}, visits: {len(thresholds)}"
+    return f"{statistics.median(thresholds):.0f} ms{interval}, visits: {len(thresholds)}"

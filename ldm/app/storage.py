@@ -10,8 +10,6 @@ from PIL import Image
 from ldm.config import UserError
 from ldm.images import save_png
 
-NAME = re.compile(r"[a-z0-9-]{1,60}-[0-9a-f]{16}\.png")
-
 
 class Pictures:
     """PNGs under `folder`, each with its settings in its text chunks."""
@@ -29,13 +27,13 @@ class Pictures:
             save_png(image, paths[-1], texts)
         return [str(path) for path in paths]
 
-    def existing(self, paths: object) -> list[str]:
-        """The paths of those files, which a browser names, that are pictures of this folder."""
-        names = [Path(path).name for path in paths if isinstance(path, str)] if isinstance(paths, list) else []
-        return [str(self.folder / name) for name in names if NAME.fullmatch(name) and (self.folder / name).is_file()]
+    def existing(self, paths: Sequence[str]) -> list[str]:
+        """The paths of those files, which a browser names, that are in this folder, whatever folder it names."""
+        files = [self.folder / Path(path).name for path in paths]
+        return [str(file) for file in files if file.is_file()]
 
     def find(self, path: str | None) -> str:
         """The finished picture that the page shows under this path. Raises UserError for a preview."""
-        if not (paths := self.existing([path])):
+        if not path or not (paths := self.existing([path])):
             raise UserError("that is a preview, or it was deleted; choose a finished picture")
         return paths[0]

@@ -22,28 +22,20 @@ def questions(kind: str, count: int, sets: Mapping[str, Sequence[Sample]], seed:
     apart. Both pictures of a question have one caption.
     """
     rng = random.Random(f"{kind} {seed}")
-    left, right = (list(sets) * 2)[:2]
-    order = {heads: _shuffled(rng, len(sets[left])) for heads in (True, False)}
+    (model, samples), (other, rivals) = [*sets.items(), ("", ())][:2]
+    order = {heads: _shuffled(rng, len(samples)) for heads in (True, False)}
     result = []
     for heads in rng.sample([True, False] * -(-count // 2), count):
         i = next(order[heads or kind != "single"])
-        sample = sets[left][i]
-        sides, truth = (sample.made, sets[right][i].made), ""
-        if kind != "preference":
-            sides, truth = (sample.real, sample.made), ANSWERS[kind][not heads]
-        sides = sides if heads else sides[::-1]
-        models = (left, right) if heads else (right, left)
-        result.append(
-            Judgement(
-                kind=kind,
-                session=session,
-                model=left if truth else models[0],
-                other_model="" if truth else models[1],
-                prompt=sample.caption,
-                seed=sample.seed,
-                extra={"pictures": list(sides[: 1 if kind == "single" else 2]), "truth": truth},
-            )
-        )
+        if kind == "preference":
+            pictures, models, truth = (samples[i].made, rivals[i].made), (model, other), ""
+            models = models if heads else models[::-1]
+        else:
+            pictures, models, truth = (samples[i].real, samples[i].made), (model, ""), ANSWERS[kind][not heads]
+        pictures = pictures if heads else pictures[::-1]
+        extra = {"pictures": pictures[: 1 if kind == "single" else 2], "truth": truth}
+        shared = {"kind": kind, "session": session, "prompt": samples[i].caption, "seed": samples[i].seed}
+        result.append(Judgement(model=models[0], other_model=models[1], extra=extra, **shared))
     return result
 
 

@@ -32,17 +32,15 @@ def build(models: Models, pictures: Pictures) -> None:
 
     def compare(values):
         settings = tab.settings(values)
-        images, labels = [], []
+        shown = []
         for label, variant in variants(settings, values[name], values[text]).items():
-            for update in sample(models[variant.model], variant, preview_steps=()):
-                yield {tab.panel.status: ui.progress(update, f"{label}:")}
-            images += update.images
-            labels.append(label)
-            yield {tab.gallery: list(zip(images, labels, strict=True)), tab.controls["seed"]: settings.seed}
-        sheet = captioned_grid(images, labels, columns=min(4, len(images)), cell=200)
+            update = yield from sample(models[variant.model], variant, preview_steps=())
+            shown.append((update.images[0], label))
+            yield {tab.gallery: shown, tab.controls["seed"]: settings.seed}
+        sheet = captioned_grid(*map(list, zip(*shown, strict=True)), columns=min(4, len(shown)), cell=200)
         more = {"compared": values[name], "values": values[text]}
         (file,) = pictures.save([sheet], picture_metadata(models[settings.model], settings, **more))
-        yield tab.offer(file) | {tab.panel.status: ui.message(f"Done, with seed {settings.seed}.")}
+        yield tab.done(file, f"Done, with seed {settings.seed}.")
 
     name.change(lambda name: SETTINGS[name][1] or ", ".join(models.names[:LIMIT]), name, text, **ui.IMMEDIATE)
     tab.on(compare, [name, text])

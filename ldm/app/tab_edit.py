@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
-import numpy as np
 import torch
-from einops import reduce, repeat
 from gradio.components import Component
 from PIL import Image, ImageOps
 
@@ -16,6 +14,7 @@ from ldm.app.sampling import Settings, picture_metadata, restore, sample
 from ldm.app.storage import Pictures
 from ldm.config import UserError
 from ldm.edit import between, slerp
+from ldm.images import upright_rgb
 from ldm.pipeline import Pipeline
 from ldm.samplers import ImageNoise
 
@@ -67,7 +66,7 @@ def build_interpolation(models: Models, pictures: Pictures) -> None:
         ends = zip(prompts, seeds, strict=True)
         a, b = (tab.settings(values, prompt=values[prompt], seed=values[seed]) for prompt, seed in ends)
         pipe, shares = models[a.model], torch.linspace(0, 1, a.count).tolist()
-        (metadata, *_) = picture_metadata(pipe, a, prompt=f"{a.prompt} -> {b.prompt}", seed_to=b.seed)
+        metadata = picture_metadata(pipe, a, prompt=f"{a.prompt} -> {b.prompt}", seed_to=b.seed)[0]
 
         def save(images):
             files = pictures.save(images, [metadata | {"share": f"{share:.4g}"} for share in shares])
@@ -78,14 +77,12 @@ def build_interpolation(models: Models, pictures: Pictures) -> None:
     tab.on(interpolate, [*prompts, *seeds])
 
 
-def open_picture(path: str, models: Models) -> tuple[dict, dict[str, Any]]:
+def open_picture(path: str, models: Models) -> tuple[Image.Image, dict[str, Any]]:
     """The value of the editor for a finished picture, and the values of the controls that the picture determines."""
     settings, _ = restore(path, models)
     image = Image.open(path)
-    scale = max(1, CANVAS // max(image.size))
-    image = image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
-    values = {name: getattr(settings, name) for name in ("prompt", "negative_prompt", "model")}
-    return {"background": image, "layers": [], "composite": image}, values
+    image = ImageOps.scale(image, max(1, CANVAS // max(image.size)), Image.Resampling.NEAREST)
+    return image, {name: getattr(settings, name) for name in ("prompt", "negative_prompt", "model")}
 
 
 def read_drawing(drawing: dict | None, side: int, factor: int) -> tuple[Image.Image, Image.Image | None]:
@@ -95,17 +92,17 @@ def read_drawing(drawing: dict | None, side: int, factor: int) -> tuple[Image.Im
     if background is None or not (box := background.getchannel("A").getbbox()):
         raise UserError("there is no picture to edit; upload one")
 
-    def cut(layer: Image.Image):
+    def cut(layer: Image.Image, side: int) -> Image.Image:
         # averages over whole blocks, so that a picture enlarged by `open_picture` comes back exactly
         return ImageOps.fit(layer.convert("RGBA").crop(box), (side, side), Image.Resampling.BOX)
 
-    image = Image.alpha_composite(Image.new("RGBA", (side, side), "white"), cut(background)).convert("RGB")
-    brushed = np.zeros((side, side), bool)
-    for layer in drawing.get("layers") or ():
-        brushed |= np.asarray(cut(layer).getchannel("A")) >= 64  # the brush is translucent
-    latents = reduce(brushed, "(h a) (w b) -> h w", "max", a=factor, b=factor)
-    mask = repeat(latents, "h w -> (h a) (w b)", a=factor, b=factor)
-    return image, Image.fromarray(mask) if mask.any() else None
+    mask = Image.new("L", (side, side))
+    for layer in (
+        drawing.get("layers") or ()
+    ):  # a latent is redrawn when some 5% of it are brushed: the brush is translucent
+        brushed = cut(layer, side // factor).getchannel("A").point(lambda alpha: 255 * (alpha >= 8))
+        mask.paste(255, mask=brushed.resize(mask.size, Image.Resampling.NEAREST))
+    return upright_rgb(cut(background, side)), mask if mask.getbbox() else None
 
 
 def interpolation(pipe: Pipeline, a: Settings, b: Settings, shares: Sequence[float]) -> dict[str, Any]:

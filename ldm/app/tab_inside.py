@@ -26,14 +26,13 @@ def build(models: Models, pictures: Pictures) -> None:
         shown = {round(i * (settings.steps - 1) / ESTIMATES) for i in range(ESTIMATES)}
         with attention_maps(pipe) as maps:
             for update in sample(pipe, settings, preview_steps=shown):
-                if update.images and not update.done:
-                    estimates.append((update.images[0], f"t = {update.t:.0f}"))
-                yield {tab.panel.status: ui.progress(update), tab.gallery: estimates}
+                estimates += [(image, f"t = {update.t:.0f}") for image in update.images]
+                yield update
+                yield {tab.gallery: estimates}
         (image,) = update.images
         (file,) = pictures.save([image], picture_metadata(pipe, settings))
-        yield tab.offer(file) | {
-            tab.panel.status: ui.message(f"Seed {settings.seed}.", *update.notes),
-            tab.gallery: [*estimates, (file, "the picture")],
+        yield tab.done(file, f"Seed {settings.seed}.", *update.notes) | {
+            tab.gallery: [*estimates[:-1], (file, "the picture")],
             tab.controls["seed"]: settings.seed,
             words: word_overlays(maps, pipe, settings.prompt, image),
             plot: schedule_figure(pipe.schedule, settings.sampler or pipe.schedule.config.sampler, settings.steps),

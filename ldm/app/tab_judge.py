@@ -31,7 +31,7 @@ models' pictures fits its caption better? Answers are kept in a file on this mac
 pictures, which takes a while."""
 
 
-def build(models: Models, folder: Path, page: gr.Blocks, seed: int) -> None:
+def build(models: Models, folder: Path, tab: gr.Tab, seed: int) -> None:
     """Builds the tab; pictures and answers are kept in `folder`, `seed` orders the questions."""
     store = JudgementStore(folder / "judgements.sqlite")
     studies: dict[str, Study] = {}  # by visit, so that a reload goes on
@@ -42,7 +42,6 @@ def build(models: Models, folder: Path, page: gr.Blocks, seed: int) -> None:
         model = gr.Dropdown(models.names, value=models.names[0], label="Model")
         other = gr.Dropdown(models.names, value=models.names[-1], label="Other model (which fits better)")
         count = gr.Slider(4, 200, 20, step=1, label="Questions")
-        each = gr.Slider(4, 200, 24, step=1, label="Pictures of each kind")
     panel = ui.Panel("judge", "Start", "Choose a question and press Start.")
     view = gr.HTML(elem_id="judge-view")
     with gr.Row():
@@ -54,30 +53,30 @@ def build(models: Models, folder: Path, page: gr.Blocks, seed: int) -> None:
 
     def ask(study):
         study.shown_at = time.monotonic()
-        answers = ANSWERS[study.kind] if study.question else ()
-        labels = [LABELS[answer] for answer in answers] + [""] * (len(buttons) - len(answers))
-        shown = [gr.Button(label, visible=bool(label)) for label in labels]
-        return {view: question_html(study, folder)} | dict(zip(buttons, shown, strict=True))
+        labels = [LABELS[answer] for answer in ANSWERS[study.kind]] if study.question else []
+        shown = [gr.Button(label, visible=bool(label)) for label in (*labels, "", "", "")]
+        return {view: question_html(study, folder)} | dict(zip(buttons, shown, strict=False))
 
     def start(values):
-        asked, preference = values[kind], values[kind] == "preference"
+        preference = values[kind] == "preference"
         names = [values[model], values[other]] if preference else [values[model]]
         if len(set(names)) < len(names):
             raise UserError("choose two different models; start the page with more than one --model")
         yield {view: ""} | dict.fromkeys(buttons, gr.Button(visible=False))
         sets = {}
         for name in names:
-            for result in prepare(models, name, names[0], values[each], seed, folder):
-                if isinstance(result, list):
-                    sets[name] = result
-                else:
-                    yield {panel.status: ui.progress(result, f"Making pictures of {name}:")}
+            sets[name] = yield from prepare(models, name, names[0], values[count], seed, folder)
         session, past = values[visit] or secrets.token_hex(6), store.judgements()
-        earlier = [j for j in past if (j.kind, j.session, j.model) == ("flash", session, names[0])]
-        rights = [bool(j.right) for j in earlier if j.answer in ANSWERS[asked]]
-        order = questions(asked, values[count], sets, seed + len(past), session)
-        flashes = values[flash] and not preference
-        study = studies[session] = Study(kind=asked, flash=flashes, questions=order, rights=rights)
+        study = studies[session] = Study(
+            kind=values[kind],
+            flash=values[flash] and not preference,
+            questions=questions(values[kind], values[count], sets, seed + len(past), session),
+            rights=[
+                bool(j.right)
+                for j in past
+                if (j.kind, j.session, j.model) == ("flash", session, names[0]) and j.answer in ANSWERS[values[kind]]
+            ],
+        )
         yield {visit: session, panel.status: ""} | ask(study)
 
     @ui.user_errors()
@@ -97,25 +96,16 @@ def build(models: Models, folder: Path, page: gr.Blocks, seed: int) -> None:
         html = TEMPLATES.get_template("results.jinja").render(results=results(store.judgements()))
         return {report: html, export: gr.DownloadButton(value=str(file), interactive=exported)}
 
-    panel.on([panel.start.click], start, {visit, kind, flash, model, other, count, each}, {visit, view, *buttons})
+    panel.on([panel.start.click], start, {visit, kind, flash, model, other, count}, {visit, view, *buttons})
     shown: Any = {view, *buttons, accordion, report, export}
     for number, button in enumerate(buttons):
         button.click(partial(answer, number), visit, shown, **ui.IMMEDIATE)
-    page.load(reload, visit, shown, **ui.IMMEDIATE)
+    tab.select(reload, visit, shown, **ui.IMMEDIATE)
     accordion.expand(show_results, None, shown, **ui.IMMEDIATE)
 
 
 def question_html(study: Study, folder: Path) -> str:
     """The question to answer next, or thanks."""
-    question = study.question
-    files = question.extra["pictures"] if question else []
-    return TEMPLATES.get_template("question.jinja").render(
-        question=question,
-        kind=study.kind,
-        number=study.position + 1,
-        total=len(study.questions),
-        images=[data_url(Image.open(folder / file)) for file in files],
-        exposure=study.exposure,
-        fixation=FIXATION,
-        feedback=("right" if study.rights[-1] else "wrong") if study.position else "",  # as in HYPE
-    )
+    files = study.question.extra["pictures"] if study.question else []
+    images = [data_url(Image.open(folder / file)) for file in files]
+    return TEMPLATES.get_template("question.jinja").render(study=study, images=images, fixation=FIXATION)

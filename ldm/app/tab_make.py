@@ -14,7 +14,8 @@ def build(models: Models, pictures: Pictures, page: gr.Blocks) -> tuple[gr.Butto
     """Builds the tab; returns the button that takes a picture to Edit, and the one that holds the chosen picture."""
     tab = ui.SamplingTab(models, "make", "Make", "Write a prompt and press Make.", ("strength",), count=4)
     with tab.results:
-        gr.Markdown("Click a picture to restore its settings; downloaded pictures contain theirs.")
+        gr.Markdown(f"""Click a picture to restore its settings; downloaded pictures contain theirs. All are kept in the
+            output folder ({pictures.folder.parent.name}/{pictures.folder.name}) until somebody deletes them.""")
         edit = gr.Button("Edit the chosen picture", elem_id="make-edit")
         history = ui.gallery("make-history", "History of this browser", 220)
         names = gr.BrowserState([], storage_key="ldm-history", secret="ldm")
@@ -23,27 +24,24 @@ def build(models: Models, pictures: Pictures, page: gr.Blocks) -> tuple[gr.Butto
     def make(values):
         settings = tab.settings(values)
         pipe = models[settings.model]
-        metadata = picture_metadata(pipe, settings)
-        files = []
+        past = pictures.existing(values[names])
 
         def save(images):
-            files.extend(pictures.save(images, metadata))
+            files = pictures.save(images, picture_metadata(pipe, settings))
+            past[:0] = files
             return files
 
         yield from tab.follow(sample(pipe, settings), settings, save)
-        past = pictures.existing([*files, *values[names]])[:HISTORY]
-        yield {history: past, names: past}
+        yield dict.fromkeys((history, names), past[:HISTORY])
 
     @ui.user_errors()
     def show(path):
         settings, notes = restore(path, models)
-        status = ui.message("The settings of that picture, for one picture.", *notes)
-        return {tab.panel.status: status} | tab.show(settings)
+        return tab.show(settings) | tab.done(path, "The settings of that picture, for one picture.", *notes)
 
     @ui.user_errors()
     def choose(event: gr.SelectData):
-        path = pictures.find(event.value["image"]["path"])
-        return show(path) | tab.offer(path)
+        return show(pictures.find(event.value["image"]["path"]))
 
     tab.on(make, [names], [history, names])
     shown = {tab.panel.status, tab.download, *tab.controls.values()}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ldm.config import UserError
 from ldm.data import open_dataset
 from ldm.data.faults import readable
-from ldm.data.identity import fingerprint
+from ldm.data.latents import data_hash
 from ldm.distributed import find_device, processes
 from ldm.evaluate.config import LARGEST, SMALLEST, AutoencoderEvaluation
 from ldm.evaluate.latents import representation
@@ -69,7 +69,7 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
         "autoencoder_sha256": module_hash(vae),
         "parameters": {"vae": sum(p.numel() for p in vae.parameters())},
         "data": config.data,
-        "data_sha256": fingerprint(dataset),
+        "data_sha256": data_hash(dataset),
         "split": config.split,
         "num": len(indices),
         "size": size,

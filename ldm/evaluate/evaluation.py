@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.config import UserError
 from ldm.data import open_dataset
 from ldm.data.faults import readable
-from ldm.data.identity import fingerprint
+from ldm.data.latents import data_hash
 from ldm.distributed import find_device
 from ldm.evaluate.config import SMALLEST, EvaluateConfig
 from ldm.evaluate.features import Features
@@ -70,7 +70,7 @@ class Evaluation:
             "model_sha256": hashlib.sha256("".join([*map(module_hash, modules.values()), rest]).encode()).hexdigest(),
             "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
             "data": config.data,
-            "data_sha256": fingerprint(self.dataset),
+            "data_sha256": data_hash(self.dataset),
             "split": config.split,
             "size": size,
             "guidance_rescale": config.guidance_rescale,

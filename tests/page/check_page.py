@@ -1,7 +1,6 @@
 """The real page in a headless browser, as people use it: `make test-page`. The model is the shipped one of shapes."""
 
 import io
-import os
 import re
 import shutil
 import signal
@@ -20,7 +19,6 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle above a blue square"
-SHOTS = os.environ.get("SHOTS")  # a folder for screenshots of every tab at both widths
 TABS = ("Make", "Edit", "Compare", "Look inside", "Judge")
 
 
@@ -37,7 +35,7 @@ def running(out: Path, *options: str) -> Iterator[int]:
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, preexec_fn=restore)
         try:
-            wait(lambda: reachable(port) or process.poll() is not None, 180)
+            wait(lambda: reachable(port) or process.poll() is not None, 300)
             assert process.poll() is None, log.read_text()
             yield port
         finally:
@@ -75,7 +73,7 @@ def opened(browser: Browser, address: str, width: int = 1440, **options) -> Iter
     """A page that asks for nothing from outside, reports no error and opens no dialog."""
     context = browser.new_context(viewport={"width": width, "height": 900}, **options)
     page = context.new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(120_000)
     outside, wrong = [], []
     expected = ("AbortError", "Connection errored out", "could not be decoded")  # by a reload, and by a broken picture
     complain = lambda text: None if any(words in text for words in expected) else wrong.append(text)  # noqa: E731
@@ -115,7 +113,7 @@ def turn_to(page: Page, tab: str) -> None:
         page.locator(".overflow-menu > button").first.click()
         button = page.locator(".overflow-dropdown button", has_text=tab).first
     button.click()
-    page.wait_for_timeout(400)
+    page.locator(f"#{tab.split()[-1].lower()}-start").wait_for()
 
 
 def field(page: Page, label: str):
@@ -124,9 +122,8 @@ def field(page: Page, label: str):
 
 def number(page: Page, label: str, value: float) -> None:
     """Types a value into a slider's number field."""
-    box = (
-        page.locator(f'[role=tabpanel]:visible input[type=number][aria-label*="{label}"]').locator("visible=true").first
-    )
+    inputs = page.locator(f'[role=tabpanel]:visible input[type=number][aria-label*="{label}"]')
+    box = inputs.locator("visible=true").first
     box.fill(str(value))
     box.blur()
 
@@ -153,12 +150,16 @@ def make(page: Page, prompt: str = PROMPT, steps: int = 4, pictures: int = 1) ->
     return until(page, "#make-status", "pictures? in")
 
 
-def upload(page: Page, image: Image.Image, file: Path) -> None:
-    """Uploads a picture to Edit and waits until it can be brushed over and no longer moves."""
-    image.save(file)
-    page.locator("#edit-editor input[type=file]").first.set_input_files(file)
-    page.locator('#edit-editor button[aria-label="Brush"]').wait_for(timeout=60_000)
-    page.wait_for_timeout(3000)
+def drawable(page: Page) -> None:
+    """Waits until the picture in Edit can be brushed over and no longer moves: twice the same, and not of one color."""
+    page.locator('#edit-editor button[aria-label="Brush"]').wait_for()
+    canvas, shots = page.locator("#edit-editor canvas").first, [b""]
+
+    def still() -> bool:
+        shots.append(canvas.screenshot())
+        return shots[-1] == shots[-2] and len(Image.open(io.BytesIO(shots[-1])).convert("RGB").getcolors(2**20)) > 1
+
+    wait(still)
 
 
 def test_pictures_appear_while_they_denoise_and_are_the_scripts_own(page, tmp_path):
@@ -167,26 +168,24 @@ def test_pictures_appear_while_they_denoise_and_are_the_scripts_own(page, tmp_pa
         if (source) seen.add(source);
       }).observe(document.body, {subtree: true, childList: true, attributes: true}); }""")
     field(page, "Seed").fill("11")
-    start(page, pictures=8)
+    start(page, steps=60, pictures=3)
     assert "seed 11" in until(page, "#make-status", "pictures in")
-    wait(lambda: "pictures/a-red-circle" in page.locator("#make-pictures img").first.get_attribute("src"))
+    wait(lambda: "a-red-circle" in page.locator("#make-pictures img").first.get_attribute("src"))
     assert page.evaluate("seen.size") >= 3  # previews, and the picture
-    command = [sys.executable, "scripts/sample.py", "--model", "shapes", *["--prompt", PROMPT] * 8, "--seed", "11"]
-    command += ["--guidance", "3", "--steps", "150", "--out", str(tmp_path)]
+    command = [sys.executable, "scripts/sample.py", "--model", "shapes", *["--prompt", PROMPT] * 3, "--seed", "11"]
+    command += ["--guidance", "3", "--steps", "60", "--out", str(tmp_path)]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    for i in range(8):
-        mine, scripts = (
-            served(page, "#make-pictures", i),
-            Image.open(tmp_path / f"{i:04d}-{PROMPT.replace(' ', '-')}.png"),
-        )
-        assert np.array_equal(np.asarray(mine), np.asarray(scripts)) and mine.text == scripts.text
+    for i in range(3):
+        mine = served(page, "#make-pictures", i)
+        expected = Image.open(tmp_path / f"{i:04d}-{PROMPT.replace(' ', '-')}.png")
+        assert np.array_equal(np.asarray(mine), np.asarray(expected)) and mine.text == expected.text
 
 
 def test_stop_works_while_it_runs_and_in_the_queue(page, another):
     start(page)
     page.locator("#make-pictures .thumbnail-item").first.wait_for()
-    start(another, pictures=1)
-    another.wait_for_timeout(1500)
+    with another.expect_response(re.compile("queue/join")):
+        start(another, pictures=1)
     another.click("#make-stop")
     until(another, "#make-status", "Stopped")
     page.click("#make-stop")
@@ -227,14 +226,12 @@ def test_settings_come_back_from_a_click_from_a_file_and_after_a_reload(page, tm
     ("prompt", "words"),
     [
         (" \n\t ", "the prompt is empty"),
-        (PROMPT, "seed is -3; it must be from 0 to 4,294,967,279"),
         ("x" * 2**20, "1,048,576 characters; at most 1,000"),
         ("<img src=x onerror=alert(1)><script>alert(2)</script>", ""),
         ("\u202eدائرة حمراء\u202c a\0b\x07 '; DROP TABLE judgements; -- 🟥", ""),
     ],
 )
 def test_hostile_prompts_are_answered_in_the_page(page, prompt, words):
-    field(page, "Seed").fill("-3" if "seed" in words else "0")
     start(page, prompt, steps=2, pictures=1)
     until(page, ".toast-body" if words else "#make-status", words or "picture in")
     assert page.locator("#make-status img").count() == 0
@@ -247,7 +244,9 @@ def test_only_the_part_under_the_brush_is_redrawn(page, tmp_path):
     until(page, "#edit-status", "cannot be read as a picture")
     photograph = Image.new("RGB", (3000, 3000), (128, 128, 128))  # a large one
     photograph.paste((255, 0, 0), (375, 375, 1220, 1220))
-    upload(page, photograph, tmp_path / "start.jpg")
+    photograph.save(tmp_path / "start.jpg")
+    page.locator("#edit-editor input[type=file]").first.set_input_files(tmp_path / "start.jpg")
+    drawable(page)
     page.locator('#edit-editor button[aria-label="Brush"]').click()
     box = page.locator("#edit-editor canvas").first.bounding_box()
     for y in (0.6, 0.68, 0.76):  # in the lower right quarter
@@ -271,8 +270,7 @@ def test_a_picture_goes_from_make_to_edit(page):
     make(page, steps=20)
     wait(lambda: page.locator("#make-download").is_enabled())
     page.click("#make-edit")
-    page.locator('#edit-editor button[aria-label="Brush"]').wait_for(timeout=60_000)
-    page.wait_for_timeout(3000)
+    drawable(page)
     assert field(page, "Prompt").input_value() == PROMPT
     field(page, "Prompt").fill("a green square")
     number(page, "Strength", 0.3)
@@ -323,7 +321,6 @@ def test_look_inside_shows_the_way_the_words_and_the_schedule(page):
 
 def judge(page: Page, question: str, flashes: bool = False) -> None:
     turn_to(page, "Judge")
-    number(page, "Pictures of each kind", 6)
     number(page, "Questions", 6)
     field(page, "Question").click()
     page.get_by_role("option", name=question, exact=True).click()
@@ -394,8 +391,7 @@ def test_it_ends_when_told_in_the_middle_of_a_picture(browser, tmp_path):
         until(page, "#make-status", r"step \d")
 
 
-@pytest.mark.parametrize("width", [360, 1440])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1440, "light")])
 def test_every_tab_fits_and_every_control_has_a_name(browser, address, width, scheme):
     for page in opened(browser, address, width, color_scheme=scheme):
         for tab in TABS:
@@ -405,8 +401,6 @@ def test_every_tab_fits_and_every_control_has_a_name(browser, address, width, sc
               .filter(e => e.offsetParent && e.type !== 'file' && !(e.ariaLabel || e.title || e.innerText?.trim() ||
                 e.labels?.length || e.getAttribute('aria-labelledby'))).map(e => e.outerHTML.slice(0, 200))""")
             assert nameless == [], tab
-            if SHOTS:
-                page.screenshot(path=f"{SHOTS}/{tab.replace(' ', '-')}-{width}-{scheme}.png", full_page=True)
 
 
 def test_the_keyboard_is_enough(page):
