@@ -28,7 +28,7 @@ def main(out: Path) -> None:
     rank, world = rank_and_world()
     rows = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100
     moments = GaussianMoments()
-    for part in gather_objects([GaussianMoments().update(rows[:13] if rank == 0 else rows[13:])]):
+    for part in gather_objects(GaussianMoments().update(rows[:13] if rank == 0 else rows[13:])):
         moments.merge(part)
     assert moments.count == 50 and torch.allclose(moments.mean, rows.mean(0), rtol=1e-12)
     assert torch.allclose(moments.covariance, rows.T.cov(), atol=1e-9)
