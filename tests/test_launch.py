@@ -71,13 +71,13 @@ def runs(folder: Path, kind: str, name: str) -> tuple[Path, Path]:
     return one, two
 
 
-def check_same_lines(one: Path, two: Path, count: int) -> None:
+def check_same_lines(one: Path, two: Path, count: int, tolerance: float = 1e-4) -> None:
     """Every logged number: losses, gradient norms, the adaptive weight, validation."""
     one, two = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two))
     assert [line.keys() for line in one] == [line.keys() for line in two] and len(one) == count
     for a, b in zip(one, two, strict=True):
         for key in a.keys() - {"z_std"}:  # a deviation is no mean over samples
-            assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-6), (a["step"], key, a[key], b[key])
+            assert math.isclose(a[key], b[key], rel_tol=tolerance, abs_tol=1e-6), (a["step"], key, a[key], b[key])
 
 
 MATRIX = [(kind, name) for kind in OWN for name in CONFIGS]
@@ -117,7 +117,7 @@ def test_bf16_is_autocast_over_float32_weights_with_and_without_fsdp(folder):
     for kind in OWN:
         (folder / kind).mkdir(exist_ok=True)
         launched(kind, "clip", *half, cwd=folder / kind, out="half")
-    check_same_lines(folder / "ddp" / "half", folder / "fsdp" / "half", 4)
+    check_same_lines(folder / "ddp" / "half", folder / "fsdp" / "half", 4, 1e-2)  # bf16 keeps 3 digits
 
 
 @pytest.mark.slow
