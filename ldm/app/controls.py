@@ -8,6 +8,8 @@ from typing import Any
 
 import gradio as gr
 from gradio.components import Component
+from gradio.processing_utils import save_pil_to_cache
+from PIL import Image
 
 from ldm.app.models import Models
 from ldm.app.sampling import BOUNDS, Settings, Update
@@ -137,6 +139,12 @@ def gallery(name: str, label: str, height: int | None = 440) -> gr.Gallery:
     """A gallery that keeps its height while pictures come, and shows a click instead of enlarging the picture."""
     options = {"label": label, "elem_id": name, "elem_classes": "still", "height": height, "object_fit": "contain"}
     return gr.Gallery(format="png", interactive=False, allow_preview=False, buttons=[], **options)
+
+
+def cached(image: Image.Image, gallery: gr.Gallery) -> str:
+    """The file of a picture that a gallery shows in many updates: gradio would write a PIL image again at each of them,
+    while a browser may be reading it."""
+    return save_pil_to_cache(image, gallery.GRADIO_CACHE, format="png")
 
 
 def message(*texts: str) -> str:

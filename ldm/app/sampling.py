@@ -54,6 +54,7 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not low <= value <= high:
                 raise UserError(f"{name} is {value}; it must be from {low:,} to {high:,}")
+            object.__setattr__(self, name, type(low)(value))  # browsers send 3.0 as 3
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `Pipeline.__call__`, without the prompt."""

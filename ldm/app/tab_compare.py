@@ -32,12 +32,13 @@ def build(models: Models, pictures: Pictures) -> None:
 
     def compare(values):
         settings = tab.settings(values)
-        shown = []
+        images, shown = [], []
         for label, variant in variants(settings, values[name], values[text]).items():
             update = yield from sample(models[variant.model], variant, preview_steps=())
-            shown.append((update.images[0], label))
+            images += update.images
+            shown.append((ui.cached(images[-1], tab.gallery), label))
             yield {tab.gallery: shown, tab.controls["seed"]: settings.seed}
-        sheet = captioned_grid(*map(list, zip(*shown, strict=True)), columns=min(4, len(shown)), cell=200)
+        sheet = captioned_grid(images, [label for _, label in shown], columns=min(4, len(shown)), cell=200)
         more = {"compared": values[name], "values": values[text]}
         (file,) = pictures.save([sheet], picture_metadata(models[settings.model], settings, **more))
         yield tab.done(file, f"Done, with seed {settings.seed}.")

@@ -26,9 +26,10 @@ def build(models: Models, pictures: Pictures) -> None:
         shown = {round(i * (settings.steps - 1) / ESTIMATES) for i in range(ESTIMATES)}
         with attention_maps(pipe) as maps:
             for update in sample(pipe, settings, preview_steps=shown):
-                estimates += [(image, f"t = {update.t:.0f}") for image in update.images]
                 yield update
-                yield {tab.gallery: estimates}
+                if update.images:
+                    estimates.append((ui.cached(update.images[0], tab.gallery), f"t = {update.t:.0f}"))
+                    yield {tab.gallery: estimates}
         (image,) = update.images
         (file,) = pictures.save([image], picture_metadata(pipe, settings))
         yield tab.done(file, f"Seed {settings.seed}.", *update.notes) | {
