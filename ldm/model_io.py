@@ -120,7 +120,9 @@ def read_config(folder: Path, cls: type[Config], class_name: str, supported: dic
     for key in sorted(table.keys() - names - EMA_KEYS):
         value, allowed = table[key], supported.get(key, (None, False))
         entries = value if isinstance(value, list) else [value]
-        if not key.startswith("_") and any(entry not in allowed for entry in entries):
+        # To Python 0 equals False; to a config it does not.
+        kinds = [(value, isinstance(value, bool)) for value in allowed]
+        if not key.startswith("_") and any((entry, isinstance(entry, bool)) not in kinds for entry in entries):
             raise UserError(f"{path}: {key} = {value!r} is not supported (supported: {str(allowed)[1:-1]})")
     values = {key: value for key, value in table.items() if key in names}
     match values.get("sample_size"):

@@ -94,7 +94,7 @@ class Tokenizer:
             ids = self.encode(text)
             if len(ids) > length:
                 if warn:
-                    cut = self.decode(ids[length - 1 :])[:100]
+                    cut = self.decode(ids[length - 1 :])[-100:]
                     message = f"the text {text[:100]!r} has more than {length - 2} tokens; this was cut off: {cut!r}"
                     warnings.warn(message, stacklevel=2)
                 ids = [*ids[: length - 1], self.eos_token_id]

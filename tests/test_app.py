@@ -138,7 +138,7 @@ def test_pngs_without_settings_or_with_bad_ones_are_refused(tmp_path):
     PLAIN.save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("not a picture")
     for name in ("plain.png", "text.png", "missing.png"):
-        with pytest.raises(UserError, match="PNG"):
+        with pytest.raises(UserError, match="PNG|image"):
             restore(tmp_path / name, offered("tiny"))
     bad = {"steps": "many", "seed": "1e999", "guidance": "99", "prompt": "x" * 5000}
     for key, value in bad.items():
@@ -286,6 +286,8 @@ def test_a_study_leads_from_its_questions_to_the_results(samples, tmp_path, monk
 
 def test_the_server_gives_out_its_own_pictures_alone(tmp_path, monkeypatch):
     from ldm.app.page import serve
+    from ldm.commands.app import AppOptions
+    from ldm.commands.app import check as refuse
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "served"))
     save_png(PLAIN, tmp_path / "secret.png", {"prompt": "a secret", "seed": "1"})
@@ -307,7 +309,7 @@ def test_the_server_gives_out_its_own_pictures_alone(tmp_path, monkeypatch):
             page = httpx.get(f"http://127.0.0.1:{port}/config", headers={"Host": f"{name}:{port}"})
             assert page.status_code == status
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}; use another --port"):
-            serve(offered("shapes"), tmp_path / "app", "127.0.0.1", port)
+            refuse(AppOptions(port=port, out=tmp_path / "app"))
 
     monkeypatch.setattr(sampling.EXIT, "wait", check)
     serve(offered("shapes"), tmp_path / "app", "127.0.0.1", port)

@@ -12,7 +12,6 @@ from ldm.app.models import Models
 from ldm.app.sampling import EXIT
 from ldm.app.storage import Pictures
 from ldm.app.style import CSS, HEAD
-from ldm.config import UserError
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -48,27 +47,24 @@ def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
 
 
 def serve(models: Models, folder: Path, host: str, port: int, seed: int = 0) -> None:
-    """Serves the page until the process is interrupted. Raises UserError where it cannot listen."""
+    """Serves the page until the process is interrupted."""
     # on this machine alone, another site's name that resolves to it must not be answered (DNS rebinding)
     hosts = [*LOCAL, "[::1]"] if host in LOCAL else ["*"]
-    try:
-        page = build(models, folder, seed)
-        page.launch(
-            server_name=host,
-            server_port=port,
-            allowed_paths=[str(folder / name) for name in ("pictures", "exported")],
-            max_file_size="8mb",
-            theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-            css=CSS,
-            head=HEAD,
-            footer_links=[],
-            ssr_mode=False,
-            quiet=True,
-            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]},
-            prevent_thread_lock=True,
-        )
-    except (OSError, OverflowError):
-        raise UserError(f"cannot listen on {host}:{port}; use another --port or --host") from None
+    page = build(models, folder, seed)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        allowed_paths=[str(folder / name) for name in ("pictures", "exported")],
+        max_file_size="8mb",
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+        head=HEAD,
+        footer_links=[],
+        ssr_mode=False,
+        quiet=True,
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]},
+        prevent_thread_lock=True,
+    )
     try:
         EXIT.wait()  # until ctrl-C
     finally:

@@ -1,6 +1,7 @@
 """`ldm app`: a page to make pictures, look into a model, and judge how often people are fooled."""
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,10 +32,8 @@ class AppOptions:
 def main(argv: Sequence[str] | None = None) -> None:
     """Opens the models, then serves the page until ctrl-C."""
     options = read_options(AppOptions, DESCRIPTION, argv)
-    if find_spec("gradio") is None:
-        raise UserError("the page needs gradio: pip install -e '.[app]', or make app")
+    check(options)
     folder = options.out.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "served")  # read when gradio is imported
     from ldm.app.models import Models, find_models
     from ldm.app.page import LOCAL, serve
@@ -46,4 +45,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.host not in LOCAL:
         print(f"warning: everyone who can reach {options.host} can use the page; it has no password", file=sys.stderr)
     print(f"open http://{options.host}:{options.port}  (models: {', '.join(models.names)}; ctrl-C ends it)", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
     serve(models, folder, options.host, options.port, options.seed)
+
+
+def check(options: AppOptions) -> None:
+    """Raises UserError for what can be refused before anything is loaded."""
+    if find_spec("gradio") is None:
+        raise UserError("the page needs gradio: pip install -e '.[app]', or make app")
+    if not 1 <= options.port <= 65535:
+        raise UserError(f"--port is {options.port}; it must be from 1 to 65535")
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out {str(options.out)!r} is not a folder; use another name")
+    try:
+        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        socket.create_server((options.host, options.port), family=family).close()
+    except OSError as error:
+        problem = f"cannot listen on {options.host}:{options.port} ({error})"
+        raise UserError(f"{problem}; use another --port or --host") from None
