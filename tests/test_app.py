@@ -308,7 +308,7 @@ def test_the_server_gives_out_its_own_pictures_alone(tmp_path, monkeypatch):
         for name, status in (("localhost", 200), ("rebound.example", 400)):
             page = httpx.get(f"http://127.0.0.1:{port}/config", headers={"Host": f"{name}:{port}"})
             assert page.status_code == status
-        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}; use another --port"):
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*use another --port"):
             refuse(AppOptions(port=port, out=tmp_path / "app"))
 
     monkeypatch.setattr(sampling.EXIT, "wait", check)
