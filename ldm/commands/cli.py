@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import errno
+import os
 import signal
 import sys
 import types
@@ -31,6 +32,9 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except (UserError, PermissionError, FileExistsError, NotADirectoryError) as error:
         _fail(error)
+    except BrokenPipeError:  # as in `ldm --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno in FULL:
             _fail(f"{FULL[error.errno]} ({_one_line(error)}); with more room the same command goes on")
