@@ -117,10 +117,10 @@ def read_image(source: str | Path | bytes, size: int, limit: int = LIMIT, name: 
     return torch.from_numpy(rearrange(pixels, "h w c -> c h w").copy())
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path, limit: float = math.inf) -> tuple[int, int]:
     """Width and height in a picture's header, before EXIF orientation. Raises ImageError as `read_image`."""
     try:
-        with _open(path, math.inf) as image:
+        with _open(path, limit) as image:
             return image.size
     except Exception as error:
         raise _explained(error, str(path)) from None

@@ -56,8 +56,7 @@ def test_cached_moments_are_the_vaes(root, tmp_path):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     cached = open_latents(path, vae, data, 5, CPU)
-    assert vae.training and torch.equal(torch.get_rng_state(), before) and len(cached) == 12
-    vae.eval()
+    assert not vae.training and torch.equal(torch.get_rng_state(), before) and len(cached) == 12
     for i, sample in enumerate(data):
         item = cached[i]
         with torch.no_grad():

@@ -3,13 +3,13 @@
 import io
 import json
 import subprocess
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data_shards import tar
 
 from ldm.config import UserError
 from ldm.data import DataConfig, emoji, emoji_build, open_dataset
@@ -45,9 +45,8 @@ def test_a_sample_keeps_the_contract_on_white_ground(sets):
 
 
 def test_no_caption_is_shared_and_each_names_its_style(sets):
-    texts = {s: {c.casefold() for r in data.records for c in r["captions"]} for s, data in sets.items()}
-    assert not texts["train"] & texts["test"] and not texts["train"] & texts["val"]
-    assert not texts["val"] & texts["test"]
+    texts = [{c.casefold() for r in data.records for c in r["captions"]} for data in sets.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts))
     for record in (record for split in sets.values() for record in split.records):
         assert len(set(record["captions"])) == len(record["captions"]) >= 2
         assert any(record["style"] in caption.split() for caption in record["captions"])
@@ -130,11 +129,8 @@ def packages(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "packages"
     folder.mkdir()
     for style, name in emoji_build.PACKAGES.items():
-        with tarfile.open(folder / (name.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz"), "w:gz") as tar:
-            for member, data in files[style].items():
-                info = tarfile.TarInfo(member)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+        archive = tar(folder / "archive.tar", files[style].items())
+        archive.rename(folder / (name.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz"))
     for module in (emoji, emoji_build):
         monkeypatch.setattr(module, "SHIPPED", shipped)
     return folder
@@ -156,36 +152,33 @@ def test_builds_are_reproducible_and_keep_the_shipped_captions_and_split(package
 
 
 def test_mistakes_in_reading_are_named(tmp_path):
-    with pytest.raises(UserError, match="unknown split 'dev'"):
-        Emoji(64, "dev")
-    with pytest.raises(UserError, match="--size 128"):
-        Emoji(128, "train")
-    with pytest.raises(UserError, match="holds no emoji"):
-        Emoji(64, "train", tmp_path)
-    (tmp_path / "train-000000.tar").write_bytes(b"no tar at all")
-    with pytest.raises(UserError, match="is broken"):
-        Emoji(64, "train", tmp_path)
+    (tmp_path / "test-000000.tar").write_bytes(b"no tar at all")
+    for options, message in (
+        ({"split": "dev"}, "unknown split 'dev'"),
+        ({"size": 128}, "--size 128"),
+        ({"folder": tmp_path}, "holds no emoji"),
+        ({"folder": tmp_path, "split": "test"}, "is broken"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Emoji(**options)
 
 
 def test_mistakes_in_building_are_named_and_write_nothing(tmp_path, monkeypatch, packages):
-    out = tmp_path / "out"
-    with pytest.raises(UserError, match="allowed: 64, 128"):
-        emoji_build.build(out, 96, packages)
-    with pytest.raises(UserError, match="`npm pack @lobehub/fluent-emoji-3d@1.1.0` writes it"):
-        emoji_build.build(out, 64, tmp_path)
+    def refused(message: str, *arguments: int | Path) -> None:
+        with pytest.raises(UserError, match=message):
+            emoji_build.build(tmp_path / "out", *arguments)
+
+    refused("allowed: 64, 128", 96, packages)
+    refused("`npm pack @lobehub/fluent-emoji-3d@1.1.0` writes it", 64, tmp_path)
     monkeypatch.setitem(emoji_build.PICTURES, "3D", ("elsewhere/", ".webp"))
-    with pytest.raises(UserError, match="the packages hold no picture 3D-"):
-        emoji_build.build(tmp_path / "other", 64, packages)
+    refused("the packages hold no picture 3D-", 64, packages)
     for file in packages.iterdir():
         file.write_bytes(b"cut short")
-    with pytest.raises(UserError, match="is broken"):
-        emoji_build.build(out, 64, packages)
+    refused("is broken", 64, packages)
     monkeypatch.setattr(emoji_build.shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match="npm is not installed"):
-        emoji_build.build(out, 64)
+    refused("npm is not installed", 64)
     monkeypatch.setattr(emoji_build.shutil, "which", lambda name: "npm")
     failed = subprocess.CompletedProcess([], 1, "", "npm error code E404")
     monkeypatch.setattr(emoji_build.subprocess, "run", lambda *args, **kwargs: failed)
-    with pytest.raises(UserError, match="E404"):
-        emoji_build.build(out, 64)
-    assert not out.exists()
+    refused("E404", 64)
+    assert not (tmp_path / "out").exists()

@@ -1,10 +1,11 @@
 """Samples that cannot be used: listed with the reason, tolerated up to a share of the data set."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from ldm.config import UserError
 
+T = TypeVar("T")
 SHARE = 0.01  # of all samples, at most
 
 
@@ -47,25 +48,20 @@ class Faults:
             )
 
 
+def attempt(dataset: Any, read: Callable[[T], Any], item: T) -> Any:
+    """`read(item)`, or None for a sample that cannot be read, which goes into the data set's `faults`."""
+    try:
+        return read(item)
+    except SampleError as error:
+        dataset.faults.add(error.name, str(error))
+
+
 def readable(dataset: Any, indices: Sequence[int]) -> list[int]:
-    """The indices whose samples can be read; the others go into the data set's `faults`."""
-    if getattr(dataset, "faults", None) is None:
-        return list(indices)
-    kept = []
-    for index in indices:
-        try:
-            dataset[index]
-            kept.append(index)
-        except SampleError as error:
-            dataset.faults.add(error.name, str(error))
-    return kept
+    """The indices whose samples can be read."""
+    never_fails = getattr(dataset, "faults", None) is None
+    return [i for i in indices if never_fails or attempt(dataset, dataset.__getitem__, i)]
 
 
 def all_captions(dataset: Any) -> Iterator[list[str]]:
     """The captions of every sample in order, none of one whose captions cannot be read."""
-    for index in range(len(dataset)):
-        try:
-            yield dataset.captions(index)
-        except SampleError as error:
-            dataset.faults.add(error.name, str(error))
-            yield []
+    return (attempt(dataset, dataset.captions, i) or [] for i in range(len(dataset)))

@@ -129,24 +129,18 @@ def find_pictures(root: Path, prefix: str, need_captions: bool, faults: Faults, 
     for name in names:
         try:
             entry = described.get(name) or Entry(_captions_beside(root / name, need_captions))
-        except UserError as error:
-            faults.add(name, str(error))
-            continue
-        if reason := _header_fault(root / name, limit):
-            faults.add(name, reason)
-        else:
+            image_size(root / name, limit)
             entries[name] = entry
+        except (SampleError, ImageError) as error:
+            faults.add(name, str(error))
     faults.settle(len(names) + len(broken) * need_captions)
     texts = {os.path.splitext(name)[0] + ".txt" for name in names}
     for name in sorted({*files}.difference(names, metadata, texts)):
         suffix = _suffix(name)
-        if suffix in PICTURES:
-            faults.add(name, f"picture {name!r} is a grid of other pictures", counts=False)
-        elif suffix == ".txt":
-            faults.add(name, f"text {name!r} belongs to no picture", counts=False)
-        else:
-            reason = f"files *{suffix}, such as {name!r}, are not read; known kinds: {' '.join(SUFFIXES)}"
-            faults.add(f"{prefix}*{suffix}", reason, counts=False)
+        group, reason = name, "belongs to no picture" if suffix == ".txt" else "is a grid of other pictures"
+        if suffix not in {".txt", *PICTURES}:
+            group, reason = f"{prefix}*{suffix}", f"is of a kind that is not read; known kinds: {' '.join(SUFFIXES)}"
+        faults.add(group, f"{name!r} {reason}", counts=False)
     return entries
 
 
@@ -205,20 +199,10 @@ def _captions_beside(picture: Path, needed: bool) -> list[str]:
         if file.is_file() and (text := read_text(file)).strip():
             return clean_captions(text.split("\n"), str(file))
         raise UserError(f"picture {str(picture)!r} has no caption; write {file.name!r} or add {METADATA}")
-    except UserError:
+    except UserError as error:
         if needed:
-            raise
+            raise SampleError(picture.name, str(error)) from None
         return []
-
-
-def _header_fault(file: Path, limit: int) -> str:
-    try:
-        width, height = image_size(file)
-    except ImageError as error:
-        return f"{error}; repair or remove it"
-    if width * height > limit:
-        return f"image {str(file)!r} has {width}x{height} pixels, more than the limit of {limit / 1e6:g} million"
-    return ""
 
 
 def _is_grid(file: Path) -> bool:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.config import UserError
-from ldm.data.faults import SampleError, all_captions
+from ldm.data.faults import all_captions, attempt
 from ldm.distributed import gather_objects, rank_and_world
 from ldm.images import to_float
-from ldm.model_io import module_hash
+from ldm.model_io import atomic_write, module_hash
 
 FORMAT = "ldm-latents-2"
 KEY = 16  # bytes of a picture's hash
@@ -55,8 +56,7 @@ class CachedLatents:
     def __init__(self, path: Path, dataset: Any, metadata: dict[str, str]) -> None:
         self.path, self.dataset, self.metadata = path, dataset, metadata
         self.faults = getattr(dataset, "faults", None)
-        if hasattr(dataset, "lengths"):
-            self.lengths = dataset.lengths
+        self.lengths = getattr(dataset, "lengths", None)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -80,9 +80,9 @@ def open_latents(path: Path, vae: nn.Module, dataset: Any, batch_size: int, devi
     """The latents of a data set, of which those that the cache at `path` does not have are encoded now.
 
     Pictures that have changed are encoded again, those that are gone are dropped. Processes of one launch, which must
-    all call this, share the work. `vae.encode(x)`, x (B, 3, H, W) in [-1, 1], has `.mean` and `.std` (B, C, h, w).
-    Raises UserError for a cache of another VAE, of other pictures altogether or of an older version, for a damaged
-    one, a full disk, and latents that are not finite.
+    all call this, share the work. `vae.encode(x)`, x (B, 3, H, W) in [-1, 1], has `.mean` and `.std` (B, C, h, w); the
+    VAE is left in eval mode. Raises UserError for a cache of another VAE, of other pictures altogether or of an older
+    version, for a damaged one, a full disk, and latents that are not finite.
     """
     path, keys = Path(path), identities(dataset)
     if not len(keys):
@@ -91,13 +91,10 @@ def open_latents(path: Path, vae: nn.Module, dataset: Any, batch_size: int, devi
     rows = read_rows(path, metadata, keys) if path.exists() else [None] * len(keys)
     gather_objects(None)  # all have looked before one writes
     if rows is not None:
-        was_training = vae.training
         try:
             write_cache(path, vae.to(device).eval(), dataset, batch_size, metadata, keys, rows)
         except OSError as error:
             raise UserError(f"cannot write the latent cache {str(path)!r}: {error.strerror or error}") from None
-        finally:
-            vae.train(was_training)
     return CachedLatents(path, dataset, metadata)
 
 
@@ -115,19 +112,17 @@ def read_rows(path: Path, metadata: dict[str, str], keys: np.ndarray) -> list[in
         old = file.metadata() or {}
         if old == metadata:
             return None
-        known = file.get_tensor("identities").numpy() if old.get("format") == FORMAT else ()
-    table = {key.tobytes(): row for row, key in enumerate(known)}
-    rows = [table.get(key.tobytes()) for key in keys]
-    reason = ""
-    if old.get("format") != FORMAT:
-        reason = f"is of another version ({old.get('format', 'unknown')}, not {FORMAT})"
-    elif old["vae"] != metadata["vae"]:
-        reason = f"was made by another VAE ({old['vae'][:12]}, not {metadata['vae'][:12]})"
-    elif all(row is None for row in rows):
-        reason = "was made from another data set, split or picture size"
-    if reason:
-        raise UserError(f"latent cache {str(path)!r} {reason}; delete it to write it again")
-    return rows
+        if old.get("format") != FORMAT:
+            reason = f"is of another version ({old.get('format', 'unknown')}, not {FORMAT})"
+        elif old["vae"] != metadata["vae"]:
+            reason = f"was made by another VAE ({old['vae'][:12]}, not {metadata['vae'][:12]})"
+        else:
+            known = {key.tobytes(): row for row, key in enumerate(file.get_tensor("identities").numpy())}
+            rows = [known.get(key.tobytes()) for key in keys]
+            if any(row is not None for row in rows):
+                return rows
+            reason = "was made from another data set, split or picture size"
+    raise UserError(f"latent cache {str(path)!r} {reason}; delete it to write it again")
 
 
 @torch.inference_mode()
@@ -150,13 +145,12 @@ def write_cache(
     missing = [i for i, row in enumerate(rows) if row is None]
     batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
     batches = batches[len(batches) * rank // world : len(batches) * (rank + 1) // world]
-    part = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with ExitStack() as stack:
         if rank == 0:
-            part.write_bytes(header)
+            stack.enter_context(atomic_write(path)).write_bytes(header)
         gather_objects(None)  # so the file is there for all
-        with part.open("r+b") as file:
+        with path.with_name(path.name + ".tmp").open("r+b") as file:
             kept = _copy(path, rows) if rank == 0 else ()
             for i, moments in itertools.chain(kept, _encode(vae, dataset, batches, shape)):
                 file.seek(len(header) + i * moments.nbytes)
@@ -164,12 +158,7 @@ def write_cache(
             file.flush()
             os.fsync(file.fileno())
         gather_objects(None)  # so all have written
-        if rank == 0:
-            os.replace(part, path)
-        gather_objects(None)  # so the cache is there for all
-    finally:
-        if rank == 0:
-            part.unlink(missing_ok=True)
+    gather_objects(None)  # so the cache is there for all
 
 
 def _header(metadata: dict[str, str], count: int, shape: tuple[int, ...]) -> bytes:
@@ -193,13 +182,8 @@ def _encode(
     vae: nn.Module, dataset: Any, batches: list[list[int]], shape: tuple[int, ...]
 ) -> Iterator[tuple[int, Tensor]]:
     for batch in tqdm(batches, desc="encoding", unit="batch", disable=rank_and_world()[0] > 0):
-        images = {}
-        for i in batch:
-            try:
-                images[i] = dataset[i]["image"]
-            except SampleError as error:
-                dataset.faults.add(error.name, str(error))
-                yield i, torch.full(shape, torch.nan, dtype=torch.half)
+        images = {i: sample["image"] for i in batch if (sample := attempt(dataset, dataset.__getitem__, i))}
+        yield from ((i, torch.full(shape, torch.nan, dtype=torch.half)) for i in batch if i not in images)
         if images:
             yield from zip(images, encode(vae, torch.stack(list(images.values()))), strict=True)
 

@@ -2,8 +2,7 @@
 
 import re
 import signal
-from collections.abc import Callable, Generator, Iterator
-from functools import partial
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -34,10 +33,10 @@ def load(
     not change it. Raises a worker's UserError in one line. The workers end with the generator.
     """
     loader = DataLoader(
-        _Replacing(dataset, order.seed),
-        batch_sampler=_positions(order),
+        _Batches(dataset, order, collate),
+        batch_size=None,  # they are batches already
+        sampler=enumerate(order, order.start),
         num_workers=workers,
-        collate_fn=partial(_collate, collate),
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
         generator=torch.Generator().manual_seed(seed),  # leaves the global generator alone
@@ -61,32 +60,25 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
-def _positions(order: EpochBatches) -> Iterator[list[tuple[int, int, int]]]:
-    """An order's batches as lists of (index, step, position in the global batch)."""
-    first = order.rank * order.batch_size
-    for step, indices in enumerate(order, order.start):
-        yield [(index, step, position) for position, index in enumerate(indices, first)]
+class _Batches:
+    """Collated batches by (step, indices), each with {name: reason} of the samples that could not be read."""
 
+    def __init__(self, dataset: Any, order: EpochBatches, collate: Callable[[list[dict]], dict]) -> None:
+        self.dataset, self.collate = dataset, collate
+        self.seed, self.first = order.seed % 2**64, order.rank * order.batch_size
 
-class _Replacing:
-    """Samples by (index, step, position), each with {name: reason} of those that could not be read."""
+    def __getitem__(self, item: tuple[int, list[int]]) -> Batch:
+        (step, indices), faults = item, {}
+        samples = [self._read(index, (step, i), faults) for i, index in enumerate(indices, self.first)]
+        return self.collate(samples), faults
 
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-
-    def __getitem__(self, item: tuple[int, int, int]) -> Batch:
-        index, step, position = item
-        faults: dict[str, str] = {}
+    def _read(self, index: int, slot: tuple[int, int], faults: dict[str, str]) -> dict[str, Any]:
+        """The sample `index`, or another one where it cannot be read; `slot` is (step, position)."""
         for attempt in range(ATTEMPTS):
             try:
-                return self.dataset[index], faults
+                return self.dataset[index]
             except SampleError as error:
                 faults[error.name] = str(error)
-            draw = np.random.SeedSequence([self.seed % 2**64, step, position, attempt])
+            draw = np.random.SeedSequence([self.seed, *slot, attempt])
             index = int(draw.generate_state(1, np.uint64)[0] % len(self.dataset))
         raise UserError(f"no sample can be read; the first: {next(iter(faults.values()))}")
-
-
-def _collate(collate: Callable[[list[dict]], dict], items: list[Batch]) -> Batch:
-    faults = {name: reason for _, found in items for name, reason in found.items()}
-    return collate([sample for sample, _ in items]), faults

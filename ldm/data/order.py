@@ -1,6 +1,7 @@
 """The order in which samples are read: a pure function of (seed, step), split over processes."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from ldm.config import UserError
 WINDOW = 8  # blocks that are mixed with each other; more mixes better and reads less sequentially
 
 
+@dataclass(frozen=True)
 class EpochBatches:
     """Batch sampler for a DataLoader: for step = start, start + 1, ... `steps` - 1 (endless when None), this
     rank's list of `batch_size` indices.
@@ -23,21 +25,18 @@ class EpochBatches:
     shuffled, then samples within each WINDOW of blocks. Raises UserError for a data set without samples.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        start: int = 0,
-        steps: int | None = None,
-        blocks: list[int] | None = None,
-    ) -> None:
-        if length < 1:
+    length: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+    start: int = 0
+    steps: int | None = None
+    blocks: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
             raise UserError("the data set has no samples; give a folder, shards or a split that has some")
-        self.length, self.batch_size, self.seed, self.blocks = length, batch_size, seed, blocks
-        self.rank, self.world, self.start, self.steps = rank, world, start, steps
 
     def __len__(self) -> int:
         return max(self.steps - self.start, 0)

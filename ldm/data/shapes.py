@@ -33,18 +33,16 @@ SIZES = {"small": 0.30, "large": 0.42}  # diameter over picture side: 9.6 and 13
 RELATIONS = {"left of": "right of", "above": "below", "right of": "left of", "below": "above"}  # and converse
 KINDS = {"single": 0.2, "pair": 0.45, "count": 0.2, "trio": 0.15}  # share of each kind of scene
 
-HELD_OUT_THINGS = frozenset({("red", "star"), ("green", "ring"), ("yellow", "triangle"), ("pink", "cross")})
-HELD_OUT_RELATIONS = frozenset(
-    {
-        ("circle", "left of", "star"),
-        ("ring", "left of", "cross"),
-        ("triangle", "left of", "square"),
-        ("square", "above", "triangle"),
-        ("star", "above", "circle"),
-        ("cross", "above", "ring"),
-    }
-)
-HELD_OUT_COUNTS = frozenset({(2, "cyan"), (3, "white"), (3, "star")})
+HELD_OUT_THINGS = {("red", "star"), ("green", "ring"), ("yellow", "triangle"), ("pink", "cross")}
+HELD_OUT_RELATIONS = {
+    ("circle", "left of", "star"),
+    ("ring", "left of", "cross"),
+    ("triangle", "left of", "square"),
+    ("square", "above", "triangle"),
+    ("star", "above", "circle"),
+    ("cross", "above", "ring"),
+}
+HELD_OUT_COUNTS = {(2, "cyan"), (3, "white"), (3, "star")}
 
 MARGIN, GAP = 1 / 32, 2 / 32  # least room to the picture's edge and between two things, in picture sides
 CLEAR = 1.4  # two things are "left of" or "above" only when one axis leads the other by this factor
@@ -132,12 +130,11 @@ def is_held_out(scene: Scene) -> bool:
     One of HELD_OUT_THINGS (colour and shape), of HELD_OUT_RELATIONS (an ordered pair of shapes in a relation,
     in any wording), or of HELD_OUT_COUNTS (a number of equal things, by their colour or by their shape).
     """
-    things = scene.things
-    if any((thing.colour, thing.shape) in HELD_OUT_THINGS for thing in things):
+    things, kinds = scene.things, {(thing.colour, thing.shape) for thing in scene.things}
+    if kinds & HELD_OUT_THINGS:
         return True
-    colour, shape = things[0].colour, things[0].shape
-    if len(things) > 1 and all((t.colour, t.shape) == (colour, shape) for t in things):
-        return bool({(len(things), colour), (len(things), shape)} & HELD_OUT_COUNTS)
+    if len(kinds) == 1 < len(things):
+        return bool({(len(things), attribute) for attribute in kinds.pop()} & HELD_OUT_COUNTS)
     related = []
     if things[0].x is not None:
         related = [(a.shape, relation_of(a, b), b.shape) for a, b in itertools.permutations(things, 2)]
@@ -166,8 +163,8 @@ def sample_scene(rng: random.Random, held_out: bool, kind: str | None = None) ->
 
 def _draw_things(rng: random.Random, kind: str) -> list[Thing]:
     def draw() -> Thing:
-        size = rng.choice(tuple(SIZES))
-        return Thing(colour=rng.choice(tuple(COLOURS)), shape=rng.choice(SHAPES), size=size)
+        # in this order: the scenes depend on it
+        return Thing(size=rng.choice(tuple(SIZES)), colour=rng.choice(tuple(COLOURS)), shape=rng.choice(SHAPES))
 
     if kind == "count":
         return [draw()] * rng.choice((2, 3))
@@ -280,9 +277,7 @@ def coverage(shape: str, diameter: float, x: float, y: float, side: int) -> np.n
     `diameter` and the centre `x`, `y` are in pixels; (0, 0) is the upper left corner of the square.
     """
     points = (np.arange(side * SAMPLES, dtype=np.float32) + 0.5) / SAMPLES
-    u = np.broadcast_to((points[None] - x) * (2 / diameter), (len(points), len(points)))
-    v = np.broadcast_to((points[:, None] - y) * (2 / diameter), (len(points), len(points)))
-    inside = INSIDE[shape](u, v)
+    inside = INSIDE[shape]((points[None] - x) * (2 / diameter), (points[:, None] - y) * (2 / diameter))
     return reduce(inside.astype(np.float32), "(h a) (w b) -> h w", "mean", a=SAMPLES, b=SAMPLES)
 
 

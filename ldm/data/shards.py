@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm.config import UserError
-from ldm.data.faults import SHARE, Faults, SampleError
+from ldm.data.faults import SHARE, Faults, SampleError, attempt
 from ldm.data.splits import check_split, named_split, select
 from ldm.data.text import clean_captions, decode, parse_object
 from ldm.images import LIMIT, SUFFIXES, ImageError, read_image
@@ -82,7 +82,9 @@ class Shards:
     ) -> None:
         check_split(split)
         self.size, self.limit, self.faults = size, limit, Faults(max_broken)
-        self.files = find_shards(path)
+        self.files = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.tar"))
+        if not self.files:
+            raise UserError(f"shard folder {str(path)!r} {'has no *.tar' if Path(path).exists() else 'does not exist'}")
         self.stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, self.files)]
         rows = self._find_rows(split, seed)
         if not rows:
@@ -116,10 +118,10 @@ class Shards:
         return row.key, f"{row.file.name} {self.stamps[self._shard[index]]} {row.spans['image']} {self.limit}"
 
     def _row(self, index: int) -> Row:
-        spans = zip(KINDS, map(tuple, self._spans[index].tolist()), strict=True)
-        return Row(
-            self.files[self._shard[index]], str(self._keys[index]), {k: span for k, span in spans if span[1] >= 0}
-        )
+        spans = {
+            kind: tuple(span) for kind, span in zip(KINDS, self._spans[index].tolist(), strict=True) if span[1] >= 0
+        }
+        return Row(self.files[self._shard[index]], str(self._keys[index]), spans)
 
     def _find_rows(self, split: str, seed: int) -> list[Row]:
         check_index(self.files)
@@ -129,25 +131,10 @@ class Shards:
             if named in ("", split):
                 (rows if named else unnamed).extend(scan(file, self.faults))
         self.faults.settle(len(rows) + len(unnamed) + len(self.faults.reasons))
-        samples = []
-        for row in unnamed:
-            try:
-                fields = row.fields()
-                samples.append((row, fields["captions"], fields.get("split")))
-            except SampleError as error:
-                self.faults.add(error.name, str(error))
-        named = [(row.name, captions, field) for row, captions, field in samples]
-        rows += [samples[i][0] for i in select(named, split, seed, self.faults)]
+        read = [(row, fields) for row in unnamed if (fields := attempt(self, Row.fields, row))]
+        samples = [(row.name, fields["captions"], fields.get("split")) for row, fields in read]
+        rows += [read[i][0] for i in select(samples, split, seed, self.faults)]
         return sorted(rows, key=lambda row: row.file)
-
-
-def find_shards(path: str | Path) -> list[Path]:
-    """The `*.tar` of a folder in order of name, or one `.tar` itself. Raises UserError when there is none."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(path.glob("*.tar"))
-    if not files:
-        raise UserError(f"shard folder {str(path)!r} {'has no *.tar' if path.exists() else 'does not exist'}")
-    return files
 
 
 def split_of_shard(name: str) -> str:
@@ -167,13 +154,11 @@ def check_index(files: list[Path]) -> None:
         sizes = {name: entry["bytes"] for name, entry in read_json(index)["shards"].items()}
     except (AttributeError, KeyError, TypeError):
         raise UserError(f"{str(index)!r} is no index of shards; delete it, or write the shards again") from None
-    for name in sizes:
-        if not index.with_name(name).is_file():
-            raise UserError(f"shard {name!r}, listed in {str(index)!r}, is missing; write the shards again")
-    for file in files:
-        size, listed = file.stat().st_size, sizes.get(file.name, "nothing")
+    for name in [*sizes, *(file.name for file in files)]:
+        file, listed = index.with_name(name), sizes.get(name, "nothing")
+        size = file.stat().st_size if file.is_file() else "no"
         if size != listed:
-            raise UserError(f"shard {file.name!r} has {size} bytes but {INDEX} says {listed}; write it again")
+            raise UserError(f"shard {name!r} has {size} bytes but {INDEX} says {listed}; write the shards again")
 
 
 def scan(file: Path, faults: Faults) -> list[Row]:
@@ -271,6 +256,8 @@ def _group(samples: Iterable[dict[str, Any]], shard_bytes: int) -> Iterator[list
     """The members of each shard: two per sample, its picture and its JSON."""
     keys: set[str] = set()
     shard, size = [], 0
+    # Records of 20 blocks fill a tar up, and two empty blocks end it.
+    capacity = shard_bytes // tarfile.RECORDSIZE * tarfile.RECORDSIZE - 2 * BLOCK
     for sample in samples:
         key, suffix = sample["key"], sample["suffix"]
         if not re.fullmatch(r"[A-Za-z0-9_+-]{1,90}", key) or key in keys:
@@ -283,8 +270,7 @@ def _group(samples: Iterable[dict[str, Any]], shard_bytes: int) -> Iterator[list
         text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
         members = [(f"{key}.{suffix}", sample["image"]), (f"{key}.json", text.encode("utf-8", "replace"))]
         length = sum(BLOCK - (-len(data) // BLOCK) * BLOCK for _, data in members)
-        # Two empty blocks end a tar, and records of 20 blocks fill it up.
-        if shard and -(-(size + length + 2 * BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE > shard_bytes:
+        if shard and size + length > capacity:
             yield shard
             shard, size = [], 0
         shard += members
