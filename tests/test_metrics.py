@@ -67,17 +67,7 @@ def test_sharpness_equals_scipy_and_falls_with_blur():
     assert sharpness(0 * levels, (levels.round() - levels) / 127.5).item() == pytest.approx(2, rel=0.03)  # rounding
 
 
-@pytest.mark.parametrize("metric", [psnr, ssim])
-@pytest.mark.parametrize("change", [lambda x, s: TF.gaussian_blur(x, [9, 9], [10 * s, 10 * s]), noisy])
-def test_quality_falls_with_blur_and_noise(metric, change):
-    x = pictures()
-    levels = [metric(x, change(x, amount)) for amount in (0.05, 0.1, 0.2, 0.4)]
-    assert all((a > b).all() for a, b in itertools.pairwise(levels))
-
-
 def test_bits_per_dimension_vectors():
-    kl = 0.5 * (torch.tensor(0.5) ** 2 + 0.25 - 1 - math.log(0.25))
-    assert kl.item() == pytest.approx(0.44314718056)
     zero = torch.zeros(2)
     uniform = metrics.bits_per_dimension(torch.full((2,), 12 * math.log(256)), zero, 12)
     assert uniform.tolist() == pytest.approx([8.0, 8.0], abs=1e-6)
@@ -247,5 +237,5 @@ def test_inputs_that_cannot_be_measured_are_named(call, words):
 
 def test_a_missing_library_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(UserError, match="this evaluation needs scikit-learn: pip install scikit-learn"):
+    with pytest.raises(UserError, match="scikit-learn is not installed: pip install scikit-learn"):
         metrics.cluster_scores(X, LABELS)

@@ -30,7 +30,7 @@ def test_counts_multiply_adds():
 
 def test_stable_diffusion_has_its_published_size():
     """860 million parameters; 401 billion multiply-adds forward at 512 px, and three times that with the way back."""
-    model = plan.read_model(ROOT / "configs" / "sd15", 512)
+    model = plan.read_model(Options(family=ROOT / "configs" / "sd15", size=512))
     assert model.parameters == 859_520_964 and model.latent == (4, 64, 64) and model.context == (77, 768)
     assert model.unet_flops / 3 == pytest.approx(0.803e12, rel=2e-3)
     assert model.text_flops == 12 * (2 * 77 * (4 * 768**2 + 2 * 768 * 3072) + 2 * 2 * 77 * 77 * 768)

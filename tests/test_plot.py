@@ -63,7 +63,7 @@ def test_broken_results_are_named(capsys, monkeypatch, tmp_path, broken):
         ("a.jsonl", '{"step": 1, "loss": 2}\nnonsense', "'a.jsonl' holds no results"),
         ("a.jsonl", "[1]", "'a.jsonl' holds no results"),
         ("a.json", '{"results": 3}', "'a.json' holds no results"),
-        (".", None, "folder '.' has neither metrics.jsonl (of a run) nor metrics.json"),
+        (".", None, "'.' is no .jsonl file of a run, .json file of an evaluation, or folder with metrics.jsonl"),
     ],
 )
 def test_a_file_without_numbers_is_refused(tmp_path, capsys, monkeypatch, name, text, message):

@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
+
+import numpy as np
 
 from ldm.commands.cli import read_options
 from ldm.config import UserError
@@ -29,10 +30,8 @@ from ldm.config import UserError
 NETWORK, GRADIENT, PICTURE = 1e-4, 1e-3, 1 / 200  # tolerances; a level of 255 is below the last
 LEAST, MOST = 0.2, 50  # seconds to time at once, and at most so many runs to reach them
 HEAD = ("case", "ldm", "diffusers", "ratio", "peak memory, MB", "largest difference")
-NOTE = (
-    "Median [quartiles] of one run; ratio of the medians, theirs over ours, with its 95% bootstrap interval over the"
-    " rounds; memory is the peak of a process with this case alone, ours / theirs."
-)
+NOTE = """Median [quartiles] of one run; ratio of the medians, theirs over ours, with its 95% bootstrap interval over
+the rounds; memory is the peak of a process with this case alone, ours / theirs."""
 Row = dict[str, Any]
 
 
@@ -55,8 +54,7 @@ class Workload:
 
     job: str
     cases: dict[str, Row]
-    sides: tuple[str, ...] = ("ldm", "diffusers")
-    tolerance: float | None = NETWORK  # largest difference of outputs, relative to the largest value
+    tolerance: float | None = NETWORK  # largest difference of outputs, relative to the largest value; None: ours alone
 
 
 def cases(*rows: tuple[str, int, int]) -> dict[str, Row]:
@@ -77,7 +75,7 @@ WORKLOADS = {
         job="train_unet", cases=cases(("shapes", 32, 64), ("emoji", 64, 32), ("emoji", 128, 8)), tolerance=GRADIENT
     ),
     "train-clip": Workload(job="train_clip", cases={"emoji's judge, batch 32": {}}, tolerance=GRADIENT),
-    "data": Workload(job="data", cases=LOADED, sides=("ldm",), tolerance=None),
+    "data": Workload(job="data", cases=LOADED, tolerance=None),
 }
 COMPILED = ("unet-forward", "sampling", "vae")  # workloads of --compile
 
@@ -137,7 +135,7 @@ def choose(options: Options) -> dict[str, tuple[Workload, Row]]:
 
 def measure(workload: Workload, params: Row, options: Options) -> Row:
     """The raw times of a case, its comparison of outputs, and the `problem`, "" where there is none."""
-    sides = [side for side in workload.sides if side == "ldm" or find_spec(side)]
+    sides = ["ldm", "diffusers"] if workload.tolerance is not None and find_spec("diffusers") else ["ldm"]
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     try:
         with ExitStack() as stack:
@@ -151,7 +149,7 @@ def measure(workload: Workload, params: Row, options: Options) -> Row:
         return {"problem": str(error)}
     peaks = () if workload.job == "program" else peaks  # its memory is that of another process
     row = {"seconds": seconds, "peaks": peaks, "difference": None, "problem": ""}
-    if workload.tolerance is not None and len(sides) == 2:
+    if len(sides) == 2:
         row["difference"] = gap = largest_difference(*outputs)
         row["problem"] = f"outputs differ by {gap:.2g}, allowed {workload.tolerance:g}" * (gap > workload.tolerance)
     return row
@@ -210,8 +208,6 @@ def serve(pipe: Any, side: str, job: str, params: Row, options: Options) -> None
 def largest_difference(ours: Row, theirs: Row) -> float:
     """The largest difference of arrays, relative to their largest value; infinite where names, shapes or finiteness
     differ."""
-    import numpy as np
-
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
         return float("inf")
     gaps = [np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max() for name in theirs]
@@ -223,20 +219,19 @@ def largest_difference(ours: Row, theirs: Row) -> float:
 
 def write(options: Options, rows: list[Row]) -> str:
     """Writes the rows as JSON, Markdown and HTML; returns the Markdown."""
-    out, packages = options.out, ("torch", "diffusers", "transformers", "numpy")
     settings = {name: getattr(options, name) for name in ("device", "rounds", "threads")}
-    settings |= {name: importlib.metadata.version(name) for name in packages if find_spec(name)}
-    (out / "benchmark.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
-    lines = [list(HEAD), *(cells(row) for row in rows)]
+    packages = filter(find_spec, ("torch", "diffusers", "transformers", "numpy"))
+    settings |= {name: importlib.metadata.version(name) for name in packages}
+    lines = [list(HEAD), *map(cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
-    padded.insert(1, ["-" * width for width in widths])
-    note = f"{NOTE}\n\n{', '.join(f'{name} {value}' for name, value in settings.items())}"
-    markdown = "\n".join(f"| {' | '.join(line)} |" for line in padded) + f"\n\n{note}\n"
-    (out / "benchmark.md").write_text(markdown)
-    body = "".join(f"<tr><td>{'<td>'.join(map(escape, line))}" for line in lines)
-    head = "<!doctype html><html lang=en><meta charset=utf-8><title>Benchmark</title><style>td {padding: 0 1em}</style>"
-    (out / "benchmark.html").write_text(f"{head}<table>{body}</table><p>{escape(note)}</p>", encoding="utf-8")
+    lines.insert(1, ["-" * width for width in widths])
+    table = [" | ".join(map(str.ljust, line, widths)) for line in lines]
+    versions = ", ".join(f"{name} {value}" for name, value in settings.items())
+    markdown = "".join(f"| {line} |\n" for line in table) + f"\n{NOTE}\n\n{versions}\n"
+    html = f"<!doctype html><html lang=en><meta charset=utf-8><title>Benchmark</title><pre>{escape(markdown)}</pre>"
+    json_text = json.dumps({"settings": settings, "rows": rows}, indent=1)
+    for ending, text in {"json": json_text, "md": markdown, "html": html}.items():
+        (options.out / f"benchmark.{ending}").write_text(text, encoding="utf-8")
     return markdown
 
 
@@ -256,8 +251,6 @@ def cells(row: Row) -> list[str]:
 
 def time_text(seconds: list[float]) -> str:
     """Median and quartiles in the unit that fits."""
-    import numpy as np
-
     low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75))
     unit, factor = ("s", 1) if middle >= 1 else ("ms", 1e3)
     return f"{middle * factor:.3g} {unit} [{low * factor:.3g}, {high * factor:.3g}]"
@@ -266,8 +259,6 @@ def time_text(seconds: list[float]) -> str:
 def ratio(theirs: list[float], ours: list[float]) -> tuple[float, float, float]:
     """Median of `theirs` over median of `ours` with its 95% bootstrap interval over the rounds, drawn in pairs as they
     were measured (Efron 1979)."""
-    import numpy as np
-
     draws = np.random.default_rng(0).integers(len(ours), size=(2000, len(ours)))
     ratios = np.median(np.array(theirs)[draws], 1) / np.median(np.array(ours)[draws], 1)
-    return (median(theirs) / median(ours), *np.quantile(ratios, (0.025, 0.975)))
+    return (np.median(theirs) / np.median(ours), *np.quantile(ratios, (0.025, 0.975)))

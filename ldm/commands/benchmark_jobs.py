@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,12 +89,20 @@ def pictures(s: Side, batch: int, size: int) -> Tensor:
 def open_model(s: Side, model: str, part: str) -> nn.Module:
     """The U-Net or the VAE of a shipped model."""
     if s.ours:
-        classes = {"unet": UNet, "vae": VAE}
+        network = {"unet": UNet, "vae": VAE}[part]
     else:
-        from diffusers import AutoencoderKL, UNet2DConditionModel
+        network = getattr(import_module("diffusers"), {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}[part])
+    return network.from_pretrained(find_root(model) / part).to(s.device)
 
-        classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    return classes[part].from_pretrained(find_root(model) / part).to(s.device)
+
+def open_diffusers(model: str) -> Any:
+    """The pipeline of diffusers on a model that ours opens too."""
+    from diffusers import StableDiffusionPipeline
+
+    options = {"safety_checker": None, "requires_safety_checker": False}
+    pipe = StableDiffusionPipeline.from_pretrained(find_root(model), **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def open_unet(s: Side, model: str, size: int, batch: int) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -146,12 +155,10 @@ def sampling(s: Side, model: str, size: int, batch: int, compile: bool = False) 
         if compile:
             pipe.compile()
         return lambda: pipe(prompts, steps=25, guidance=5.0, sampler="ddim", seed=0, **shape)
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler
 
-    unsafe = {"safety_checker": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline.from_pretrained(find_root(model), **unsafe).to(s.device)
+    pipe = open_diffusers(model).to(s.device)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
 
     def run(steps: int = 25) -> list[Image.Image]:
         noise = [torch.Generator().manual_seed(i) for i in range(batch)]

@@ -39,41 +39,36 @@ def main() -> None:
     if not all(1 <= g < float("inf") for g in options.guidance):
         shown = ",".join(f"{g:g}" for g in options.guidance)
         raise UserError(f"--guidance {shown} is not allowed: 1 or more, where 1 is none in both libraries")
-    ours, theirs = open_both(options)
+    pipelines = open_both(options)
     import torch
 
-    prompts = list(options.prompt or PROMPTS)
     print(f"{'':24}{'largest difference':>20}{'largest value':>16}")
     with torch.no_grad():
-        for compared in (parts(ours, theirs, prompts, options.seed), pictures(ours, theirs, prompts, options)):
-            for name, a, b in compared:
-                print(f"{name:24}{float((a - b).abs().max()):>20.3g}{float(b.abs().max()):>16.3g}")
+        for name, a, b in outputs(*pipelines, list(options.prompt or PROMPTS), options):
+            print(f"{name:24}{float((a - b).abs().max()):>20.3g}{float(b.abs().max()):>16.3g}")
 
 
 def open_both(options: Options) -> tuple[Pipeline, Any]:
     """The folder in both libraries. Raises UserError where either cannot open it or an option is out of range."""
-    try:
-        from diffusers import StableDiffusionPipeline
-    except ImportError:
-        raise UserError("diffusers is not installed: pip install diffusers") from None
-    from ldm.model_io import find_root
+    from ldm.commands.benchmark_jobs import open_diffusers
+    from ldm.metrics.libraries import library
     from ldm.pipeline import Pipeline
     from ldm.samplers import ImageNoise, make_grid
 
+    library("diffusers")
     ours = Pipeline.from_pretrained(options.folder)
     make_grid(ours.schedule, ours.schedule.config.sampler, options.steps)  # refuses a wrong --steps before any work
     ImageNoise([options.seed], ours.latent_shape())
-    unsafe = {"safety_checker": None, "requires_safety_checker": False}
     try:
-        theirs = StableDiffusionPipeline.from_pretrained(find_root(options.folder), **unsafe)
+        return ours, open_diffusers(options.folder)
     except (OSError, ValueError) as error:
         raise UserError(f"diffusers cannot open {options.folder!r}: {str(error).splitlines()[0]}") from None
-    theirs.set_progress_bar_config(disable=True)
-    return ours, theirs
 
 
-def parts(ours: Pipeline, theirs: Any, prompts: list[str], seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(part, our output, diffusers' output) on the same inputs."""
+def outputs(ours: Pipeline, theirs: Any, prompts: list[str], options: Options) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, our output, diffusers' output) of each part on the same inputs; and of pictures, with values in [0, 255],
+    by the folder's own scheduler."""
+    import numpy as np
     import torch
 
     tokens = ours.tokenizer(prompts)
@@ -81,7 +76,7 @@ def parts(ours: Pipeline, theirs: Any, prompts: list[str], seed: int) -> Iterato
     yield "tokens", tokens, theirs.tokenizer(prompts, return_tensors="pt", **padded).input_ids
     context = ours.text_encoder(tokens)
     yield "text context", context, theirs.text_encoder(tokens)[0]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(options.seed)
     shape = (len(prompts), *ours.latent_shape())
     x = torch.rand((len(prompts), 3, *(side * ours.vae.factor for side in shape[2:])), generator=generator) * 2 - 1
     posterior, expected = ours.vae.encode(x), theirs.vae.encode(x).latent_dist
@@ -90,16 +85,9 @@ def parts(ours: Pipeline, theirs: Any, prompts: list[str], seed: int) -> Iterato
     z_t = torch.randn(shape, generator=generator)
     for t in (10, 500, 990):
         yield f"U-Net at t {t}", ours.unet(z_t, torch.tensor(t), context), theirs.unet(z_t, t, context).sample
-
-
-def pictures(ours: Pipeline, theirs: Any, prompts: list[str], options: Options) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, our pictures, diffusers' pictures) with values in [0, 255], by the folder's own scheduler."""
-    import numpy as np
-    import torch
-
     for g in options.guidance:
         noise = [torch.Generator().manual_seed(options.seed + i) for i in range(len(prompts))]
-        expected = theirs(prompts, num_inference_steps=options.steps, guidance_scale=g, generator=noise).images
-        images = ours(prompts, steps=options.steps, guidance=g, seed=options.seed)
-        a, b = (torch.from_numpy(np.stack([np.asarray(i) for i in batch])).float() for batch in (images, expected))
+        images = theirs(prompts, num_inference_steps=options.steps, guidance_scale=g, generator=noise).images
+        batches = ours(prompts, steps=options.steps, guidance=g, seed=options.seed), images
+        a, b = (torch.from_numpy(np.stack([np.asarray(i) for i in batch])).float() for batch in batches)
         yield f"pictures, guidance {g:g}", a, b

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -73,16 +74,12 @@ def main() -> None:
     """Prints the tables."""
     options = read_options(Options, __doc__)
     check(options)
-    model = read_model(options.family, options.size)
-    model = replace(model, batch=options.batch or model.batch, accumulate=options.accumulate or model.accumulate)
+    model = read_model(options)
     if options.measure:
-        print(measured(model, options.measure))
-        return
+        return print(measured(model, options.measure))
     rates = [options.rate] if options.rate else [share / 100 * options.peak for share in options.utilization]
-    print(
-        f"{round(options.pictures):,} pictures of {options.size} px, {options.epochs:g} epochs, {options.gpus} GPUs,"
-        f" {options.family}"
-    )
+    data = f"{round(options.pictures):,} pictures of {options.size} px, {options.epochs:g} epochs"
+    print(f"{data}, {options.gpus} GPUs, {options.family}")
     for name, value in facts(model, options).items():
         print(f"  {name:52}{value}")
     columns = [projection(model, options, rate * 1e12) for rate in rates]
@@ -102,9 +99,9 @@ def check(options: Options) -> None:
         raise UserError(f"--utilization {shown!r} is not allowed; give percentages with commas, e.g. 25,35,45")
 
 
-def read_model(family: Path, size: int) -> Model:
-    """The configs of a folder such as configs/sd15 at `size` px, counted on meta tensors. Raises UserError for a folder
-    without them or a size they do not take."""
+def read_model(o: Options) -> Model:
+    """The configs of --family at --size px, counted on meta tensors. Raises UserError for a folder without them or a
+    size they do not take."""
     import torch
 
     from ldm.clip import TextEncoder
@@ -114,20 +111,20 @@ def read_model(family: Path, size: int) -> Model:
     from ldm.unet import UNet
     from ldm.vae import VAE
 
-    vae_config = load(AutoencoderConfig, family / "autoencoder.toml").model
-    text_config = load(CLIPConfig, family / "clip.toml").text
-    diffusion = load(DiffusionConfig, family / "diffusion.toml")
+    vae_config = load(AutoencoderConfig, o.family / "autoencoder.toml").model
+    text_config = load(CLIPConfig, o.family / "clip.toml").text
+    diffusion = load(DiffusionConfig, o.family / "diffusion.toml")
     channels, factor = vae_config.latent_channels, 2 ** (len(vae_config.block_out_channels) - 1)
     multiple = factor * 2 ** (len(diffusion.model.block_out_channels) - 1)
-    if size % multiple:
-        raise UserError(f"--size {size} is not possible: {str(family)!r} takes multiples of {multiple} px")
-    side, width, length = size // factor, text_config.hidden_size, text_config.max_position_embeddings
+    if o.size % multiple:
+        raise UserError(f"--size {o.size} is not possible: {str(o.family)!r} takes multiples of {multiple} px")
+    side, width, length = o.size // factor, text_config.hidden_size, text_config.max_position_embeddings
     sizes = {"in_channels": channels, "out_channels": channels, "sample_size": side, "cross_attention_dim": width}
     unet_config = replace(diffusion.model, **sizes)
     with torch.device("meta"):
         unet, vae, text = UNet(unet_config), VAE(vae_config), TextEncoder(text_config)
         z, t, context = torch.empty(1, channels, side, side), torch.zeros(1).long(), torch.empty(1, length, width)
-        x, tokens = torch.empty(1, 3, size, size), torch.zeros(1, length).long()
+        x, tokens = torch.empty(1, 3, o.size, o.size), torch.zeros(1, length).long()
     return Model(
         unet_flops=count_flops(lambda: unet(z, t, context).sum().backward()),
         vae_flops=count_flops(torch.no_grad()(lambda: vae.encode(x))),
@@ -136,8 +133,8 @@ def read_model(family: Path, size: int) -> Model:
         unet=unet_config,
         latent=(channels, side, side),
         context=(length, width),
-        batch=diffusion.train.batch_size,
-        accumulate=diffusion.train.accumulate,
+        batch=o.batch or diffusion.train.batch_size,
+        accumulate=o.accumulate or diffusion.train.accumulate,
     )
 
 
@@ -155,13 +152,14 @@ def facts(model: Model, o: Options) -> dict[str, str]:
     flops = " + ".join(f"{n / 1e12:.3g}" for n in (model.unet_flops, model.text_flops, model.vae_flops))
     batch, state = model.batch * model.accumulate * o.gpus, quantity(BYTES, STATE_BYTES * model.parameters)
     steps = f"{round(o.pictures) * o.epochs / batch:,.0f} steps"
-    cache = quantity(BYTES, o.pictures * sample_bytes(model, replace(o, no_cache=False)))
     return {
         "a picture: U-Net there and back, text, VAE encoder": f"{flops} TFLOP",
         "U-Net": f"{model.parameters / 1e6:,.0f}M parameters, {state} on each GPU",
         "batch": f"{batch:,} ({model.batch} x {model.accumulate} a GPU), {steps}",
-        "pictures on disk": quantity(BYTES, o.pictures * sample_bytes(model, replace(o, no_cache=True))),
-        "cache of latents on disk": "none" if o.no_cache else cache,
+        "pictures on disk": quantity(BYTES, o.pictures * sample_bytes(model, o, cached=False)),
+        "cache of latents on disk": quantity(
+            BYTES, 0 if o.no_cache else o.pictures * sample_bytes(model, o, cached=True)
+        ),
         "all-reduce a step and GPU": quantity(BYTES, all_reduce_bytes(model.parameters, o.gpus)),
     }
 
@@ -178,7 +176,8 @@ def projection(model: Model, o: Options, rate: float) -> dict[str, str]:
     compute = samples * per_sample / rate
     reduce = all_reduce_bytes(model.parameters, o.gpus) / bandwidth
     waited = max(0.0, reduce - 2 / 3 * compute / model.accumulate)
-    reading = samples * o.gpus * sample_bytes(model, o) / (o.storage * 1e9)
+    read = sample_bytes(model, o, not o.no_cache)
+    reading = samples * o.gpus * read / (o.storage * 1e9)
     step = max(compute + waited, reading)
     per_second = samples * o.gpus / step
     encode_flops = 0 if o.no_cache else pictures * model.vae_flops
@@ -194,7 +193,7 @@ def projection(model: Model, o: Options, rate: float) -> dict[str, str]:
         "a step": quantity(SECONDS, step),
         "all-reduce of a step": quantity(SECONDS, reduce),
         "of it not hidden behind computing": quantity(SECONDS, waited),
-        "read from storage": f"{quantity(BYTES, per_second * sample_bytes(model, o))}/s",
+        "read from storage": f"{quantity(BYTES, per_second * read)}/s",
         "what takes longest": max((compute, "computing"), (waited, "all-reduce"), (reading, "storage"))[1],
     }
 
@@ -205,11 +204,9 @@ def all_reduce_bytes(parameters: int, gpus: int) -> float:
     return 2 * (gpus - 1) / gpus * GRADIENT_BYTES * parameters
 
 
-def sample_bytes(model: Model, o: Options) -> int:
-    """Bytes read per sample: float16 moments with an offset, or a picture; and the caption."""
-    channels, height, width = model.latent
-    picture = o.picture_bytes or o.size**2 // 4
-    return o.caption_bytes + (picture if o.no_cache else 2 * 2 * channels * height * width + 8)
+def sample_bytes(model: Model, o: Options, cached: bool) -> int:
+    """Bytes per sample: float16 moments with an offset, or a picture; and the caption."""
+    return o.caption_bytes + (2 * 2 * prod(model.latent) + 8 if cached else o.picture_bytes or o.size**2 // 4)
 
 
 def measured(model: Model, steps: int) -> str:
@@ -221,23 +218,20 @@ def measured(model: Model, steps: int) -> str:
     from ldm.unet import UNet
 
     device = find_device("")
-    bf16 = device.type == "cuda"
-    unet = UNet(model.unet).to(device)
-    z_t = torch.randn(model.batch, *model.latent, device=device)
-    t = torch.randint(1000, (model.batch,), device=device)
-    context = torch.randn(model.batch, *model.context, device=device)
+    with device:
+        unet = UNet(model.unet)
+        z_t, context = torch.randn(model.batch, *model.latent), torch.randn(model.batch, *model.context)
+        t = torch.randint(1000, (model.batch,))
 
     def loss() -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             return (unet(z_t, t, context) - z_t).square().mean()
 
     step = training(unet, loss)
     seconds = median([timed(step) for _ in range(WARM_UP + steps)][WARM_UP:])
     per_second, threads = model.batch / seconds, torch.get_num_threads()
-    return (
-        f"U-Net's training step, batch {model.batch}, {threads} threads: {quantity(SECONDS, seconds)}\n"
-        f"{per_second:,.3g} pictures/s, {per_second * model.unet_flops / 1e12:.3g} TFLOP/s (--rate)"
-    )
+    return f"""U-Net's training step, batch {model.batch}, {threads} threads: {quantity(SECONDS, seconds)}
+{per_second:,.3g} pictures/s, {per_second * model.unet_flops / 1e12:.3g} TFLOP/s (--rate)"""
 
 
 def quantity(units: tuple[tuple[float, str], ...], value: float) -> str:

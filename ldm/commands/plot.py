@@ -95,8 +95,7 @@ def results() -> None:
     plots |= {title: guided[title] for title in ("Right caption found first, %", "Frechet distance") if title in guided}
     tables = [table(options.results / name) for name in ("ablation", "gan")]
     write(options.out, draw(plots))
-    print(*(f"{text}\n" for text in tables if text), sep="\n", end="")
-    print(f"curves in {options.out}")
+    print(*filter(None, tables), f"curves in {options.out}", sep="\n")
 
 
 def metrics_file(path: Path) -> Path:
@@ -104,9 +103,7 @@ def metrics_file(path: Path) -> Path:
     for file in (path / RUN, path / EVALUATION, path):
         if file.is_file() and file.suffix in (".jsonl", ".json"):
             return file
-    if path.is_dir():
-        raise UserError(f"folder {str(path)!r} has neither {RUN} (of a run) nor {EVALUATION} (of an evaluation)")
-    raise UserError(f"{str(path)!r} is no .jsonl file of a run and no .json file of an evaluation")
+    raise UserError(f"{str(path)!r} is no .jsonl file of a run, .json file of an evaluation, or folder with {RUN}")
 
 
 def read(path: Path) -> list[Record]:
@@ -150,7 +147,7 @@ def draw(plots: dict[str, Lines]) -> str:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("plots need matplotlib: pip install -e '.[evaluate]'") from None
+        raise UserError("matplotlib is not installed: pip install matplotlib") from None
 
     rows = -(-len(plots) // 2)
     figure = Figure(figsize=(10, 3.4 * rows), layout="constrained")
@@ -177,12 +174,12 @@ def write(path: Path, text: str) -> None:
 
 
 def table(folder: Path) -> str:
-    """The autoencoders' evaluations in a folder as a Markdown table, one row each; "" where there are none."""
+    """The autoencoders' evaluations in a folder as a Markdown table, a row each; "" where there are none."""
     arms = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
-    columns = {title: [cell(records, *column) for records in arms.values()] for title, *column in RECONSTRUCTED}
-    columns = {title: cells for title, cells in columns.items() if set(cells) - {"-"}}
-    lines = [["arm", *columns], ["---"] * (len(columns) + 1), *zip(arms, *columns.values(), strict=True)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if arms else ""
+    columns = [(title, *(cell(records, *column) for records in arms.values())) for title, *column in RECONSTRUCTED]
+    columns = [("arm", *arms), *(column for column in columns if set(column[1:]) - {"-"})]
+    head, *rows = ("| " + " | ".join(line) + " |\n" for line in zip(*columns, strict=True))
+    return "".join([head, "| --- " * len(columns) + "|\n", *rows]) if arms else ""
 
 
 def cell(records: list[Record], metric: str, factor: float, decimals: int) -> str:

@@ -15,10 +15,9 @@ from torch import Tensor
 from ldm.evaluate.features import Features
 from ldm.evaluate.pictures import Pictures
 from ldm.metrics.alignment import chance, cosine, retrieval_hits
+from ldm.metrics.distances import cmmd, frechet_distance, frechet_distance_infinite, kernel_distance
 from ldm.metrics.diversity import inception_score, neighbourhoods
-from ldm.metrics.frechet import frechet_distance, frechet_distance_infinite
 from ldm.metrics.intervals import Interval, kernel_interval, mean_interval, resampled_interval
-from ldm.metrics.kernel import cmmd, kernel_distance
 
 Record = dict[str, Any]
 NEIGHBOURS = 5

@@ -1,9 +1,8 @@
 """Metrics as small pure functions in float64. Inputs are (N, D) tensors or arrays unless said otherwise."""
 
 from ldm.metrics.alignment import clip_score, cosine, retrieval
+from ldm.metrics.distances import cmmd, frechet_distance, frechet_distance_infinite, kernel_distance
 from ldm.metrics.diversity import inception_score, precision_recall
-from ldm.metrics.frechet import frechet_distance, frechet_distance_infinite
-from ldm.metrics.kernel import cmmd, kernel_distance
 from ldm.metrics.reconstruction import bits_per_dimension, perceptual_distance, psnr, sharpness, ssim
 from ldm.metrics.representation import cluster_scores, dci, linear_probe, mig
 

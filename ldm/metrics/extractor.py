@@ -83,10 +83,13 @@ def pretrained(kind: type, where: str, name: str) -> Any:
     return model
 
 
-def preparation(processor: Any, where: str) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """Size and preparation of pictures by a transformers image processor. Raises UserError without a square crop."""
+def preparation(kind: type, where: str, name: str) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """Size and preparation of pictures by an image processor of transformers. Raises UserError without a square
+    crop."""
+    processor = pretrained(kind, where, name)
     crop = getattr(processor, "crop_size", None) or {"height": 0, "width": 0}
-    if not (size := crop["height"]) or size != crop["width"]:
+    size = crop["height"]
+    if not size or size != crop["width"]:
         raise UserError(f"the image processor of {where!r} names no square crop_size")
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     return size, resized(size, 2 * mean - 1, 2 * std)  # from pixels in [0, 1]

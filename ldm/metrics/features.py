@@ -16,16 +16,17 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.config import UserError
 from ldm.images import to_uint8
 from ldm.metrics.extractor import FeatureExtractor, preparation, pretrained
-from ldm.metrics.judges import image_text_model
+from ldm.metrics.judges import published_clip, trained_judge
 from ldm.metrics.libraries import library
 from ldm.metrics.preprocess import resized
 from ldm.perceptual import EFFNET_MEAN, EFFNET_STD, effnet_lite0_file, effnet_lite0_network, effnet_lite0_stages
 
+KNOWN = "effnet-lite0, inception, inception:FILE, clip:FOLDER, dinov2:FOLDER, judge:FOLDER"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 
@@ -34,7 +35,7 @@ def feature_extractor(name: str) -> FeatureExtractor:
     """The extractor `name` ("kind" or "kind:where"), on the CPU. Raises UserError for others and missing weights."""
     kind, _, where = name.partition(":")
     if kind not in EXTRACTORS:
-        raise UserError(f"unknown feature network {name!r}; known: {', '.join(KNOWN)}")
+        raise UserError(f"unknown feature network {name!r}; known: {KNOWN}")
     return EXTRACTORS[kind](where)
 
 
@@ -53,12 +54,8 @@ def _effnet_lite0(where: str) -> FeatureExtractor:
         raise UserError(f"unknown feature network 'effnet-lite0:{where}': effnet-lite0 is in a package, takes no file")
     prepare, classifier = resized(224, EFFNET_MEAN, EFFNET_STD), effnet_lite0_network()._fc
     network = nn.Sequential(*effnet_lite0_stages(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-    def embed(x: Tensor) -> Tensor:
-        return network(prepare(x))
-
-    sha256 = hashlib.sha256(effnet_lite0_file().read_bytes()).hexdigest()
-    return FeatureExtractor("effnet-lite0", network, 224, embed, classifier=classifier, sha256=sha256)
+    more = {"classifier": classifier, "sha256": hashlib.sha256(effnet_lite0_file().read_bytes()).hexdigest()}
+    return FeatureExtractor("effnet-lite0", network, 224, lambda x: network(prepare(x)), **more)
 
 
 def _inception(where: str) -> FeatureExtractor:
@@ -80,12 +77,8 @@ def _inception(where: str) -> FeatureExtractor:
         net = fidelity.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(file))
     classes = nn.Linear(2048, 1008, bias=False)  # without the bias, as the Inception Score is usually computed
     classes.weight = net.fc.weight
-
-    def embed(x: Tensor) -> Tensor:
-        return net(to_uint8(x))[0]
-
-    resize = "bilinear as in TensorFlow 1, not antialiased"
-    return FeatureExtractor("inception", net, 299, embed, classifier=classes, resize=resize, sha256=sha256)
+    more = {"classifier": classes, "resize": "bilinear as in TensorFlow 1, not antialiased", "sha256": sha256}
+    return FeatureExtractor("inception", net, 299, lambda x: net(to_uint8(x))[0], **more)
 
 
 def _dinov2(where: str) -> FeatureExtractor:
@@ -93,27 +86,14 @@ def _dinov2(where: str) -> FeatureExtractor:
     from transformers import AutoImageProcessor, Dinov2Model
 
     model = pretrained(Dinov2Model, where, "dinov2")
-    size, prepare = preparation(pretrained(AutoImageProcessor, where, "dinov2"), where)
-
-    def embed(x: Tensor) -> Tensor:
-        return model(prepare(x)).pooler_output
-
-    return FeatureExtractor(f"dinov2:{where}", model, size, embed)
-
-
-def _clip(where: str) -> FeatureExtractor:
-    return image_text_model(f"clip:{where}")
-
-
-def _judge(where: str) -> FeatureExtractor:
-    return image_text_model(f"judge:{where}")
+    size, prepare = preparation(AutoImageProcessor, where, "dinov2")
+    return FeatureExtractor(f"dinov2:{where}", model, size, lambda x: model(prepare(x)).pooler_output)
 
 
 EXTRACTORS: dict[str, Callable[[str], FeatureExtractor]] = {
     "effnet-lite0": _effnet_lite0,
     "inception": _inception,
-    "clip": _clip,
+    "clip": published_clip,
     "dinov2": _dinov2,
-    "judge": _judge,
+    "judge": trained_judge,
 }
-KNOWN = ("effnet-lite0", "inception", "inception:FILE", "clip:FOLDER", "dinov2:FOLDER", "judge:FOLDER")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.metrics.kernel import cubic, gaussian
+from ldm.metrics.distances import cubic, gaussian
 
 REPLICATES = 1000
 FEW, FEWEST = 100, 20  # where one costs a decomposition, of up to SMALL rows or columns and of more

@@ -23,35 +23,33 @@ def image_text_model(name: str) -> FeatureExtractor:
     """ "judge:NAME" (a shipped one, or a folder of train_clip), NAME alone, or "clip:NAME" (a folder or a hub's name),
     on the CPU. Raises UserError for others and for models that do not open."""
     if name.startswith("clip:"):
-        return _published_clip(name.removeprefix("clip:"))
-    where = name.removeprefix("judge:")
+        return published_clip(name.removeprefix("clip:"))
+    return trained_judge(name.removeprefix("judge:"))
+
+
+def trained_judge(where: str) -> FeatureExtractor:
+    """A CLIP trained here, shipped or in a folder."""
     shipped = sorted(path.name for path in JUDGES.iterdir() if path.is_dir()) if JUDGES.is_dir() else []
     if where not in shipped and not Path(where).is_dir():
         known = ", ".join(shipped) or "none"
         raise UserError(f"unknown judge {where!r}: neither a folder nor one that ships ({known}), nor clip:FOLDER")
-    return _judge(where, find_part(JUDGES / where if where in shipped else where, "judge"))
-
-
-def _judge(where: str, folder: Path) -> FeatureExtractor:
-    """A CLIP trained here."""
+    folder = find_part(JUDGES / where if where in shipped else where, "judge")
     clip, tokenizer = CLIP.from_pretrained(folder), Tokenizer.from_pretrained(folder)
     size = clip.vision_config.image_size
     prepare = resized(size, torch.zeros(3), torch.ones(3))
 
-    def images(x: Tensor) -> Tensor:
-        return clip.encode_image(prepare(x))
-
     def texts(captions: list[str]) -> Tensor:
         return clip.encode_text(tokenizer(captions, warn=False).to(clip.logit_scale.device))
 
-    return FeatureExtractor(f"judge:{where}", clip, size, images, texts)
+    return FeatureExtractor(f"judge:{where}", clip, size, lambda x: clip.encode_image(prepare(x)), texts)
 
 
-def _published_clip(where: str) -> FeatureExtractor:
+def published_clip(where: str) -> FeatureExtractor:
+    """A CLIP of transformers: a folder, or a hub's name."""
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
     model = pretrained(CLIPModel, where, "clip")
-    size, prepare = preparation(pretrained(CLIPImageProcessor, where, "clip"), where)
+    size, prepare = preparation(CLIPImageProcessor, where, "clip")
     tokenizer = pretrained(AutoTokenizer, where, "clip")
     length = model.config.text_config.max_position_embeddings
 

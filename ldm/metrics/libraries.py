@@ -15,4 +15,4 @@ def library(module: str) -> ModuleType:
     except ImportError:
         root = module.partition(".")[0]
         package = PACKAGES.get(root, root)
-        raise UserError(f"this evaluation needs {package}: pip install {package}") from None
+        raise UserError(f"{package} is not installed: pip install {package}") from None

@@ -8,8 +8,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ldm.metrics.libraries import library
+from ldm.metrics.rows import Rows
 
-Rows = Tensor | np.ndarray
 Labels = Tensor | np.ndarray | Sequence
 BINS = 20  # of each dimension of a code, for mutual information
 
@@ -98,9 +98,8 @@ def _entropy(shares: np.ndarray) -> np.ndarray:
 def _codes_and_factors(codes: Rows, factors: Rows, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
     codes, factors = _array(codes, np.float64), _array(factors)
     if codes.ndim != 2 or factors.ndim != 2 or codes.shape[1] < 2 or factors.shape[1] < least:
-        raise ValueError(
-            f"codes {codes.shape} and factors {factors.shape} must be (N, 2 or more) and (N, {least} or more)"
-        )
+        shapes = f"codes {codes.shape} and factors {factors.shape}"
+        raise ValueError(f"{shapes} must be (N, 2 or more) and (N, {least} or more)")
     if any(len(np.unique(factor)) < 2 for factor in factors.T):
         raise ValueError("a factor has one class alone, which every code knows")
     return codes, factors
