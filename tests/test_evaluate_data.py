@@ -25,9 +25,9 @@ from tiny_evaluation import (
 )
 
 from ldm.clip import CLIP, VisionConfig
-from ldm.config import UserError
+from ldm.config import UserError, comments
 from ldm.data.emoji import Emoji
-from ldm.evaluate.config import EvaluateConfig
+from ldm.evaluate.config import AutoencoderEvaluation, EvaluateConfig, FolderEvaluation
 from ldm.evaluate.evaluation import pose_cases
 from ldm.evaluate.model import evaluate
 from ldm.evaluate.pictures import data_config, sample_indices
@@ -164,3 +164,8 @@ def test_reports_need_two_packages(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ldm.evaluate.report.find_spec", lambda name: None if name == "matplotlib" else name)
     options = ["--model", model, "--data", "shapes", "--out", tmp_path / "out"]
     assert "pip install matplotlib" in refusal(monkeypatch, capsys, *options)
+
+
+@pytest.mark.parametrize("options", [EvaluateConfig, AutoencoderEvaluation, FolderEvaluation])
+def test_every_option_has_its_help(options):
+    assert all(comments(options).values())
