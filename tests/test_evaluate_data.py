@@ -1,22 +1,23 @@
 """What a model is evaluated with: its judge, groups that captions name, data that are missing or broken."""
 
 import shutil
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_evaluation
 import torch
 from PIL import Image
 from tiny_evaluation import (
+    OPENED,
     N,
     captions,
     config_for,
     fill,
-    judge,
+    image_text,
     knows_shapes,
     one,
-    opened,
+    refusal,
     report,
     results,
     stub_extractor,
@@ -24,39 +25,25 @@ from tiny_evaluation import (
 )
 
 from ldm.clip import CLIP, VisionConfig
-from ldm.config import UserError
+from ldm.config import UserError, comments
 from ldm.data.emoji import Emoji
-from ldm.evaluate.config import EvaluateConfig
+from ldm.evaluate.config import AutoencoderEvaluation, EvaluateConfig, FolderEvaluation
 from ldm.evaluate.evaluation import pose_cases
 from ldm.evaluate.model import evaluate
+from ldm.evaluate.pictures import data_config, sample_indices
 from ldm.evaluate.records import find, judge_fault
-from ldm.evaluate.samples import data_config, sample_indices
 from ldm.metrics import features
 from ldm.metrics.attributes import ATTRIBUTES
 from ldm.metrics.compositional import TASKS
 from ldm.pipeline import Pipeline
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def networks():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor())
-        patch.setattr("ldm.evaluate.samples.image_text_model", opened)
-        patch.setattr(warnings, "showwarning", warnings.showwarning)  # run_command sets it for good
-        yield
+model, networks = tiny_evaluation.model, tiny_evaluation.networks
 
 
 def test_a_judge_must_know_the_pictures_and_not_be_the_models_own(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        ignorant = judge("ignorant", knows_shapes().images, lambda texts: torch.ones(len(texts), 192))
-        patch.setattr("ldm.evaluate.samples.image_text_model", lambda name: ignorant)
+        ignorant = image_text("ignorant", knows_shapes().images, lambda texts: torch.ones(len(texts), 192))
+        patch.setattr(OPENED, lambda name: ignorant)
         with pytest.raises(UserError, match="'ignorant' finds the right one of 16 real pictures .* --judge none"):
             evaluate(config_for(model, tmp_path / "out"))
     pipe = Pipeline.from_pretrained(model)
@@ -90,10 +77,8 @@ def test_groups_that_captions_name_are_reported_apart(tmp_path, monkeypatch):
         return embed(torch.tensor([tones.index(ATTRIBUTES[0].named(c) or "light") for c in captions]) / -5)
 
     tiny_pipeline(size=4).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(
-        "ldm.evaluate.samples.image_text_model",
-        lambda name: judge("sees-dark", lambda x: embed(x.mean((1, 2, 3))), texts),
-    )
+    sees_dark = image_text("sees-dark", lambda x: embed(x.mean((1, 2, 3))), texts)
+    monkeypatch.setattr(OPENED, lambda name: sees_dark)
     monkeypatch.setattr("ldm.evaluate.records.MOST", 0.0)
     out = tmp_path / "out"
     evaluate(config_for(tmp_path / "model", out, data="emoji", num=60, guidance=(1.0,), steps=1, judge="sees-dark"))
@@ -175,7 +160,12 @@ def test_data_are_those_of_the_models_run_and_fewer_begin_more(model, tmp_path):
     assert few == many[:24] and all(kinds.count((task, half)) == 6 for task in TASKS for half in (False, True))
 
 
-def test_reports_need_two_packages(model, tmp_path, monkeypatch):
+def test_reports_need_two_packages(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ldm.evaluate.report.find_spec", lambda name: None if name == "matplotlib" else name)
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        evaluate(config_for(model, tmp_path / "out"))
+    options = ["--model", model, "--data", "shapes", "--out", tmp_path / "out"]
+    assert "pip install matplotlib" in refusal(monkeypatch, capsys, *options)
+
+
+@pytest.mark.parametrize("options", [EvaluateConfig, AutoencoderEvaluation, FolderEvaluation])
+def test_every_option_has_its_help(options):
+    assert all(comments(options).values())

@@ -1,27 +1,23 @@
 """Evaluating two folders: their numbers are those of their pictures, and features are computed once."""
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_evaluation
 import torch
 from PIL import Image
-from tiny_evaluation import fill, judge, kept, one, read, refusal, report, results, stub_extractor, to_x
+from tiny_evaluation import OPENED, fill, image_text, kept, one, read, refusal, report, results, stub_extractor, to_x
 
 from ldm.config import UserError
 from ldm.evaluate.config import FolderEvaluation
 from ldm.evaluate.features import Features
 from ldm.evaluate.folders import evaluate_folders
 from ldm.evaluate.pictures import Pictures
-from ldm.metrics import features, frechet_distance, kernel_distance, precision_recall
+from ldm.metrics import frechet_distance, kernel_distance, precision_recall
 
-
-@pytest.fixture(autouse=True)
-def stub(monkeypatch):
-    monkeypatch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor())
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # run_command sets it for good
+networks = tiny_evaluation.networks
 
 
 @torch.no_grad()
@@ -53,20 +49,20 @@ def knows(*folders: Path):
     """A judge that has seen the pictures of folders, whose captions name them: "a 3" is a/003.png."""
     known = {f"{folder.name} {int(path.stem)}": read(path) for folder in folders for path in folder.glob("*.png")}
     embed = lambda x: torch.nn.functional.normalize(x.flatten(1), dim=1)  # noqa: E731
-    return judge("knows", embed, lambda texts: embed(to_x([known[text] for text in texts])), 24)
+    return image_text("knows", embed, lambda texts: embed(to_x([known[text] for text in texts])), 24)
 
 
 def test_alignment_is_of_each_folder_with_its_own_captions(tmp_path, monkeypatch):
     a, b = (fill(tmp_path / name, 20, seed, text=name) for seed, name in enumerate("ab"))
-    monkeypatch.setattr("ldm.evaluate.samples.image_text_model", lambda name: knows(a, b))
+    monkeypatch.setattr(OPENED, lambda name: knows(a, b))
     config = FolderEvaluation(images=a, reference=b, features="none", judge="knows", out=tmp_path / "out")
     evaluate_folders(config)
     for of in ("images", "reference"):
         assert one(tmp_path / "out", "clip_cosine", of)["value"] == pytest.approx(1, abs=1e-5)
         assert one(tmp_path / "out", "image_to_text@1", of)["value"] == 1
     assert one(tmp_path / "out", "cmmd", "images")["value"] > 0
-    same = judge("same", lambda x: torch.ones(len(x), 4), lambda texts: torch.ones(len(texts), 4))
-    monkeypatch.setattr("ldm.evaluate.samples.image_text_model", lambda name: same)
+    same = image_text("same", lambda x: torch.ones(len(x), 4), lambda texts: torch.ones(len(texts), 4))
+    monkeypatch.setattr(OPENED, lambda name: same)
     with pytest.warns(UserWarning, match="right one of 20 reference pictures .* 25.0% needed"):
         evaluate_folders(replace(config, out=tmp_path / "other"))
     (a / "003.txt").unlink()
@@ -90,46 +86,47 @@ def test_other_sizes_are_resized_on_request_and_blank_pictures_counted(tmp_path)
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
-    a, b, out = fill(tmp_path / "a", 16, 0), fill(tmp_path / "b", 16, 1), tmp_path / "out"
-
-    def complaint(*changes: object) -> str:
-        line = refusal(monkeypatch, capsys, "--images", a, "--reference", b, "--out", out, *changes)
-        assert not out.exists()
-        return line
-
-    assert "16 pictures are too few for a Frechet distance of 1280 features; 1281" in complaint()
-    assert "does not exist" in complaint("--reference", tmp_path / "c")
+    a, b, c = (fill(tmp_path / name, 16, seed) for seed, name in enumerate("abc"))
     Image.new("RGB", (30, 24)).save(b / "007.png")
-    assert "007.png' is 30x24 px, not 24x24" in complaint("--features", "stub")
-    (b / "007.png").write_bytes(b"no picture")
-    assert "007.png' is no image file" in complaint("--features", "stub")
-    assert "007.png" in complaint("--features", "stub", "--size", 16)
-    assert "--size -5 is not allowed" in complaint("--size", -5)
-    assert "--size 100000 is not allowed; use 1 to 4000, or 0" in complaint("--size", 100_000)
+    (c / "009.png").write_bytes(b"no picture")
+    for changes, words in (
+        (["--reference", tmp_path / "d"], "does not exist"),
+        ([], "007.png' is 30x24 px, not 24x24"),
+        (["--reference", c], "009.png' is no image file"),
+        (["--reference", c, "--size", 16], "009.png"),
+        (["--size", -5], "--size -5 is not allowed"),
+        (["--size", 100_000], "--size 100000 is not allowed; use 1 to 4000, or 0"),
+    ):
+        options = ["--images", a, "--reference", b, "--features", "stub", "--out", tmp_path / "out"]
+        assert words in refusal(monkeypatch, capsys, *options, *changes)
+        assert not (tmp_path / "out").exists()
+
+
+class Means(torch.nn.Module):
+    """A network that counts the pictures that it saw."""
+
+    name, sha256, metadata, seen = "net/work:1", "5" * 64, {}, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += len(x)
+        return x.mean((2, 3))
 
 
 def test_features_are_computed_once_for_the_same_pixels(tmp_path):
-    seen: list[int] = []
-
-    class Network(torch.nn.Module):
-        name, sha256 = "net/work:1", "5" * 64
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.append(len(x))
-            return x.mean((2, 3))
+    network = Means()
 
     def compute(pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
         pictures = Pictures(of="noise", count=len(pixels), read=pixels.__getitem__)
-        return Features(Network(), tmp_path, torch.device("cpu"), batch_size)(pictures)
+        return Features(network, tmp_path, torch.device("cpu"), batch_size)(pictures)
 
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (10, 3, 8, 8), dtype=np.uint8))
     for size in (10, 7, 1):
         assert torch.allclose(compute(pixels, size), (pixels / 127.5 - 1).mean((2, 3)), atol=1e-6)
-    assert sum(seen) == 10
+    assert network.seen == 10
     pixels[4] = 0
     again = compute(pixels, 5)
-    assert sum(seen) == 11 and torch.allclose(again[4], torch.full((3,), -1.0))
+    assert network.seen == 11 and torch.allclose(again[4], torch.full((3,), -1.0))
     (file,) = (tmp_path / "features").iterdir()
     assert file.name == "net-work-1-55555555.safetensors"
     file.write_bytes(b"damaged")
-    assert torch.equal(compute(pixels, 5), again) and sum(seen) == 21
+    assert torch.equal(compute(pixels, 5), again) and network.seen == 21

@@ -2,12 +2,16 @@
 
 import json
 import sys
+import warnings
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tiny_models import text_encoder, unet_config, vae_config
@@ -19,9 +23,9 @@ from ldm.commands.evaluate import main
 from ldm.data.shapes import Shapes
 from ldm.diffusion import Schedule, ScheduleConfig
 from ldm.evaluate.config import EvaluateConfig
+from ldm.evaluate.pictures import sample_indices
 from ldm.evaluate.records import find
-from ldm.evaluate.samples import sample_indices
-from ldm.metrics import judges
+from ldm.metrics import features, judges
 from ldm.metrics.extractor import FeatureExtractor
 from ldm.metrics.preprocess import resized
 from ldm.pipeline import Pipeline
@@ -31,6 +35,7 @@ from ldm.unet import UNet
 from ldm.vae import VAE
 
 N, GUIDANCE = 16, (1.0, 2.0)
+OPENED = "ldm.evaluate.features.image_text_model"  # opens a judge by name
 
 
 def tiny_vae(seed: int = 0) -> VAE:
@@ -54,7 +59,7 @@ def stub_extractor(side: int = 2) -> FeatureExtractor:
     return FeatureExtractor("stub", network, 32, lambda x: network(prepare(x)), sha256="5" * 64)
 
 
-def judge(name: str, images: Any, texts: Any, size: int = 32) -> FeatureExtractor:
+def image_text(name: str, images: Any, texts: Any, size: int = 32) -> FeatureExtractor:
     return FeatureExtractor(name, nn.Identity(), size, images, texts)
 
 
@@ -71,11 +76,11 @@ def knows_shapes() -> FeatureExtractor:
     def texts(captions: list[str]) -> torch.Tensor:
         return thumbnails(to_x([dataset[known[c]]["image"] if c in known else blank for c in captions]))
 
-    return judge("knows-shapes", thumbnails, texts)
+    return image_text("knows-shapes", thumbnails, texts)
 
 
-def to_x(pixels: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(pixels) / 127.5 - 1
+def to_x(pixels: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([*pixels]) / 127.5 - 1
 
 
 def read(path: Path) -> torch.Tensor:
@@ -137,24 +142,33 @@ def fill(folder: Path, count: int, seed: int, size: int = 24, text: str = "") ->
     return folder
 
 
-def command(monkeypatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    run_command(main)
-
-
 def refusal(monkeypatch, capsys, *arguments: object) -> str:
     """The one line with which the command refuses, exit code 2."""
-    try:
-        command(monkeypatch, *arguments)
-    except SystemExit as stop:
-        assert stop.code == 2
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    assert stop.value.code == 2
     line = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
     assert line.startswith("error: ")
     return line
 
 
-def opened(name: str):
-    return knows_shapes() if name == "knows-shapes" else judges.image_text_model(name)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def networks():
+    """The networks "stub" and "knows-shapes" by name; warnings.showwarning, which run_command sets, is restored."""
+    known = {"knows-shapes": knows_shapes}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor())
+        patch.setattr(OPENED, lambda name: known.get(name, partial(judges.image_text_model, name))())
+        patch.setattr(warnings, "showwarning", warnings.showwarning)
+        yield
 
 
 def config_for(model: Path, out: Path, **changes) -> EvaluateConfig:

@@ -39,9 +39,11 @@ def main() -> None:
         if name in others:
             raise UserError(f"--{name.replace('_', '-')} has no meaning with --{mode}; leave it out")
     config = read_options(options, __doc__)
-    lines = getattr(import_module(f"ldm.evaluate.{module}"), function)(config)
     from ldm.distributed import processes
+    from ldm.evaluate.report import check_installed
 
+    check_installed()
+    lines = getattr(import_module(f"ldm.evaluate.{module}"), function)(config)
     if processes().is_main_process:
         print(*lines, f"numbers in {config.out / 'metrics.json'}, report in {config.out / 'report.html'}", sep="\n")
     processes().destroy_process_group()

@@ -1,6 +1,7 @@
 """Measuring an autoencoder alone: what it keeps of held-out images, in how many bits, and what its latents hold."""
 
 import math
+import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,8 +9,10 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
-from einops import reduce
+import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,17 +20,20 @@ from ldm.config import UserError
 from ldm.data import open_dataset
 from ldm.data.faults import readable
 from ldm.data.latents import data_hash
-from ldm.distributed import find_device, processes
+from ldm.data.shapes import MIN_SIZE, render, sample_scene
+from ldm.distributed import find_device
 from ldm.evaluate.config import LARGEST, SMALLEST, AutoencoderEvaluation
-from ldm.evaluate.latents import representation
-from ldm.evaluate.pictures import Pictures, claim
-from ldm.evaluate.records import Record, biases, blank_record, distance_records, headline, left_out, mean_record, record
-from ldm.evaluate.report import Row, check_installed, write_results
-from ldm.evaluate.samples import data_config, held_out_indices, judge_name, open_network, sample_indices
+from ldm.evaluate.features import judge_name, open_networks
+from ldm.evaluate.pictures import Pictures, claim, data_config, held_out_indices, sample_indices
+from ldm.evaluate.records import Record, blank_record, distance_records, headlines, left_out, mean_record, record
+from ldm.evaluate.report import Row, write_results
 from ldm.images import to_float, to_uint8
-from ldm.metrics import bits_per_dimension, perceptual_distance, psnr, sharpness, ssim
+from ldm.metrics import bits_per_dimension, dci, linear_probe, mig, perceptual_distance, psnr, sharpness, ssim
 from ldm.metrics.codecs import CODECS, curve, nearest_to
+from ldm.metrics.features import judged_by
+from ldm.metrics.intervals import mean_interval, resampled_interval
 from ldm.metrics.reconstruction import discretized_logistic
+from ldm.metrics.representation import agreement, clusters
 from ldm.model_io import module_hash
 from ldm.perceptual import PerceptualDistance, perceptual_network
 from ldm.vae import VAE
@@ -43,6 +49,13 @@ ASSUMPTIONS = (
     "discretized logistic around the decoded sample; standard normal prior of the normalized latent; scale fitted to"
     " training pictures"
 )
+COARSE = 8  # positions per side to which latents are averaged where they have more
+SCENES = 1200  # of shapes, with one thing each
+LABELLED = 1500  # images of emoji, at most, per split
+THIRDS = 3  # of the image, on each axis
+FACTORS = ("colour", "shape", "size", "x", "y")
+EMOJI = ("group", "style")
+Split = tuple[np.ndarray, np.ndarray]  # codes (N, D) and labels (N, K), as text
 
 
 def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
@@ -50,7 +63,6 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
 
     Raises UserError for wrong settings or too few images; nothing is written then.
     """
-    check_installed()
     device, batch_size = find_device(config.device), config.batch_size
     vae = VAE.from_pretrained(config.autoencoder).to(device)
     size = config.size or vae.config.sample_size
@@ -62,7 +74,8 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
     indices = held_out_indices(dataset, config)
     fitted = readable(train, sample_indices(len(train), FITTED, config.seed))
     distance = perceptual_network(config.perceptual).to(device)
-    features = open_network(config.features, judge_name("", config.data), config.out, device, batch_size)
+    feature_name = judged_by(config.features, judge_name("", config.data))
+    features, _ = open_networks(feature_name, "none", config.out, device, batch_size)
     side = size // vae.factor
     settings = {
         "autoencoder": config.autoencoder,
@@ -95,9 +108,8 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
     else:
         missing = "probes of the latents need scikit-learn and are left out: pip install scikit-learn"
         warnings.warn(missing, stacklevel=2)
-    if processes().is_main_process:
-        write_results("autoencoder", config.out, settings, results, galleries(coded, compressed))
-    return [*(headline(r) for r in results if r["metric"] in HEADLINES), *biases(results)]
+    write_results("autoencoder", config.out, settings, results, galleries(coded, compressed))
+    return headlines(results, [OF], HEADLINES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +154,12 @@ def quality(coded: Coded, network: PerceptualDistance, name: str, batch_size: in
     """How near reconstructions from the mean of the latent are."""
     device, smallest = next(network.buffers()).device, getattr(network, "smallest", 0)
     resize = f"none; sides under {smallest} px doubled" if smallest else "none"
-    about = {"extractor": name, "extractor_sha256": module_hash(network), "resize": resize}
+    network_fields = {"extractor": name, "extractor_sha256": module_hash(network), "resize": resize}
     for metric, function, fields in (
         ("psnr_db", psnr, {}),
         ("ssim", ssim, {}),
         ("sharpness", sharpness, {}),
-        ("perceptual_distance", partial(perceptual_distance, network=network), about),
+        ("perceptual_distance", partial(perceptual_distance, network=network), network_fields),
     ):
         pairs = zip(coded.pixels.split(batch_size), coded.decoded.split(batch_size), strict=True)
         values = torch.cat([function(*(to_float(x).to(device) for x in pair)).cpu() for pair in pairs])
@@ -194,6 +206,73 @@ def rates(coded: Coded, compressed: Tensor) -> Record:
 def levels_of(x: Tensor, y: Tensor) -> Tensor:
     """PSNR in dB of each of uint8 images."""
     return psnr(to_float(x), to_float(y))
+
+
+def representation(vae: VAE, dataset: Any, train: Any, name: str, seed: int) -> Iterator[Record]:
+    """k-means and linear probes of the latents against labels; on shapes MIG and DCI too. Empty for other data."""
+    if name == "emoji":
+        yield from _label_records(*(_emoji(vae, data, seed) for data in (train, dataset)), EMOJI, seed)
+    if name != "shapes":
+        return
+    codes, labels = _scenes(vae, seed)
+    cut = len(codes) * 2 // 3
+    yield from _label_records((codes[:cut], labels[:cut]), (codes[cut:], labels[cut:]), FACTORS, seed)
+    numbers = np.stack([np.unique(column, return_inverse=True)[1] for column in labels.T], 1)
+    fields = {"of": "latents", "n": len(codes), "factors": list(FACTORS)}
+    gap = mig(codes, numbers)
+    interval = _interval(lambda rows: mig(codes[rows], numbers[rows]), len(codes), gap, seed, few=True)
+    yield record("mig", gap, interval, **fields)
+    # without intervals, for which trees would have to grow anew many times
+    yield from (record(f"dci_{key}", value, **fields) for key, value in dci(codes, numbers, seed).items())
+
+
+def _interval(statistic: Any, count: int, value: float, seed: int, few: bool = False) -> tuple[float, float]:
+    """Of a statistic in [0, 1] of row numbers."""
+    low, high = resampled_interval(statistic, (torch.arange(count),), value, seed, few)
+    return max(low, 0.0), min(high, 1.0)
+
+
+def _scenes(vae: VAE, seed: int) -> Split:
+    """Images of shapes with one thing, and its factors."""
+    size, pixels, labels = max(vae.config.sample_size, MIN_SIZE), [], []
+    for i in range(SCENES):
+        scene = sample_scene(random.Random(f"{seed}/factors/{i}"), False, "single")
+        (thing,) = scene.things
+        position = [str(min(int(THIRDS * value), THIRDS - 1)) for value in (thing.x, thing.y)]
+        labels.append([thing.colour, thing.shape, thing.size, *position])
+        pixels.append(torch.from_numpy(rearrange(render(scene, size), "h w c -> c h w").copy()))
+    return encode_means(vae, torch.stack(pixels)), np.array(labels)
+
+
+def _emoji(vae: VAE, dataset: Any, seed: int) -> Split:
+    indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:LABELLED].tolist()
+    pixels = torch.stack([dataset[i]["image"] for i in indices])
+    return encode_means(vae, pixels), np.array([[dataset.records[i][label] for label in EMOJI] for i in indices])
+
+
+@torch.no_grad()
+def encode_means(vae: VAE, pixels: Tensor) -> np.ndarray:
+    """The normalized means (N, C h w) of uint8 images, averaged to 8x8 positions where there are more."""
+    device = next(vae.parameters()).device
+    z = torch.cat([vae.normalize(vae.encode(to_float(part).to(device)).mean).cpu() for part in pixels.split(64)])
+    z = F.adaptive_avg_pool2d(z, COARSE) if min(z.shape[-2:]) > COARSE else z
+    return rearrange(z, "n c h w -> n (c h w)").double().numpy()
+
+
+def _label_records(train: Split, test: Split, names: tuple[str, ...], seed: int) -> Iterator[Record]:
+    """For each label: k-means of the test codes, and a linear probe from train to test. The intervals are for other
+    test images and the same clusters and probe."""
+    for i, name in enumerate(names):
+        labels = test[1][:, i]
+        counts = np.unique(labels, return_counts=True)[1]
+        fields = {"of": "latents", "label": name, "classes": len(counts), "n": len(labels)}
+        code = clusters(test[0], len(counts), seed)
+        for key, value in agreement(labels, code).items():
+            interval = _interval(lambda r, k=key, y=labels, c=code: agreement(y[r], c[r])[k], len(labels), value, seed)
+            yield record(key, value, interval, **fields)
+        probe = linear_probe(train[0], train[1][:, i], test[0], labels)
+        interval = mean_interval(np.arange(len(labels)) < round(probe * len(labels)), seed)
+        yield record("linear_probe", probe, interval, chance=float(counts.max() / counts.sum()), **fields)
 
 
 def galleries(coded: Coded, compressed: Tensor) -> dict[str, list[Row]]:

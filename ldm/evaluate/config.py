@@ -44,12 +44,8 @@ class EvaluateConfig:
     guidance_rescale: float = 0.0  # in [0, 1], for every guidance scale
     steps: int = 30  # sampling steps
     sampler: str = ""  # ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc or pndm; empty: the model's own
-    features: str = (
-        "effnet-lite0"  # of distances; or inception[:FILE], clip:FOLDER, dinov2:FOLDER, judge[:FOLDER], none
-    )
-    judge: str = (
-        ""  # emoji, shapes, clip:FOLDER, a folder of train_clip with judge=true, none; empty: the data's own, if any
-    )
+    features: str = "effnet-lite0"  # or inception[:FILE], clip:FOLDER, dinov2:FOLDER, judge[:FOLDER], none
+    judge: str = ""  # emoji, shapes, clip:FOLDER, folder of train_clip (judge=true), none; empty: the data's own
     train_num: int = 10_000  # training images searched for near-duplicates of samples
     baseline: str = ""  # folder of another model's evaluation to compare with
     seed: int = 0  # chooses the captions; image i is sampled with seed + i

@@ -11,27 +11,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm.config import UserError
 from ldm.data import open_dataset
 from ldm.data.faults import readable
 from ldm.data.latents import data_hash
-from ldm.distributed import find_device
+from ldm.distributed import find_device, processes
 from ldm.evaluate.config import SMALLEST, EvaluateConfig
-from ldm.evaluate.features import Features
-from ldm.evaluate.pictures import Pictures, sample
+from ldm.evaluate.features import Features, judge_name, open_networks
+from ldm.evaluate.pictures import Pictures, data_config, held_out_indices, of_files, sample_indices, write_captions
 from ldm.evaluate.records import Record, sharing
 from ldm.evaluate.report import Row
-from ldm.evaluate.samples import data_config, held_out_indices, judge_name, open_judge, open_network, sample_indices
-from ldm.images import to_float, to_uint8
+from ldm.images import save_png, to_float, to_uint8
 from ldm.metrics.compositional import TASKS, Case, cases
-from ldm.model_io import module_hash
+from ldm.model_io import atomic_write, module_hash
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts
 from ldm.samplers import make_grid
 from ldm.unet import UNet
 
 UNTRAINED = 1.0  # guidance of the untrained model
+SAMPLING = ("guidance_rescale", "steps", "sampler", "seed")  # settings that every record of samples carries
 
 
 class Evaluation:
@@ -55,12 +56,11 @@ class Evaluation:
             tried = sample_indices(len(self.train), max(config.train_num, n), config.seed)
             self.bank = readable(self.train, tried)  # the training images that samples are compared with
             if len(self.bank) < n:
-                self.bank, count = [], len(self.bank)
-                self.train_note = f"only {count} training pictures can be read, and {n} are needed"
+                raise UserError(f"only {len(self.bank)} training pictures can be read, and {n} are needed")
         except UserError as error:
-            self.train_note = str(error)
+            self.bank, self.train_note = [], str(error)
         judge, options = judge_name(config.judge, config.data), (config.out, pipe.device, config.batch_size)
-        self.features, self.judge = open_network(config.features, judge, *options), open_judge(judge, *options)
+        self.features, self.judge = open_networks(config.features, judge, *options)
         if self.judge:
             _check_judge(self.judge, config, pipe)
         modules = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "unet")}
@@ -105,9 +105,34 @@ class Evaluation:
         of: str = "samples",
         pipe: Pipeline | None = None,
     ) -> dict[float, Pictures]:
-        """Images of captions by guidance, kept in the folder `name`."""
-        folder, batch_size = self.config.out / name, self.config.batch_size
-        return sample(pipe or self.pipe, folder, captions, guidance, self.settings, batch_size, of)
+        """One image per caption, by guidance, kept in the folder `name`; missing ones are sampled, image i with the
+        seed `config.seed` + i.
+
+        A batch is made where one of its images is missing; several processes share the batches.
+        """
+        group, pipe, sampling = processes(), pipe or self.pipe, {key: self.settings[key] for key in SAMPLING}
+        size, folders = self.config.batch_size, {g: self.config.out / name / f"g{g:g}" for g in guidance}
+        paths = {g: [folders[g] / f"{i:05d}.png" for i in range(len(captions))] for g in guidance}
+        starts = [(g, start) for g in guidance for start in range(0, len(captions), size)]
+        missing = [(g, i) for g, i in starts if not all(path.is_file() for path in paths[g][i : i + size])]
+        group.wait_for_everyone()  # all processes have seen what is missing before one of them makes it
+        if group.is_main_process:
+            for folder in folders.values():
+                write_captions(folder, captions)
+        group.wait_for_everyone()
+        batches = missing[group.process_index :: group.num_processes]
+        quiet = not (batches and group.is_main_process)
+        for g, start in tqdm(batches, desc=f"sampling, {of}", unit="batch", disable=quiet):
+            options = sampling | {"guidance": g, "seed": self.config.seed + start}
+            prompts = captions[start : start + size]
+            for i, image in enumerate(pipe(prompts, batch_size=size, **options)):
+                path, metadata = paths[g][start + i], {"model": self.config.model, "prompt": prompts[i], **options}
+                if not path.is_file():
+                    metadata["seed"] += i
+                    with atomic_write(path) as temporary:
+                        save_png(image, temporary, {key: str(value) for key, value in metadata.items()})
+        group.wait_for_everyone()
+        return {g: of_files(of, paths[g], self.settings["size"], guidance=g, **sampling) for g in guidance}
 
     @cached_property
     def samples(self) -> dict[float, Pictures]:
@@ -133,15 +158,14 @@ class Evaluation:
     def reconstructions(self) -> Pictures:
         """Held-out images decoded from the means of their latents."""
         batches = self.real.batches(self.config.batch_size)
-        pixels = torch.cat([to_uint8(reconstruct(self.pipe, to_float(x))) for x in batches])
+        pixels = torch.cat([reconstruct(self.pipe, to_float(x)) for x in batches])
         return Pictures(of="reconstructions", count=len(pixels), read=pixels.__getitem__)
 
 
 @torch.no_grad()
 def reconstruct(pipe: Pipeline, x: Tensor) -> Tensor:
-    """x (B, 3, H, W) in [-1, 1] -> decoded from the mean of its latent, in 256 levels as a file has."""
-    y = pipe.vae.decode(pipe.vae.normalize(pipe.vae.encode(x.to(pipe.device)).mean))
-    return to_float(to_uint8(y)).cpu()
+    """x (B, 3, H, W) in [-1, 1] -> uint8, decoded from the mean of its latent."""
+    return to_uint8(pipe.vae.decode(pipe.vae.normalize(pipe.vae.encode(x.to(pipe.device)).mean))).cpu()
 
 
 def pose_cases(num: int, seed: int) -> list[Case]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from ldm.config import UserError
 from ldm.distributed import map_over_processes, processes
 from ldm.evaluate.pictures import Pictures
 from ldm.images import to_float
+from ldm.metrics.features import feature_extractor, judged_by
+from ldm.metrics.judges import JUDGES, image_text_model
 from ldm.model_io import load_tensors, save_tensors
 
 SAVED = 20  # batches between two writes of the file
@@ -24,16 +27,15 @@ class Features:
 
     def __init__(self, network: nn.Module, out: Path, device: torch.device, batch_size: int):
         self.network, self.device, self.batch_size = network.to(device), device, batch_size
+        self.metadata: dict[str, Any] = network.metadata  # the fields that every record of these features carries
         name = re.sub(r"[^\w-]", "-", network.name)
         self.path = out / "features" / f"{name}-{network.sha256[:8]}.safetensors"
-        self.rows = self._read()
+        self.rows: dict[bytes, Tensor] = {}
+        with suppress(UserError, KeyError):  # a missing or damaged file is computed again
+            tensors = load_tensors(self.path) if self.path.is_file() else {}
+            self.rows = dict(zip(map(bytes, tensors["names"].tolist()), tensors["features"], strict=True))
         self.hashes: dict[Pictures, list[bytes]] = {}
         self.known_texts: dict[str, Tensor] = {}
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The fields that every record of these features carries."""
-        return self.network.metadata
 
     def __call__(self, pictures: Pictures) -> Tensor:
         """Features (N, D) of the images, float32 on the CPU. Several processes compute a batch each."""
@@ -74,16 +76,22 @@ class Features:
         names = torch.frombuffer(bytearray(b"".join(self.rows)), dtype=torch.uint8).view(-1, HASH)
         save_tensors(self.path, {"names": names, "features": torch.stack(list(self.rows.values()))})
 
-    def _read(self) -> dict[bytes, Tensor]:
-        """Nothing where the file is missing or damaged, as it can be computed again."""
-        try:
-            tensors = load_tensors(self.path) if self.path.is_file() else {}
-            return dict(zip(map(bytes, tensors["names"].tolist()), tensors["features"], strict=True))
-        except (UserError, KeyError):
-            return {}
-
 
 def _hash(picture: Tensor) -> bytes:
     digest = hashlib.sha256(str(tuple(picture.shape)).encode())
     digest.update(picture.contiguous().numpy())
     return digest.digest()[:HASH]
+
+
+def judge_name(judge: str, data: str) -> str:
+    """The judge asked for, else the one that ships for the data, else "none"."""
+    return judge or (data if (JUDGES / data).is_dir() else "none")
+
+
+def open_networks(features: str, judge: str, *options: Any) -> tuple[Features | None, Features | None]:
+    """The feature network, where "judge" is the image tower of `judge`, and the image-text model; None for "none"."""
+    features = judged_by(features, judge)
+    return (
+        None if features == "none" else Features(feature_extractor(features), *options),
+        None if judge == "none" else Features(image_text_model(judge), *options),
+    )

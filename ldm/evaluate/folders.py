@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ldm.config import UserError
 from ldm.data.folder import captioned
-from ldm.distributed import find_device, processes
+from ldm.distributed import find_device
 from ldm.evaluate.config import FEWEST, FolderEvaluation
+from ldm.evaluate.features import open_networks
 from ldm.evaluate.pictures import claim, of_files
 from ldm.evaluate.records import (
     alignment_records,
@@ -15,12 +16,11 @@ from ldm.evaluate.records import (
     cmmd_record,
     distance_records,
     find,
-    headline,
+    headlines,
     judge_fault,
     sharing,
 )
-from ldm.evaluate.report import Row, check_installed, write_results
-from ldm.evaluate.samples import open_judge, open_network
+from ldm.evaluate.report import Row, write_results
 from ldm.images import image_size, to_float
 
 SHOWN = 24  # images of each folder in the report
@@ -31,7 +31,6 @@ def evaluate_folders(config: FolderEvaluation) -> list[str]:
 
     Raises UserError for images that are missing, unreadable, of different sizes or too few; nothing is written then.
     """
-    check_installed()
     judge_name = config.judge or "none"
     if judge_name == config.features == "none":
         raise UserError("nothing is measured with --features none and no --judge; leave out the one or name the other")
@@ -40,8 +39,8 @@ def evaluate_folders(config: FolderEvaluation) -> list[str]:
     paths = {of: [folders[of] / name for name in names] for of, names in captions.items()}
     size = config.size or common_size([*paths["images"], *paths["reference"]])
     fake, real = sources = [of_files(of, files, size) for of, files in paths.items()]
-    options = (config.out, find_device(config.device), config.batch_size)
-    features, judge = open_network(config.features, judge_name, *options), open_judge(judge_name, *options)
+    device = find_device(config.device)
+    features, judge = open_networks(config.features, judge_name, config.out, device, config.batch_size)
     if features and not config.without_frechet:
         n, (first,) = min(fake.count, real.count), features.network(to_float(fake.batch(0, 1)).to(features.device))
         if n <= len(first):
@@ -67,10 +66,9 @@ def evaluate_folders(config: FolderEvaluation) -> list[str]:
             if fault := judge_fault(r):
                 warnings.warn(f"{fault}: its alignment says little", stacklevel=2)
     settings |= {"number_of_images": fake.count, "number_of_references": real.count}
-    if processes().is_main_process:
-        rows = {s.of: [Row(pictures=[("", s.read(i))]) for i in range(min(SHOWN, s.count))] for s in sources}
-        write_results("folders", config.out, settings, results, rows)
-    return [headline(r) for r in results if r["of"] == fake.of and r["value"] is not None]
+    rows = {s.of: [Row(pictures=[("", s.read(i))]) for i in range(min(SHOWN, s.count))] for s in sources}
+    write_results("folders", config.out, settings, results, rows)
+    return headlines(results, [fake.of])
 
 
 def read_captions(of: str, folder: Path, seed: int, all_or_none: bool) -> dict[str, list[str]]:

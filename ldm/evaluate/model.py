@@ -1,16 +1,18 @@
 """Measuring a model on held-out captions. Images are sampled once and kept; every number is computed from them."""
 
 import shutil
+import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from ldm.config import UserError
 from ldm.data.shapes import Scene
 from ldm.distributed import processes
-from ldm.evaluate.baseline import compare, read_baseline
 from ldm.evaluate.config import EvaluateConfig
-from ldm.evaluate.cost import cost_records
 from ldm.evaluate.evaluation import Evaluation
 from ldm.evaluate.pictures import Pictures, claim
 from ldm.evaluate.probes import SHOWN, combinations, groups, memorization, robustness
@@ -19,28 +21,31 @@ from ldm.evaluate.records import (
     Record,
     alignment_records,
     best_guidance,
-    biases,
     blank_record,
     class_records,
     cmmd_record,
     distance_records,
     find,
     frechet_records,
-    headline,
+    headlines,
     judge_fault,
     left_out,
     mean_record,
+    ratio,
     record,
 )
-from ldm.evaluate.report import check_installed, write_results
+from ldm.evaluate.report import write_results
 from ldm.images import to_float
 from ldm.metrics import psnr, ssim
 from ldm.metrics.attributes import ATTRIBUTES, paired
 from ldm.metrics.compositional import Case, by_aspect, check, halves, tally
 from ldm.metrics.compositional_parse import parse
 from ldm.metrics.intervals import mean_interval
+from ldm.model_io import read_json
 
 HEADLINES = ("frechet_distance", "clip_cosine", "image_to_text@1", "compositional_score")  # on the terminal
+SHARED = ("data_sha256", "split", "size", "num", "seed")  # settings that determine the held-out captions
+TIMED = 8  # images
 
 
 def evaluate(config: EvaluateConfig) -> list[str]:
@@ -49,7 +54,6 @@ def evaluate(config: EvaluateConfig) -> list[str]:
     Several processes (`accelerate launch`) share images and features. Returns the headline numbers, one per line.
     Raises UserError for wrong settings, too few images, or images of other settings; nothing is written then.
     """
-    check_installed()
     e, new = Evaluation(config), not config.out.exists()
     baseline = read_baseline(config.baseline, e) if config.baseline else None
     claim(config.out, e.settings)
@@ -67,10 +71,11 @@ def evaluate(config: EvaluateConfig) -> list[str]:
     show_samples(e, best)
     if processes().is_main_process:
         e.add(*cost_records(e, best), *left_out(e.dataset, e.train))
-        judge = e.judge.network.name if e.judge else "none"
-        settings = e.settings | {"num": len(e.indices), "guidance": list(config.guidance), "judge": judge}
-        write_results("model", config.out, settings, e.results, e.galleries)
-    return summary(e.results)
+    judge = e.judge.network.name if e.judge else "none"
+    settings = e.settings | {"num": len(e.indices), "guidance": list(config.guidance), "judge": judge}
+    write_results("model", config.out, settings, e.results, e.galleries)
+    sources = ("real held-out", "real held-out, shuffled captions", "real train", f"samples at {best:g}")
+    return [f"best guidance: {best:g}", *headlines(e.results, sources, HEADLINES)]
 
 
 def measure_real(e: Evaluation) -> None:
@@ -83,8 +88,8 @@ def measure_real(e: Evaluation) -> None:
             e.add(record("frechet_distance", None, of=of, n=0, note=note, **e.features.metadata))
     if e.judge:
         measure_alignment(e, e.real)
-        (found,) = find(e.results, "text_to_image@1", e.real.of)
-        if fault := judge_fault(found):
+        (retrieval,) = find(e.results, "text_to_image@1", e.real.of)
+        if fault := judge_fault(retrieval):
             raise UserError(f"{fault}, so it cannot judge these; name another with --judge, or --judge none")
 
 
@@ -179,13 +184,60 @@ def show_samples(e: Evaluation, g: float) -> None:
             e.show("failures", [("", pixels)], case.caption, note)
 
 
-def summary(results: list[Record]) -> list[str]:
-    """The headline numbers of real pictures and of samples at the best guidance, and failures, one per line."""
-    g = best_guidance(results)
-    lines = [f"best guidance: {g:g}"]
-    for r in results:
-        best = r["of"].startswith("real") or (r["of"], r.get("guidance")) == ("samples", g)
-        failed = r["metric"] in ("blank_pictures", "left_out") and r["value"]
-        if failed or best and r["metric"] in HEADLINES and r["value"] is not None:
-            lines.append(headline(r))
-    return [*lines, *biases(results)]
+def read_baseline(folder: str, e: Evaluation) -> dict:
+    """metrics.json of an evaluation. Raises UserError where its numbers do not compare with those of `e`."""
+    table, now = read_json(Path(folder) / "metrics.json"), e.settings | {"num": len(e.indices)}
+    try:
+        pairs = [(key, table["settings"][key], now[key]) for key in SHARED]
+        resizes = {r["extractor_sha256"]: r["resize"] for r in table["results"] if "extractor_sha256" in r}
+    except (KeyError, TypeError):
+        raise UserError(f"{folder!r} holds no evaluation of a model by this version") from None
+    for metadata in (each.metadata for each in (e.features, e.judge) if each):
+        sha256 = metadata["extractor_sha256"]
+        name = f"pictures for {metadata['extractor']} {sha256[:8]}"
+        pairs.append((name, resizes.get(sha256, "not measured"), metadata["resize"]))
+    for key, old, new in pairs:
+        if old != new:
+            raise UserError(f"{folder!r} does not compare: {key} {old}, here {new}; measure both alike")
+    return table
+
+
+def compare(baseline: dict, results: list[Record]) -> list[Record]:
+    """For each number of the samples at the best guidance: the baseline's at its own best, `ours`, and the ratio."""
+    records, others = [], _comparable(baseline["results"])
+    fields = {"of": "baseline", "model": baseline["settings"]["model"]}
+    for metric, r in _comparable(results).items():
+        if metric in others:
+            records.append(others[metric] | fields | {"ours": r["value"], "ratio": ratio(r, others[metric])})
+    return records
+
+
+def _comparable(results: list[Record]) -> dict[str, Record]:
+    """By metric, the numbers of features of all samples at the best guidance."""
+    best = best_guidance(results)
+    samples = [r for r in results if r["of"] == "samples" and r.get("guidance") == best and "extractor" in r]
+    return {r["metric"]: r for r in samples if isinstance(r["value"], float) and not {"group", "bank"} & {*r}}
+
+
+def cost_records(e: Evaluation, g: float) -> list[Record]:
+    """Seconds and bytes per image, in a batch after a first one to warm up, and parameters.
+
+    Memory is what the batch takes on a GPU beyond weights and all else, shared by its images, and None on a CPU;
+    `peak` is the most that torch held on the GPU, on a CPU what the process holds.
+    """
+    captions, device, source = e.captions[:TIMED], e.pipe.device, e.samples[g]
+    sample, gpu = partial(e.pipe, captions, batch_size=len(captions), **source.sampling), device.type == "cuda"
+    sample()
+    before = torch.cuda.memory_allocated(device) if gpu else None
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    sample()
+    seconds = (time.perf_counter() - start) / len(captions)
+    peak = torch.cuda.max_memory_allocated(device) if gpu else psutil.Process().memory_info().rss
+    fields = {"n": len(captions), **source.labels, "device": str(device), "threads": torch.get_num_threads()}
+    return [
+        record("seconds_per_picture", seconds, **fields),
+        record("parameters", sum(e.settings["parameters"].values()), **fields),
+        record("memory_per_picture_bytes", (peak - before) / len(captions) if gpu else None, peak=peak, **fields),
+    ]

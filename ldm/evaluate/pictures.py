@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.config import UserError
+from ldm.data import DataConfig
+from ldm.data.faults import readable
 from ldm.distributed import processes
-from ldm.images import read_image, save_png
-from ldm.model_io import atomic_write, read_json, write_json
-from ldm.pipeline import Pipeline
+from ldm.evaluate.config import FEWEST, AutoencoderEvaluation, EvaluateConfig
+from ldm.images import read_image
+from ldm.model_io import atomic_write, find_root, read_json, write_json
 
-SAMPLING = ("guidance_rescale", "steps", "sampler", "seed")  # settings that every record of samples carries
+USUAL = 480  # held-out samples where --num is 0, or all of a smaller split
+KEPT = ("length", "seed", "max_pixels", "max_broken")  # of the data of a run, where the same data are measured
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +48,32 @@ def of_files(of: str, paths: Sequence[Path], size: int, **sampling: Any) -> Pict
     return Pictures(of=of, count=len(paths), read=lambda i: read_image(paths[i], size), sampling=sampling)
 
 
+def data_config(model: str, name: str, path: str, size: int) -> DataConfig:
+    """The data `name` at `path`, with the length, seed and limits of the model's run where that was on them."""
+    root = find_root(model)
+    file = (root.parent.parent if root.parent.name == "checkpoints" else root) / "config.json"
+    trained = read_json(file).get("data", {}) if file.is_file() else {}
+    kept = {key: trained[key] for key in KEPT if trained.get(key) is not None and trained.get("name") == name}
+    return DataConfig(name=name, path=path, size=size, **kept)
+
+
+def held_out_indices(dataset: Any, config: EvaluateConfig | AutoencoderEvaluation) -> list[int]:
+    """Random samples that can be read. Raises UserError where they are too few."""
+    num = config.num or min(USUAL, len(dataset))
+    if not FEWEST <= num <= len(dataset):
+        size = f"split {config.split!r} of {config.data} has {len(dataset)}"
+        raise UserError(f"--num {num} is not possible: {size}, and {FEWEST} or more are needed, best 1000")
+    indices = readable(dataset, sample_indices(len(dataset), num, config.seed))
+    if len(indices) < FEWEST:
+        raise UserError(f"only {len(indices)} of the held-out pictures can be read; {FEWEST} or more are needed")
+    return indices
+
+
+def sample_indices(length: int, n: int, seed: int) -> list[int]:
+    """`n` random indices below `length`; fewer are the beginning of more, so that a larger run completes a smaller."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:n].tolist()
+
+
 def claim(out: Path, settings: dict[str, Any]) -> None:
     """Writes the settings into a new `out`. Raises UserError, naming the differences, where it was made with others."""
     if out.exists() and not out.is_dir():
@@ -63,44 +91,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{str(out)!r} has pictures made with {changes}; use another --out, or delete that folder")
 
 
-def sample(
-    pipe: Pipeline,
-    folder: Path,
-    captions: list[str],
-    guidance: Sequence[float],
-    settings: dict[str, Any],
-    batch_size: int,
-    of: str = "samples",
-) -> dict[float, Pictures]:
-    """One image per caption, by guidance; those that `folder` lacks are sampled, image i with `settings["seed"] + i`.
-
-    A batch is made where one of its images is missing; several processes share the batches.
-    """
-    group, sampling = processes(), {key: settings[key] for key in SAMPLING}
-    paths = {g: [folder / f"g{g:g}" / f"{i:05d}.png" for i in range(len(captions))] for g in guidance}
-    starts = [(g, start) for g in guidance for start in range(0, len(captions), batch_size)]
-    missing = [(g, i) for g, i in starts if not all(path.is_file() for path in paths[g][i : i + batch_size])]
-    group.wait_for_everyone()  # all processes have seen what is missing before one of them makes it
-    if group.is_main_process:
-        for g in guidance:
-            _write_captions(folder / f"g{g:g}", captions)
-    group.wait_for_everyone()
-    batches = missing[group.process_index :: group.num_processes]
-    quiet = not (batches and group.is_main_process)
-    for g, start in tqdm(batches, desc=f"sampling, {of}", unit="batch", disable=quiet):
-        options, seed = sampling | {"guidance": g}, settings["seed"] + start
-        prompts = captions[start : start + batch_size]
-        images = pipe(prompts, batch_size=batch_size, **options | {"seed": seed})
-        for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-            path, metadata = paths[g][start + i], {"model": settings["model"], "prompt": prompt, **options}
-            if not path.is_file():
-                with atomic_write(path) as temporary:
-                    save_png(image, temporary, {k: str(v) for k, v in (metadata | {"seed": seed + i}).items()})
-    group.wait_for_everyone()
-    return {g: of_files(of, paths[g], settings["size"], guidance=g, **sampling) for g in guidance}
-
-
-def _write_captions(folder: Path, captions: list[str]) -> None:
+def write_captions(folder: Path, captions: list[str]) -> None:
     """Writes metadata.jsonl, which makes a captioned folder; a longer one, of a run with more captions, stays."""
     path = folder / "metadata.jsonl"
     if not path.is_file() or len(path.read_text().splitlines()) < len(captions):

@@ -50,8 +50,8 @@ def memorization(e: Evaluation, g: float) -> None:
     fields |= {"held_out_in_train": shared, **e.features.metadata}
     each_sample = {"nearest": indices, "distances": distances.tolist()}
     for source, values, extra in ((e.real, held_out, {}), (samples, distances, each_sample)):
-        nearer = mean_record("", values < held_out.min())
-        extra |= {"nearer_than_any": nearer["value"], "nearer_interval": nearer["interval"]}
+        nearer = (values < held_out.min()).double()
+        extra |= {"nearer_than_any": float(nearer.mean()), "nearer_interval": mean_interval(nearer)}
         extra["quantiles"] = torch.quantile(values, torch.linspace(0, 1, QUANTILES + 1).double()).tolist()
         near = values < torch.quantile(held_out, NEAR)
         e.add(mean_record("memorized", near, **source.labels, **fields, **extra))
@@ -135,9 +135,9 @@ def combinations(e: Evaluation, g: float) -> None:
     for source in (e.real, e.samples[g]):
         shares, _ = paired(e.judge(source)[rows], [e.captions[i] for i in rows], e.judge.texts, *PERSON)
         if len(shares) > 1:
-            every = mean_record("", shares == 1)
-            fields = {"every": every["value"], "every_interval": every["interval"], **source.labels, **e.judge.metadata}
-            e.add(mean_record("new_combinations", shares, chance=0.5, **fields))
+            every = (shares == 1).double()
+            fields = {"every": float(every.mean()), "every_interval": mean_interval(every), "chance": 0.5}
+            e.add(mean_record("new_combinations", shares, **fields, **source.labels, **e.judge.metadata))
 
 
 def left_open(e: Evaluation, g: float, attribute: Attribute) -> None:

@@ -187,18 +187,20 @@ def named(r: Record) -> str:
     return f"{r['of']} at {r['guidance']:g}" if "guidance" in r else r["of"]
 
 
-def headline(r: Record) -> str:
-    """A number as a terminal shows it, with its source, network and N."""
-    network = f"{r['extractor']}, " if "extractor" in r else ""
-    mean = r | {"value": r["value"]["mean"]["all"]} if isinstance(r["value"], dict) else r
-    text = str(r["value"]) if isinstance(r["value"], int) else number(mean)
-    return f"{r['metric'].replace('_', ' ')} of {named(r)} ({network}N={r['n']}): {text}"
-
-
-def biases(results: Sequence[Record]) -> list[str]:
-    """One line where Frechet distances are of too few images for their features."""
+def headlines(results: Sequence[Record], sources: Sequence[str], metrics: Sequence[str] = ()) -> list[str]:
+    """Lines for a terminal: the numbers of sources in the given metrics, or all, failures of any source, and a warning
+    where Frechet distances are of too few images for their features."""
+    lines = []
+    for r in results:
+        failed = r["metric"] in ("blank_pictures", "left_out") and r["value"]
+        shown = named(r) in sources and r["value"] is not None and (not metrics or r["metric"] in metrics)
+        if failed or shown:
+            network = f"{r['extractor']}, " if "extractor" in r else ""
+            mean = r | {"value": r["value"]["mean"]["all"]} if isinstance(r["value"], dict) else r
+            text = str(r["value"]) if isinstance(r["value"], int) else number(mean)
+            lines.append(f"{r['metric'].replace('_', ' ')} of {named(r)} ({network}N={r['n']}): {text}")
     notes = dict.fromkeys(r["note"] for r in results if r["metric"] == "frechet_distance" and r.get("biased"))
-    return [f"Frechet distance is biased: it {note}; the kernel distance and CMMD need no more" for note in notes]
+    return lines + [f"Frechet distance is biased: it {n}; the kernel distance and CMMD need no more" for n in notes]
 
 
 def number(r: Record | None, factor: float = 1.0, interval: bool = True) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.config import UserError
+from ldm.distributed import processes
 from ldm.evaluate.plots import plot
 from ldm.evaluate.records import SHUFFLED, Record, best_guidance, find, named, number, ratio, short
 from ldm.images import data_url
@@ -45,7 +46,9 @@ def check_installed() -> None:
 def write_results(
     kind: str, out: Path, settings: dict, results: Sequence[Record], galleries: dict[str, list[Row]]
 ) -> None:
-    """Writes metrics.json and report.html into `out`; `kind` is "model", "autoencoder" or "folders"."""
+    """Writes metrics.json and report.html into `out`, in the main process; `kind` is one of FORMATS."""
+    if not processes().is_main_process:
+        return
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup, escape
 
