@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -139,8 +138,9 @@ class DiffusionTask(Task):
         captions = choose_captions(batch["captions"], draws.rand(len(z0)))
         dropped = (draws.rand(len(z0)) < c.caption_dropout).tolist()
         captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
-        sample = partial(sample_timesteps, total=len(self.schedule), mean=c.logit_mean, std=c.logit_std)
-        t = draws.rows(lambda n, generator: sample(n, density=c.timesteps, generator=generator), len(z0))
+        t = draws.rows(
+            lambda n, g: sample_timesteps(n, len(self.schedule), c.timesteps, g, c.logit_mean, c.logit_std), len(z0)
+        )
         eps = draws.randn(*z0.shape)
         yield "unet", self.loss(modules, z0, captions, t.to(z0.device), eps), {"z_std": z0.std()}
 
