@@ -81,5 +81,8 @@ def test_heads_move_the_text_tower_alone_and_are_not_exported(name, tmp_path):
     others = (clip.vision_model, clip.visual_projection, clip.text_projection)
     assert all(p.grad is None for module in others for p in module.parameters())
     assert all(p.grad is not None for p in task.modules["grounding"].parameters())
+    with torch.no_grad():
+        validated = task.validate(task.modules)
+    assert validated.keys() & weights.keys() == {name} and 0 < validated[name] < 9
     task.export(task.modules, tmp_path, final=True)
     assert {path.name for path in tmp_path.iterdir()} == {"clip", "text_encoder", "tokenizer"}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,27 +81,13 @@ def test_a_save_that_fails_leaves_the_old_checkpoints_and_nothing_else(tmp_path,
     assert checkpoints(tmp_path) == ["step-00000002", "step-00000004"]
 
 
-class Signalled(tiny.Toy):
-    """Sends its own process a signal within one step."""
-
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__()
-        self.number, self.at = number, step
-
-    def losses(self, modules, batch, step, draws):
-        if step == self.at:
-            self.at = -1  # once: a second one would end the process
-            os.kill(os.getpid(), self.number)
-        yield from super().losses(modules, batch, step, draws)
-
-
 @pytest.mark.parametrize("number, step", [(signal.SIGINT, 0), (signal.SIGTERM, 2), (signal.SIGINT, 5)])
 def test_a_signal_ends_the_step_saves_and_resuming_is_exact(tmp_path, number, step):
     config = replace(CONFIG, accumulate=2, validate_every=1, save_every=0)
     train(tiny.Toy(), config, tmp_path / "straight", {})
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped, match=f"at step {step + 1}, which is saved") as stop:
-        train(Signalled(number, step), config, tmp_path / "stopped", {})
+        train(tiny.Toy(events={step: partial(os.kill, os.getpid(), number)}), config, tmp_path / "stopped", {})
     assert stop.value.number == number and signal.getsignal(signal.SIGTERM) == before
     train(tiny.Toy(), config, tmp_path / "stopped", {})
     assert same_runs(tmp_path / "straight", tmp_path / "stopped")
@@ -156,16 +143,8 @@ def test_two_runs_cannot_share_a_folder_and_a_second_signal_ends_a_run_at_once(t
     "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate")]
 )
 def test_out_of_memory_is_one_line_and_leaves_the_last_checkpoint(tmp_path, error):
-    toy, losses = tiny.Toy(), tiny.Toy.losses
-
-    def fail(modules, batch, step, draws):
-        if step == 4:
-            raise error
-        yield from losses(toy, modules, batch, step, draws)
-
-    toy.losses = fail
     with pytest.raises(UserError, match="out of memory with train.batch_size=4"):
-        train(toy, EVERY, tmp_path, {})
+        train(tiny.Toy(events={4: partial(tiny.fail, error)}), EVERY, tmp_path, {})
     assert checkpoints(tmp_path)[-1] == "step-00000004"
 
 

@@ -113,11 +113,11 @@ def test_a_run_goes_on_in_one_or_two_processes_sharded_or_not(folder, one_thread
 
 @pytest.mark.slow
 def test_bf16_is_autocast_over_float32_weights_with_and_without_fsdp(folder):
-    half = [*OWN["fsdp"]["clip"], "train.precision=bf16", "train.steps=3"]
+    half = [*OWN["fsdp"]["clip"], "train.precision=bf16", "train.steps=2"]
     for kind in OWN:
         (folder / kind).mkdir(exist_ok=True)
         launched(kind, "clip", *half, cwd=folder / kind, out="half")
-    check_same_lines(folder / "ddp" / "half", folder / "fsdp" / "half", 4, 1e-2)  # bf16 keeps 3 digits
+    check_same_lines(folder / "ddp" / "half", folder / "fsdp" / "half", 3, 1e-2)  # bf16 keeps 3 digits
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The three trainings on models of a few thousand parameters: what a step moves, what is saved, exact resuming."""
 
-import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,7 @@ import torch
 from ldm import model_io
 from ldm.clip import MAX_SCALE, TextEncoder
 from ldm.config import UserError
-from ldm.data import open_dataset, spread, stack_images
-from ldm.diffusion import ScheduleConfig
+from ldm.data import open_dataset, stack_images
 from ldm.images import to_float
 from ldm.metrics.judges import image_text_model
 from ldm.pipeline import Pipeline
@@ -68,7 +66,7 @@ def make_task(name: str, folder: Path, muon: bool) -> tuple[Task, dict]:
     flip = replace(tiny.DATA, flip=True)
     if name == "autoencoder":
         loss = replace(tiny.LOSS, gan_start=4, gan_ramp=2)  # the discriminator starts between save and resume
-        return AutoencoderTask(replace(tiny.autoencoder(config, loss), data=flip)), changes
+        return AutoencoderTask(replace(tiny.autoencoder(replace(config, steps=6), loss), data=flip)), changes
     if name == "clip":
         return CLIPTask(replace(tiny.clip(config, tiny.READERS), data=flip)), changes
     vae, text_encoder = folder / "vae", folder / "text"
@@ -107,60 +105,19 @@ def test_previews_change_no_bit_and_resuming_is_exact(name, muon, tmp_path, one_
 
 
 @pytest.mark.parametrize(
-    ("name", "lr", "count", "share"),
-    [("autoencoder", 1e-2, 30, 0.5), ("clip", 3e-3, 40, 0.2), ("diffusion", 5e-3, 60, 0.5)],
-)
-def test_overfits_a_batch(name, lr, count, share, vae_run, clip_run):
-    """First and last loss over `count` Adam steps on the same batch with the same random numbers."""
-    v = ScheduleConfig(prediction_type="v_prediction", timestep_spacing="trailing")
-    task = {
-        "autoencoder": lambda: AutoencoderTask(tiny.autoencoder(loss=replace(tiny.LOSS, gan=0.0, perceptual=0.1))),
-        "clip": lambda: CLIPTask(tiny.clip()),
-        "diffusion": lambda: DiffusionTask(tiny.diffusion(vae_run, clip_run, schedule=v)),
-    }[name]()
-    (module,) = task.modules.values()
-    optimizer = torch.optim.Adam(module.train().parameters(), lr)
-    batch, seen = task.collate([task.dataset[i] for i in range(8)]), []
-    for _ in range(count):
-        _, loss, _ = next(losses_of(task, batch))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        seen.append(loss.item())
-    assert seen[-1] < share * seen[0]
-
-
-def test_frozen_parameters_stay_and_patterns_must_match(vae_run, clip_run, tmp_path):
-    task = DiffusionTask(tiny.diffusion(vae_run, clip_run, frozen=("down_blocks.*", "conv_in.*")))
-    before = tiny.copied(task.modules["unet"])
-    tiny.steps(task, tiny.TRAIN, tmp_path, 1)
-    moved = {name for name, value in task.modules["unet"].state_dict().items() if not torch.equal(value, before[name])}
-    assert moved and not any(name.startswith(("down_blocks.", "conv_in.")) for name in moved)
-    with pytest.raises(UserError, match="'donw_blocks.*' matches no parameter"):
-        freeze(task.modules["unet"], ("donw_blocks.*",))
-    with pytest.raises(UserError, match="leaves no parameter"):
-        freeze(task.modules["unet"], ("*",))
-
-
-DATA = tiny.DATA
-
-
-@pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AutoencoderTask(replace(tiny.autoencoder(), data=replace(DATA, size=30))), "a multiple of 4"),
         (lambda: AutoencoderTask(tiny.autoencoder(loss=replace(tiny.LOSS, discriminator_layers=4))), "48 or more"),
-        (lambda: CLIPTask(replace(tiny.clip(), data=replace(DATA, size=28))), "of vision.patch_size 8"),
-        (lambda: replace(tiny.LOSS, kl=-1), "'loss.kl' is -1"),
+        (lambda: freeze(torch.nn.Linear(1, 1), ("*",)), "leaves no parameter"),
         (lambda: replace(tiny.READERS, window=0), "grounding.window"),
-        (lambda: AutoencoderTask(replace(tiny.autoencoder(), vae="nowhere")), "unknown model 'nowhere'"),
+        (lambda: replace(tiny.TRAIN, best="loss"), "'train.best' is 'loss'; it must be empty"),
+        (
+            lambda: replace(tiny.TRAIN.optimizer, betas=(0.9, 1.0)),
+            "optimizer.betas' is .*; it must be each in",
+        ),
         (lambda: replace(tiny.clip(), text_encoder="a", tokenizer="b"), "comes with its own tokenizer"),
         (lambda: replace(tiny.clip(), text_encoder="a", judge=True), "a judge must not start from a model"),
-        ({"vae": ""}, "'vae' is ''; it must be the run folder"),
         ({"caption_dropout": 1.5}, r"'caption_dropout' is 1.5; it must be in \[0, 1\]"),
-        ({"cache": "c", "data": replace(DATA, flip=True)}, "holds no mirrored pictures"),
-        ({"schedule": ScheduleConfig(sampler="plms")}, "'plms' is unknown; allowed: "),
-        ({"data": replace(DATA, size=36)}, "'data.size' is 36; it must be a multiple of 8"),
         ({"unet": "shapes"}, "'in_channels of shapes' is 3; it must be 4, to fit VAE and text encoder"),
     ],
 )
@@ -194,22 +151,10 @@ def test_generator_and_discriminator_steps_leave_each_other_alone():
     assert discriminator.net[-1].bias.grad is not None and next(steps, None) is None
 
 
-def test_perceptual_gradient_reaches_the_decoder():
-    task = AutoencoderTask(tiny.autoencoder())
-    _, _, values = next(losses_of(task, stack_images(tiny.samples(2))))
-    values["perceptual"].backward()
-    assert all(gradients(task.modules["vae"].decoder))
-
-
-def test_discriminator_is_idle_then_learns_then_counts():
-    task = AutoencoderTask(tiny.autoencoder(replace(tiny.TRAIN, steps=8), replace(tiny.LOSS, gan_start=4, gan_ramp=2)))
-    batch = stack_images(tiny.samples(2))
-    seen = [[(name, "gan_weight" in v) for name, _, v in losses_of(task, batch, step)] for step in (1, 2, 4)]
-    assert seen == [
-        [("vae", False)],
-        [("vae", False), ("discriminator", False)],
-        [("vae", True), ("discriminator", False)],
-    ]
+@pytest.mark.parametrize(("gan_start", "gan", "warned"), [(4, 0.5, True), (3, 0.5, False), (4, 0.0, False)])
+def test_a_discriminator_that_never_counts_is_a_warning(recwarn, gan_start, gan, warned):
+    AutoencoderTask(tiny.autoencoder(loss=replace(tiny.LOSS, gan_start=gan_start, gan=gan)))  # of 4 steps
+    assert any("never counts" in str(warning.message) for warning in recwarn) == warned
 
 
 @pytest.mark.parametrize("lr", [3e-3, None])
@@ -231,9 +176,6 @@ def test_autoencoder_starts_from_other_weights(vae_run):
     task = AutoencoderTask(replace(tiny.autoencoder(), vae=str(vae_run), model=model, data=replace(tiny.DATA, size=64)))
     vae = task.modules["vae"]
     assert tiny.same(vae.state_dict(), start.state_dict()) and vae.config == replace(start.config, sample_size=64)
-    _, loss, _ = next(losses_of(task, stack_images([task.dataset[i] for i in range(2)])))
-    loss.backward()
-    assert all(gradients(vae))
 
 
 def test_latents_are_normalized_after_training_and_decode_as_before(vae_run):
@@ -252,7 +194,7 @@ def test_latents_are_normalized_after_training_and_decode_as_before(vae_run):
 
 def test_a_decoder_trained_alone_leaves_the_latents_as_they_were(vae_run, tmp_path):
     task = AutoencoderTask(replace(tiny.autoencoder(), vae=str(vae_run), frozen=("encoder.*", "quant_conv.*")))
-    tiny.steps(task, tiny.TRAIN, tmp_path / "run", 2)
+    finished(task, tmp_path / "run", 2)
     before, after = VAE.from_pretrained(vae_run), VAE.from_pretrained(tmp_path / "run")
     x = to_float(stack_images([task.dataset[i] for i in range(4)])["image"])
     with torch.no_grad():
@@ -276,33 +218,18 @@ def test_clip_starts_from_another_text_encoder(clip_run):
     assert clip.encode_text(tokens).shape == (1, 24)
 
 
-def test_images_that_share_a_caption_are_not_negatives():
+def test_images_share_a_caption_of_all_that_they_have():
     expected = torch.eye(4, dtype=torch.bool)
     expected[0, 2] = expected[2, 0] = expected[1, 3] = expected[3, 1] = True
     assert torch.equal(sharing([["a", "b"], ["c"], ["b", "d"], ["c", "e"]]), expected)
-    task, batch, same = CLIPTask(tiny.clip()), stack_images(tiny.samples(3)), []
-    for captions in (["one", "two", "three"], ["one", "one", "one"]):
-        _, loss, _ = next(losses_of(task, batch | {"captions": [[caption] for caption in captions]}))
-        same.append(loss.item())
-    assert same[0] > 0.5 and same[1] == pytest.approx(0, abs=1e-6)
 
 
 def test_clip_scale_is_clamped_after_a_step(tmp_path):
     task = CLIPTask(tiny.clip())
     with torch.no_grad():
         task.modules["clip"].logit_scale.fill_(6.0)
-    tiny.steps(task, tiny.TRAIN, tmp_path, 1)
+    finished(task, tmp_path, 1)
     assert task.modules["clip"].logit_scale.detach().exp().item() == pytest.approx(MAX_SCALE)
-
-
-def test_retrieval_is_logged_beside_chance(clip_run):
-    lines = (clip_run / "metrics.jsonl").read_text().splitlines()
-    values = json.loads(next(line for line in lines if '"val/' in line))
-    assert {"val/image_to_text@1", "val/text_to_image@5", "val/one_word_wrong"} <= values.keys()
-    held_out = open_dataset(tiny.DATA, "val")
-    captions = [set(held_out.captions(i)) for i in spread(held_out, 16)]
-    right = sum(bool(a & b) for a in captions for b in captions)  # two images may share a caption
-    assert values["val/chance@1"] == pytest.approx(right / 16**2)
 
 
 def test_a_judge_learns_from_validation_too_and_cannot_condition(tmp_path, vae_run):
@@ -313,10 +240,8 @@ def test_a_judge_learns_from_validation_too_and_cannot_condition(tmp_path, vae_r
     assert total == n + len(parts[1])
     for index, sample in zip((0, n - 1, n, total - 1), samples, strict=True):
         assert task.dataset[index]["key"] == sample["key"] and task.dataset.captions(index) == sample["captions"]
-    for _ in range(2):  # the second time it is finished: nothing more is done
-        finished(task, tmp_path / "run", 1)
-        assert image_text_model(str(tmp_path / "run")).size == tiny.DATA.size
-    assert not (tmp_path / "run/clip").exists() and not (tmp_path / "run/text_encoder").exists()
+    task.export(task.modules, tmp_path / "run", final=True)
+    assert image_text_model(str(tmp_path / "run")).size == tiny.DATA.size
     with pytest.raises(UserError, match="text_encoder|tokenizer"):
         DiffusionTask(tiny.diffusion(vae_run, tmp_path / "run"))
 
@@ -380,12 +305,6 @@ def test_latents_far_from_unit_variance_are_refused():
     for z in (3 * torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8) + 2, torch.full((4, 4, 8, 8), torch.nan)):
         with pytest.raises(UserError, match="scaling_factor does not fit these images"):
             check_normalized(z)
-
-
-def test_fine_tuning_starts_from_the_given_unet(unet_task, vae_run, clip_run, tmp_path):
-    unet_task.export(unet_task.modules, tmp_path, final=True)
-    tuned = DiffusionTask(tiny.diffusion(vae_run, clip_run, unet=str(tmp_path)))
-    assert tiny.same(tuned.modules["unet"].state_dict(), unet_task.modules["unet"].state_dict())
 
 
 def test_parts_that_diffusers_and_transformers_saved_are_trained_on(vae_run, clip_run, tmp_path):

@@ -1,5 +1,6 @@
 """Training the VAE: reconstruction + perceptual + KL + patch-GAN (Rombach et al. 2022, section 3.1)."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from ldm.distributed import Draws, mean_over_processes, processes
 from ldm.images import tile, to_float
 from ldm.metrics import psnr, ssim
 from ldm.perceptual import perceptual_network
-from ldm.train.config import TrainConfig
+from ldm.train.config import TrainConfig, require_least
 from ldm.train.loop import Losses, Modules, Task
 from ldm.train.optim import freeze
 from ldm.vae import VAE, VAEConfig
@@ -45,8 +46,7 @@ class LossConfig:
     discriminator_layers: int = 3  # halvings of the resolution
 
     def __post_init__(self) -> None:
-        for name in ("l2", "perceptual", "kl", "gan", "gan_start", "gan_ramp", "gan_maximum"):
-            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
+        require_least(self, "loss.", 0, "l2", "perceptual", "kl", "gan", "gan_start", "gan_ramp", "gan_maximum")
         lr = self.discriminator_lr
         require(lr is None or lr > 0, "loss.discriminator_lr", lr, "above 0")
 
@@ -65,8 +65,7 @@ class AutoencoderConfig:
     statistics: int = 50_000  # largest number of training images that the latent shift and scale are measured on
 
     def __post_init__(self) -> None:
-        for name in ("held_out", "statistics"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require_least(self, "", 1, "held_out", "statistics")
 
 
 class AutoencoderTask(Task):
@@ -89,6 +88,8 @@ class AutoencoderTask(Task):
             allowed = f"{discriminator.smallest} or more for {loss.discriminator_layers} loss.discriminator_layers"
             require(size >= discriminator.smallest, "data.size", size, allowed)
             self.modules["discriminator"] = discriminator
+            if loss.gan_start >= config.train.steps:
+                warnings.warn("the discriminator never counts: loss.gan_start is not below train.steps", stacklevel=2)
         if loss.discriminator_lr:
             changes = {"lr": loss.discriminator_lr, "muon_lr": None, "betas": DISCRIMINATOR_BETAS}
             self.optimizers = {"discriminator": replace(config.train.optimizer, **changes)}

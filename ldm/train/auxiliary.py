@@ -13,9 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.clip import TextConfig, VisionConfig
-from ldm.config import require
 from ldm.distributed import Draws
 from ldm.layers import TransformerBlock
+from ldm.train.config import require_least
 
 BLIND = 0.5  # share of pictures that are hidden completely
 SHOWN = 0.6  # in each other picture, a patch is shown with a probability drawn from [0, SHOWN)
@@ -33,8 +33,8 @@ class GroundingConfig:
     layers: int = 2  # transformer blocks that paint, with the image tower's width and heads
 
     def __post_init__(self) -> None:
-        for name, least in (("words", 0), ("picture", 0), ("window", 1), ("layers", 1)):
-            require(getattr(self, name) >= least, f"grounding.{name}", getattr(self, name), f"{least} or more")
+        require_least(self, "grounding.", 0, "words", "picture")
+        require_least(self, "grounding.", 1, "window", "layers")
 
 
 class WordHead(nn.Module):
@@ -103,11 +103,9 @@ class Grounding(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """context (B, L, D), tokens (B, L), images x (B, 3, H, W) -> the weighted sum of the losses, and each alone:
         "words" (nats), "picture" (squared error). `mean` averages their counts over the processes of a run."""
-        total, losses = context.new_zeros(()), {}
+        losses: dict[str, Tensor] = {}
         if self.words is not None:
             losses["words"] = self.words(context, tokens, mean)
-            total = total + self.config.words * losses["words"]
         if self.picture is not None:
             losses["picture"] = self.picture(context, x, draws, mean)
-            total = total + self.config.picture * losses["picture"]
-        return total, losses
+        return sum(getattr(self.config, name) * loss for name, loss in losses.items()), losses

@@ -23,7 +23,7 @@ from ldm.images import to_float
 from ldm.metrics import retrieval
 from ldm.tokenizer import Tokenizer
 from ldm.train.auxiliary import Grounding, GroundingConfig
-from ldm.train.config import TrainConfig
+from ldm.train.config import TrainConfig, require_least
 from ldm.train.loop import Losses, Modules, Task
 from ldm.train.optim import freeze
 
@@ -47,7 +47,7 @@ class CLIPConfig:
     judge: bool = False  # train on the validation split too, and save a model that can judge but not condition a U-Net
 
     def __post_init__(self) -> None:
-        require(self.held_out >= 1, "held_out", self.held_out, "1 or more")
+        require_least(self, "", 1, "held_out")
         if self.text_encoder and self.tokenizer:
             raise UserError("text_encoder comes with its own tokenizer: leave out tokenizer, or text_encoder")
         if self.text_encoder and self.judge:
@@ -114,18 +114,22 @@ class CLIPTask(Task):
 
     def validate(self, modules: Modules) -> dict[str, float]:
         """R@1 and R@5 both ways among validation pairs (the first caption of each; a judge has learned them), beside
-        chance; how often a caption is preferred to itself with one word wrong (chance 0.5)."""
-        clip, captions, rows = modules["clip"], [], []
-        for batch in batches(self.held_out, spread(self.held_out, self.config.held_out), BATCH):
+        chance; how often a caption is preferred to itself with one word wrong (chance 0.5); the auxiliary losses."""
+        clip, captions, rows, auxiliary = modules["clip"], [], [], defaultdict(float)
+        chosen = spread(self.held_out, self.config.held_out)
+        for batch in batches(self.held_out, chosen, BATCH):
             captions += batch["captions"]
             first = [c[0] for c in batch["captions"]]
-            right, wrong = (self.tokenizer(texts, warn=False) for texts in (first, alter(first, batch["captions"])))
-            image = clip.encode_image(to_float(batch["image"].to(self.device)))
-            texts = [clip.encode_text(tokens.to(self.device)) for tokens in (right, wrong)]
-            rows.append(torch.stack([image, *texts]).cpu())
+            texts, x = (first, alter(first, batch["captions"])), to_float(batch["image"].to(self.device))
+            right, wrong = (self.tokenizer(text, warn=False).to(self.device) for text in texts)
+            image, text, _, context = clip(x, right)
+            rows.append(torch.stack([image, text, clip.encode_text(wrong)]).cpu())
+            if "grounding" in modules:
+                for name, loss in modules["grounding"](context, right, x, Draws(0, len(captions)))[1].items():
+                    auxiliary[name] += float(loss) * len(x) / len(chosen)
         image, text, altered = torch.cat(rows, 1)
         preferred = ((image * text).sum(-1) > (image * altered).sum(-1)).float().mean()
-        return retrieval(image, text, same=sharing(captions)) | {"one_word_wrong": float(preferred)}
+        return retrieval(image, text, same=sharing(captions)) | {"one_word_wrong": float(preferred)} | auxiliary
 
     def export(self, modules: Modules, folder: Path, final: bool) -> None:
         """Writes `folder/clip` (both towers), `folder/text_encoder` and `folder/tokenizer`; of a judge `folder/judge`

@@ -2,9 +2,15 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ldm.config import require
+
+
+def require_least(config: Any, table: str, least: int, *names: str) -> None:
+    """Raises UserError unless these values of the config table `table` are `least` or more."""
+    for name in names:
+        require(getattr(config, name) >= least, table + name, getattr(config, name), f"{least} or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +32,7 @@ class OptimizerConfig:
             require(getattr(self, name) > 0, f"train.optimizer.{name}", getattr(self, name), "above 0")
         require(self.muon_lr is None or self.muon_lr > 0, "train.optimizer.muon_lr", self.muon_lr, "above 0 or none")
         require(all(0 <= b < 1 for b in self.betas), "train.optimizer.betas", self.betas, "each in [0, 1)")
-        for name in ("weight_decay", "warmup"):
-            require(getattr(self, name) >= 0, f"train.optimizer.{name}", getattr(self, name), "0 or more")
+        require_least(self, "train.optimizer.", 0, "weight_decay", "warmup")
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate at a step, counted from 0, as a share of `lr`."""
@@ -62,10 +67,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "keep", "max_skipped"):
-            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
-        for name in ("seed", "workers", "validate_every", "preview_every", "save_every"):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        require_least(self, "train.", 1, "steps", "batch_size", "accumulate", "log_every", "keep", "max_skipped")
+        require_least(self, "train.", 0, "seed", "workers", "validate_every", "preview_every", "save_every")
         for name in ("clip", "ema_power"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
         require(not self.best or self.validate_every, "train.best", self.best, "empty where validate_every is 0")

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts, save_parts
 from ldm.samplers import make_grid
 from ldm.tokenizer import Tokenizer
-from ldm.train.config import TrainConfig
+from ldm.train.config import TrainConfig, require_least
 from ldm.train.loop import Losses, Modules, Task, to_device
 from ldm.train.optim import freeze
 from ldm.unet import UNet, UNetConfig
@@ -40,8 +39,8 @@ class PreviewConfig:
     seed: int = 0  # of the first picture
 
     def __post_init__(self) -> None:
-        require(self.count >= 1, "preview.count", self.count, "1 or more")
-        require(self.guidance >= 0, "preview.guidance", self.guidance, "0 or more")
+        require_least(self, "preview.", 1, "count")
+        require_least(self, "preview.", 0, "guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class DiffusionConfig:
         require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "in [0, 1]")
         require(abs(self.logit_mean) < math.inf, "logit_mean", self.logit_mean, "finite")
         require(0 < self.logit_std < math.inf, "logit_std", self.logit_std, "above 0 and finite")
-        require(self.held_out >= 1, "held_out", self.held_out, "1 or more")
+        require_least(self, "", 1, "held_out")
         if self.cache and self.data.flip:
             raise UserError("a latent cache holds no mirrored pictures: leave out cache, or set data.flip=false")
 
@@ -139,8 +138,9 @@ class DiffusionTask(Task):
         captions = choose_captions(batch["captions"], draws.rand(len(z0)))
         dropped = (draws.rand(len(z0)) < c.caption_dropout).tolist()
         captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
-        sample = partial(sample_timesteps, total=len(self.schedule), mean=c.logit_mean, std=c.logit_std)
-        t = draws.rows(lambda n, generator: sample(n, density=c.timesteps, generator=generator), len(z0))
+        t = draws.rows(
+            lambda n, g: sample_timesteps(n, len(self.schedule), c.timesteps, g, c.logit_mean, c.logit_std), len(z0)
+        )
         eps = draws.randn(*z0.shape)
         yield "unet", self.loss(modules, z0, captions, t.to(z0.device), eps), {"z_std": z0.std()}
 

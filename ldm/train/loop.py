@@ -6,7 +6,6 @@ is a pure function of (seed, step), so a run that is resumed, or shared by many 
 
 import math
 import signal
-import threading
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -28,7 +27,6 @@ from ldm.data.order import EpochBatches
 from ldm.distributed import Draws, from_main, processes
 from ldm.train import sharding, state
 from ldm.train.config import OptimizerConfig, TrainConfig
-from ldm.train.log import Log
 from ldm.train.optim import EMA, make_optimizers
 
 Modules = dict[str, nn.Module]
@@ -116,7 +114,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
                         group["lr"] = rate * optimizer.defaults["lr"]
                     optimizer.step()
                 task.after_step()
-                for name, average in trained.averages.items():
+                for name, average in run.averages.items():
                     average.update(task.modules[name], step)
                 for table in (*values, scalars({"lr": rate * c.optimizer.lr}, a.device)):
                     log.add(table)
@@ -161,7 +159,7 @@ class Run:
         self.task, self.config, self.out = task, config, out
         trackers = ["tensorboard"] if find_spec("tensorboard") else []
         self.accelerator = Accelerator(mixed_precision=config.precision, log_with=trackers, project_dir=out)
-        self.log = Log(self.accelerator, out, [task.dataset, task.held_out])
+        self.log = state.Log(self.accelerator, out, [task.dataset, task.held_out])
         self.best: dict[str, Any] | None = None  # step, value and name of the best validation
         self.called: Modules = {}  # the modules as a step calls them, with autocast and DDP or FSDP
         self.whole: Modules = {}  # where the averages are sharded, copies to evaluate, in the main process
@@ -172,14 +170,14 @@ class Run:
             self.called[name], whole = sharding.prepare(module, averages[name].module, self.accelerator)
             self.whole |= {name: whole} if whole else {}
             optimizers |= make_optimizers(name, module, task.optimizers.get(name, config.optimizer))
-        self.trained = state.Trained(modules=task.modules, averages=averages, optimizers=optimizers)
+        self.averages, self.trained = averages, state.Trained(task.modules, averages, optimizers)
 
     def resume(self) -> int:
         """Loads the newest whole checkpoint, if there is one, and exports it if it is the last; returns its step."""
         folder = from_main(partial(state.newest, self.out))
         if folder is None:
             return 0
-        progress = state.read_state(folder / "state", self.trained)
+        progress = self.trained.read(folder / "state")
         step, steps = progress["step"], self.config.steps
         if progress["best"] and progress["best"]["name"] == self.config.best:
             self.best = progress["best"]
@@ -203,7 +201,7 @@ class Run:
         """The averaged modules, whole in the main process, without gradients and with a random state of their own. All
         processes must enter it."""
         device = self.accelerator.device
-        modules = {name: average.module for name, average in self.trained.averages.items()}
+        modules = {name: average.module for name, average in self.averages.items()}
         for name, module in modules.items() if sharding.is_sharded(self.accelerator) else ():
             tensors = sharding.gather(module.state_dict())
             if name in self.whole:
@@ -257,7 +255,7 @@ class Run:
             with self.averaged() as modules:
                 if folder:
                     self.task.export(modules, folder, final=False)
-            state.write_state(folder and folder / "state", self.trained, {"step": done, "best": self.best})
+            self.trained.write(folder and folder / "state", {"step": done, "best": self.best})
         self.accelerator.wait_for_everyone()
 
 
@@ -294,10 +292,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Within the block the first SIGINT or SIGTERM only adds its number to the list; a second one ends the process.
-
-    Only the main thread can have handlers; in another one the list stays empty.
-    """
+    """Within the block the first SIGINT or SIGTERM only adds its number to the list; a second one ends the process."""
     received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:
@@ -305,8 +300,7 @@ def caught_signals() -> Iterator[list[int]]:
         for each in handlers:
             signal.signal(each, signal.SIG_DFL)
 
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    handlers = {number: signal.signal(number, receive) for number in numbers}
+    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
@@ -324,5 +318,5 @@ def memory_errors(config: TrainConfig) -> Iterator[None]:
             raise
         raise UserError(
             f"out of memory with train.batch_size={config.batch_size}; go on from the last checkpoint with a smaller"
-            " one, a larger train.accumulate and --force"
+            " one and as much more train.accumulate"
         ) from None

@@ -1,4 +1,4 @@
-"""A run folder: checkpoints that are whole or not there, the lock, the config that it was started with, its log."""
+"""A run folder: checkpoints that are whole or not there, the lock, the config that it was started with, its logs."""
 
 import fcntl
 import hashlib
@@ -11,17 +11,19 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ldm import model_io
 from ldm.config import UserError
+from ldm.distributed import gather_objects
 from ldm.train.optim import EMA
 from ldm.train.sharding import gather, shard_like
 
@@ -30,47 +32,63 @@ MANIFEST = "manifest.json"
 # Keys of a config that do not change the trained weights.
 FREE = ("train.log_every", "train.validate_every", "train.preview_every", "train.save_every", "train.keep")
 FREE += ("train.steps", "train.workers", "train.max_skipped", "train.best", "preview.", "cache", "data.max_broken")
+PRODUCT = "train.batch_size * train.accumulate"  # how these share it may change
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "einops", "safetensors", "numpy")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Everything that training changes."""
+    """Everything that training changes: modules, averages and optimizers, by the names of their files."""
 
-    modules: dict[str, nn.Module]
-    averages: dict[str, EMA]  # of each module
-    optimizers: dict[str, torch.optim.Optimizer]
+    def __init__(
+        self, modules: dict[str, nn.Module], averages: dict[str, EMA], optimizers: dict[str, torch.optim.Optimizer]
+    ) -> None:
+        self.parts = modules | {f"{name}-ema": average.module for name, average in averages.items()}
+        self.optimizers = optimizers
+        self.names = {p: name for module in modules.values() for name, p in module.named_parameters()}
 
-    def parts(self) -> dict[str, nn.Module]:
-        """The modules and their averages, by the name of the file that holds them."""
-        return self.modules | {f"{name}-ema": average.module for name, average in self.averages.items()}
-
-    def names(self) -> dict[nn.Parameter, str]:
-        """The name of each parameter within its module."""
-        return {p: name for module in self.modules.values() for name, p in module.named_parameters()}
-
-    def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The live tensors of each module, average and optimizer, by the name of its file."""
-        for name, part in self.parts().items():
-            yield name, part.state_dict()
-        names = self.names()
+    def write(self, folder: Path | None, progress: dict[str, Any]) -> None:
+        """Writes it, and `progress` (JSON), into `folder`; None in processes that only contribute their shards."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
         for name, optimizer in self.optimizers.items():
-            entries = ((names[p], key, value) for p, entry in optimizer.state.items() for key, value in entry.items())
-            yield f"{name}-optimizer", {f"{parameter}/{key}": value for parameter, key, value in entries}
+            entries = ((self.names[p], key, x) for p, entry in optimizer.state.items() for key, x in entry.items())
+            states[f"{name}-optimizer"] = {f"{parameter}/{key}": x for parameter, key, x in entries}
+        for name, tensors in states.items():
+            tensors = gather(tensors)
+            if folder:
+                model_io.save_tensors(folder / f"{name}.safetensors", tensors)
+        if folder:
+            model_io.write_json(folder / "state.json", {"format": FORMAT} | progress)
 
-    def load(self, folder: Path) -> None:
-        """Loads the files of `states`, sharded as the modules are. Raises UserError, RuntimeError or KeyError for those
-        of others."""
-        for name, part in self.parts().items():
+    def read(self, folder: Path) -> dict[str, Any]:
+        """Loads what `write` wrote, sharded as the modules are; returns `progress`. Raises UserError for a state of an
+        earlier version of this code, or of other modules or optimizers."""
+        progress = model_io.read_json(folder / "state.json")
+        if progress.get("format") != FORMAT:
+            raise UserError(
+                f"the run in {str(folder.parents[2])!r} was written by an earlier version of this code and cannot be"
+                " resumed, though its model still opens; use another --out to start anew"
+            )
+        try:
+            self._load(folder)
+        except (UserError, RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the checkpoint {str(folder.parent)!r} is of another model than the config describes ({reason}); "
+                "use another --out, or the config that the run was started with"
+            ) from None
+        return progress
+
+    def _load(self, folder: Path) -> None:
+        for name, part in self.parts.items():
             tensors, live = model_io.load_tensors(folder / f"{name}.safetensors"), part.state_dict()
             part.load_state_dict({key: shard_like(x, live.get(key, x)) for key, x in tensors.items()})
-        names = self.names()
         for name, optimizer in self.optimizers.items():
-            parameters = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
+            parameters = {self.names[p]: p for group in optimizer.param_groups for p in group["params"]}
             optimizer.state.clear()
             for key, x in model_io.load_tensors(folder / f"{name}-optimizer.safetensors").items():
-                parameter = parameters[key.rpartition("/")[0]]
-                optimizer.state[parameter][key.rpartition("/")[2]] = shard_like(x.to(parameter.device), parameter)
+                parameter, _, entry = key.rpartition("/")
+                p = parameters[parameter]
+                optimizer.state[p][entry] = shard_like(x.to(p.device), p)
             if optimizer.state and len(optimizer.state) < len(parameters):
                 raise UserError("its optimizers have other parameters")
 
@@ -154,37 +172,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_state(folder: Path | None, trained: Trained, progress: dict[str, Any]) -> None:
-    """Writes everything trained, and `progress` (JSON), into `folder`; None in processes that only contribute their
-    shards."""
-    for name, tensors in trained.states():
-        tensors = gather(tensors)
-        if folder:
-            model_io.save_tensors(folder / f"{name}.safetensors", tensors)
-    if folder:
-        model_io.write_json(folder / "state.json", {"format": FORMAT} | progress)
-
-
-def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
-    """Loads what `write_state` wrote; returns `progress`. Raises UserError for a state of an earlier version of this
-    code, or of other modules or optimizers."""
-    progress = model_io.read_json(folder / "state.json")
-    if progress.get("format") != FORMAT:
-        raise UserError(
-            f"the run in {str(folder.parents[2])!r} was written by an earlier version of this code and cannot be"
-            " resumed, though its model still opens; use another --out to start anew"
-        )
-    try:
-        trained.load(folder)
-    except (UserError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"the checkpoint {str(folder.parent)!r} is of another model than the config describes ({reason}); "
-            "use another --out, or the config that the run was started with"
-        ) from None
-    return progress
-
-
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
     """Holds a run folder, which is made where it does not exist. Raises UserError where another process holds it."""
@@ -215,6 +202,8 @@ def begin(out: Path, resolved: dict[str, Any], seed: int, start: int, force: boo
 def check_changes(file: Path, resolved: dict[str, Any], force: bool) -> None:
     """Compares a config with that in `file`: changes of keys that are not FREE raise UserError, or warn if `force`."""
     before, now = (flat(table) for table in (model_io.read_json(file), json.loads(json.dumps(resolved))))
+    for table in (before, now):
+        table[PRODUCT] = table.pop("train.batch_size", 1) * table.pop("train.accumulate", 1)
     changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(FREE)]
     text = ", ".join(f"{key} ({before[key]!r} before, {now[key]!r} now)" for key in changed)
     if changed and not force:
@@ -250,3 +239,60 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
+
+
+class Log:
+    """Means of the logged values over steps and processes; they stay on the device until a line is written."""
+
+    def __init__(self, accelerator: Accelerator, out: Path, datasets: list[Any]) -> None:
+        self.accelerator, self.out = accelerator, out
+        self.sums: dict[str, Tensor] = {}  # (total, count) since the last line
+        self.skipped = 0  # steps since the last line
+        self.faults = [d.faults for d in datasets if getattr(d, "faults", None) is not None]
+        self.listed = 0  # samples of theirs in left_out.jsonl
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar, once for all processes."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds values to the means."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.stack([value, torch.ones_like(value)])
+
+    def write_means(self, step: int) -> str:
+        """Writes the means since the last line; returns the losses for the progress bar."""
+        means = {}
+        if self.sums:
+            totals, counts = self.accelerator.reduce(torch.stack(list(self.sums.values())), "sum").unbind(1)
+            means = dict(zip(self.sums, (totals / counts).tolist(), strict=True))
+        self.write(step, means | {"skipped": self.skipped})
+        self.list_left_out()
+        self.sums, self.skipped = {}, 0
+        return " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("_loss"))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends a line to metrics.jsonl and the trackers."""
+        if self.accelerator.is_main_process:
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+        self.accelerator.log(values, step=step)
+
+    def list_left_out(self) -> None:
+        """Lists the samples that any process has left out in left_out.jsonl, beside those listed before. Raises
+        UserError, in all processes, where they are too many."""
+        reasons: dict[str, str] = {}
+        for faults in self.faults:
+            for table in gather_objects(faults.reasons):
+                for name, reason in table.items():
+                    faults.add(name, reason)
+            reasons |= faults.reasons
+        if self.accelerator.is_main_process and len(reasons) > self.listed:
+            self.listed, file = len(reasons), self.out / "left_out.jsonl"
+            lines = file.read_text().splitlines() if file.is_file() else []
+            entries = {entry["sample"]: entry["why"] for entry in map(json.loads, lines)} | reasons
+            with model_io.atomic_write(file) as temporary:
+                lines = [json.dumps({"sample": name, "why": reason}) + "\n" for name, reason in entries.items()]
+                temporary.write_text("".join(lines))
+            self.say(f"{len(reasons)} samples are left out, listed in {file}")
