@@ -102,11 +102,6 @@ def module_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def to_json(config: Any, class_name: str) -> dict:
-    """A dataclass as the config.json of diffusers' `class_name`."""
-    return {"_class_name": class_name} | dataclasses.asdict(config)
-
-
 def read_config(folder: Path, cls: type[Config], class_name: str, supported: dict[str, tuple]) -> Config:
     """`config.json` of diffusers' `class_name` as the dataclass `cls`.
 

@@ -2,7 +2,7 @@
 parameter names (Rombach et al. 2022; Ho et al. 2020)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
@@ -230,7 +230,7 @@ class UNet(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and safetensors that diffusers' UNet2DConditionModel opens."""
-        config = model_io.to_json(self.config, "UNet2DConditionModel")
+        config = {"_class_name": "UNet2DConditionModel"} | asdict(self.config)
         model_io.save_model(folder, self, config, model_io.DIFFUSERS_FILE)
 
     @classmethod
