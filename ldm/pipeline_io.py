@@ -131,8 +131,8 @@ def save_schedule(folder: Path, config: ScheduleConfig) -> None:
 def read_schedule(folder: Path) -> ScheduleConfig:
     """`scheduler_config.json` as diffusers' Stable Diffusion pipeline runs it, which sets steps_offset and clip_sample.
 
-    Keys of other classes are ignored. A class that is not supported is replaced by the default sampler, an option by its
-    default, with a warning. Raises UserError for noise schedules and predictions that would give wrong pictures.
+    Keys of other classes are ignored. A class that is not supported is replaced by the default sampler, an option by
+    its default, with a warning. Raises UserError for noise schedules and predictions that would give wrong pictures.
     """
     path = folder / "scheduler_config.json"
     table = model_io.read_json(path)

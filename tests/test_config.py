@@ -99,10 +99,7 @@ def test_missing_and_broken_files(tmp_path):
             load(Config, tmp_path / "broken.toml")
 
 
-def test_none_and_lists_of_json_are_read():
+def test_values_of_json_build_the_same_config():
     assert build(Config, {"length": None, "widths": [3], "heads": [2, 4]}) == Config(widths=(3,), heads=(2, 4))
-
-
-def test_dict_builds_the_same_config():
     config = load(Config, None, ["inner.pair=[1, 2]", "heads=[1, 2]"])
     assert build(Config, to_dict(config)) == config
