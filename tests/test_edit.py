@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import no_complaints, tiny_parts
+from tiny_models import arrays, no_complaints, tiny_parts
 
 from ldm.config import UserError
 from ldm.diffusion import Schedule, ScheduleConfig
@@ -38,10 +38,6 @@ def mask(width: int = 16, height: int = 16) -> Image.Image:
     white = np.zeros((height, width), np.uint8)
     white[:, width // 2 :] = 255
     return Image.fromarray(white)
-
-
-def arrays(images) -> np.ndarray:
-    return np.stack([np.asarray(image, np.int16) for image in images])
 
 
 def theirs(pipe: Pipeline, kind: str, folder) -> Callable[..., np.ndarray]:

@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tiny_models import no_complaints, shapes, tiny_parts
+from tiny_models import arrays, no_complaints, shapes, tiny_parts
 
 from ldm import pipeline_io
 from ldm.config import UserError, load
@@ -25,13 +25,11 @@ def diffusers_pictures(pipe, steps: int, guidance: float, seed: int, **options) 
     """Pictures (B, H, W, 3) in [0, 255] from the noise of our seeds."""
     pipe.set_progress_bar_config(disable=True)
     noise = ImageNoise(range(seed, seed + len(PROMPTS)), (4, 8, 8))()
-    images = pipe(PROMPTS, num_inference_steps=steps, guidance_scale=guidance, latents=noise, **options).images
-    return np.stack([np.asarray(image, np.int16) for image in images])
+    return arrays(pipe(PROMPTS, num_inference_steps=steps, guidance_scale=guidance, latents=noise, **options).images)
 
 
 def our_pictures(pipe: Pipeline, steps: int, guidance: float, seed: int, **options) -> np.ndarray:
-    images = pipe(PROMPTS, steps=steps, guidance=guidance, seed=seed, **options)
-    return np.stack([np.asarray(image, np.int16) for image in images])
+    return arrays(pipe(PROMPTS, steps=steps, guidance=guidance, seed=seed, **options))
 
 
 def open_in_diffusers(folder: Path) -> diffusers.StableDiffusionPipeline:
