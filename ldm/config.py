@@ -51,9 +51,7 @@ def load(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig")) if path else {}
     except OSError:
-        raise UserError(
-            f"config file {str(path)!r} does not exist or cannot be read; the shipped ones are in configs/"
-        ) from None
+        raise UserError(f"config file {str(path)!r} does not exist; the shipped ones are in configs/") from None
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise UserError(f"config file {str(path)!r} is not valid TOML: {error}") from None
     for override in overrides:

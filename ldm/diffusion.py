@@ -6,13 +6,13 @@ Variance preserving throughout: z_t = alpha_t z0 + sigma_t eps with alpha_t^2 + 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from ldm.config import UserError
+from ldm.config import UserError, require
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 Density = Literal["uniform", "stratified", "logit_normal"]
@@ -39,18 +39,10 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise UserError(
-                f"beta_start {self.beta_start} and beta_end {self.beta_end} are out of range; "
-                "allowed: 0 < beta_start <= beta_end < 1"
-            )
-        if self.num_train_timesteps < 2 or self.steps_offset < 0:
-            raise UserError(
-                f"num_train_timesteps {self.num_train_timesteps} must be at least 2 and "
-                f"steps_offset {self.steps_offset} at least 0"
-            )
-        if self.prediction_type not in get_args(Prediction):
-            allowed = ", ".join(get_args(Prediction))
-            raise UserError(f"prediction {self.prediction_type!r} is unknown; allowed: {allowed}")
+            betas = f"beta_start {self.beta_start} and beta_end {self.beta_end}"
+            raise UserError(f"{betas} are out of range; allowed: 0 < beta_start <= beta_end < 1")
+        require(self.num_train_timesteps >= 2, "num_train_timesteps", self.num_train_timesteps, "at least 2")
+        require(self.steps_offset >= 0, "steps_offset", self.steps_offset, "at least 0")
         if self.prediction_type == "epsilon" and self.rescale_betas_zero_snr:
             raise UserError(
                 "prediction 'epsilon' is undefined with rescale_betas_zero_snr: at the last timestep z_t is pure noise,"
@@ -178,7 +170,7 @@ def loss_weight(schedule: Schedule, t: Tensor, prediction: str, min_snr_gamma: f
 def sample_timesteps(
     count: int,
     total: int,
-    density: str = "uniform",
+    density: Density = "uniform",
     generator: torch.Generator | None = None,
     mean: float = 0.0,
     std: float = 1.0,
@@ -187,13 +179,11 @@ def sample_timesteps(
 
     "uniform": independent; "stratified": one shared offset and equal strides, each still uniform (Kingma et al. 2021,
     appendix I.1); "logit_normal": the sigmoid of a normal with `mean` and `std`, more in the middle (Esser et al. 2024,
-    eq. 19), stratified in the normal's quantiles. Raises UserError for another density.
+    eq. 19), stratified in the normal's quantiles.
     """
     device = generator.device if generator is not None else torch.device("cpu")
     if density == "uniform":
         return torch.randint(total, (count,), generator=generator, device=device)
-    if density not in get_args(Density):
-        raise UserError(f"timestep density {density!r} is unknown; allowed: {', '.join(get_args(Density))}")
     offset = torch.rand((), generator=generator, device=device)
     quantiles = (offset + torch.arange(count, device=device) / count) % 1
     if density == "logit_normal":

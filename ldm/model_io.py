@@ -177,8 +177,8 @@ def _weight_files(folder: Path) -> list[Path]:
         for index in (f"{stem}.{kind}.index{variant}.json", f"{name}.index.json"):
             if (folder / index).is_file():
                 return _shards(folder / index)
-    names = ", ".join(f"{stem}.safetensors" for stem in STEMS[:2])
-    raise UserError(f"no weights in {str(folder)!r}: none of {names}, their shards, their fp16 variants, or .bin")
+    names = f"{DIFFUSERS_FILE} or {TRANSFORMERS_FILE}"
+    raise UserError(f"no weights in {str(folder)!r}: no {names}, their shards, their fp16 variants, or .bin")
 
 
 def _shards(index: Path) -> list[Path]:

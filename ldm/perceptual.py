@@ -116,8 +116,9 @@ def _download(url: str) -> dict[str, Tensor]:
     try:
         return torch.hub.load_state_dict_from_url(url, progress=False, **options)
     except Exception as error:  # broken bytes make the unpickler raise nearly anything
+        reason = " ".join(str(error).split())[:200]
         way_out = "give the path of that file, or use perceptual 'effnet-lite0', which needs no download"
-        raise UserError(f"{url} could not be read or downloaded ({error}); {way_out}") from None
+        raise UserError(f"{url} could not be read or downloaded ({reason}); {way_out}") from None
 
 
 # EfficientNet-Lite0's 16 blocks, grouped by width; and its input scaling, (v - 127) / 128 for v in 0..255. The stored

@@ -8,7 +8,6 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-import torch
 
 from ldm.config import UserError
 from ldm.tokenizer import END, START, Tokenizer
@@ -114,15 +113,6 @@ def test_added_tokens(tokenizer, tmp_path):
     merges = tmp_path / "merges.txt"  # with a byte order mark and line ends as on Windows
     merges.write_bytes(b"\xef\xbb\xbf" + merges.read_bytes().replace(b"\n", b"\r\n"))
     assert Tokenizer.from_pretrained(tmp_path).merges == ours.merges
-
-
-def test_shape_and_padding(tokenizer):
-    tokens = tokenizer(["", "a red circle"])
-    assert tokens.shape == (2, 32) and tokens.dtype == torch.long
-    assert tokens[0].tolist() == [tokenizer.bos_token_id] + 31 * [tokenizer.eos_token_id]
-    assert tokenizer([]).shape == (0, 32)
-    with pytest.raises(TypeError, match="list of texts"):
-        tokenizer("a red circle")
 
 
 def test_what_is_cut_is_named(tokenizer):

@@ -100,7 +100,6 @@ def test_mistakes(tmp_path):
         ((), {"attention_head_dim": (2, 2, 2)}, "attention_head_dim has 3 entries for the 2 levels"),
         ((), {"transformer_layers_per_block": (1,)}, "transformer_layers_per_block has 1 entries"),
         (((16,), "cc"), {}, "down_block_types has 2 entries"),
-        ((), {"up_block_types": ("UpBlock2D", "AttnUpBlock2D")}, "'AttnUpBlock2D' is not supported"),
         (((15,),), {"norm_num_groups": 5, "attention_head_dim": 3}, "width 15 must be even"),
         ((), {"attention_head_dim": 0}, "attention_head_dim is 0; it must be 1 or more"),
     ):
@@ -113,6 +112,7 @@ def test_mistakes(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep' is not supported"),
+        ({"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "'AttnUpBlock2D'; allowed: 'UpBlock2D', 'CrossAttn"),
         ({"cross_attention_dim": "wide"}, "cross_attention_dim"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
