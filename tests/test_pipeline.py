@@ -102,7 +102,6 @@ def test_sizes(pipe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"spacing": "log"}, "spacing 'log' is unknown"),
         ({"guidance": float("nan")}, "guidance nan"),
         ({"seed": 2**64}, "seed 18446744073709551616 is not allowed"),
         ({"eta": 0.5}, "'eta' is no argument, .* sampler dpmpp_2m .these: none"),

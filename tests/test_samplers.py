@@ -9,7 +9,7 @@ import torch
 
 from ldm.config import UserError
 from ldm.diffusion import Denoiser, Schedule, ScheduleConfig
-from ldm.samplers import SAMPLERS, ImageNoise, get_sampler, make_grid
+from ldm.samplers import SAMPLERS, ImageNoise, make_grid
 
 SHAPE = (2, 3, 4, 4)
 REFERENCE = {
@@ -175,16 +175,17 @@ def test_noise_of_an_image_does_not_depend_on_its_batch():
     assert not torch.equal(batch[0], batch[1])
 
 
-def test_mistakes_are_one_clear_line():
-    schedule = Schedule(ScheduleConfig(steps_offset=1))
-    with pytest.raises(UserError, match="ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc, pndm"):
-        get_sampler("plms")
-    with pytest.raises(UserError, match="leading, trailing, linspace"):
-        make_grid(schedule, "ddim", 10, "karras")
-    for steps in (0, 1001):
-        with pytest.raises(UserError, match="1 to 1000"):
-            make_grid(schedule, "ddim", steps)
-    with pytest.raises(UserError, match="use fewer"):  # the offset would ask for t = 1000
-        make_grid(schedule, "ddim", 1000)
-    with pytest.raises(UserError, match="use fewer"):  # 1000 // 1001 leaves no stride
-        make_grid(schedule, "dpmpp_2m", 1000)
+@pytest.mark.parametrize(
+    ("sampler", "steps", "spacing", "message"),
+    [
+        ("plms", 10, None, "ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc, pndm"),
+        ("ddim", 10, "karras", "leading, trailing, linspace"),
+        ("ddim", 0, None, "1 to 1000"),
+        ("ddim", 1001, None, "1 to 1000"),
+        ("ddim", 1000, None, "use fewer"),  # the offset would ask for t = 1000
+        ("dpmpp_2m", 1000, None, "use fewer"),  # 1000 // 1001 leaves no stride
+    ],
+)
+def test_mistakes_are_named(sampler, steps, spacing, message):
+    with pytest.raises(UserError, match=message):
+        make_grid(Schedule(ScheduleConfig(steps_offset=1)), sampler, steps, spacing)

@@ -126,7 +126,7 @@ def test_mistakes(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"act_fn": "mish"}, "act_fn = 'mish' is not supported"),
-        ({"latents_mean": [0.0]}, "latents_mean"),
+        ({"latents_mean": [0.1]}, "latents_mean"),
         ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "down_block_types"),
         ({"_class_name": "UNet2DConditionModel"}, "holds a UNet2DConditionModel"),
     ):
