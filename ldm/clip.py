@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ldm import model_io
 from ldm.config import UserError, build, require_positive
 
+MAX_SCALE = 100.0  # of the logits: the highest 1 / temperature, section 2.5
 # Without it transformers takes the precision of the file, and diffusers would then mix two.
 DTYPE = {"dtype": "float32"}
 OTHER_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
@@ -316,7 +317,7 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def clamp_scale(self) -> None:
         """Keeps the scale at 100 or below; called after every optimizer step (section 2.5)."""
-        self.logit_scale.clamp_(max=math.log(100.0))
+        self.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
     def text_encoder(self) -> TextEncoder:
         """The text tower alone, sharing its weights."""
