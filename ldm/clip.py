@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm import model_io
 from ldm.config import UserError, build, require_positive
 
-INITIAL_SCALE, MAX_SCALE = 1 / 0.07, 100.0  # 1 / temperature, section 2.5
+MAX_SCALE = 100.0  # of the logits: the highest 1 / temperature, section 2.5
 # Without it transformers takes the precision of the file, and diffusers would then mix two.
 DTYPE = {"dtype": "float32"}
 OTHER_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
@@ -41,8 +41,7 @@ class TextConfig:
     eos_token_id: int = 49407
 
     def __post_init__(self) -> None:
-        require_positive(self, "vocab_size", "max_position_embeddings", *TOWER_SIZES)
-        _check_heads(self)
+        _check_sizes(self, "vocab_size", "max_position_embeddings")
 
     def to_dict(self) -> dict:
         return {"model_type": "clip_text_model"} | asdict(self)
@@ -64,17 +63,15 @@ class VisionConfig:
     projection_dim: int = 512
 
     def __post_init__(self) -> None:
-        require_positive(self, "image_size", "patch_size", "num_channels", *TOWER_SIZES)
-        _check_heads(self)
+        _check_sizes(self, "image_size", "patch_size", "num_channels")
 
     def to_dict(self) -> dict:
         return {"model_type": "clip_vision_model"} | asdict(self)
 
 
-TOWER_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim")
-
-
-def _check_heads(config: TextConfig | VisionConfig) -> None:
+def _check_sizes(config: TextConfig | VisionConfig, *names: str) -> None:
+    shared = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim"
+    require_positive(config, *names, *shared)
     width, heads = config.hidden_size, config.num_attention_heads
     if width % heads:
         raise UserError(f"CLIP hidden_size {width} must be a multiple of num_attention_heads {heads}")
@@ -293,7 +290,8 @@ class CLIP(nn.Module):
         self.visual_projection = nn.Linear(vision_config.hidden_size, width, bias=False)
         _init_linear(self.text_projection, text_config.hidden_size**-0.5)
         _init_linear(self.visual_projection, vision_config.hidden_size**-0.5)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
+        # 1 / temperature, section 2.5
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids (B, L) -> unit vectors (B, projection_dim)."""
@@ -329,21 +327,12 @@ class CLIP(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes files that transformers' CLIPModel and CLIPImageProcessor open."""
-        config = {
-            "architectures": ["CLIPModel"],
-            "model_type": "clip",
-            **DTYPE,
-            "projection_dim": self.text_config.projection_dim,
-            "text_config": self.text_config.to_dict(),
-            "vision_config": self.vision_config.to_dict(),
-        }
+        towers = {"text_config": self.text_config.to_dict(), "vision_config": self.vision_config.to_dict()}
+        config = {"architectures": ["CLIPModel"], "model_type": "clip", **DTYPE} | towers
+        config["projection_dim"] = self.text_config.projection_dim
         model_io.save_model(folder, self, config, model_io.TRANSFORMERS_FILE)
-        model_io.write_json(Path(folder) / "preprocessor_config.json", self.preprocessor())
-
-    def preprocessor(self) -> dict:
-        """The config of transformers' CLIPImageProcessor for this model."""
         size = self.vision_config.image_size
-        return {
+        processor = {
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": True,
             "do_resize": True,
@@ -357,6 +346,7 @@ class CLIP(nn.Module):
             "image_mean": list(self.image_mean),
             "image_std": list(self.image_std),
         }
+        model_io.write_json(Path(folder) / "preprocessor_config.json", processor)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "CLIP":

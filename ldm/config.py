@@ -48,20 +48,15 @@ def load(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -
 
     Raises UserError for a missing or broken file, an unknown key, or a value of the wrong type.
     """
-    table = read_toml(path) if path else {}
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig")) if path else {}
+    except OSError:
+        raise UserError(f"config file {str(path)!r} does not exist; the shipped ones are in configs/") from None
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+        raise UserError(f"config file {str(path)!r} is not valid TOML: {error}") from None
     for override in overrides:
         _apply(table, override)
     return build(cls, table)
-
-
-def read_toml(path: str | Path) -> dict:
-    """The table in a TOML file. Raises UserError when it is missing or does not parse."""
-    if not Path(path).is_file():
-        raise UserError(f"config file {str(path)!r} does not exist; the shipped ones are in configs/")
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-        raise UserError(f"config file {str(path)!r} is not valid TOML: {error}") from None
 
 
 def _apply(table: dict, override: str) -> None:

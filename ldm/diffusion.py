@@ -6,30 +6,19 @@ Variance preserving throughout: z_t = alpha_t z0 + sigma_t eps with alpha_t^2 + 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from ldm.config import UserError
+from ldm.config import UserError, require
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 Density = Literal["uniform", "stratified", "logit_normal"]
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (z_t, t) -> z0
 
 TINY_ALPHA2 = 2.0**-24  # replaces a last alpha^2 of zero for samplers that divide by it, as in diffusers
-
-
-def check_prediction(prediction: str, zero_terminal_snr: bool) -> None:
-    """Raises UserError for an unknown prediction, and for epsilon with zero terminal SNR."""
-    if prediction not in get_args(Prediction):
-        raise UserError(f"prediction {prediction!r} is unknown; allowed: {', '.join(get_args(Prediction))}")
-    if prediction == "epsilon" and zero_terminal_snr:
-        raise UserError(
-            "prediction 'epsilon' is undefined with rescale_betas_zero_snr: at the last timestep z_t is pure noise,"
-            " which does not determine z0; use 'v_prediction' or 'sample', or turn the rescaling off"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +39,15 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_start <= self.beta_end < 1:
+            betas = f"beta_start {self.beta_start} and beta_end {self.beta_end}"
+            raise UserError(f"{betas} are out of range; allowed: 0 < beta_start <= beta_end < 1")
+        require(self.num_train_timesteps >= 2, "num_train_timesteps", self.num_train_timesteps, "at least 2")
+        require(self.steps_offset >= 0, "steps_offset", self.steps_offset, "at least 0")
+        if self.prediction_type == "epsilon" and self.rescale_betas_zero_snr:
             raise UserError(
-                f"beta_start {self.beta_start} and beta_end {self.beta_end} are out of range; "
-                "allowed: 0 < beta_start <= beta_end < 1"
+                "prediction 'epsilon' is undefined with rescale_betas_zero_snr: at the last timestep z_t is pure noise,"
+                " which does not determine z0; use 'v_prediction' or 'sample', or turn the rescaling off"
             )
-        if self.num_train_timesteps < 2 or self.steps_offset < 0:
-            raise UserError(
-                f"num_train_timesteps {self.num_train_timesteps} must be at least 2 and "
-                f"steps_offset {self.steps_offset} at least 0"
-            )
-        check_prediction(self.prediction_type, self.rescale_betas_zero_snr)
 
 
 def _betas(config: ScheduleConfig) -> Tensor:
@@ -81,7 +69,7 @@ def _zero_terminal_snr(alpha2: Tensor) -> Tensor:
 
 
 class Schedule:
-    """alpha_t, sigma_t and log SNR of the forward process for t in [0, T - 1].
+    """alpha_t and sigma_t of the forward process for t in [0, T - 1].
 
     `alphas_cumprod` (T,) is alpha_t^2 and `ratio` (T,) sigma_t / alpha_t (diffusers' `sigmas`), float64 on the CPU.
     Between integers `ratio` is interpolated linearly, as in diffusers' Euler samplers. `finite` raises a last alpha of
@@ -120,10 +108,6 @@ class Schedule:
         """Coefficient of the noise in z_t, in (0, 1], of t's shape."""
         return (1 + self.ratio_at(t) ** -2).rsqrt()
 
-    def log_snr(self, t: Tensor | float) -> Tensor:
-        """log(alpha_t^2 / sigma_t^2), of t's shape; -inf at zero terminal SNR."""
-        return -2 * self.ratio_at(t).log()
-
     def add_noise(self, z0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
         """z_t = alpha_t z0 + sigma_t eps; z0, eps (B, ...), t (B,) or a scalar."""
         return _along(self.alpha(t), z0) * z0 + _along(self.sigma(t), z0) * eps
@@ -138,14 +122,11 @@ def _along(values: Tensor, z: Tensor) -> Tensor:
 class Denoiser:
     """A model `(z_t (B,C,h,w), t, context (B,L,D)) -> prediction (B,C,h,w)` as an estimate of z0.
 
-    The only place that knows eps from v (Salimans & Ho 2022, appendix D) from z0. `prediction` defaults to the
-    schedule's. Raises UserError for an unknown prediction, or eps with zero terminal SNR.
+    The only place that knows eps from v (Salimans & Ho 2022, appendix D) from z0.
     """
 
-    def __init__(self, model: Callable[..., Tensor], schedule: Schedule, prediction: str | None = None):
-        self.model, self.schedule = model, schedule
-        self.prediction = schedule.config.prediction_type if prediction is None else prediction
-        check_prediction(self.prediction, schedule.config.rescale_betas_zero_snr)
+    def __init__(self, model: Callable[..., Tensor], schedule: Schedule):
+        self.model, self.schedule, self.prediction = model, schedule, schedule.config.prediction_type
 
     def target(self, z0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
         """The training target at t: eps, v = alpha_t eps - sigma_t z0, or z0; shapes as in add_noise."""
@@ -179,7 +160,6 @@ def loss_weight(schedule: Schedule, t: Tensor, prediction: str, min_snr_gamma: f
     Min-SNR (Hang et al. 2023, section 3.4) weighs the z0 error by min(SNR, gamma); hence min(SNR, gamma) / SNR for eps
     and min(SNR, gamma) / (SNR + 1) for v, which is 0 at zero terminal SNR.
     """
-    check_prediction(prediction, schedule.config.rescale_betas_zero_snr)
     snr = schedule.ratio_at(t) ** -2
     if min_snr_gamma is None:
         return torch.ones_like(snr)
@@ -190,7 +170,7 @@ def loss_weight(schedule: Schedule, t: Tensor, prediction: str, min_snr_gamma: f
 def sample_timesteps(
     count: int,
     total: int,
-    density: str = "uniform",
+    density: Density = "uniform",
     generator: torch.Generator | None = None,
     mean: float = 0.0,
     std: float = 1.0,
@@ -199,13 +179,11 @@ def sample_timesteps(
 
     "uniform": independent; "stratified": one shared offset and equal strides, each still uniform (Kingma et al. 2021,
     appendix I.1); "logit_normal": the sigmoid of a normal with `mean` and `std`, more in the middle (Esser et al. 2024,
-    eq. 19), stratified in the normal's quantiles. Raises UserError for another density.
+    eq. 19), stratified in the normal's quantiles.
     """
     device = generator.device if generator is not None else torch.device("cpu")
     if density == "uniform":
         return torch.randint(total, (count,), generator=generator, device=device)
-    if density not in get_args(Density):
-        raise UserError(f"timestep density {density!r} is unknown; allowed: {', '.join(get_args(Density))}")
     offset = torch.rand((), generator=generator, device=device)
     quantiles = (offset + torch.arange(count, device=device) / count) % 1
     if density == "logit_normal":
@@ -224,7 +202,7 @@ def rescale_guidance(guided: Tensor, conditional: Tensor, rescale: float) -> Ten
 def guided(
     denoiser: Denoiser,
     context: Tensor,
-    negative: Tensor | None,
+    negative: Tensor,
     guidance: float,
     rescale: float = 0.0,
     interval: tuple[float, float] = (0, math.inf),
@@ -232,13 +210,10 @@ def guided(
     """`denoise(z_t (B,C,h,w), t) -> z0` with classifier-free guidance (Ho & Salimans 2022, eq. 6); t is a scalar.
 
     context, negative: (B, L, D). guidance: 1 is none. interval: the t, ends included, where guidance acts (Kynkaanniemi
-    et al. 2024). Each step is one model call, of batch 2B where guidance acts, else of batch B. Raises UserError for
-    guidance other than 1 without a negative context.
+    et al. 2024). Each step is one model call, of batch 2B where guidance acts, else of batch B.
     """
     if guidance == 1:
         return lambda z_t, t: denoiser(z_t, t, context)
-    if negative is None:
-        raise UserError(f"guidance {guidance} needs a negative context (the empty prompt's); guidance 1 needs none")
     both = torch.cat([negative, context])
 
     def denoise(z_t: Tensor, t: Tensor) -> Tensor:

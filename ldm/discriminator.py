@@ -21,10 +21,8 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, channels: int = 64, layers: int = 3, in_channels: int = 3) -> None:
         super().__init__()
         if channels < 4 or channels % 4 or layers < 1:
-            raise UserError(
-                f"discriminator of {channels} channels and {layers} layers: channels must be a positive "
-                "multiple of 4 (its normalization has 8 groups on twice as many) and layers at least 1"
-            )
+            allowed = "channels must be a positive multiple of 4 (8 groups on twice as many), layers at least 1"
+            raise UserError(f"discriminator of {channels} channels and {layers} layers: {allowed}")
         self.smallest = 3 * 2**layers
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]
         self.net = nn.Sequential(nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2))
@@ -44,10 +42,8 @@ class PatchDiscriminator(nn.Module):
         """
         if min(x.shape[-2:]) < self.smallest:
             height, width = x.shape[-2:]
-            raise UserError(
-                f"{width}x{height} pixels are too few for this discriminator, which needs {self.smallest}; "
-                "train on larger pictures or give it fewer layers"
-            )
+            need = f"this discriminator needs {self.smallest} a side, or fewer layers"
+            raise UserError(f"{width}x{height} pixels are too few: {need}")
         return self.net(x)
 
 

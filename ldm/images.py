@@ -7,11 +7,12 @@ import io
 import math
 import textwrap
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -87,12 +88,9 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, str]) -> None:
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata in a PNG of `save_png`. Raises UserError for a file without it."""
-    try:
-        with _open(path) as image:
-            image.load()  # text may stand behind the pixels
-            metadata = {str(key): str(value) for key, value in image.info.items()}
-    except Exception as error:
-        raise _explained(error, str(path)) from None
+    with _open(path, str(path)) as image:
+        image.load()  # text may stand behind the pixels
+        metadata = {str(key): str(value) for key, value in image.info.items()}
     if not {"prompt", "seed"} <= metadata.keys():
         raise UserError("the PNG has no prompt and seed in its text chunks; only those saved here can be read")
     return metadata
@@ -106,24 +104,16 @@ def read_image(source: str | Path | bytes, size: int, limit: int = LIMIT, name: 
     than `limit` pixels (checked before decoding), and UserError for a failure of the system, which may pass.
     """
     name = name or (str(source) if not isinstance(source, bytes) else "image")
-    try:
-        with _open(source, limit) as image:
-            image.load()
-            pixels = np.array(ImageOps.fit(upright_rgb(image), (size, size), Image.Resampling.BICUBIC))
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _explained(error, name) from None
+    with _open(source, name, limit) as image:
+        image.load()
+        pixels = np.array(ImageOps.fit(upright_rgb(image), (size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(rearrange(pixels, "h w c -> c h w").copy())
 
 
 def image_size(path: Path, limit: float = math.inf) -> tuple[int, int]:
     """Width and height in a picture's header, before EXIF orientation. Raises ImageError as `read_image`."""
-    try:
-        with _open(path, limit) as image:
-            return image.size
-    except Exception as error:
-        raise _explained(error, str(path)) from None
+    with _open(path, str(path), limit) as image:
+        return image.size
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -145,31 +135,33 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Pillow's convert("L") would clip 16-bit samples at 255."""
-    samples, transparent = np.asarray(image).astype(np.int64), image.info.get("transparency")
+    samples = np.asarray(image).astype(np.int64)
     if samples.min() < 0 or samples.max() > 65535:
         raise ImageError("its samples have 32 bits; save it with 8 or 16 bits")
-    grey = repeat((samples + 128) // 257, "h w -> h w c", c=3)
-    alpha = np.where(samples == transparent, 0, 255)
-    return Image.fromarray(np.dstack([grey, alpha]).astype(np.uint8))
+    return Image.fromarray(((samples + 128) // 257).astype(np.uint8))
 
 
-def _open(source: str | Path | bytes, limit: float = LIMIT) -> Image.Image:
-    """Reads the header alone. Raises ImageError for more than `limit` pixels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `limit` decides instead
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-    if image.width * image.height > limit:
-        raise ImageError(f"it has {image.width}x{image.height} pixels, more than the limit of {limit / 1e6:g} million")
-    return image
-
-
-def _explained(error: Exception, name: str) -> UserError:
-    """The error of a decoder, which may be of any class, as one line."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, FileNotFoundError):
-        return ImageError(f"image {name!r} does not exist")
-    if isinstance(error, Image.UnidentifiedImageError):
-        return ImageError(f"image {name!r} is no image file that can be read here ({', '.join(FORMATS)})")
-    if getattr(error, "errno", None) in TRANSIENT:
-        return UserError(f"image {name!r} cannot be read now ({reason}); give the same command again")
-    return ImageError(f"image {name!r} cannot be read: {reason}")
+@contextlib.contextmanager
+def _open(source: str | Path | bytes, name: str, limit: float = LIMIT) -> Iterator[Image.Image]:
+    """An image whose header is read; errors of a decoder within, which may be of any class, become one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `limit` decides instead
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        with image:
+            if image.width * image.height > limit:
+                size = f"{image.width}x{image.height} pixels"
+                raise ImageError(f"it has {size}, more than the limit of {limit / 1e6:g} million")
+            yield image
+    except MemoryError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"image {name!r} does not exist") from None
+    except Image.UnidentifiedImageError:
+        kinds = ", ".join(FORMATS)
+        raise ImageError(f"image {name!r} is no image file that can be read here ({kinds})") from None
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if getattr(error, "errno", None) in TRANSIENT:
+            raise UserError(f"image {name!r} cannot be read now ({reason}); give the same command again") from None
+        raise ImageError(f"image {name!r} cannot be read: {reason}") from None

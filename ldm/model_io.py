@@ -102,11 +102,6 @@ def module_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def to_json(config: Any, class_name: str) -> dict:
-    """A dataclass as the config.json of diffusers' `class_name`."""
-    return {"_class_name": class_name} | dataclasses.asdict(config)
-
-
 def read_config(folder: Path, cls: type[Config], class_name: str, supported: dict[str, tuple]) -> Config:
     """`config.json` of diffusers' `class_name` as the dataclass `cls`.
 
@@ -184,8 +179,8 @@ def _weight_files(folder: Path) -> list[Path]:
         for index in (f"{stem}.{kind}.index{variant}.json", f"{name}.index.json"):
             if (folder / index).is_file():
                 return _shards(folder / index)
-    names = ", ".join(f"{stem}.safetensors" for stem in STEMS[:2])
-    raise UserError(f"no weights in {str(folder)!r}: none of {names}, their shards, their fp16 variants, or .bin")
+    names = f"{DIFFUSERS_FILE} or {TRANSFORMERS_FILE}"
+    raise UserError(f"no weights in {str(folder)!r}: no {names}, their shards, their fp16 variants, or .bin")
 
 
 def _shards(index: Path) -> list[Path]:

@@ -147,7 +147,7 @@ class Pipeline:
             part = slice(start, min(start + batch_size, count))
             noise = ImageNoise(range(seed + start, seed + part.stop), shape, self.device)
             denoise = guided(denoiser, context[part], negative[part], guidance, guidance_rescale, guidance_interval)
-            on_step = self._on_step(callback, start, len(grid.steps))
+            on_step = self._reporting(callback, start, len(grid.steps)) if callback else None
             run = partial(sample, grid=grid, noise=noise, on_step=on_step, **sampler_options)
             first = None if latents is None else latents[part]
             if edit is None:
@@ -195,12 +195,12 @@ class Pipeline:
                 raise UserError(f"size {side} px cannot be made: {allowed}")
         return config.in_channels, sides[0] // factor, sides[1] // factor
 
-    def _on_step(self, callback: Callable[[Progress], None] | None, first: int, steps: int) -> OnStep | None:
+    def _reporting(self, callback: Callable[[Progress], None], first: int, steps: int) -> OnStep:
         def on_step(i: int, t: float, z_t: Tensor, z0: Tensor) -> None:
             decode = partial(self.decode, z0)
             callback(Progress(first=first, step=i, steps=steps, t=t, z_t=z_t, z0=z0, decode=decode))
 
-        return on_step if callback else None
+        return on_step
 
 
 def _check(guidance: float, rescale: float, batch_size: int, sample: Callable, options: dict) -> None:

@@ -6,8 +6,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
-
 from ldm import model_io
 from ldm.clip import TextEncoder
 from ldm.config import UserError, build
@@ -27,18 +25,6 @@ SCHEDULERS = {
     "dpmpp_2m": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
     "pndm": "PNDMScheduler",
-}
-# The nearest sampler to other classes; "dpmpp_2m" to those that are not listed.
-NEAREST = {
-    "DDIMParallelScheduler": "ddim",
-    "DDPMParallelScheduler": "ddpm",
-    "DPMSolverSDEScheduler": "euler_a",
-    "IPNDMScheduler": "pndm",
-    "KDPM2AncestralDiscreteScheduler": "euler_a",
-    "KDPM2DiscreteScheduler": "heun",
-    "LCMScheduler": "euler_a",
-    "LMSDiscreteScheduler": "euler",
-    "TCDScheduler": "euler_a",
 }
 # The options of each class that change its steps, with their values in the sampler here.
 SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
@@ -83,7 +69,11 @@ def save_parts(folder: str | Path, parts: Parts, half: bool = False) -> None:
     """
     folder, models = Path(folder), {"vae": parts.vae, "text_encoder": parts.text_encoder, "unet": parts.unet}
     if half:
-        models = {name: _half(name, model) for name, model in models.items()}
+        models = {name: copy.deepcopy(model).half() for name, model in models.items()}
+        tensors = [(f"{name}: {key}", t) for name, model in models.items() for key, t in model.state_dict().items()]
+        for name, tensor in tensors:
+            if not tensor.isfinite().all():
+                raise UserError(f"{name} has values above 65504, which float16 cannot hold; save it whole")
     for name, model in models.items():
         model.save_pretrained(folder / name)
     parts.tokenizer.save_pretrained(folder / "tokenizer")
@@ -91,14 +81,6 @@ def save_parts(folder: str | Path, parts: Parts, half: bool = False) -> None:
     scheduler = ["diffusers", SCHEDULERS[parts.schedule.config.sampler]]
     index = {"_class_name": PIPELINES[0], "_diffusers_version": LAYOUT, **CLASSES, "scheduler": scheduler}
     model_io.write_json(folder / "model_index.json", index | {"requires_safety_checker": False})
-
-
-def _half(name: str, model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model).half()
-    for key, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{name}: {key} has values above 65504, which float16 cannot hold; save it whole")
-    return model
 
 
 def load_parts(folder: str | Path) -> Parts:
@@ -111,10 +93,8 @@ def load_parts(folder: str | Path) -> Parts:
             raise UserError(f"{str(root)!r} is a {kind}; supported: {PIPELINES[0]}, of Stable Diffusion 1.x and 2.x")
     missing = [part for part in (*Parts._fields[:4], "scheduler") if not (root / part).is_dir()]
     if missing:
-        raise UserError(
-            f"{str(root)!r} is not a whole pipeline: {', '.join(missing)} missing; "
-            "train_diffusion writes one, from a VAE and a text encoder"
-        )
+        way_out = "train_diffusion writes one, from a VAE and a text encoder"
+        raise UserError(f"{str(root)!r} is not a whole pipeline: {', '.join(missing)} missing; {way_out}")
     schedule = Schedule(read_schedule(root / "scheduler"))  # first, since it is read at once
     kinds = {"vae": VAE, "text_encoder": TextEncoder, "tokenizer": Tokenizer, "unet": UNet}
     parts = Parts(*(kind.from_pretrained(root / name) for name, kind in kinds.items()), schedule)
@@ -125,17 +105,16 @@ def load_parts(folder: str | Path) -> Parts:
 def _check_sizes(parts: Parts, root: Path) -> None:
     latent, unet, text = parts.vae.config.latent_channels, parts.unet.config, parts.text_encoder.config
     tokens, length = len(parts.tokenizer), parts.tokenizer.context_length
-    problem = ""
-    if (unet.in_channels, unet.out_channels) != (latent, latent):
-        problem = f"U-Net of {unet.in_channels} channels in, {unet.out_channels} out; latents have {latent}"
-    elif unet.cross_attention_dim != text.hidden_size:
-        problem = f"U-Net for a context of width {unet.cross_attention_dim}; the text encoder's is {text.hidden_size}"
-    elif tokens > text.vocab_size:
-        problem = f"tokenizer of {tokens} tokens; the text encoder has {text.vocab_size}"
-    elif length > text.max_position_embeddings:
-        problem = f"tokenizer of context length {length}; the text encoder reads {text.max_position_embeddings}"
-    if problem:
-        raise UserError(f"the parts in {str(root)!r} do not fit each other: {problem}")
+    context, known, positions = text.hidden_size, text.vocab_size, text.max_position_embeddings
+    for fits, problem in (
+        (unet.in_channels == latent, f"U-Net of {unet.in_channels} channels in; latents have {latent}"),
+        (unet.out_channels == latent, f"U-Net of {unet.out_channels} channels out; latents have {latent}"),
+        (unet.cross_attention_dim == context, f"U-Net for width {unet.cross_attention_dim}; contexts have {context}"),
+        (tokens <= known, f"tokenizer of {tokens} tokens; the text encoder has {known}"),
+        (length <= positions, f"tokenizer of context length {length}; the text encoder reads {positions}"),
+    ):
+        if not fits:
+            raise UserError(f"the parts in {str(root)!r} do not fit each other: {problem}")
 
 
 def save_schedule(folder: Path, config: ScheduleConfig) -> None:
@@ -143,13 +122,6 @@ def save_schedule(folder: Path, config: ScheduleConfig) -> None:
     read, which diffusers keeps for an exchange of the scheduler. Raises UserError for an unknown sampler."""
     get_sampler(config.sampler)
     name = SCHEDULERS[config.sampler]
-    unlike = {
-        "rescale_betas_zero_snr": config.sampler in ("heun", "pndm") and config.rescale_betas_zero_snr,
-        "prediction_type": config.sampler == "pndm" and config.prediction_type == "sample",
-        "steps_offset": config.timestep_spacing == "leading" and config.steps_offset != 1,
-    }
-    for key in (key for key, differs in unlike.items() if differs):
-        warnings.warn(f"diffusers' {name} ignores {key} = {getattr(config, key)!r}: other pictures there", stacklevel=2)
     values = {key: value for key, value in asdict(config).items() if key != "sampler" and value is not None}
     prk = {"skip_prk_steps": True} if config.sampler == "pndm" else {}  # else PNDM begins with Runge-Kutta steps
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,14 +131,14 @@ def save_schedule(folder: Path, config: ScheduleConfig) -> None:
 def read_schedule(folder: Path) -> ScheduleConfig:
     """`scheduler_config.json` as diffusers' Stable Diffusion pipeline runs it, which sets steps_offset and clip_sample.
 
-    Keys of other classes are ignored. For a class or an option that no sampler here has, the nearest sampler takes its
-    place, with a warning. Raises UserError for noise schedules and predictions that would give wrong pictures.
+    Keys of other classes are ignored. A class that is not supported is replaced by the default sampler, an option by
+    its default, with a warning. Raises UserError for noise schedules and predictions that would give wrong pictures.
     """
     path = folder / "scheduler_config.json"
     table = model_io.read_json(path)
     name = str(table.get("_class_name"))
     samplers = {scheduler: sampler for sampler, scheduler in SCHEDULERS.items()}
-    sampler = samplers.get(name) or NEAREST.get(name, ScheduleConfig.sampler)
+    sampler = samplers.get(name, ScheduleConfig.sampler)
     start, end = (0.00085, 0.012) if sampler == "heun" else (0.0001, 0.02)
     defaults = {"beta_schedule": "linear", "beta_start": start, "beta_end": end, "skip_prk_steps": False}
     table = defaults | dict.fromkeys(("timestep_spacing", "set_alpha_to_one")) | table

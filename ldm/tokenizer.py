@@ -162,8 +162,8 @@ def _read(folder: Path) -> dict[str, Any]:
     else:
         if not (folder / "merges.txt").is_file():
             raise UserError(f"{str(folder / 'merges.txt')!r} does not exist; vocab.json is incomplete without it")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").split("\n")
-        lines = [line for line in lines if line.strip() and not line.startswith("#version")]
+        text = (folder / "merges.txt").read_text(encoding="utf-8-sig")
+        lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#version")]
         vocab, listed = model_io.read_json(folder / "vocab.json"), []
     if "added_tokens_decoder" in config:
         listed = [{"id": int(i)} | token for i, token in config["added_tokens_decoder"].items()]

@@ -2,9 +2,10 @@
 parameter names (Rombach et al. 2022; Ho et al. 2020)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +31,7 @@ SUPPORTED: dict[str, tuple] = {
     "addition_embed_type_num_heads": (64,),  # of an embedding that is switched off
     "upcast_attention": (True, False, None),  # attention runs in the weights' precision, float32 by default
 }
-BLOCK_TYPES = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
+DownBlock, UpBlock = Literal["DownBlock2D", "CrossAttnDownBlock2D"], Literal["UpBlock2D", "CrossAttnUpBlock2D"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +42,8 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # widths of the levels
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    down_block_types: tuple[DownBlock, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[UpBlock, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     layers_per_block: int = 2  # residual blocks per level
     transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8  # the number of heads: diffusers' name is a known misnomer
@@ -61,20 +59,14 @@ class UNetConfig:
         per_level = "attention_head_dim", "transformer_layers_per_block"
         require_positive(self, "block_out_channels", "norm_num_groups", *sizes, *per_level)
         levels = len(self.block_out_channels)
-        for name in (*BLOCK_TYPES, *per_level):
-            if len(self.per_level(name)) != levels:
-                entries = len(self.per_level(name))
+        for name in ("down_block_types", "up_block_types", *per_level):
+            entries = len(self.per_level(name))
+            if entries != levels:
                 raise UserError(f"U-Net {name} has {entries} entries for the {levels} levels of block_out_channels")
-        for name, allowed in BLOCK_TYPES.items():
-            for block_type in getattr(self, name):
-                if block_type not in allowed:
-                    raise UserError(f"U-Net {name}: {block_type!r} is not supported; allowed: {', '.join(allowed)}")
         for width, heads in zip(self.block_out_channels, self.per_level("attention_head_dim"), strict=True):
             if width % heads or width % self.norm_num_groups:
-                raise UserError(
-                    f"U-Net width {width} must be a multiple of its {heads} heads (attention_head_dim) and of"
-                    f" norm_num_groups {self.norm_num_groups}"
-                )
+                divisors = f"its {heads} heads (attention_head_dim) and of norm_num_groups {self.norm_num_groups}"
+                raise UserError(f"U-Net width {width} must be a multiple of {divisors}")
         if self.block_out_channels[0] % 2:
             raise UserError(f"U-Net width {self.block_out_channels[0]} must be even: the timestep's sines and cosines")
 
@@ -230,7 +222,7 @@ class UNet(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and safetensors that diffusers' UNet2DConditionModel opens."""
-        config = model_io.to_json(self.config, "UNet2DConditionModel")
+        config = {"_class_name": "UNet2DConditionModel"} | asdict(self.config)
         model_io.save_model(folder, self, config, model_io.DIFFUSERS_FILE)
 
     @classmethod

@@ -5,7 +5,7 @@ It alone knows the latent shift and scale: `encode` returns raw moments, `normal
 
 import copy
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -65,12 +65,6 @@ class DiagonalGaussian:
     @property
     def std(self) -> Tensor:
         return torch.exp(0.5 * self.logvar)
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * eps (B, C, h, w), eps drawn on the generator's device, without one on the mean's."""
-        device = self.mean.device if generator is None else generator.device
-        eps = torch.randn(self.mean.shape, generator=generator, device=device)
-        return self.mean + self.std * eps.to(self.mean)
 
 
 class MidBlock(nn.Module):
@@ -214,10 +208,8 @@ class VAE(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and safetensors that diffusers' AutoencoderKL opens."""
         levels = len(self.config.block_out_channels)
-        config = model_io.to_json(self.config, "AutoencoderKL") | {
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-        }
+        config = {"_class_name": "AutoencoderKL"} | asdict(self.config)
+        config |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
         model_io.save_model(folder, self, config, model_io.DIFFUSERS_FILE)
 
     @classmethod

@@ -5,7 +5,6 @@ import torch
 
 from ldm.config import UserError
 from ldm.discriminator import PatchDiscriminator
-from ldm.losses import hinge_discriminator, hinge_generator
 
 
 @pytest.mark.parametrize(("size", "layers", "side"), [(32, 3, 2), (64, 3, 6), (24, 3, 1), (32, 2, 6), (256, 3, 30)])
@@ -32,27 +31,6 @@ def test_receptive_field_is_70_pixels():
     net(x)[0, 0, 15, 15].backward()
     seen = x.grad.abs().sum((0, 1))
     assert (seen.sum(0) > 0).sum() == 70 and (seen.sum(1) > 0).sum() == 70
-
-
-def test_learns_to_tell_two_sets_apart():
-    torch.manual_seed(0)
-    net = PatchDiscriminator(channels=8, layers=2)
-    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-    real = torch.linspace(-1, 1, 32).expand(8, 3, 32, 32)
-    fake = real + 0.2 * torch.randn(8, 3, 32, 32)
-    for _ in range(30):
-        loss = hinge_discriminator(net(real), net(fake))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert net(real).mean() > net(fake).mean() + 1
-
-
-def test_generator_step_reaches_the_picture_and_spares_a_frozen_discriminator():
-    net = PatchDiscriminator(channels=8).requires_grad_(False)
-    x = torch.randn(2, 3, 32, 32, requires_grad=True)
-    hinge_generator(net(x)).backward()
-    assert x.grad.abs().sum() > 0 and all(p.grad is None for p in net.parameters())
 
 
 def test_refusals_name_the_value():

@@ -8,17 +8,7 @@ import torch
 from PIL import Image
 
 from ldm.config import UserError
-from ldm.images import (
-    ImageError,
-    captioned_grid,
-    read_image,
-    read_metadata,
-    save_png,
-    tile,
-    to_float,
-    to_uint8,
-    upright_rgb,
-)
+from ldm.images import ImageError, captioned_grid, read_image, read_metadata, save_png, tile, to_float, to_uint8
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -89,10 +79,8 @@ def test_modes():
         (Image.fromarray(np.full((4, 4), 70_000, np.int32)), "32 bits"),
         (Image.new("F", (4, 4)), "floating point"),
     ):
-        with pytest.raises(ImageError, match=message):
+        with pytest.raises(ImageError, match=f"^image 'image' cannot be read: its samples .*{message}"):
             read_image(encode(image, "TIFF"), 4)
-        with pytest.raises(UserError, match=message):
-            upright_rgb(image)
 
 
 def test_resize_and_crop_agree_with_torchvision():

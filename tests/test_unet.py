@@ -1,24 +1,15 @@
 """The U-Net against diffusers' UNet2DConditionModel on copied random weights, and its folders opened by both."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import (
-    assert_same_gradients,
-    diffusers_unet,
-    normal,
-    open_cleanly,
-    randomize,
-    shapes,
-    unet_config,
-)
+from tiny_models import assert_same_gradients, diffusers_unet, normal, open_cleanly, randomize, shapes, unet_config
 
 from ldm.config import UserError, load
 from ldm.train.diffusion import DiffusionConfig
-from ldm.unet import UNet, UNetConfig, timestep_embedding
+from ldm.unet import UNet, UNetConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CASES = {
@@ -34,37 +25,21 @@ CASES = {
     "other timesteps and norms": unet_config(flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-3),
 }
 # What the published folders of Stable Diffusion 1.5 and 2.1 say, beside diffusers' defaults.
-SD15 = {
-    "_class_name": "UNet2DConditionModel",
-    "_diffusers_version": "0.6.0",
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "center_input_sample": False,
-    "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "downsample_padding": 1,
+SD15 = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu", "sample_size": 64}
+SD15 |= {"in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2}
+SD15 |= {"attention_head_dim": 8, "cross_attention_dim": 768, "center_input_sample": False, "downsample_padding": 1}
+SD15 |= {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
     "mid_block_scale_factor": 1,
     "norm_eps": 1e-05,
     "norm_num_groups": 32,
-    "out_channels": 4,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
 }
-SD21 = SD15 | {
-    "attention_head_dim": [5, 10, 20, 20],
-    "cross_attention_dim": 1024,
-    "dual_cross_attention": False,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "sample_size": 96,
-    "upcast_attention": True,
-    "use_linear_projection": True,
-}
+SD15 |= {"down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"]}
+SD15 |= {"up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3]}
+SD21 = SD15 | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
+SD21 |= {"dual_cross_attention": False, "num_class_embeds": None, "only_cross_attention": False, "sample_size": 96}
+SD21 |= {"upcast_attention": True}
 
 
 def inputs(config: UNetConfig, size: tuple[int, int] = (8, 16)) -> tuple[torch.Tensor, ...]:
@@ -83,22 +58,6 @@ def test_equals_diffusers(config):
     (prediction * z_t).sum().backward()
     (expected * z_t).sum().backward()
     assert_same_gradients(ours, theirs)
-
-
-@torch.no_grad()
-def test_scalar_timestep_is_that_of_every_picture():
-    unet = randomize(UNet(unet_config()))
-    z_t, _, context = inputs(unet.config)
-    torch.testing.assert_close(unet(z_t, torch.tensor(40), context), unet(z_t, torch.tensor([40, 40]), context))
-
-
-def test_timestep_embedding_is_the_papers():
-    t = torch.tensor([0.0, 3.5, 999.0])
-    embedding = timestep_embedding(t, 8)
-    angle = 3.5 / 10000 ** (2 / 4)
-    assert embedding.shape == (3, 8)
-    assert math.isclose(embedding[1, 2], math.cos(angle), rel_tol=1e-5)
-    assert math.isclose(embedding[1, 6], math.sin(angle), rel_tol=1e-5)
 
 
 @torch.no_grad()
@@ -141,10 +100,8 @@ def test_mistakes(tmp_path):
         ((), {"attention_head_dim": (2, 2, 2)}, "attention_head_dim has 3 entries for the 2 levels"),
         ((), {"transformer_layers_per_block": (1,)}, "transformer_layers_per_block has 1 entries"),
         (((16,), "cc"), {}, "down_block_types has 2 entries"),
-        ((), {"up_block_types": ("UpBlock2D", "AttnUpBlock2D")}, "'AttnUpBlock2D' is not supported"),
         (((15,),), {"norm_num_groups": 5, "attention_head_dim": 3}, "width 15 must be even"),
         ((), {"attention_head_dim": 0}, "attention_head_dim is 0; it must be 1 or more"),
-        ((), {"norm_num_groups": 0}, "norm_num_groups is 0"),
     ):
         with pytest.raises(UserError, match=message):
             unet_config(*arguments, **options)
@@ -155,8 +112,7 @@ def test_mistakes(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep' is not supported"),
-        ({"addition_embed_type": "text_time"}, "addition_embed_type"),
-        ({"mid_block_type": None}, "mid_block_type = None"),
+        ({"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "'AttnUpBlock2D'; allowed: 'UpBlock2D', 'CrossAttn"),
         ({"cross_attention_dim": "wide"}, "cross_attention_dim"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))

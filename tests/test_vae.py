@@ -5,20 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import (
-    assert_same_gradients,
-    diffusers_vae,
-    normal,
-    open_cleanly,
-    randomize,
-    shapes,
-    vae_config,
-)
+from tiny_models import assert_same_gradients, diffusers_vae, normal, open_cleanly, randomize, shapes, vae_config
 
 from ldm import model_io as weights
 from ldm.config import UserError, load
 from ldm.train.autoencoder import AutoencoderConfig
-from ldm.vae import VAE, DiagonalGaussian, VAEConfig
+from ldm.vae import VAE, VAEConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CASES = {
@@ -51,27 +43,6 @@ def test_equals_diffusers(config):
 
 
 @torch.no_grad()
-def test_normalize_and_decode_are_inverse():
-    vae = randomize(VAE(vae_config(shift_factor=0.3)))
-    z = vae.encode(normal(2, 3, 16, 16)).mean
-    close(vae.normalize(z), (z - 0.3) * 0.7, 1e-6)
-    close(vae.decode(vae.normalize(z)), vae.decode_raw(z), 1e-5)
-
-
-def test_gaussian_samples():
-    posterior = DiagonalGaussian(torch.cat([torch.full((1, 2, 200, 200), 3.0), torch.full((1, 2, 200, 200), -2.0)], 1))
-    draw = posterior.sample(torch.Generator().manual_seed(0))
-    assert abs(float(draw.mean()) - 3) < 0.01 and abs(float(draw.std()) - torch.e**-1) < 0.01
-    assert torch.equal(draw, posterior.sample(torch.Generator().manual_seed(0)))
-    torch.manual_seed(5)
-    first = posterior.sample()
-    torch.manual_seed(5)
-    assert torch.equal(first, posterior.sample())
-    extreme = DiagonalGaussian(torch.tensor([0.0, 1e4]).reshape(1, 2, 1, 1))
-    assert torch.isfinite(extreme.sample()).all()
-
-
-@torch.no_grad()
 def test_statistics_fold_exactly():
     vae, x = randomize(VAE(vae_config(scaling_factor=0.4, shift_factor=-0.2))), normal(4, 3, 16, 16)
     mean, std = torch.tensor([1.0, -2.0, 0.3, 0.0]), torch.tensor([0.5, 2.0, 1.0, 3.0])
@@ -80,6 +51,8 @@ def test_statistics_fold_exactly():
     wide = [v[:, None, None] for v in (mean, std)]
     close(normalized.mean, (raw.mean - wide[0]) / wide[1], 1e-5)
     close(normalized.std, raw.std / wide[1], 1e-5)
+    close(vae.normalize(raw.mean), (raw.mean + 0.2) * 0.4, 1e-6)
+    close(vae.decode(vae.normalize(raw.mean)), vae.decode_raw(raw.mean), 1e-5)
     close(folded.normalize(normalized.mean), normalized.mean, 0)
     close(folded.decode(normalized.mean), vae.decode_raw(raw.mean), 1e-5)
     assert all(torch.equal(before[name], tensor) for name, tensor in vae.state_dict().items())
@@ -146,8 +119,6 @@ def test_stable_diffusion_sizes(config):
 def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="width 10 must be a multiple of norm_num_groups 4"):
         vae_config((10,))
-    with pytest.raises(UserError, match="layers_per_block is 0; it must be 1 or more"):
-        vae_config(layers_per_block=0)
     vae = VAE(vae_config())
     with pytest.raises(UserError, match="multiple of 2 px"):
         vae.encode(torch.zeros(1, 3, 15, 16))
@@ -155,10 +126,8 @@ def test_mistakes(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"act_fn": "mish"}, "act_fn = 'mish' is not supported"),
-        ({"use_quant_conv": False}, "use_quant_conv = False"),
-        ({"latents_mean": [0.0]}, "latents_mean"),
+        ({"latents_mean": [0.1]}, "latents_mean"),
         ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "down_block_types"),
-        ({"latent_channels": 5}, "do not fit its config.json"),
         ({"_class_name": "UNet2DConditionModel"}, "holds a UNet2DConditionModel"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))

@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ldm.clip import TextConfig, TextEncoder
@@ -35,6 +37,11 @@ def randomize(model: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def arrays(images: list[Image.Image]) -> np.ndarray:
+    """Pictures (B, H, W, 3) in [0, 255], whose differences do not wrap around."""
+    return np.stack([np.asarray(image, np.int16) for image in images])
 
 
 def unet_config(widths: tuple[int, ...] = (16, 32), blocks: str | None = None, **changes) -> UNetConfig:

@@ -5,6 +5,7 @@ is a pure function of (seed, step), so a run that is resumed, or shared by many 
 """
 
 import math
+import os
 import signal
 import warnings
 from collections.abc import Generator, Iterator
@@ -159,6 +160,10 @@ class Run:
         self.task, self.config, self.out = task, config, out
         trackers = ["tensorboard"] if find_spec("tensorboard") else []
         self.accelerator = Accelerator(mixed_precision=config.precision, log_with=trackers, project_dir=out)
+        self.accelerator.gradient_accumulation_steps = 1  # whatever the environment says: the loop accumulates
+        requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if requested not in ("no", config.precision):
+            warnings.warn(f"accelerate's mixed precision {requested} is not used; set train.precision", stacklevel=2)
         self.log = state.Log(self.accelerator, out, [task.dataset, task.held_out])
         self.best: dict[str, Any] | None = None  # step, value and name of the best validation
         self.called: Modules = {}  # the modules as a step calls them, with autocast and DDP or FSDP
