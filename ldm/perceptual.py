@@ -84,14 +84,13 @@ def perceptual_network(name: str, path: str | Path | None = None, depth: int | N
     return build(None if path is None else Path(path), depth)
 
 
-def _lpips(name: str, layers: tuple[int, ...], path: Path | None, depth: int) -> PerceptualDistance:
+def _lpips(name: str, layers: tuple[int, ...], file: str, path: Path | None, depth: int) -> PerceptualDistance:
     """LPIPS 0.1: torchvision's `name`, tapped after the given layers, and the channel weights of `lpips`."""
     import torchvision
 
     with torch.device("meta"):  # the classifier, most of its weights, is never used
         features = getattr(torchvision.models, name)().features
-    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-    state = _read_weights(path, url.split("-")[-1].removesuffix(".pth")) if path else _download(url)
+    state = _read_weights(path or _hub_file(name, file), file.split("-")[-1].removesuffix(".pth"))
     state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
     features.load_state_dict(state, assign=True)
     starts = (0, *(layer + 1 for layer in layers))
@@ -110,15 +109,22 @@ def _package_folder(package: str, install: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _download(url: str) -> dict[str, Tensor]:
-    """A state dict from torch hub's cache, downloaded where it is missing."""
-    options = {"map_location": "cpu", "weights_only": True, "check_hash": True}
-    try:
-        return torch.hub.load_state_dict_from_url(url, progress=False, **options)
-    except Exception as error:  # broken bytes make the unpickler raise nearly anything
-        reason = " ".join(str(error).split())[:200]
-        way_out = "give the path of that file, or use perceptual 'effnet-lite0', which needs no download"
-        raise UserError(f"{url} could not be read or downloaded ({reason}); {way_out}") from None
+def _hub_file(name: str, file: str) -> Path:
+    """torchvision's ImageNet weights in torch hub's cache, downloaded where they are missing."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    if not path.is_file():
+        import torchvision
+
+        url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+        except OSError as error:
+            raise UserError(
+                f"the weights {file} are not in {str(path.parent)!r} and could not be downloaded ({error}); put the"
+                " file there, set its path, or use perceptual 'effnet-lite0', which needs no download"
+            ) from None
+    return path
 
 
 # EfficientNet-Lite0's 16 blocks, grouped by width; and its input scaling, (v - 127) / 128 for v in 0..255. The stored
@@ -176,6 +182,6 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
 # name -> what builds it from (path, depth), default depth, number of stages
 NETWORKS: dict[str, tuple[Callable[[Path | None, int], PerceptualDistance], int, int]] = {
     "effnet-lite0": (_effnet_lite0, 4, len(_EFFNET_CHANNELS)),
-    "lpips-vgg": (partial(_lpips, "vgg16", (3, 8, 15, 22, 29)), 5, 5),
-    "lpips-alex": (partial(_lpips, "alexnet", (1, 4, 7, 9, 11)), 5, 5),
+    "lpips-vgg": (partial(_lpips, "vgg16", (3, 8, 15, 22, 29), "vgg16-397923af.pth"), 5, 5),
+    "lpips-alex": (partial(_lpips, "alexnet", (1, 4, 7, 9, 11), "alexnet-owt-7be5be79.pth"), 5, 5),
 }

@@ -26,6 +26,18 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "pndm": "PNDMScheduler",
 }
+# The nearest sampler to other classes; "dpmpp_2m" to those that are not listed.
+NEAREST = {
+    "DDIMParallelScheduler": "ddim",
+    "DDPMParallelScheduler": "ddpm",
+    "DPMSolverSDEScheduler": "euler_a",
+    "IPNDMScheduler": "pndm",
+    "KDPM2AncestralDiscreteScheduler": "euler_a",
+    "KDPM2DiscreteScheduler": "heun",
+    "LCMScheduler": "euler_a",
+    "LMSDiscreteScheduler": "euler",
+    "TCDScheduler": "euler_a",
+}
 # The options of each class that change its steps, with their values in the sampler here.
 SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 SOLVER = SIGMAS | {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero", "thresholding": False}
@@ -122,6 +134,13 @@ def save_schedule(folder: Path, config: ScheduleConfig) -> None:
     read, which diffusers keeps for an exchange of the scheduler. Raises UserError for an unknown sampler."""
     get_sampler(config.sampler)
     name = SCHEDULERS[config.sampler]
+    unlike = {
+        "rescale_betas_zero_snr": config.sampler in ("heun", "pndm") and config.rescale_betas_zero_snr,
+        "prediction_type": config.sampler == "pndm" and config.prediction_type == "sample",
+        "steps_offset": config.timestep_spacing == "leading" and config.steps_offset != 1,
+    }
+    for key in (key for key, differs in unlike.items() if differs):
+        warnings.warn(f"diffusers' {name} ignores {key} = {getattr(config, key)!r}: other pictures there", stacklevel=2)
     values = {key: value for key, value in asdict(config).items() if key != "sampler" and value is not None}
     prk = {"skip_prk_steps": True} if config.sampler == "pndm" else {}  # else PNDM begins with Runge-Kutta steps
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,14 +150,14 @@ def save_schedule(folder: Path, config: ScheduleConfig) -> None:
 def read_schedule(folder: Path) -> ScheduleConfig:
     """`scheduler_config.json` as diffusers' Stable Diffusion pipeline runs it, which sets steps_offset and clip_sample.
 
-    Keys of other classes are ignored. A class that is not supported is replaced by the default sampler, an option by
-    its default, with a warning. Raises UserError for noise schedules and predictions that would give wrong pictures.
+    Keys of other classes are ignored. For a class or an option that no sampler here has, the nearest sampler takes its
+    place, with a warning. Raises UserError for noise schedules and predictions that would give wrong pictures.
     """
     path = folder / "scheduler_config.json"
     table = model_io.read_json(path)
     name = str(table.get("_class_name"))
     samplers = {scheduler: sampler for sampler, scheduler in SCHEDULERS.items()}
-    sampler = samplers.get(name, ScheduleConfig.sampler)
+    sampler = samplers.get(name) or NEAREST.get(name, ScheduleConfig.sampler)
     start, end = (0.00085, 0.012) if sampler == "heun" else (0.0001, 0.02)
     defaults = {"beta_schedule": "linear", "beta_start": start, "beta_end": end, "skip_prk_steps": False}
     table = defaults | dict.fromkeys(("timestep_spacing", "set_alpha_to_one")) | table

@@ -66,6 +66,12 @@ class DiagonalGaussian:
     def std(self) -> Tensor:
         return torch.exp(0.5 * self.logvar)
 
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std * eps (B, C, h, w), eps drawn on the generator's device, without one on the mean's."""
+        device = self.mean.device if generator is None else generator.device
+        eps = torch.randn(self.mean.shape, generator=generator, device=device)
+        return self.mean + self.std * eps.to(self.mean)
+
 
 class MidBlock(nn.Module):
     """Two residual blocks with self-attention between them, at the lowest resolution."""

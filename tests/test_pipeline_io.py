@@ -152,6 +152,7 @@ SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
         ),
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "euler", "use_karras_sigmas = True"),
         ("PNDMScheduler", {}, "pndm", "skip_prk_steps = False"),
+        ("LCMScheduler", {}, "euler_a", "LCMScheduler is not supported; 'euler_a' takes its place"),
         ("DPMSolverMultistepScheduler", SDE, "dpmpp_2m", "solver_order = 3, algorithm_type = 'sde-dpmsolver[+][+]'"),
     ],
 )
@@ -159,6 +160,22 @@ def test_another_sampler_replaces_one_that_is_not_here_with_a_warning(tmp_path, 
     with pytest.warns(UserWarning, match=message) as warned:
         config = pipeline_io.read_schedule(write(tmp_path / "s", DDIM | {"_class_name": name} | change))
     assert config.sampler == sampler and len(warned) == 1 and "\n" not in str(warned[0].message)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"sampler": "heun", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+            "ignores rescale_betas_zero_snr = True",
+        ),
+        ({"sampler": "pndm", "prediction_type": "sample"}, "ignores prediction_type = 'sample'"),
+        ({"timestep_spacing": "leading", "steps_offset": 0}, "ignores steps_offset = 0"),
+    ],
+)
+def test_schedules_that_diffusers_cannot_follow_are_written_with_a_warning(tmp_path, config, message):
+    with pytest.warns(UserWarning, match=message):
+        pipeline_io.save_schedule(tmp_path, ScheduleConfig(**config))
 
 
 @pytest.mark.parametrize(

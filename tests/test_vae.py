@@ -133,3 +133,10 @@ def test_mistakes(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=message):
             VAE.from_pretrained(tmp_path)
+
+
+def test_a_posterior_sample_is_mean_plus_std_times_noise():
+    posterior = VAE(vae_config()).encode(normal(2, 3, 16, 16))
+    eps = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(3))
+    sample = posterior.sample(torch.Generator().manual_seed(3))
+    torch.testing.assert_close(sample, posterior.mean + posterior.std * eps)
