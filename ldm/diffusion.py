@@ -31,7 +31,7 @@ class ScheduleConfig:
     beta_end: float = 0.012
     num_train_timesteps: int = 1000
     rescale_betas_zero_snr: bool = False
-    prediction_type: Prediction = "epsilon"
+    prediction_type: Prediction = "epsilon"  # epsilon, v_prediction or sample (z0)
     timestep_spacing: Literal["leading", "trailing", "linspace"] | None = "leading"  # none: the sampler's
     steps_offset: int = 1  # of leading spacing; diffusers' pipelines set 1
     set_alpha_to_one: bool | None = True  # ddim, pndm: end at alpha 1, not at timestep 0; none: the sampler's

@@ -115,6 +115,8 @@ def read_edit(
     (height, width), (h, w) = x.shape[2:], white.shape[2:]
     if (h, w) != (height, width):
         raise UserError(f"the mask is {w}x{h}, the image {width}x{height}; both must have one size")
+    if min(height, width) < factor:
+        raise UserError(f"the image is {width}x{height}, smaller than a latent position of {factor} px")
     # A latent's mask is that of its upper left pixel, as in diffusers.
     return Edit(x=x, mask=F.interpolate(white, scale_factor=1 / factor), strength=strength, resample=resample)
 

@@ -88,7 +88,11 @@ def find_root(folder: str | Path) -> Path:
 
 
 def is_finished(run: Path, checkpoint: Path) -> bool:
-    """Whether a run folder has all model files that its newest checkpoint has, as after the export at its end."""
+    """Whether a run has taken all its steps and its folder has the model files of its newest checkpoint, as after the
+    export at its end."""
+    config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    if int(checkpoint.name.removeprefix("step-")) < config.get("train", {}).get("steps", 0):
+        return False
     files = [path for path in checkpoint.rglob("*.json") if path.name not in ("manifest.json", "state.json")]
     return bool(files) and all((run / file.relative_to(checkpoint)).is_file() for file in files)
 

@@ -165,7 +165,7 @@ def read_schedule(folder: Path) -> ScheduleConfig:
         raise UserError(f"{path}: the noise schedule of this {name} is not supported; known: {', '.join(samplers)}")
     if table.get("clip_sample"):
         warnings.warn(f"{path}: clip_sample = True is read as false, as Stable Diffusion runs", stacklevel=2)
-    options = [key for key, value in OPTIONS[sampler].items() if table.get(key, value) not in (value, None)]
+    options = [key for key, value in OPTIONS.get(sampler, {}).items() if table.get(key, value) not in (value, None)]
     if options or name not in samplers:
         variant = ", ".join([name, *(f"{key} = {table[key]!r}" for key in options)])
         warnings.warn(f"{path}: {variant} is not supported; {sampler!r} takes its place by default", stacklevel=2)

@@ -89,6 +89,8 @@ def main() -> None:
     options = check(read_options(Options, __doc__))
     chosen, rows = choose(options), []
     options.out.mkdir(parents=True, exist_ok=True)
+    if not find_spec("diffusers"):
+        print("warning: diffusers is not installed, so this project is measured alone", file=sys.stderr)
     for name, (workload, params) in chosen.items():
         print(f"measuring {name}", file=sys.stderr)
         rows.append({"name": name} | measure(workload, params, options))

@@ -138,6 +138,8 @@ def curves(path: Path) -> dict[str, Lines]:
             levels = {r["of"]: value for r, value in values if r["of"] in ("real held-out", "real train")}
             ends = (samples[0][0], samples[-1][0])
             plots[title] = {"samples": samples} | {of: [(x, value) for x in ends] for of, value in levels.items()}
+    if not plots:
+        raise UserError(f"{str(path)!r} is no evaluation of a model")
     return plots
 
 

@@ -70,6 +70,7 @@ def main() -> None:
     inputs = {name: getattr(options, name) for name in PASSED} | read_squares(options, pipe)
     shared = {name: getattr(options, name) for name in RECORDED}
     shared["sampler"] = options.sampler or pipe.schedule.config.sampler
+    shared |= {name: getattr(options, name) for name in ("height", "width") if getattr(options, name)}
     if options.image:
         shared |= {name: getattr(options, name) or "" for name in ("image", "mask", "strength", "resample")}
     if options.interpolate:
@@ -113,6 +114,8 @@ def check(options: Options, prompts: list[str]) -> None:
         raise UserError(f"--interpolate {count} with {len(prompts)} prompts; give 2 or more pictures and two prompts")
     if options.seed_to is not None and count is None:
         raise UserError("--seed-to is the last seed of --interpolate; leave it out without that")
+    if options.image and not 0 < options.strength <= 1:
+        raise UserError(f"--strength is {options.strength}; it must be above 0 and up to 1")
     if options.image and options.height != options.width:
         raise UserError(f"--image is cut to a square: --height {options.height} and --width {options.width} differ")
 

@@ -120,6 +120,8 @@ def find_pictures(root: Path, prefix: str, need_captions: bool, faults: Faults, 
     files = sorted(os.path.relpath(file, root) for file in list_files(str(root / prefix), set()))
     metadata = [file for file in files if os.path.basename(file) == METADATA]
     described, broken = read_metadata(root, metadata)
+    for name in sorted(described.keys() - {*files}):
+        broken[name] = f"metadata names {name!r}, which is hidden or linked twice; name a visible file"
     names = [name for name in files if name in described or _suffix(name) in PICTURES and not _is_grid(root / name)]
     if not names and not broken:
         raise UserError(f"no pictures in {str(root / prefix)!r}; known kinds: {' '.join(SUFFIXES)}")

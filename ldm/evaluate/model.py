@@ -190,7 +190,8 @@ def read_baseline(folder: str, e: Evaluation) -> dict:
     try:
         pairs = [(key, table["settings"][key], now[key]) for key in SHARED]
         resizes = {r["extractor_sha256"]: r["resize"] for r in table["results"] if "extractor_sha256" in r}
-    except (KeyError, TypeError):
+        best_guidance(table["results"])
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{folder!r} holds no evaluation of a model by this version") from None
     for metadata in (each.metadata for each in (e.features, e.judge) if each):
         sha256 = metadata["extractor_sha256"]

@@ -35,7 +35,7 @@ class LossConfig:
     perceptual: float = 1.0  # weight of the perceptual distance
     perceptual_net: str = "effnet-lite0"  # or lpips-vgg, lpips-alex
     perceptual_path: str | None = None  # file of its weights; none: where they are downloaded to
-    perceptual_depth: int | None = None  # stages of it to compare, fewer being cheaper; none: all
+    perceptual_depth: int | None = None  # stages of it to compare; none: 4 of effnet-lite0, all 5 of LPIPS
     kl: float = 1e-4  # weight of the KL divergence per latent element
     gan: float = 0.5  # weight of the GAN term, times the adaptive weight and the ramp; 0: no discriminator
     gan_start: int = 5000  # first step of the GAN term; the discriminator learns from half of that on
@@ -81,7 +81,10 @@ class AutoencoderTask(Task):
         vae = VAE.from_pretrained(config.vae) if config.vae else VAE(config.model)
         require(size % vae.factor == 0, "data.size", size, f"a multiple of {vae.factor}, the VAE's reduction")
         vae.config = replace(vae.config, sample_size=size)
+        require(size >= 11, "data.size", size, "11 or more, the window of SSIM")
         freeze(vae, config.frozen)
+        last = vae.decoder.conv_out.weight.requires_grad
+        require(last or not loss.gan, "frozen", config.frozen, "without the decoder's last layer, unless loss.gan=0")
         self.modules = {"vae": vae}
         if loss.gan:
             discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)

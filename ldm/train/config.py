@@ -57,10 +57,10 @@ class TrainConfig:
     workers: int = 0  # processes that load data
     ema_decay: float = 0.999  # final decay of the averaged weights, which are validated and exported
     ema_power: float = 0.75  # warm-up of the decay: 1 - (1 + step)^-power
-    log_every: int = 50
-    validate_every: int = 1000
-    preview_every: int = 1000
-    save_every: int = 1000
+    log_every: int = 50  # steps between two lines of metrics.jsonl
+    validate_every: int = 1000  # steps between two validations; 0: none but the last
+    preview_every: int = 1000  # steps between two previews; 0: none but the last
+    save_every: int = 1000  # steps between two checkpoints; 0: none but the last
     keep: int = 2  # newest checkpoints to keep
     best: str = ""  # validation value whose best checkpoint is kept as well: "loss" (lowest), "-psnr" (highest)
     max_skipped: int = 20  # consecutive steps with non-finite losses before giving up

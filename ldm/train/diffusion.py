@@ -1,7 +1,8 @@
 """Training the U-Net on latents and captions (Rombach et al. 2022, section 3.3)."""
 
 import math
-from dataclasses import dataclass, field, replace
+import warnings
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weig
 from ldm.distributed import Draws, processes
 from ldm.images import captioned_grid, to_float
 from ldm.pipeline import Pipeline
-from ldm.pipeline_io import Parts, save_parts
+from ldm.pipeline_io import Parts, read_schedule, save_parts
 from ldm.samplers import make_grid
 from ldm.tokenizer import Tokenizer
 from ldm.train.config import TrainConfig, require_least
@@ -26,6 +27,9 @@ from ldm.train.loop import Losses, Modules, Task, to_device
 from ldm.train.optim import freeze
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE
+
+# The fields of a schedule that a U-Net is trained for.
+NOISE = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr", "prediction_type")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,8 @@ class PreviewConfig:
 
     def __post_init__(self) -> None:
         require_least(self, "preview.", 1, "count")
-        require_least(self, "preview.", 0, "guidance")
+        require_least(self, "preview.", 0, "guidance", "seed")
+        require(self.guidance < math.inf, "preview.guidance", self.guidance, "finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,8 @@ class DiffusionConfig:
         require(abs(self.logit_mean) < math.inf, "logit_mean", self.logit_mean, "finite")
         require(0 < self.logit_std < math.inf, "logit_std", self.logit_std, "above 0 and finite")
         require_least(self, "", 1, "held_out")
+        gamma = self.min_snr_gamma
+        require(gamma is None or gamma > 0, "min_snr_gamma", gamma, "above 0 or none")
         if self.cache and self.data.flip:
             raise UserError("a latent cache holds no mirrored pictures: leave out cache, or set data.flip=false")
 
@@ -110,12 +117,15 @@ class DiffusionTask(Task):
         torch.manual_seed(config.train.seed)
         new = replace(config.model, sample_size=config.data.size // self.vae.factor, **sizes)
         unet = UNet.from_pretrained(config.unet) if config.unet else UNet(new)
+        if config.unet:
+            warn_of_another_schedule(config.unet, config.schedule)
         for key, size in sizes.items():
             value = getattr(unet.config, key)
             require(value == size, f"{key} of {config.unet}", value, f"{size}, to fit VAE and text encoder")
         multiple, size = self.vae.factor * 2 ** (len(unet.config.block_out_channels) - 1), config.data.size
         allowed = f"a multiple of {multiple}, the reduction of VAE and U-Net together"
         require(size % multiple == 0, "data.size", size, allowed)
+        unet.config = replace(unet.config, sample_size=new.sample_size)
         freeze(unet, config.frozen)
         return unet
 
@@ -185,6 +195,17 @@ class DiffusionTask(Task):
     def export(self, modules: Modules, folder: Path, final: bool) -> None:
         """Writes the whole pipeline into `folder`."""
         save_parts(folder, self.parts(modules))
+
+
+def warn_of_another_schedule(folder: str, schedule: ScheduleConfig) -> None:
+    """Warns where the U-Net to start from was trained with another noise schedule or prediction."""
+    root = model_io.find_root(folder)
+    if (root / "scheduler").is_dir():
+        theirs, ours = asdict(read_schedule(root / "scheduler")), asdict(schedule)
+        changes = [f"{key} {theirs[key]!r}, here {ours[key]!r}" for key in NOISE if theirs[key] != ours[key]]
+        if changes:
+            text = "; schedule.".join(changes)
+            warnings.warn(f"the U-Net of {folder!r} was trained with schedule.{text}", stacklevel=2)
 
 
 def check_normalized(z: Tensor) -> None:

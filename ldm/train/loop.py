@@ -138,12 +138,14 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
             done = step + 1
             if c.due(done, c.log_every):
                 bar.set_postfix_str(log.write_means(done))
+            if stopped_by:
+                run.save(done)  # first: whoever stops the run may not wait for a validation
             improved = run.validate(done) if c.due(done, c.validate_every) else False
             if c.due(done, c.preview_every):
                 run.preview(done)
             if done == c.steps:
                 run.export()  # before the last checkpoint, which marks the run as finished
-            if improved or stopped_by or c.due(done, c.save_every):
+            if improved or (c.due(done, c.save_every) and not stopped_by):
                 run.save(done)
             if stopped_by:
                 raise Stopped(stopped_by, done)
@@ -187,7 +189,7 @@ class Run:
         if progress["best"] and progress["best"]["name"] == self.config.best:
             self.best = progress["best"]
         if step >= steps:
-            if not model_io.is_finished(self.out, folder):  # train.steps was lowered
+            if not from_main(partial(model_io.is_finished, self.out, folder)):  # train.steps was lowered
                 self.export()
             self.log.say(f"{self.out} is finished at step {step}; raise train.steps (now {steps}) to go on")
         return step

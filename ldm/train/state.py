@@ -31,7 +31,7 @@ FORMAT = 2  # of the training state; runs of format 1 had other optimizer groups
 MANIFEST = "manifest.json"
 # Keys of a config that do not change the trained weights.
 FREE = ("train.log_every", "train.validate_every", "train.preview_every", "train.save_every", "train.keep")
-FREE += ("train.steps", "train.workers", "train.max_skipped", "train.best", "preview.", "cache", "data.max_broken")
+FREE += ("train.workers", "train.max_skipped", "train.best", "preview.", "cache", "data.max_broken")
 PRODUCT = "train.batch_size * train.accumulate"  # how these share it may change
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "einops", "safetensors", "numpy")
 
@@ -200,13 +200,14 @@ def begin(out: Path, resolved: dict[str, Any], seed: int, start: int, force: boo
 
 
 def check_changes(file: Path, resolved: dict[str, Any], force: bool) -> None:
-    """Compares a config with that in `file`: changes of keys that are not FREE raise UserError, or warn if `force`."""
+    """Compares a config with that in `file`: changes of keys that are not FREE raise UserError, or warn if `force`, as
+    the number of steps always does."""
     before, now = (flat(table) for table in (model_io.read_json(file), json.loads(json.dumps(resolved))))
     for table in (before, now):
         table[PRODUCT] = table.pop("train.batch_size", 1) * table.pop("train.accumulate", 1)
     changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(FREE)]
     text = ", ".join(f"{key} ({before[key]!r} before, {now[key]!r} now)" for key in changed)
-    if changed and not force:
+    if {*changed} - {"train.steps"} and not force:
         raise UserError(
             f"{str(file.parent)!r} was started with another config: {text}. Give --force to go on with these values,"
             " or another --out to start anew"
