@@ -162,6 +162,7 @@ def test_an_index_that_disagrees_with_the_shards(tmp_path):
         (json.dumps({"shards": {name: {"size": 3}}}), "is no index of shards"),
         (json.dumps({"shards": {name: entry, "train-000009.tar": entry}}), "'train-000009.tar' has no bytes but"),
         (json.dumps({"shards": {}}), "index.json says nothing"),
+        (json.dumps({"shards": {"../escape.tar": entry}}), "'../escape.tar' has no bytes"),
         (json.dumps({"shards": {name: entry | {"bytes": 5000}}}), "has 20480 bytes but index.json says 5000"),
         ("{", "index.json' is not valid JSON"),
     ):

@@ -155,7 +155,7 @@ def check_index(files: list[Path]) -> None:
     except (AttributeError, KeyError, TypeError):
         raise UserError(f"{str(index)!r} is no index of shards; delete it, or write the shards again") from None
     for name in [*sizes, *(file.name for file in files)]:
-        file, listed = index.with_name(name), sizes.get(name, "nothing")
+        file, listed = index.parent / name, sizes.get(name, "nothing")
         size = file.stat().st_size if file.is_file() else "no"
         if size != listed:
             raise UserError(f"shard {name!r} has {size} bytes but {INDEX} says {listed}; write the shards again")
