@@ -6,8 +6,6 @@ Each side runs in a fresh process per case, in alternating rounds. Writes benchm
 Exit code 1 if outputs disagree or a case fails.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import multiprocessing
@@ -16,11 +14,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,7 +27,15 @@ from ldm.commands.cli import read_options
 from ldm.config import UserError
 
 NETWORK, GRADIENT, PICTURE = 1e-4, 1e-3, 1 / 200  # tolerances; a level of 255 is below the last
-LEAST, MOST = 0.2, 50  # seconds to time at once, and at most so many runs to reach them
+SINGLE = (("shapes", 32, 1), ("emoji", 64, 1), ("emoji", 128, 1), ("emoji", 256, 1))  # model, pixels, batch
+EIGHT = (("shapes", 32, 8), ("emoji", 64, 8), ("emoji", 128, 8))
+WORKLOADS = {  # largest difference of outputs, relative to the largest value (None: ours alone), and cases
+    "unet-forward": (NETWORK, SINGLE),
+    "sampling": (PICTURE, SINGLE + EIGHT),
+    "vae": (NETWORK, (("emoji", 64, 8), ("emoji", 256, 1))),
+    "train-unet": (GRADIENT, (("shapes", 32, 64), ("emoji", 64, 32), ("emoji", 128, 8))),
+    "data": (None, (("shapes", 32, 32), ("emoji", 64, 32))),
+}
 HEAD = ("case", "ldm", "diffusers", "ratio", "peak memory, MB", "largest difference")
 NOTE = """Median [quartiles] of one run; ratio of the medians, theirs over ours, with its 95% bootstrap interval over
 the rounds; memory is the peak of a process with this case alone, ours / theirs."""
@@ -45,195 +52,156 @@ class Options:
     threads: int = 0  # CPU threads per side; 0: all cores
     device: Literal["cpu", "cuda"] = "cpu"  # device of both sides
     quick: bool = False  # run only the first case of each workload
-    compile: bool = False  # also run with torch.compile on both sides
+    compile: bool = False  # also sample with torch.compile on both sides
 
 
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """Cases of one job, a function of `benchmark_jobs`: name -> its arguments."""
+class Case(NamedTuple):
+    """One row of the table, and whose code runs."""
 
-    job: str
-    cases: dict[str, Row]
-    tolerance: float | None = NETWORK  # largest difference of outputs, relative to the largest value; None: ours alone
+    workload: str
+    model: str
+    size: int  # of the pictures, in pixels
+    batch: int
+    compiled: bool
+    device: str
+    ours: bool = True
 
-
-def cases(*rows: tuple[str, int, int]) -> dict[str, Row]:
-    """Cases of shipped models by model, picture size and batch."""
-    return {f"{m} {s} px, batch {b}": {"model": m, "size": s, "batch": b} for m, s, b in rows}
-
-
-SINGLE = (("shapes", 32, 1), ("emoji", 64, 1), ("emoji", 128, 1), ("emoji", 256, 1))
-LOADED = {f"{d}, {n} workers, 256 pictures": {"name": d, "workers": n} for d in ("shapes", "emoji") for n in (0, 2)}
-WORKLOADS = {
-    "cold-start": Workload(job="program", cases={"first 64 px picture": {}}, tolerance=PICTURE),
-    "unet-forward": Workload(job="unet", cases=cases(*SINGLE)),
-    "sampling": Workload(
-        job="sampling", cases=cases(*SINGLE, ("shapes", 32, 8), ("emoji", 64, 8), ("emoji", 128, 8)), tolerance=PICTURE
-    ),
-    "vae": Workload(job="vae", cases=cases(("emoji", 64, 8), ("emoji", 256, 1))),
-    "train-unet": Workload(
-        job="train_unet", cases=cases(("shapes", 32, 64), ("emoji", 64, 32), ("emoji", 128, 8)), tolerance=GRADIENT
-    ),
-    "train-clip": Workload(job="train_clip", cases={"emoji's judge, batch 32": {}}, tolerance=GRADIENT),
-    "data": Workload(job="data", cases=LOADED, tolerance=None),
-}
-COMPILED = ("unet-forward", "sampling", "vae")  # workloads of --compile
-
-
-class CaseFailed(Exception):
-    """A side could not do its work; the text is one line."""
+    def __str__(self) -> str:
+        return f"{self.workload}: {self.model} {self.size} px, batch {self.batch}" + ", compiled" * self.compiled
 
 
 def main() -> None:
     """Measures, prints the table, writes the files."""
-    options = check(read_options(Options, __doc__))
-    chosen, rows = choose(options), []
+    options = read_options(Options, __doc__)
+    cases, rows = choose(options), []
     options.out.mkdir(parents=True, exist_ok=True)
-    if not find_spec("diffusers"):
-        print("warning: diffusers is not installed, so this project is measured alone", file=sys.stderr)
-    for name, (workload, params) in chosen.items():
-        print(f"measuring {name}", file=sys.stderr)
-        rows.append({"name": name} | measure(workload, params, options))
-        table = write(options, rows)
+    settings = {"device": options.device, "rounds": options.rounds, "threads": options.threads or os.cpu_count()}
+    os.environ |= {"OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error"}
+    for case in cases:
+        print(f"measuring {case}", file=sys.stderr)
+        try:
+            row = measure(case, options.rounds)
+        except ChildProcessError as error:
+            row = {"problem": str(error)}
+        rows.append({"name": str(case)} | row)
+        table = write(options.out, settings, rows)
     print(f"{table}\nwritten to {options.out}")
-    failures = [f"error: {row['name']}: {row['problem']}\n" for row in rows if row["problem"]]
-    sys.stderr.write("".join(failures))
-    sys.exit(1 if failures else 0)
+    failures = [f"error: {row['name']}: {row['problem']}" for row in rows if row["problem"]]
+    sys.exit("\n".join(failures) or 0)
 
 
-def check(options: Options) -> Options:
-    """The options, with the number of threads. Raises UserError for values out of range."""
-    if options.rounds < 1:
-        raise UserError(f"--rounds {options.rounds} is not allowed; give 1 or more")
-    if not 0 <= options.threads <= 1024:
-        raise UserError(f"--threads {options.threads} is not allowed; give 1 to 1024, or 0 for all cores")
+def choose(options: Options) -> list[Case]:
+    """The cases to measure. Raises UserError for options out of range."""
+    for name, least in (("rounds", 1), ("threads", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} {getattr(options, name)} is not allowed; give {least} or more")
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {str(options.out)!r} is a file; give a folder, which may be new")
     if options.device == "cuda":
         from ldm.distributed import find_device
 
         find_device(options.device)
-    return replace(options, threads=options.threads or os.cpu_count())
-
-
-def choose(options: Options) -> dict[str, tuple[Workload, Row]]:
-    """The cases of --only, --quick and --compile by name. Raises UserError for an unknown workload."""
-    names = list(WORKLOADS) if options.only is None else [name.strip() for name in options.only.split(",")]
-    chosen = {}
-    for name in names:
+    cases = []
+    for name in WORKLOADS if options.only is None else map(str.strip, options.only.split(",")):
         if name not in WORKLOADS:
             raise UserError(f"workload {name!r} is unknown; known: {', '.join(WORKLOADS)}")
-        workload = WORKLOADS[name]
-        for case, params in list(workload.cases.items())[: 1 if options.quick else None]:
-            chosen[f"{name}: {case}"] = (workload, params)
-            if options.compile and name in COMPILED:
-                loose = replace(workload, tolerance=max(workload.tolerance, GRADIENT))
-                chosen[f"{name}: {case}, compiled"] = (loose, params | {"compile": True})
-    return chosen
+        rows = WORKLOADS[name][1][: 1 if options.quick else None]
+        compile = {False, options.compile and name == "sampling"}
+        cases += [Case(name, *row, compiled, options.device) for row in rows for compiled in sorted(compile)]
+    return cases
 
 
 # --- one case
 
 
-def measure(workload: Workload, params: Row, options: Options) -> Row:
-    """The raw times of a case, its comparison of outputs, and the `problem`, "" where there is none."""
-    sides = ["ldm", "diffusers"] if workload.tolerance is not None and find_spec("diffusers") else ["ldm"]
+def measure(case: Case, rounds: int) -> Row:
+    """The raw times of a case, its comparison of outputs, and the `problem`, "" where there is none. Raises
+    ChildProcessError where a side cannot do its work."""
+    tolerance = WORKLOADS[case.workload][0]
+    sides = {"ldm": case} | ({"diffusers": case._replace(ours=False)} if tolerance else {})
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    try:
-        with ExitStack() as stack:
-            ask = {side: stack.enter_context(child(side, workload.job, params, options)) for side in sides}
-            repeats = max(1, min(MOST, round(LEAST / max(ask[side](1) for side in sides))))
-            for i in range(options.rounds):
-                for side in sides if i % 2 == 0 else sides[::-1]:
-                    seconds[side].append(ask[side](repeats))
-            outputs, peaks = zip(*(ask[side](0) for side in sides), strict=True)
-    except CaseFailed as error:
-        return {"problem": str(error)}
-    peaks = () if workload.job == "program" else peaks  # its memory is that of another process
+    with ExitStack() as stack:
+        ask = {side: stack.enter_context(child(side, sides[side])) for side in sides}
+        for i in range(rounds):
+            for side in sorted(sides, reverse=i % 2 == 0):
+                seconds[side].append(ask[side]("time"))
+        outputs, peaks = zip(*(ask[side]("outcome") for side in sides), strict=True)
     row = {"seconds": seconds, "peaks": peaks, "difference": None, "problem": ""}
-    if len(sides) == 2:
+    if tolerance:
         row["difference"] = gap = largest_difference(*outputs)
-        row["problem"] = f"outputs differ by {gap:.2g}, allowed {workload.tolerance:g}" * (gap > workload.tolerance)
+        row["problem"] = "" if gap <= tolerance else f"outputs differ by {gap:.2g}, allowed {tolerance:g}"
     return row
 
 
 @contextmanager
-def child(side: str, job: str, params: Row, options: Options) -> Iterator[Callable[[int], Any]]:
-    """A process that has built a case and run it once; see `serve` for what the function returns.
+def child(side: str, case: Case) -> Iterator[Callable[[str], Any]]:
+    """A process that has built a case and run it once, and does what it is asked: "time" returns the seconds of a run,
+    "outcome" the outputs and the peak bytes.
 
     This process imports no torch, as Linux counts its memory in the peak of a new process.
     """
-    os.environ |= {name: str(options.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
     context = multiprocessing.get_context("spawn")
     pipe, end = context.Pipe()
-    process = context.Process(target=serve, args=(end, side, job, params, options), daemon=True)
+    process = context.Process(target=serve, args=(end, case), daemon=True)
     process.start()
     end.close()
 
-    def ask(repeats: int) -> Any:
+    def ask(task: str) -> Any:
         try:
-            pipe.send(repeats)
+            pipe.send(task)
             reply = pipe.recv()
         except (EOFError, OSError):
             process.join()
-            raise CaseFailed(f"{side}: its process ended with code {process.exitcode}") from None
-        if isinstance(reply, CaseFailed):
-            raise CaseFailed(f"{side}: {reply}")
+            reply = f"its process ended with code {process.exitcode}"
+        if isinstance(reply, str):
+            raise ChildProcessError(f"{side}: {reply}")
         return reply
 
     try:
-        ask(1)
+        ask("time")
         yield ask
     finally:
         process.kill()
         process.join()
 
 
-def serve(pipe: Any, side: str, job: str, params: Row, options: Options) -> None:
-    """The work of a child process: replies to a number of runs by the seconds per run, to 0 by the outputs and the peak
-    bytes."""
+def serve(pipe: Connection, case: Case) -> None:
+    """The work of a child process; an error is replied as its text."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C ends it in silence
     try:
         from ldm.commands import benchmark_jobs as jobs
 
-        run = jobs.build(side == "ldm", job, params, options.threads, options.device)
-        for repeats in iter(pipe.recv, 0):
-            pipe.send(jobs.timed(run, repeats))
-        pipe.send(jobs.outcome(run))
+        run = jobs.build(case)
+        while True:
+            pipe.send(jobs.timed(run, least=0.2) if pipe.recv() == "time" else jobs.outcome(run))
     except EOFError:  # the benchmark was stopped
         pass
     except Exception as error:
-        pipe.send(CaseFailed(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"))
+        pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
 
 
-def largest_difference(ours: Row, theirs: Row) -> float:
-    """The largest difference of arrays, relative to their largest value; infinite where names, shapes or finiteness
-    differ."""
-    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
-        return float("inf")
-    gaps = [np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max() for name in theirs]
-    return float(max(gaps)) if np.isfinite(gaps).all() else float("inf")
+def largest_difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    """The largest difference of arrays, relative to their largest value."""
+    gaps = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, theirs, strict=True)]
+    return float(np.max(gaps))  # NaN where an array has one
 
 
 # --- the table
 
 
-def write(options: Options, rows: list[Row]) -> str:
+def write(out: Path, settings: Row, rows: list[Row]) -> str:
     """Writes the rows as JSON, Markdown and HTML; returns the Markdown."""
-    settings = {name: getattr(options, name) for name in ("device", "rounds", "threads")}
     packages = filter(find_spec, ("torch", "diffusers", "transformers", "numpy"))
     settings |= {name: importlib.metadata.version(name) for name in packages}
-    lines = [list(HEAD), *map(cells, rows)]
+    lines = [HEAD, *map(cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    table = [" | ".join(map(str.ljust, line, widths)) for line in lines]
-    versions = ", ".join(f"{name} {value}" for name, value in settings.items())
-    markdown = "".join(f"| {line} |\n" for line in table) + f"\n{NOTE}\n\n{versions}\n"
+    table = "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)
+    markdown = f"{table}\n{NOTE}\n\n{', '.join(f'{name} {value}' for name, value in settings.items())}\n"
     html = f"<!doctype html><html lang=en><meta charset=utf-8><title>Benchmark</title><pre>{escape(markdown)}</pre>"
     json_text = json.dumps({"settings": settings, "rows": rows}, indent=1)
     for ending, text in {"json": json_text, "md": markdown, "html": html}.items():
-        (options.out / f"benchmark.{ending}").write_text(text, encoding="utf-8")
+        (out / f"benchmark.{ending}").write_text(text, encoding="utf-8")
     return markdown
 
 
@@ -241,21 +209,18 @@ def cells(row: Row) -> list[str]:
     """A row of the table; HEAD names its columns."""
     if "seconds" not in row:
         return [row["name"], "failed", row["problem"], "-", "-", "-"]
-    times = [time_text(seconds) for seconds in row["seconds"].values()]
-    shown = "-"
-    if len(times) == 2:
-        value, low, high = ratio(row["seconds"]["diffusers"], row["seconds"]["ldm"])
-        shown = f"{value:.2f}x [{low:.2f}, {high:.2f}]"
-    peaks = " / ".join(f"{peak / 2**20:.0f}" for peak in row["peaks"]) or "-"
-    gap = "-" if row["difference"] is None else f"{'WRONG: ' * bool(row['problem'])}{row['difference']:.1e}"
-    return [row["name"], times[0], *(times[1:] or ["-"]), shown, peaks, gap]
+    times = [time_text(*np.quantile(seconds, (0.5, 0.25, 0.75))) for seconds in row["seconds"].values()]
+    peaks = " / ".join(f"{peak / 2**20:.0f}" for peak in row["peaks"])
+    if row["difference"] is None:
+        return [row["name"], *times, "-", "-", peaks, "-"]
+    compared = "{:.2f}x [{:.2f}, {:.2f}]".format(*ratio(row["seconds"]["diffusers"], row["seconds"]["ldm"]))
+    return [row["name"], *times, compared, peaks, f"{'WRONG: ' * bool(row['problem'])}{row['difference']:.1e}"]
 
 
-def time_text(seconds: list[float]) -> str:
-    """Median and quartiles in the unit that fits."""
-    low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75))
-    unit, factor = ("s", 1) if middle >= 1 else ("ms", 1e3)
-    return f"{middle * factor:.3g} {unit} [{low * factor:.3g}, {high * factor:.3g}]"
+def time_text(median: float, low: float, high: float) -> str:
+    """A time with its quartiles in the unit that fits."""
+    unit, factor = ("s", 1) if median >= 1 else ("ms", 1e3)
+    return f"{median * factor:.3g} {unit} [{low * factor:.3g}, {high * factor:.3g}]"
 
 
 def ratio(theirs: list[float], ours: list[float]) -> tuple[float, float, float]:
