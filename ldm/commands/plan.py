@@ -7,29 +7,17 @@ FLOPs are counted on the configs of --family. The share of a GPU's peak that tra
 assumption unless measured: --measure N takes N training steps of the U-Net here and prints their rate, for --rate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 from ldm.commands.cli import read_options
 from ldm.config import UserError, load
 
-if TYPE_CHECKING:
-    from ldm.unet import UNetConfig
-
 NODE = 8  # GPUs that NVLink connects
-STATE_BYTES = 4 + 4 + 8 + 4  # per parameter: float32 weight, gradient, AdamW's two moments, average
 GRADIENT_BYTES = 4  # DDP sums float32 gradients, also under bf16 autocast
-WARM_UP = 2  # steps that are not timed
-POSITIVE = ("pictures", "epochs", "size", "gpus", "peak", "storage", "caption_bytes", "rate", "bandwidth")
-NOT_NEGATIVE = ("price", "picture_bytes", "measure", "batch", "accumulate")
-BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "bytes"))
-SECONDS = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "s"), (1e-3, "ms"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,48 +43,41 @@ class Options:
     accumulate: int = 0  # micro-batches per step; 0: the config's
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """The three parts of a family at one picture size; FLOPs are per picture."""
+class Model(NamedTuple):
+    """A family at one picture size, on the meta device."""
 
-    unet_flops: int  # forward and backward
-    vae_flops: int  # encoder
-    text_flops: int
-    parameters: int  # of the U-Net
-    unet: UNetConfig
-    latent: tuple[int, int, int]  # C, h, w
-    context: tuple[int, int]  # L, D
+    unet: Any
+    z_t: Any  # a latent (1, C, h, w)
+    context: Any  # (1, L, D)
+    train_tflop: float  # per picture: U-Net forward and backward, text encoder forward
+    encode_tflop: float  # per picture, by the VAE
     batch: int  # per GPU and micro-batch
     accumulate: int  # micro-batches per step
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Prints the table, a column per rate."""
     options = read_options(Options, __doc__)
     check(options)
     model = read_model(options)
     if options.measure:
         return print(measured(model, options.measure))
     rates = [options.rate] if options.rate else [share / 100 * options.peak for share in options.utilization]
-    data = f"{round(options.pictures):,} pictures of {options.size} px, {options.epochs:g} epochs"
+    columns = [projection(model, options, rate) for rate in rates]
+    data = f"{options.pictures:,.0f} pictures of {options.size} px, {options.epochs:g} epochs"
     print(f"{data}, {options.gpus} GPUs, {options.family}")
-    for name, value in facts(model, options).items():
-        print(f"  {name:52}{value}")
-    columns = [projection(model, options, rate * 1e12) for rate in rates]
-    print(f"  {'at TFLOP/s a GPU':40}" + "".join(f"{rate:>16,.3g}" for rate in rates))
     for name in columns[0]:
-        print(f"  {name:40}" + "".join(f"{column[name]:>16}" for column in columns))
+        values = [column[name] for column in columns]
+        print(f"  {name:40}" + "".join(f"{x:>16,.0f}" if x >= 100 else f"{x:>16.3g}" for x in values))
 
 
 def check(options: Options) -> None:
-    """Raises UserError for values out of range."""
-    for name in POSITIVE + NOT_NEGATIVE:
-        value, least = getattr(options, name), "more than 0" if name in POSITIVE else "0 or more"
-        if value is not None and not (0 <= value < float("inf") and (value > 0 or name in NOT_NEGATIVE)):
-            raise UserError(f"--{name.replace('_', '-')} {value:g} is not allowed; give {least}")
-    if not options.utilization or not all(0 < share <= 100 for share in options.utilization):
-        shown = ",".join(f"{share:g}" for share in options.utilization)
-        raise UserError(f"--utilization {shown!r} is not allowed; give percentages with commas, e.g. 25,35,45")
+    """Raises UserError for numbers below 0, or of 0 where that is not the default, and for other percentages."""
+    for name, value in vars(options).items():
+        if isinstance(value, int | float) and not (value > 0 or value == getattr(Options, name)):
+            raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give a number above 0")
+    if not 0 < min(options.utilization, default=0) <= max(options.utilization) <= 100:
+        raise UserError(f"--utilization {options.utilization} is not allowed; give percentages, e.g. 25,35,45")
 
 
 def read_model(o: Options) -> Model:
@@ -104,138 +85,96 @@ def read_model(o: Options) -> Model:
     size they do not take."""
     import torch
 
-    from ldm.clip import TextEncoder
+    from ldm import VAE, TextEncoder, UNet
     from ldm.train.autoencoder import AutoencoderConfig
     from ldm.train.clip import CLIPConfig
     from ldm.train.diffusion import DiffusionConfig
-    from ldm.unet import UNet
-    from ldm.vae import VAE
 
-    vae_config = load(AutoencoderConfig, o.family / "autoencoder.toml").model
-    text_config = load(CLIPConfig, o.family / "clip.toml").text
     diffusion = load(DiffusionConfig, o.family / "diffusion.toml")
-    channels, factor = vae_config.latent_channels, 2 ** (len(vae_config.block_out_channels) - 1)
-    multiple = factor * 2 ** (len(diffusion.model.block_out_channels) - 1)
-    if o.size % multiple:
-        raise UserError(f"--size {o.size} is not possible: {str(o.family)!r} takes multiples of {multiple} px")
-    side, width, length = o.size // factor, text_config.hidden_size, text_config.max_position_embeddings
-    sizes = {"in_channels": channels, "out_channels": channels, "sample_size": side, "cross_attention_dim": width}
-    unet_config = replace(diffusion.model, **sizes)
     with torch.device("meta"):
-        unet, vae, text = UNet(unet_config), VAE(vae_config), TextEncoder(text_config)
-        z, t, context = torch.empty(1, channels, side, side), torch.zeros(1).long(), torch.empty(1, length, width)
-        x, tokens = torch.empty(1, 3, o.size, o.size), torch.zeros(1, length).long()
-    return Model(
-        unet_flops=count_flops(lambda: unet(z, t, context).sum().backward()),
-        vae_flops=count_flops(torch.no_grad()(lambda: vae.encode(x))),
-        text_flops=count_flops(torch.no_grad()(lambda: text(tokens))),
-        parameters=sum(p.numel() for p in unet.parameters()),
-        unet=unet_config,
-        latent=(channels, side, side),
-        context=(length, width),
-        batch=o.batch or diffusion.train.batch_size,
-        accumulate=o.accumulate or diffusion.train.accumulate,
-    )
+        vae = VAE(load(AutoencoderConfig, o.family / "autoencoder.toml").model).requires_grad_(False)
+        text = TextEncoder(load(CLIPConfig, o.family / "clip.toml").text).requires_grad_(False)
+        multiple = vae.factor * 2 ** (len(diffusion.model.block_out_channels) - 1)
+        if o.size % multiple:
+            raise UserError(f"--size {o.size} is not possible: {str(o.family)!r} takes multiples of {multiple} px")
+        x, t = torch.empty(1, 3, o.size, o.size), torch.zeros(1).long()
+        tokens = torch.zeros(1, text.config.max_position_embeddings).long()
+        z_t, context = vae.encode(x).mean, text(tokens)
+        sizes = {"in_channels": z_t.shape[1], "out_channels": z_t.shape[1], "cross_attention_dim": context.shape[2]}
+        unet = UNet(replace(diffusion.model, **sizes))
+        train = count_tflop(lambda: unet(z_t, t, text(tokens)).sum().backward())
+        encode = count_tflop(lambda: vae.encode(x))
+    batch, accumulate = o.batch or diffusion.train.batch_size, o.accumulate or diffusion.train.accumulate
+    return Model(unet, z_t, context, train, encode, batch, accumulate)
 
 
-def count_flops(run: Callable[[], object]) -> int:
-    """FLOPs of all matrix products and convolutions of `run`; a multiply-add is two."""
+def count_tflop(run: Callable[[], object]) -> float:
+    """TFLOP of all matrix products and convolutions of `run`; a multiply-add is two."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
         run()
-    return counter.get_total_flops()
+    return counter.get_total_flops() / 1e12
 
 
-def facts(model: Model, o: Options) -> dict[str, str]:
-    """The rows that do not depend on a GPU's rate."""
-    flops = " + ".join(f"{n / 1e12:.3g}" for n in (model.unet_flops, model.text_flops, model.vae_flops))
-    batch, state = model.batch * model.accumulate * o.gpus, quantity(BYTES, STATE_BYTES * model.parameters)
-    steps = f"{round(o.pictures) * o.epochs / batch:,.0f} steps"
-    return {
-        "a picture: U-Net there and back, text, VAE encoder": f"{flops} TFLOP",
-        "U-Net": f"{model.parameters / 1e6:,.0f}M parameters, {state} on each GPU",
-        "batch": f"{batch:,} ({model.batch} x {model.accumulate} a GPU), {steps}",
-        "pictures on disk": quantity(BYTES, o.pictures * sample_bytes(model, o, cached=False)),
-        "cache of latents on disk": quantity(
-            BYTES, 0 if o.no_cache else o.pictures * sample_bytes(model, o, cached=True)
-        ),
-        "all-reduce a step and GPU": quantity(BYTES, all_reduce_bytes(model.parameters, o.gpus)),
-    }
-
-
-def projection(model: Model, o: Options, rate: float) -> dict[str, str]:
-    """The run at `rate` FLOP/s per GPU.
+def projection(model: Model, o: Options, rate: float) -> dict[str, float]:
+    """The run at `rate` TFLOP/s per GPU.
 
     Gradients are summed while the last micro-batch goes backward, two thirds of its computing; what takes longer is
-    waited for. Reading goes on beside both, so the slower of the two sets the pace. All GPUs encode the cache.
+    waited for. Reading goes on beside both, so the slower of the two sets the pace. All GPUs encode the cache. A ring
+    sends 2 (n - 1) / n times the gradients (Patarasuk & Yuan 2009).
     """
-    pictures, samples = round(o.pictures), model.batch * model.accumulate
-    per_sample = model.unet_flops + model.text_flops + (model.vae_flops if o.no_cache else 0)
-    bandwidth = (o.bandwidth or (300 if o.gpus <= NODE else 50)) * 1e9
-    compute = samples * per_sample / rate
-    reduce = all_reduce_bytes(model.parameters, o.gpus) / bandwidth
+    batch = model.batch * model.accumulate * o.gpus
+    steps = o.pictures * o.epochs / batch
+    picture = o.caption_bytes + (o.picture_bytes or o.size**2 // 4)
+    latents = o.caption_bytes + 2 * 2 * model.z_t.numel() + 8  # float16 moments, an offset
+    tflop, read, encoding = model.train_tflop, latents, o.pictures * model.encode_tflop / rate / o.gpus
+    if o.no_cache:
+        tflop, read, encoding = tflop + model.encode_tflop, picture, 0
+    compute = batch / o.gpus * tflop / rate
+    gradients = GRADIENT_BYTES * sum(p.numel() for p in model.unet.parameters())
+    bandwidth = o.bandwidth or (300 if o.gpus <= NODE else 50)
+    reduce = 2 * (o.gpus - 1) / o.gpus * gradients / (bandwidth * 1e9)
     waited = max(0.0, reduce - 2 / 3 * compute / model.accumulate)
-    read = sample_bytes(model, o, not o.no_cache)
-    reading = samples * o.gpus * read / (o.storage * 1e9)
+    reading = batch * read / (o.storage * 1e9)
     step = max(compute + waited, reading)
-    per_second = samples * o.gpus / step
-    encode_flops = 0 if o.no_cache else pictures * model.vae_flops
-    encoding, training = encode_flops / rate / o.gpus, pictures * o.epochs / per_second
-    hours = (encoding + training) * o.gpus / 3600
+    hours = (encoding + steps * step) / 3600 * o.gpus
     return {
-        "FLOP in all": f"{pictures * o.epochs * per_sample + encode_flops:.3g}",
-        "encoding the cache": quantity(SECONDS, encoding),
-        "training": quantity(SECONDS, training),
-        "GPU hours": f"{hours:,.0f}",
-        "cost": f"{hours * o.price:,.0f}",
-        "pictures/s": f"{per_second:,.0f}",
-        "a step": quantity(SECONDS, step),
-        "all-reduce of a step": quantity(SECONDS, reduce),
-        "of it not hidden behind computing": quantity(SECONDS, waited),
-        "read from storage": f"{quantity(BYTES, per_second * read)}/s",
-        "what takes longest": max((compute, "computing"), (waited, "all-reduce"), (reading, "storage"))[1],
+        "TFLOP/s per GPU": rate,
+        "TFLOP per picture": tflop,
+        "GB of pictures": o.pictures * picture / 1e9,
+        "GB of cached latents": 0 if o.no_cache else o.pictures * latents / 1e9,
+        "hours to encode the cache": encoding / 3600,
+        "hours to train": steps * step / 3600,
+        "GPU hours": hours,
+        "cost": hours * o.price,
+        "steps": steps,
+        "pictures per second": batch / step,
+        "ms per step": step * 1e3,
+        "ms to compute": compute * 1e3,
+        "ms to sum gradients": reduce * 1e3,
+        "ms to read": reading * 1e3,
+        "MB/s from storage": batch / step * read / 1e6,
     }
-
-
-def all_reduce_bytes(parameters: int, gpus: int) -> float:
-    """Bytes that each GPU sends, and receives, for a step's gradients in a ring: 2 (n - 1) / n times their size
-    (Patarasuk & Yuan 2009)."""
-    return 2 * (gpus - 1) / gpus * GRADIENT_BYTES * parameters
-
-
-def sample_bytes(model: Model, o: Options, cached: bool) -> int:
-    """Bytes per sample: float16 moments with an offset, or a picture; and the caption."""
-    return o.caption_bytes + (2 * 2 * prod(model.latent) + 8 if cached else o.picture_bytes or o.size**2 // 4)
 
 
 def measured(model: Model, steps: int) -> str:
-    """Times `steps` training steps of the U-Net on random latents, after some to warm up."""
+    """Times `steps` training steps of the U-Net on random latents, after one to warm up."""
     import torch
 
     from ldm.commands.benchmark_jobs import timed, training
     from ldm.distributed import find_device
-    from ldm.unet import UNet
 
     device = find_device("")
     with device:
-        unet = UNet(model.unet)
-        z_t, context = torch.randn(model.batch, *model.latent), torch.randn(model.batch, *model.context)
-        t = torch.randint(1000, (model.batch,))
+        unet, t = type(model.unet)(model.unet.config), torch.randint(1000, (model.batch,))
+        z_t, context = (torch.randn(model.batch, *x.shape[1:]) for x in (model.z_t, model.context))
 
     def loss() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             return (unet(z_t, t, context) - z_t).square().mean()
 
     step = training(unet, loss)
-    seconds = median([timed(step) for _ in range(WARM_UP + steps)][WARM_UP:])
-    per_second, threads = model.batch / seconds, torch.get_num_threads()
-    return f"""U-Net's training step, batch {model.batch}, {threads} threads: {quantity(SECONDS, seconds)}
-{per_second:,.3g} pictures/s, {per_second * model.unet_flops / 1e12:.3g} TFLOP/s (--rate)"""
-
-
-def quantity(units: tuple[tuple[float, str], ...], value: float) -> str:
-    """A value in the largest unit of which there is one or more: 1.6 TB, 3.8 hours; "none" for 0."""
-    size, unit = next((row for row in units if value >= row[0]), units[-1])
-    number = f"{value / size:,.0f}" if value >= 1000 * size else f"{value / size:.3g}"
-    return f"{number} {unit}" if value else "none"
+    seconds = median([timed(step) for _ in range(steps + 1)][1:])
+    return f"""U-Net's training step, batch {model.batch}, {torch.get_num_threads()} threads: {seconds:.3g} s
+{model.batch / seconds:,.3g} pictures/s, {count_tflop(step) / seconds:.3g} TFLOP/s (--rate)"""
