@@ -6,8 +6,6 @@ Takes run folders or their metrics.jsonl (every logged number over the steps), a
 metrics.json (distances and alignment over guidance).
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections import defaultdict
@@ -18,32 +16,18 @@ from typing import Any
 from ldm.commands.cli import positional, read_options
 from ldm.config import UserError
 
-RUN, EVALUATION = "metrics.jsonl", "metrics.json"
-GUIDED = {  # metrics of an evaluation that depend on guidance: title -> name, factor
-    "Frechet distance": ("frechet_distance", 1),
-    "Right caption found first, %": ("image_to_text@1", 100),
-    "CLIP score, 100 max(cos, 0)": ("clip_score_100", 1),
-    "Precision, %": ("precision", 100),
-    "Recall, %": ("recall", 100),
-    "Exactly right, %": ("compositional_score", 100),
-}
-RESULTS = {  # plots of `ldm results`: title -> file, {line: number in the file}
-    "Decoder: PSNR on validation, dB": ("decoder.jsonl", {"": "val/psnr"}),
-    "Decoder: perceptual distance on validation": ("decoder.jsonl", {"": "val/perceptual"}),
-    "Text encoder: share found first on validation": (
-        "clip.jsonl",
-        {"caption of a picture": "val/image_to_text@1", "picture of a caption": "val/text_to_image@1"},
-    ),
-    "U-Net: loss": ("diffusion.jsonl", {"training": "unet_loss", "validation": "val/loss"}),
-}
-RECONSTRUCTED = (  # columns of an autoencoders' table: title, metric, factor, decimals
-    ("PSNR in dB", "psnr_db", 1, 2),
-    ("SSIM", "ssim", 1, 3),
-    ("sharpness", "sharpness", 1, 3),
-    ("perceptual distance x 1000", "perceptual_distance", 1000, 1),
-    ("Frechet distance", "frechet_distance", 1, 1),
-    ("kernel distance x 1000", "kernel_distance", 1000, 1),
+METRICS_FILES = ("metrics.jsonl", "metrics.json")  # of a run, of an evaluation
+GUIDED = ("frechet_distance", "image_to_text@1", "clip_score_100", "precision", "recall", "compositional_score")
+RESULTS = (  # plots of `ldm results`: title, file, curves of that file
+    ("Decoder: PSNR on validation, dB", "decoder.jsonl", ("val/psnr",)),
+    ("Decoder: perceptual distance on validation", "decoder.jsonl", ("val/perceptual",)),
+    ("Text encoder: share found first on validation", "clip.jsonl", ("val/image_to_text@1", "val/text_to_image@1")),
+    ("U-Net: loss", "diffusion.jsonl", ("unet_loss", "val/loss")),
+    ("Right caption found first over guidance", "evaluation.json", ("image_to_text@1 over guidance",)),
+    ("Frechet distance over guidance", "evaluation.json", ("frechet_distance over guidance",)),
 )
+PAGE = "<!doctype html><html lang=en><meta charset=utf-8><title>Curves</title>{}</html>"
+RECONSTRUCTED = ("psnr_db", "ssim", "sharpness", "perceptual_distance", "frechet_distance", "kernel_distance")
 RESULTS_HELP = """Draws and prints the results that a family of configs keeps.
 
 ldm results --results configs/emoji/results --out .github/emoji-curves.svg
@@ -53,7 +37,7 @@ the model's evaluation, ablation/*.json and gan/*.json are those of autoencoders
 printed.
 """
 Record = dict[str, Any]
-Lines = dict[str, list[tuple[float, float]]]  # points (x, y) by the label of their line
+Lines = dict[str, list[tuple[float | None, float]]]  # points (x, y) by label; a level has one, without x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +60,11 @@ def main() -> None:
     """Writes the page and prints the titles of its plots."""
     options = read_options(Options, __doc__)
     plots: dict[str, Lines] = defaultdict(dict)
-    for path in map(metrics_file, options.paths):
-        name = path.parent.name if path.name in (RUN, EVALUATION) else path.stem
-        for title, lines in curves(path).items():
-            plots[title] |= {f"{name} {label}".strip(): points for label, points in lines.items()}
-    write(options.out, f"<!doctype html><html lang=en><meta charset=utf-8><title>Curves</title>{draw(plots)}</html>")
+    for path in options.paths:
+        file = next((path / name for name in METRICS_FILES if (path / name).is_file()), path)
+        for title, lines in curves(file).items():
+            plots[title] |= {f"{path} {label}".strip(): points for label, points in lines.items()}
+    draw(plots, options.out, PAGE)
     print(f"{len(plots)} plots in {options.out}: {', '.join(plots)}")
 
 
@@ -88,106 +72,73 @@ def results() -> None:
     """Writes the curves of three runs and over guidance; prints the autoencoders' tables."""
     options = read_options(ResultsOptions, RESULTS_HELP)
     plots: dict[str, Lines] = {}
-    for title, (file, lines) in RESULTS.items():
+    for title, file, names in RESULTS:
         logged = curves(options.results / file)
-        plots[title] = {label: logged[key][""] for label, key in lines.items() if key in logged}
-    guided = curves(options.results / "evaluation.json")
-    plots |= {title: guided[title] for title in ("Right caption found first, %", "Frechet distance") if title in guided}
-    tables = [table(options.results / name) for name in ("ablation", "gan")]
-    write(options.out, draw(plots))
-    print(*filter(None, tables), f"curves in {options.out}", sep="\n")
+        plots[title] = {label or name: points for name in names for label, points in logged.get(name, {}).items()}
+    tables = "".join(table(options.results / name) for name in ("ablation", "gan"))
+    draw(plots, options.out)
+    print(f"{tables}curves in {options.out}")
 
 
-def metrics_file(path: Path) -> Path:
-    """The metrics of a run or evaluation folder, or the file itself."""
-    for file in (path / RUN, path / EVALUATION, path):
-        if file.is_file() and file.suffix in (".jsonl", ".json"):
-            return file
-    raise UserError(f"{str(path)!r} is no .jsonl file of a run, .json file of an evaluation, or folder with {RUN}")
-
-
-def read(path: Path) -> list[Record]:
-    """The lines of a metrics.jsonl or the records of a metrics.json. Raises UserError where there are none."""
+def read(path: Path, key: str) -> list[Record]:
+    """The lines of a metrics.jsonl, or the records of a metrics.json. Raises UserError unless all have that key."""
     try:
         text = path.read_text(encoding="utf-8")
         records = json.loads(text)["results"] if path.suffix == ".json" else [*map(json.loads, text.splitlines())]
-        for record in records:
-            record["metric" if path.suffix == ".json" else "step"]
+        if not records or not all(key in record for record in records):
+            raise ValueError(f"lines with a {key} are missing")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} holds no results: {type(error).__name__} {error}") from None
-    if not records:
-        raise UserError(f"{str(path)!r} is empty")
     return records
 
 
 def curves(path: Path) -> dict[str, Lines]:
-    """By title, every number of a run over the steps, as the line ""; or the GUIDED metrics of an evaluation over
-    guidance, those of real pictures as level lines."""
+    """Every number of a run over the steps, by name, as the line ""; or the GUIDED metrics of an evaluation over
+    guidance, those of real pictures as levels."""
     plots: dict[str, Lines] = defaultdict(lambda: defaultdict(list))
-    records = read(path)
-    if path.suffix == ".jsonl":
-        for line in records:
-            for key in line.keys() - {"step"}:
-                plots[key][""].append((line["step"], line[key]))
+    if path.suffix != ".json":
+        for record in read(path, "step"):
+            for name in record:
+                plots[name][""].append((record["step"], record[name]))
+        del plots["step"]
         return plots
-    for title, (metric, factor) in GUIDED.items():
-        values = [(r, r["value"]) for r in records if r["metric"] == metric and r["value"] is not None]
-        values = [(r, factor * (v["mean"]["all"] if isinstance(v, dict) else v)) for r, v in values]
-        samples = sorted((r["guidance"], value) for r, value in values if r["of"] == "samples")
-        if samples:
-            levels = {r["of"]: value for r, value in values if r["of"] in ("real held-out", "real train")}
-            ends = (samples[0][0], samples[-1][0])
-            plots[title] = {"samples": samples} | {of: [(x, value) for x in ends] for of, value in levels.items()}
-    if not plots:
-        raise UserError(f"{str(path)!r} is no evaluation of a model")
+    for record in read(path, "of"):
+        metric, of, value = record["metric"], record["of"], record["value"]
+        if metric in GUIDED and value is not None and of in ("samples", "real held-out", "real train"):
+            value = value["mean"]["all"] if isinstance(value, dict) else value
+            plots[f"{metric} over guidance"][of].append((record.get("guidance"), value))
     return plots
 
 
-def draw(plots: dict[str, Lines]) -> str:
-    """All plots, two in a row, as one SVG."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib is not installed: pip install matplotlib") from None
+def draw(plots: dict[str, Lines], out: Path, page: str = "{}") -> None:
+    """Writes all plots, two in a row, as one SVG within a page. Raises UserError where there are none."""
+    from ldm.metrics.libraries import library
 
-    rows = -(-len(plots) // 2)
-    figure = Figure(figsize=(10, 3.4 * rows), layout="constrained")
-    for (title, lines), axes in zip(plots.items(), figure.subplots(rows, 2, squeeze=False).flat, strict=False):
-        for label, points in lines.items():
-            axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 16 else "", markersize=3, label=label)
-        axes.set(title=title, xlabel="guidance" if title in GUIDED else "step")
+    if not plots:
+        raise UserError("there are no curves: none of the files is of a run or of a model's evaluation")
+    rows, file = -(-len(plots) // 2), io.StringIO()
+    figure = library("matplotlib.figure").Figure(figsize=(10, 3.4 * rows), layout="constrained")
+    for position, (title, lines) in enumerate(plots.items(), 1):
+        axes = figure.add_subplot(rows, 2, position)
+        for i, (label, points) in enumerate(lines.items()):
+            if points[0][0] is None:
+                axes.axhline(points[0][1], linestyle="--", color=f"C{i}", label=label)
+            else:
+                axes.plot(*zip(*sorted(points), strict=True), ".-", markersize=4, color=f"C{i}", label=label)
+        axes.set(title=title, xlabel="guidance" if "guidance" in title else "step")
         axes.grid(alpha=0.3)
-        if any(lines):
-            axes.legend()
-    for axes in figure.axes[len(plots) :]:
-        axes.set_axis_off()
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ldm"}):
+        axes.legend()
+    with library("matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": "ldm"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]
-
-
-def write(path: Path, text: str) -> None:
-    """A text file, with its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page.format("<svg" + file.getvalue().partition("<svg")[2]), encoding="utf-8")
 
 
 def table(folder: Path) -> str:
     """The autoencoders' evaluations in a folder as a Markdown table, a row each; "" where there are none."""
-    arms = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
-    columns = [(title, *(cell(records, *column) for records in arms.values())) for title, *column in RECONSTRUCTED]
-    columns = [("arm", *arms), *(column for column in columns if set(column[1:]) - {"-"})]
-    head, *rows = ("| " + " | ".join(line) + " |\n" for line in zip(*columns, strict=True))
-    return "".join([head, "| --- " * len(columns) + "|\n", *rows]) if arms else ""
-
-
-def cell(records: list[Record], metric: str, factor: float, decimals: int) -> str:
-    """A metric of the reconstructions with its interval, "-" where it was not measured."""
-    for record in records:
-        if record["metric"] == metric and record["of"] == "reconstructions":
-            value, low, high = (f"{factor * x:.{decimals}f}" for x in (record["value"], *record["interval"]))
-            return f"{value} [{low}, {high}]"
-    return "-"
+    rows = [["arm", *RECONSTRUCTED], ["---"] * (1 + len(RECONSTRUCTED))]
+    for path in sorted(folder.glob("*.json")):
+        records = [record for record in read(path, "of") if record["metric"] in RECONSTRUCTED]
+        cells = {r["metric"]: "{value:.4g} [{interval[0]:.4g}, {interval[1]:.4g}]".format(**r) for r in records}
+        rows.append([path.stem, *(cells.get(metric, "-") for metric in RECONSTRUCTED)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) if len(rows) > 2 else ""
