@@ -9,7 +9,7 @@ from ldm.commands import benchmark
 
 
 def test_the_interval_of_a_ratio():
-    assert benchmark.ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == (2, 2, 2)  # rounds are drawn in pairs
+    assert benchmark.ratio([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]) == (2, 2, 2)  # rounds are drawn in pairs
     rng = np.random.default_rng(0)
     intervals = [benchmark.ratio(*np.exp(rng.normal(0, 0.1, (2, 15))).tolist()) for _ in range(40)]
     assert sum(low <= 1 <= high for _, low, high in intervals) >= 34

@@ -36,9 +36,9 @@ WORKLOADS = {  # largest difference of outputs, relative to the largest value (N
     "train-unet": (GRADIENT, (("shapes", 32, 64), ("emoji", 64, 32), ("emoji", 128, 8))),
     "data": (None, (("shapes", 32, 32), ("emoji", 64, 32))),
 }
-HEAD = ("case", "ldm", "diffusers", "ratio", "peak memory, MB", "largest difference")
-NOTE = """Median [quartiles] of one run; ratio of the medians, theirs over ours, with its 95% bootstrap interval over
-the rounds; memory is the peak of a process with this case alone, ours / theirs."""
+HEAD = ("case", "ldm, ms", "diffusers, ms", "ratio", "peak memory, MB", "largest difference")
+NOTE = """Median of one run; ratio of the medians, theirs over ours, with its 95% bootstrap interval over the rounds;
+memory is the peak of a process with this case alone, ours / theirs."""
 Row = dict[str, Any]
 
 
@@ -209,23 +209,17 @@ def cells(row: Row) -> list[str]:
     """A row of the table; HEAD names its columns."""
     if "seconds" not in row:
         return [row["name"], "failed", row["problem"], "-", "-", "-"]
-    times = [time_text(*np.quantile(seconds, (0.5, 0.25, 0.75))) for seconds in row["seconds"].values()]
+    line = [row["name"], *(f"{1e3 * np.median(seconds):,.4g}" for seconds in row["seconds"].values())]
     peaks = " / ".join(f"{peak / 2**20:.0f}" for peak in row["peaks"])
     if row["difference"] is None:
-        return [row["name"], *times, "-", "-", peaks, "-"]
-    compared = "{:.2f}x [{:.2f}, {:.2f}]".format(*ratio(row["seconds"]["diffusers"], row["seconds"]["ldm"]))
-    return [row["name"], *times, compared, peaks, f"{'WRONG: ' * bool(row['problem'])}{row['difference']:.1e}"]
+        return [*line, "-", "-", peaks, "-"]
+    compared = "{:.2f}x [{:.2f}, {:.2f}]".format(*ratio(**row["seconds"]))
+    return [*line, compared, peaks, f"{'WRONG: ' * bool(row['problem'])}{row['difference']:.1e}"]
 
 
-def time_text(median: float, low: float, high: float) -> str:
-    """A time with its quartiles in the unit that fits."""
-    unit, factor = ("s", 1) if median >= 1 else ("ms", 1e3)
-    return f"{median * factor:.3g} {unit} [{low * factor:.3g}, {high * factor:.3g}]"
-
-
-def ratio(theirs: list[float], ours: list[float]) -> tuple[float, float, float]:
-    """Median of `theirs` over median of `ours` with its 95% bootstrap interval over the rounds, drawn in pairs as they
+def ratio(ldm: list[float], diffusers: list[float]) -> tuple[float, float, float]:
+    """Median of `diffusers` over that of `ldm` with its 95% bootstrap interval over the rounds, drawn in pairs as they
     were measured (Efron 1979)."""
-    draws = np.random.default_rng(0).integers(len(ours), size=(2000, len(ours)))
-    ratios = np.median(np.array(theirs)[draws], 1) / np.median(np.array(ours)[draws], 1)
-    return (np.median(theirs) / np.median(ours), *np.quantile(ratios, (0.025, 0.975)))
+    draws = np.random.default_rng(0).integers(len(ldm), size=(2000, len(ldm)))
+    ratios = np.median(np.array(diffusers)[draws], 1) / np.median(np.array(ldm)[draws], 1)
+    return (np.median(diffusers) / np.median(ldm), *np.quantile(ratios, (0.025, 0.975)))
