@@ -168,9 +168,9 @@ LINES = {
     "broken json": ('{"file_name": ', "line 2 is not valid JSON"),
     "deep json": ("[" * 100_000, "line 2 is not valid JSON"),
     "no object": ("[1]", "line 2 must be a JSON object"),
-    "escape": ('{"file_name": "../good.png", "text": "x"}', "outside the folder"),
-    "back slash": ('{"file_name": "..\\\\good.png", "text": "x"}', "outside the folder"),
-    "absolute": ('{"file_name": "/etc/passwd", "text": "x"}', "outside the folder"),
+    "escape": ('{"file_name": "../good.png", "text": "x"}', "which does not exist in the folder"),
+    "back slash": ('{"file_name": "..\\\\good.png", "text": "x"}', "which does not exist in the folder"),
+    "absolute": ('{"file_name": "/etc/passwd", "text": "x"}', "which does not exist in the folder"),
     "nul": ('{"file_name": "good.png\\u0000", "text": "x"}', "does not exist"),
     "long name": (json.dumps({"file_name": "n" * 5000, "text": "x"}), "does not exist"),
     "no name": ('{"text": "x"}', "line 2 needs a 'file_name'"),
@@ -204,7 +204,7 @@ def test_bad_folders(tmp_path):
     refused("unknown split 'dev'; known: train, val, test", "dev")
     for name, text in (("a.png", "a"), ("b.png", " \n"), ("c.png", None)):
         picture(tmp_path, name, text)
-    refused("b.png' has no caption; write 'b.txt' .*2 of 3 samples cannot")
+    refused("b.txt has no caption; write at least one .*2 of 3 samples cannot")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
     refused(r"b.txt' is not UTF-8")
     picture(tmp_path, "train/a.png", "x")
