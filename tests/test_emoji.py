@@ -1,7 +1,6 @@
 """The shipped emoji set, its split, its captions, and the builder on a small package of its own."""
 
 import io
-import json
 import subprocess
 from pathlib import Path
 
@@ -146,8 +145,7 @@ def test_builds_are_reproducible_and_keep_the_shipped_captions_and_split(package
         assert torch.equal(ours[0]["image"], shards[0]["image"]) and ours.captions(0) == shards.captions(0)
     assert emoji_build.build(tmp_path / "a", 64, packages, compact=True) == 24  # replaces the other
     names = {f"{split}-000000.tar.gz" for split in SPLITS}
-    index = json.loads((tmp_path / "a" / "index.json").read_text())["shards"]
-    assert index.keys() == names == {file.name for file in (tmp_path / "a").glob("*.tar*")}
+    assert names == {file.name for file in (tmp_path / "a").glob("*.tar*")}
     assert len(Emoji(64, "train", tmp_path / "a")) == 8
 
 
