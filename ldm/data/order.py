@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm.config import UserError
-
 WINDOW = 8  # blocks that are mixed with each other; more mixes better and reads less sequentially
 
 
@@ -22,7 +20,7 @@ class EpochBatches:
     global batches of 1 rank with 16.
 
     `blocks` (lengths of consecutive runs of indices, `Shards.lengths`) keeps reading local: blocks are
-    shuffled, then samples within each WINDOW of blocks. Raises UserError for a data set without samples.
+    shuffled, then samples within each WINDOW of blocks.
     """
 
     length: int
@@ -34,23 +32,16 @@ class EpochBatches:
     steps: int | None = None
     blocks: list[int] | None = None
 
-    def __post_init__(self) -> None:
-        if self.length < 1:
-            raise UserError("the data set has no samples; give a folder, shards or a split that has some")
-
-    def __len__(self) -> int:
-        return max(self.steps - self.start, 0)
-
     def __iter__(self) -> Iterator[list[int]]:
         step, epoch, order = self.start, -1, np.empty(0, np.int64)
         while self.steps is None or step < self.steps:
-            first = (step * self.world + self.rank) * self.batch_size
             batch: list[int] = []
             while len(batch) < self.batch_size:
-                now, offset = divmod(first + len(batch), self.length)
-                if now != epoch:
-                    epoch, order = now, self.permutation(now)
-                batch += order[offset : offset + self.batch_size - len(batch)].tolist()
+                first = (step * self.world + self.rank) * self.batch_size + len(batch)
+                if first // self.length != epoch:
+                    epoch = first // self.length
+                    order = self.permutation(epoch)
+                batch += order[first % self.length :][: self.batch_size - len(batch)].tolist()
             yield batch
             step += 1
 
@@ -60,11 +51,10 @@ class EpochBatches:
         bits = np.random.PCG64(np.random.SeedSequence([self.seed % 2**64, epoch]))
         if self.blocks is None:
             return np.argsort(bits.random_raw(self.length), kind="stable")
-        ends = np.cumsum(self.blocks)
-        order = np.argsort(bits.random_raw(len(ends)), kind="stable")
+        members = np.split(np.arange(self.length), np.cumsum(self.blocks)[:-1])
+        order = np.argsort(bits.random_raw(len(members)), kind="stable")
         windows = []
         for first in range(0, len(order), WINDOW):
-            chosen = order[first : first + WINDOW]
-            members = np.concatenate([np.arange(ends[i] - self.blocks[i], ends[i]) for i in chosen])
-            windows.append(members[np.argsort(bits.random_raw(len(members)), kind="stable")])
+            window = np.concatenate([members[i] for i in order[first : first + WINDOW]])
+            windows.append(window[np.argsort(bits.random_raw(len(window)), kind="stable")])
         return np.concatenate(windows)
