@@ -59,6 +59,20 @@ def test_metadata_and_text_files_in_any_form_of_utf_8(tmp_path):
     assert not folder.faults.reasons and folder.captions(1) == ["three", "drei"]
 
 
+def test_names_with_back_slashes_or_of_other_bytes_are_read_and_each_fault_is_listed_once(tmp_path):
+    names = [os.fsdecode(name) for name in (b"caf\xe9.png", b"a\\b.png", b"sub/c.png", b"wordless.png", b"bad\xe9.png")]
+    for name in names:
+        picture(tmp_path / "train", name)
+    (tmp_path / "train" / names[4]).with_suffix(".txt").write_bytes(b"\xff")
+    lines = [json.dumps({"file_name": name, "text": "x"}).encode() for name in (*names[:2], "sub\\c.png")]
+    lines += [b'{"file_name": "wordless.png", "text": ""}', b'{"file_name": "caf\xe9.png", "text": "y"}']
+    (tmp_path / "train" / "metadata.jsonl").write_bytes(b"\n".join(lines))
+    data = Folder(tmp_path, 8, max_broken=0.5)
+    assert captions_of(data) == {f"train/{name}": ["x"] for name in names[:3]}
+    assert data.faults.reasons.keys() == {"train/wordless.png", f"train/{names[4]}", "train/metadata.jsonl line 5"}
+    assert data.faults.total == 6 and all(reason.isprintable() for reason in data.faults.reasons.values())
+
+
 @pytest.mark.parametrize("names", [SPLITS, ("training", "validation", "testing"), ("train", "dev", "eval")])
 def test_sub_folders_are_the_splits_under_others_names_too(tmp_path, names):
     for name in names:

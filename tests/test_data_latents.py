@@ -68,6 +68,8 @@ def test_cached_moments_are_the_vaes(root, tmp_path):
     assert torch.equal(cached[-1]["mean"], cached[11]["mean"])
     with pytest.raises(IndexError):
         cached[12]
+    (root / "train" / "03.png").unlink()
+    assert cached[3]["mean"].shape == (4, 4, 4)  # a picture is not looked at again
     assert {name: tuple(t.shape) for name, t in load_file(path).items()} == {
         "moments": (12, 2, 4, 4, 4),
         "identities": (12, 16),

@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from test_data_folder import bomb
 from torch.utils.data import DataLoader
 
@@ -105,6 +105,16 @@ def test_webdataset_convention_from_elsewhere(tmp_path):
     read = [(s["key"], s["captions"], int(s["image"][0, 0, 0])) for s in Shards(file, 8)]
     assert read[0] == ("d/a", ["one", "two"], 1) and read[1] == ("d/b", ["three"], 2)
     assert read[2] == ("c", ["vier, fünf"], 3) and read[3][1:] == (["six"], 4) and len(read) == 4
+
+
+def test_every_kind_of_picture_is_read_whatever_the_case_of_its_suffix(tmp_path):
+    kinds = {"jpg": "JPEG", "jpeg": "JPEG", "jfif": "JPEG", "tif": "TIFF"}
+    kinds |= {kind: kind for kind in ("png", "webp", "gif", "bmp", "tiff", "ppm")}
+    kinds |= {"avif": "AVIF"} if features.check("avif") else {}
+    members = [(f"{name}.{name}", png(7, kind)) for suffix, kind in kinds.items() for name in (suffix, suffix.upper())]
+    tar(tmp_path / "train-0.tar", [*members, *((f"{name.split('.')[0]}.TXT", b"x") for name, _ in members)])
+    data = Shards(tmp_path, 8)
+    assert len(readable(data, range(len(data)))) == 2 * len(kinds) and not data.faults.reasons
 
 
 def test_shards_without_a_split_in_their_name_are_split_by_captions(tmp_path):

@@ -33,7 +33,7 @@ class Faults:
     def add(self, name: str, reason: str, counts: bool = True) -> None:
         """Lists a sample, once, or a file that does not count as one."""
         if name not in self.reasons:
-            self.reasons[name] = reason
+            self.reasons[name] = reason = reason.encode("utf-8", "backslashreplace").decode()  # names may be any bytes
             self.samples += [reason] * counts
             self.settle(self.total)
 
