@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_data_folder import picture
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ldm.config import UserError
 from ldm.data.faults import SampleError
@@ -152,11 +151,9 @@ def test_a_failed_write_keeps_the_old_file(root, tmp_path, monkeypatch):
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_worker_processes_and_a_cache_that_another_run_replaced(root, tmp_path):
-    vae, data = TinyVAE(), Folder(root, 16)
-    cached = open_latents(tmp_path / "cache", vae, data, 4, CPU)
-    loaded = [item for batch in DataLoader(cached, 3, num_workers=2, collate_fn=list) for item in batch]
-    assert [item["captions"] for item in loaded] == [captions for _, captions in data.samples]
+def test_a_cache_that_another_run_replaced(root, tmp_path):
+    vae = TinyVAE()
+    cached = open_latents(tmp_path / "cache", vae, Folder(root, 16), 4, CPU)
     picture(root, "train/00.png", color=(9, 9, 9))
     open_latents(tmp_path / "cache", vae, Folder(root, 16), 4, CPU)
     with pytest.raises(UserError, match="replaced by another run"):

@@ -36,10 +36,11 @@ def samples(count, first=0):
 
 
 def tar(path, members):
+    """An archive of names, or prepared headers, and contents."""
     with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
+        for member, data in members:
+            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member)
+            info.size = len(data) if info.isreg() else 0
             archive.addfile(info, io.BytesIO(data))
     return path
 
@@ -97,11 +98,9 @@ def test_webdataset_convention_from_elsewhere(tmp_path):
         ("d/long-" + "n" * 150 + ".tif", png(4, "TIFF")),
         ("d/long-" + "n" * 150 + ".txt", b"six"),
     ]
-    file = tar(tmp_path / "train-0.tar", members)
-    with tarfile.open(file, "a") as archive:
-        link = tarfile.TarInfo("link.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(link)
+    link = tarfile.TarInfo("link.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    file = tar(tmp_path / "train-0.tar", [*members, (link, b"")])
     read = [(s["key"], s["captions"], int(s["image"][0, 0, 0])) for s in Shards(file, 8)]
     assert read[0] == ("d/a", ["one", "two"], 1) and read[1] == ("d/b", ["three"], 2)
     assert read[2] == ("c", ["vier, fünf"], 3) and read[3][1:] == (["six"], 4) and len(read) == 4

@@ -5,7 +5,7 @@ dataset.captions(i) -> the same captions, without decoding the image
 dataset.identity(i) -> the key, and a string that changes when the image's file does
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ def open_dataset(config: DataConfig, split: str, need_captions: bool = True) -> 
     return DATASETS[config.name](config, split, need_captions)
 
 
-DATASETS: dict[str, Callable[[DataConfig, str, bool], Any]] = {
+DATASETS = {
     "shapes": lambda c, split, _: Shapes(c.size, split, c.length if split == "train" else None, c.seed),
     "emoji": lambda c, split, _: Emoji(c.size, split, c.path),
     "folder": lambda c, split, need: Folder(c.path, c.size, split, c.seed, c.max_pixels, need, c.max_broken),

@@ -22,13 +22,13 @@ class SampleError(UserError):
 class Faults:
     """The unusable samples of a data set, and files that are no samples: `reasons[name]`.
 
-    Raises UserError as soon as the samples are more than `share` of the `total`, which `settle` sets.
+    Raises UserError as soon as the samples are more than `share` of the `total`, which `settle` sets; 0 before.
     """
 
     def __init__(self, share: float = SHARE) -> None:
-        self.share, self.reasons = share, {}
+        self.share, self.total = share, 0
+        self.reasons: dict[str, str] = {}
         self.samples: list[str] = []  # the reasons of those that count
-        self.total: int | None = None
 
     def add(self, name: str, reason: str, counts: bool = True) -> None:
         """Lists a sample, once, or a file that does not count as one."""
@@ -37,10 +37,10 @@ class Faults:
             self.samples += [reason] * counts
             self.settle(self.total)
 
-    def settle(self, total: int | None) -> None:
+    def settle(self, total: int) -> None:
         """Sets the number of samples, the unusable ones included."""
         self.total, count = total, len(self.samples)
-        if total is not None and count > self.share * total:
+        if total and count > self.share * total:
             limit = f"data.max_broken = {self.share:g} is the share that may be left out"
             raise UserError(f"{self.samples[0]} ({count} of {total} samples cannot be used; {limit})")
 

@@ -85,7 +85,7 @@ class CachedLatents:
             known = file.metadata() or {}
             if known.get("format") != FORMAT:
                 reason = "is of another version"
-            elif known["vae"] != self.metadata["vae"]:
+            elif known.get("vae") != self.metadata["vae"]:
                 reason = "was made by another VAE"
             else:
                 rows = {bytes(key): row for row, key in enumerate(file.get_tensor("identities").numpy())}
@@ -111,19 +111,16 @@ class CachedLatents:
                 new.write_bytes(header)
             gather_objects(None)  # so the file is there for all
             kept = {i: rows[key] for i, key in enumerate(keys) if key in rows} if rank == 0 else {}
+            old = self.open().get_slice("moments") if kept else None
+            copied = ((i, old[row]) for i, row in kept.items())
             with new.open("r+b") as file:
-                for i, moments in itertools.chain(self._copy(kept), self._encode(vae, batches[rank::world], blank)):
+                for i, moments in itertools.chain(copied, self._encode(vae, batches[rank::world], blank)):
                     file.seek(len(header) + i * moments.nbytes)
                     file.write(moments.numpy().tobytes())
                 file.flush()
                 os.fsync(file.fileno())
             gather_objects(None)  # so all have written
         gather_objects(None)  # so the cache is there for all
-
-    def _copy(self, kept: dict[int, int]) -> Iterator[tuple[int, Tensor]]:
-        if kept:
-            with self.open() as file:
-                yield from ((i, file.get_slice("moments")[row]) for i, row in kept.items())
 
     def _encode(self, vae: nn.Module, batches: list[list[int]], blank: Tensor) -> Iterator[tuple[int, Tensor]]:
         for batch in tqdm(batches, desc="encoding", unit="batch", disable=rank_and_world()[0] > 0):

@@ -17,25 +17,15 @@ from typing import Any
 import tiny
 import torch
 from PIL import Image
+from test_data_shards import tar
 
 from ldm.commands.cli import run_command
 from ldm.data import DataConfig, open_dataset
 from ldm.metrics.features import feature_extractor
 from ldm.model_io import read_json, write_json
 from ldm.pipeline_io import load_parts
-from soak.common import (
-    Child,
-    Row,
-    Work,
-    checkpoints,
-    encoded,
-    finish,
-    one_error,
-    trained,
-    training,
-    watched,
-    write_tar,
-)
+from soak import common
+from soak.common import Child, Row, Work, checkpoints, encoded, finish, trained, training, watched
 
 CONFIG = replace(tiny.TRAIN, save_every=2, ema_decay=0.9)
 TIMES = 100
@@ -97,7 +87,7 @@ def payloads(folder: Path, seed: int) -> list[Row]:
             code, error = child.end(), child.error()
             row.count += 1
             refused += code == 2
-            right = code in codes and "Traceback" not in error and one_error(error) == (code == 2)
+            right = code in codes and "Traceback" not in error and common.one_error(error) == (code == 2)
             row.expect(right, f"{name}: exit code {code}: {error[-400:]}")
             changed = sorted(_outside(folder) ^ before)
             row.expect(not changed, f"{name}: ran or wrote {changed[:3]}")
@@ -223,7 +213,7 @@ def _archives(folder: Path) -> Iterator[Case]:
         bad = tarfile.TarInfo(name)
         bad.type, bad.linkname = kind, target
         files = [(key + suffix, data) for key in good for suffix, data in ((".png", black), (".txt", b"a dog"))]
-        write_tar(shards / "train-0.tar", [*files, (bad, black), (name.removesuffix("png") + "txt", b"a dog")])
+        tar(shards / "train-0.tar", [*files, (bad, black), (name.removesuffix("png") + "txt", b"a dog")])
         config = DataConfig(name="shards", path=str(shards), max_broken=0.5)
         yield f"member {name!r}, {kind!r} to {target!r}", partial(_read, config, set(good)), EITHER
     for name in ("../secret.png", "../../secret.png", str(secret), "/etc/passwd", "good.png/../../x", "a\x00b.png"):
