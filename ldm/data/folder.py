@@ -111,16 +111,23 @@ def find_samples(root: Path, prefix: str, need_captions: bool, faults: Faults, l
     """
     files = dict.fromkeys(sorted(os.path.relpath(file, root) for file in list_files(str(root / prefix), set())))
     metadata = [name for name in files if os.path.basename(name) == METADATA]
-    described, broken = read_captions(root, files, metadata)
+    described, broken = read_metadata(root, metadata, files)
     pictures = [name for name in files if name in described or _suffix(name) in PICTURES and not _is_grid(root / name)]
     if not pictures:
         raise UserError(f"no pictures in {str(root / prefix)!r}; known kinds: {' '.join(SUFFIXES)}")
+    for name in {*pictures} - described.keys() - broken.keys():
+        try:
+            if (text := _text(name)) in files:
+                described[name] = clean_captions(read_text(root / text).split("\n"), text), None
+        except UserError as error:
+            broken[name] = str(error)
     samples = []
     for name in sorted({*pictures, *broken}) if need_captions else pictures:
+        if need_captions and name not in described:
+            missing = f"picture {str(root / name)!r} has no caption; write {_text(name)!r} or add {METADATA}"
+            faults.add(name, broken.get(name, missing))
+            continue
         try:
-            if need_captions and name not in described:
-                missing = f"picture {str(root / name)!r} has no caption; write {_text(name)!r} or add {METADATA}"
-                raise ImageError(broken.get(name, missing))
             image_size(root / name, limit)
             samples.append((name, *described.get(name, ([], None))))
         except ImageError as error:
@@ -148,11 +155,11 @@ def list_files(folder: str, visited: set[str]) -> Iterator[str]:
                 yield entry.path
 
 
-def read_captions(
-    root: Path, files: dict[str, None], metadata: list[str]
+def read_metadata(
+    root: Path, metadata: list[str], files: dict[str, None]
 ) -> tuple[dict[str, tuple[list[str], Any]], dict[str, str]]:
-    """{picture: (captions, field `split`)} of metadata, else of a `.txt`; and {picture: reason} where these are broken,
-    under the line's name where it names no picture, or one that other lines describe."""
+    """{picture: (captions, field `split`)}; and {picture: reason} of broken lines, under the line's name where it names
+    no picture, or one that other lines describe."""
     described: dict[str, tuple[list[str], Any]] = {}
     broken = []
     for file in metadata:
@@ -167,14 +174,7 @@ def read_captions(
                     described[name] = captions, fields.get("split") or split
             except UserError as error:
                 broken.append((line, name, str(error)))
-    reasons = {line if name in described else name: reason for line, name, reason in broken}
-    for name in files.keys() - described.keys() - reasons.keys():
-        try:
-            if _suffix(name) in PICTURES and _text(name) in files:
-                described[name] = clean_captions(read_text(root / _text(name)).split("\n"), _text(name)), None
-        except UserError as error:
-            reasons[name] = str(error)
-    return described, reasons
+    return described, {line if name in described else name: reason for line, name, reason in broken}
 
 
 def _picture(fields: dict[str, Any], folder: PurePosixPath, files: dict[str, None], line: str) -> str:
