@@ -110,9 +110,8 @@ class CachedLatents:
             if rank == 0:
                 new.write_bytes(header)
             gather_objects(None)  # so the file is there for all
-            kept = {i: rows[key] for i, key in enumerate(keys) if key in rows} if rank == 0 else {}
-            old = self.open().get_slice("moments") if kept else None
-            copied = ((i, old[row]) for i, row in kept.items())
+            old = self.open().get_slice("moments") if rows else None
+            copied = ((i, old[rows[key]]) for i, key in enumerate(keys) if rank == 0 and key in rows)
             with new.open("r+b") as file:
                 for i, moments in itertools.chain(copied, self._encode(vae, batches[rank::world], blank)):
                     file.seek(len(header) + i * moments.nbytes)
