@@ -235,8 +235,6 @@ def test_resume_and_world_size_do_not_change_the_order():
     halves = [list(EpochBatches(37, 3, 1, rank, 2, steps=40)) for rank in range(2)]
     assert [a + b for a, b in zip(*halves, strict=True)] == whole
     assert list(EpochBatches(37, 6, 2, steps=40)) != whole
-    endless = iter(EpochBatches(37, 6, 1))
-    assert [next(endless) for _ in range(40)] == whole
 
 
 def test_shuffle_is_fair():

@@ -10,8 +10,8 @@ WINDOW = 8  # blocks that are mixed with each other; more mixes better and reads
 
 @dataclass(frozen=True)
 class EpochBatches:
-    """Batch sampler for a DataLoader: for step = start, start + 1, ... `steps` - 1 (endless when None), this
-    rank's list of `batch_size` indices.
+    """Batch sampler for a DataLoader: for step = start, start + 1, ... `steps` - 1, this rank's list of
+    `batch_size` indices.
 
     Every epoch is a permutation of range(`length`); the epochs follow each other without a gap. The global
     batch of a step is the next `batch_size * world` entries, and rank r has its r-th run of `batch_size`. So
@@ -29,12 +29,12 @@ class EpochBatches:
     rank: int = 0
     world: int = 1
     start: int = 0
-    steps: int | None = None
+    steps: int = 0
     blocks: list[int] | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
-        step, epoch, order = self.start, -1, np.empty(0, np.int64)
-        while self.steps is None or step < self.steps:
+        epoch, order = -1, np.empty(0, np.int64)
+        for step in range(self.start, self.steps):
             batch: list[int] = []
             while len(batch) < self.batch_size:
                 first = (step * self.world + self.rank) * self.batch_size + len(batch)
@@ -43,7 +43,6 @@ class EpochBatches:
                     order = self.permutation(epoch)
                 batch += order[first % self.length :][: self.batch_size - len(batch)].tolist()
             yield batch
-            step += 1
 
     def permutation(self, epoch: int) -> np.ndarray:
         """The order of all indices in one epoch, int64 (length,)."""

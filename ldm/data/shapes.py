@@ -100,10 +100,10 @@ class Shapes:
         return f"shapes-{self.seed}-{self.split}-{index:07d}", ""
 
     def __getitem__(self, index: int) -> dict:
-        """{"image": uint8 (3, size, size), "captions": list of str, "key": str, "scene": Scene}."""
+        """{"image": uint8 (3, size, size), "captions": list of str, "key": str}."""
         scene = self.scene(index)
         image = torch.from_numpy(render(scene, self.size)).permute(2, 0, 1).contiguous()
-        return {"image": image, "captions": captions(scene), "key": self.identity(index)[0], "scene": scene}
+        return {"image": image, "captions": captions(scene), "key": self.identity(index)[0]}
 
 
 # --- scenes
