@@ -154,12 +154,15 @@ def test_whatever_lies_in_a_folder_is_used_or_listed(tmp_path):
         (root / name).with_suffix(".txt").write_text("of a phone")
     for name in ("README.txt", "notes.md", "more.md", "video.mp4"):
         (root / name).write_text("no picture")
+    (root / "metadata.jsonl").symlink_to("gone")
     (root / "big.png").write_bytes(bomb())
     (root / "big.txt").write_text("big")
     data = Folder(tmp_path, 8, max_broken=0.5)
     assert {key for key, _ in data.samples} == {f"train/{name}" for name in used}
     samples = {"train/photo.heic", "train/photo.jxl", "train/big.png"}
-    assert data.faults.reasons.keys() == samples | {"train/README.txt", "train/*.md", "train/*.mp4"}
+    assert data.faults.reasons.keys() == samples | {
+        f"train/{name}" for name in ("README.txt", "*.md", "*.mp4", "*.jsonl")
+    }
     with pytest.raises(UserError, match=f"3 of {len(used) + 3} samples cannot be used"):
         Folder(tmp_path, 8)
 

@@ -110,7 +110,7 @@ def find_samples(root: Path, prefix: str, need_captions: bool, faults: Faults, l
     Raises UserError for no pictures, or more faults than allowed.
     """
     files = dict.fromkeys(sorted(os.path.relpath(file, root) for file in list_files(str(root / prefix), set())))
-    metadata = [name for name in files if os.path.basename(name) == METADATA]
+    metadata = [name for name in files if os.path.basename(name) == METADATA and (root / name).is_file()]
     described, broken = read_metadata(root, metadata, files)
     pictures = [name for name in files if name in described or _suffix(name) in PICTURES and not _is_grid(root / name)]
     if not pictures:
