@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_data_folder import picture
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ldm.config import UserError
 from ldm.data.faults import SampleError
@@ -61,13 +60,15 @@ def test_cached_moments_are_the_vaes(root, tmp_path):
         item = cached[i]
         with torch.no_grad():
             moments = vae.encode(to_float(sample["image"][None]))
-        assert (item["key"], item["captions"]) == (sample["key"], sample["captions"]) and cached.captions(i)
+        assert item["captions"] == sample["captions"]
         for name in ("mean", "std"):
             assert item[name].dtype == torch.float32 and item[name].shape == (4, 4, 4)
             torch.testing.assert_close(item[name], getattr(moments, name)[0], rtol=2**-10, atol=1e-6)
     assert torch.equal(cached[-1]["mean"], cached[11]["mean"])
     with pytest.raises(IndexError):
         cached[12]
+    (root / "train" / "03.png").unlink()
+    assert cached[3]["mean"].shape == (4, 4, 4)  # a picture is not looked at again
     assert {name: tuple(t.shape) for name, t in load_file(path).items()} == {
         "moments": (12, 2, 4, 4, 4),
         "identities": (12, 16),
@@ -116,14 +117,14 @@ def test_another_vae_other_data_and_older_caches_are_refused(root, tmp_path):
     vae, path = TinyVAE(), tmp_path / "cache"
     open_latents(path, vae, Folder(root, 16), 4, CPU)
     before = path.read_bytes()
-    with pytest.raises(UserError, match="made by another VAE .*; delete it"):
+    with pytest.raises(UserError, match="made by another VAE; delete it"):
         open_latents(path, TinyVAE(1), Folder(root, 16), 4, CPU)
     for data in (Folder(root, 8), Shapes(32, "val")):
         with pytest.raises(UserError, match="another data set, split or picture size"):
             open_latents(path, vae, data, 4, CPU)
     assert path.read_bytes() == before
     save_file({"mean": torch.zeros(1)}, path, {"format": "ldm-latents-1", "vae": "x", "data": "y"})
-    with pytest.raises(UserError, match=r"is of another version \(ldm-latents-1, not ldm-latents-2\); delete it"):
+    with pytest.raises(UserError, match="is of another version; delete it"):
         open_latents(path, vae, Folder(root, 16), 4, CPU)
     for part in (before[:-1], before[:500], b"", b"rubbish" * 999):
         path.write_bytes(part)
@@ -150,11 +151,9 @@ def test_a_failed_write_keeps_the_old_file(root, tmp_path, monkeypatch):
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_worker_processes_and_a_cache_that_another_run_replaced(root, tmp_path):
-    vae, data = TinyVAE(), Folder(root, 16)
-    cached = open_latents(tmp_path / "cache", vae, data, 4, CPU)
-    loaded = [item for batch in DataLoader(cached, 3, num_workers=2, collate_fn=list) for item in batch]
-    assert [item["key"] for item in loaded] == [key for key, _ in data.samples]
+def test_a_cache_that_another_run_replaced(root, tmp_path):
+    vae = TinyVAE()
+    cached = open_latents(tmp_path / "cache", vae, Folder(root, 16), 4, CPU)
     picture(root, "train/00.png", color=(9, 9, 9))
     open_latents(tmp_path / "cache", vae, Folder(root, 16), 4, CPU)
     with pytest.raises(UserError, match="replaced by another run"):

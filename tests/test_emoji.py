@@ -1,7 +1,6 @@
 """The shipped emoji set, its split, its captions, and the builder on a small package of its own."""
 
 import io
-import json
 import subprocess
 from pathlib import Path
 
@@ -72,12 +71,6 @@ def test_training_shows_held_out_concepts_in_the_other_style_and_the_parts_of_he
         assert all(part in known for part, known in zip(combination, parts, strict=True))
 
 
-def test_code_points_have_one_spelling():
-    assert emoji_build.codes("23-fe0f-20e3") == emoji_build.codes("0023-FE0F-20E3") == "0023-20e3"
-    england = "1f3f4-e0067-e0062-e0065-e006e-e0067-e007f"
-    assert emoji_build.codes("1f3f4-e0067_e0062_e0065_e006e_e0067") == emoji_build.codes(england) == england
-
-
 def _png(colour: tuple[int, ...], box: tuple[int, int, int, int], size: tuple[int, int] = (64, 64)) -> bytes:
     picture = Image.new("RGBA", size, (255, 0, 0, 0))  # red under full transparency
     picture.paste(colour, box)
@@ -101,11 +94,11 @@ def test_encoding_is_lossless_and_the_compact_one_near():
     x = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     x[:4] = 255
 
-    def read(data: bytes) -> np.ndarray:
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-    assert np.array_equal(read(emoji_build.encode(x, False)), x)
-    compact = read(emoji_build.encode(x, True)).astype(int)
+    exact, compact = (
+        np.asarray(Image.open(io.BytesIO(emoji_build.encode(x, compact))).convert("RGB")) for compact in (False, True)
+    )
+    assert np.array_equal(exact, x)
+    compact = compact.astype(int)
     assert np.abs(compact - x).max() <= emoji_build.STEP // 2 + 1 and (compact[:4] == 255).all()
 
 
@@ -146,8 +139,7 @@ def test_builds_are_reproducible_and_keep_the_shipped_captions_and_split(package
         assert torch.equal(ours[0]["image"], shards[0]["image"]) and ours.captions(0) == shards.captions(0)
     assert emoji_build.build(tmp_path / "a", 64, packages, compact=True) == 24  # replaces the other
     names = {f"{split}-000000.tar.gz" for split in SPLITS}
-    index = json.loads((tmp_path / "a" / "index.json").read_text())["shards"]
-    assert index.keys() == names == {file.name for file in (tmp_path / "a").glob("*.tar*")}
+    assert names == {file.name for file in (tmp_path / "a").glob("*.tar*")}
     assert len(Emoji(64, "train", tmp_path / "a")) == 8
 
 

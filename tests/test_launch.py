@@ -124,7 +124,7 @@ def test_bf16_is_autocast_over_float32_weights_with_and_without_fsdp(folder):
 def test_two_processes_share_data_features_and_parameters(tmp_path):
     """They write the cache that one writes, read every sample once per epoch, and hold about half of every parameter
     each, except CLIP's scale, which has no dimensions."""
-    write_shards(tiny.files(23), tmp_path / "shards", "train", shard_bytes=30_000)
+    write_shards(tiny.files(23), tmp_path / "shards", "train", per_shard=8)
     done = launch("tests/two_processes.py", tmp_path, cwd=tmp_path, options=FSDP)
     assert done.returncode == 0, done.stderr[-3000:]
     shards = Shards(tmp_path / "shards", 32)

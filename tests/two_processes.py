@@ -31,7 +31,7 @@ def main(out: Path) -> None:
     for name, dataset in (("shards", shards), ("cache", cached)):
         blocks = getattr(dataset, "lengths", None)
         order = EpochBatches(len(dataset), 3, 0, rank, world, 0, -(-3 * len(dataset) // 6), blocks)
-        names[name] = [[dataset[i]["key"] for i in batch] for batch in order]
+        names[name] = [[shards.identity(i)[0] for i in batch if dataset[i]] for batch in order]
 
     clip = CLIPTask(tiny.clip()).modules["clip"]
     sizes = [p.numel() for p in clip.parameters()]

@@ -5,7 +5,7 @@ dataset.captions(i) -> the same captions, without decoding the image
 dataset.identity(i) -> the key, and a string that changes when the image's file does
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from ldm.data.faults import readable
 from ldm.data.folder import Folder
 from ldm.data.shapes import Shapes
 from ldm.data.shards import Shards
-from ldm.data.splits import check_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +47,16 @@ def open_dataset(config: DataConfig, split: str, need_captions: bool = True) -> 
     """
     if config.name not in DATASETS:
         raise UserError(f"unknown data set {config.name!r}; known: {', '.join(DATASETS)}")
-    check_split(split)
+    if config.name in ("folder", "shards") and not config.path:
+        raise UserError(f"data set {config.name!r} needs a path: --data-path PATH to evaluate, data.path=PATH to train")
     return DATASETS[config.name](config, split, need_captions)
 
 
-def _path(config: DataConfig) -> str:
-    if not config.path:
-        raise UserError(f"data set {config.name!r} needs a path: --data-path PATH to evaluate, data.path=PATH to train")
-    return config.path
-
-
-DATASETS: dict[str, Callable[[DataConfig, str, bool], Any]] = {
+DATASETS = {
     "shapes": lambda c, split, _: Shapes(c.size, split, c.length if split == "train" else None, c.seed),
-    "emoji": lambda c, split, _: Emoji(c.size, split, c.path or None),
-    "folder": lambda c, split, need: Folder(_path(c), c.size, split, c.seed, c.max_pixels, need, c.max_broken),
-    "shards": lambda c, split, _: Shards(_path(c), c.size, split, c.seed, c.max_pixels, c.max_broken),
+    "emoji": lambda c, split, _: Emoji(c.size, split, c.path),
+    "folder": lambda c, split, need: Folder(c.path, c.size, split, c.seed, c.max_pixels, need, c.max_broken),
+    "shards": lambda c, split, _: Shards(c.path, c.size, split, c.seed, c.max_pixels, c.max_broken),
 }
 
 

@@ -72,20 +72,20 @@ class Emoji:
 
 
 def _read(folder: Path, split: str) -> tuple[list[dict[str, Any]], list[bytes]]:
-    records, pictures = {}, {}
+    records, pictures = [], {}
     # The shipped shards are gzipped: at 64 px, tar's own headers and padding outweigh the pictures.
-    for file in sorted([*folder.glob(f"{split}-*.tar"), *folder.glob(f"{split}-*.tar.gz")]):
+    for file in sorted(folder.glob(f"{split}-*.tar*")):
         try:
             with tarfile.open(file) as tar:
                 for member in tar:
                     key, _, suffix = member.name.partition(".")
                     data = tar.extractfile(member).read()
                     if suffix == "json":
-                        records[key] = {**json.loads(data), "key": key}
+                        records.append({**json.loads(data), "key": key})
                     else:
                         pictures[key] = data
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             raise UserError(f"emoji shard {str(file)!r} is broken ({error}); build the set again") from None
-    if not records or records.keys() != pictures.keys():
+    if not records or {record["key"] for record in records} != pictures.keys():
         raise UserError(f"{str(folder)!r} holds no emoji set with a split {split!r}; prepare_data.py emoji builds it")
-    return list(records.values()), [pictures[key] for key in records]
+    return records, [pictures[record["key"]] for record in records]

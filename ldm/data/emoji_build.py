@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ldm.config import UserError
 from ldm.data.emoji import SHIPPED, Emoji
 from ldm.data.shards import write_shards
 from ldm.data.splits import SPLITS
+from ldm.images import upright_rgb
 
 PACKAGES = {"3D": "@lobehub/fluent-emoji-3d@1.1.0", "flat": "emoji-datasource-google@16.0.0"}
 PICTURES = {"3D": ("package/assets/", ".webp"), "flat": ("package/img/google/64/", ".png")}
@@ -29,22 +31,18 @@ STEP = 12  # levels of 255 between the colours of the compact copy
 
 
 def build(out: str | Path, size: int = 64, packages: str | Path | None = None, compact: bool = False) -> int:
-    """Writes train-, val- and test- tar shards, `index.json`, `split.txt` and the licences into `out`.
+    """Writes train-, val- and test- tar shards, `split.txt` and the licences into `out`.
 
     `packages` holds the two `.tgz` of `npm pack`; without it `npm pack` fetches them. `compact` is how the shipped copy
     was made: colours rounded to STEP and shards gzipped. Returns the number of pictures. Raises UserError for another
     size, missing npm or packages; nothing is written then.
     """
-    out = Path(out)
     if size not in SIZES:
         raise UserError(f"emoji size {size} is not available; allowed: {', '.join(map(str, SIZES))}")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {str(out)!r} is a file; name a folder")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(packages or temporary)
         if packages is None:
-            npm_pack(folder)
-        sources = {key: data for style in PACKAGES for key, data in read_package(folder, style).items()}
+            npm_pack(temporary)
+        sources = {key: data for style in PACKAGES for key, data in read_package(Path(packages or temporary), style)}
     splits = {split: Emoji(split=split).records for split in SPLITS}
     missing = [record["key"] for records in splits.values() for record in records if record["key"] not in sources]
     if missing:
@@ -53,9 +51,9 @@ def build(out: str | Path, size: int = 64, packages: str | Path | None = None, c
     for split, records in splits.items():
         images = (encode(picture(sources[record["key"]], size), compact) for record in records)
         samples = ({**r, "image": image, "suffix": "webp"} for r, image in zip(records, images, strict=True))
-        count += write_shards(samples, out, split, compress=compact)
+        count += write_shards(samples, Path(out), split, compress=compact)
     for text in TEXTS:
-        shutil.copy(SHIPPED / text, out / text)
+        shutil.copy(SHIPPED / text, out)
     return count
 
 
@@ -68,12 +66,9 @@ def picture(data: bytes, size: int) -> np.ndarray:
     box = source.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox()
     left, top, right, bottom = box or (0, 0, 1, 1)
     side = max(source.size)
-    square = Image.new("RGBA", (side, side))
-    square.paste(source, ((side - left - right) // 2, (side - top - bottom) // 2))
-    if side != size:
-        square = square.resize((size, size), Image.Resampling.LANCZOS)
-    white = Image.new("RGBA", (size, size), "white")
-    return np.asarray(Image.alpha_composite(white, square).convert("RGB"))
+    x, y = (side - left - right) // 2, (side - top - bottom) // 2
+    square = source.crop((-x, -y, side - x, side - y)).resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(upright_rgb(square))
 
 
 def encode(image: np.ndarray, compact: bool) -> bytes:
@@ -95,21 +90,22 @@ def codes(name: str) -> str:
     return "-".join(parts)
 
 
-def read_package(folder: Path, style: str) -> dict[str, bytes]:
-    """The files of the pictures in a package of `npm pack`, by key."""
+def read_package(folder: Path, style: str) -> Iterator[tuple[str, bytes]]:
+    """The keys and files of the pictures in a package of `npm pack`."""
     package, (prefix, suffix) = PACKAGES[style], PICTURES[style]
     archive = folder / (package.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")
     try:
         with tarfile.open(archive) as tar:
-            members = [m for m in tar if m.isfile() and m.name.startswith(prefix) and m.name.endswith(suffix)]
-            return {f"{style}-{codes(Path(m.name).stem)}": tar.extractfile(m).read() for m in members}
+            for member in tar:
+                if member.isfile() and member.name.startswith(prefix) and member.name.endswith(suffix):
+                    yield f"{style}-{codes(Path(member.name).stem)}", tar.extractfile(member).read()
     except FileNotFoundError:
         raise UserError(f"{archive.name} is not in {str(folder)!r}; `npm pack {package}` writes it") from None
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{archive.name} is broken ({error}); fetch it again with `npm pack`") from None
 
 
-def npm_pack(folder: Path) -> None:
+def npm_pack(folder: str) -> None:
     """Fetches the packages. Raises UserError when that fails."""
     if shutil.which("npm") is None:
         raise UserError("npm is not installed; install Node.js, or use --packages DIR with the two .tgz")

@@ -1,11 +1,10 @@
 """Samples that cannot be used: listed with the reason, tolerated up to a share of the data set."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from ldm.config import UserError
 
-T = TypeVar("T")
 SHARE = 0.01  # of all samples, at most
 
 
@@ -13,42 +12,40 @@ class SampleError(UserError):
     """One sample that cannot be used: its `name`, and as the message the reason in one line."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(name, reason)
         self.name = name
 
-    def __reduce__(self) -> tuple:
-        return type(self), (self.name, str(self))
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 class Faults:
     """The unusable samples of a data set, and files that are no samples: `reasons[name]`.
 
-    Raises UserError as soon as the samples are more than `share` of the `total` (None: not known yet).
+    Raises UserError as soon as the samples are more than `share` of the `total`, which `settle` sets; 0 before.
     """
 
-    def __init__(self, share: float = SHARE, total: int | None = None) -> None:
-        self.share, self.total = share, total
+    def __init__(self, share: float = SHARE) -> None:
+        self.share, self.total = share, 0
         self.reasons: dict[str, str] = {}
-        self.samples: list[str] = []  # names of those that count
+        self.samples: list[str] = []  # the reasons of those that count
 
     def add(self, name: str, reason: str, counts: bool = True) -> None:
         """Lists a sample, once, or a file that does not count as one."""
         if name not in self.reasons:
-            self.reasons[name] = reason
-            self.samples += [name] * counts
+            self.reasons[name] = reason = reason.encode("utf-8", "backslashreplace").decode()  # names may be any bytes
+            self.samples += [reason] * counts
             self.settle(self.total)
 
-    def settle(self, total: int | None) -> None:
+    def settle(self, total: int) -> None:
         """Sets the number of samples, the unusable ones included."""
         self.total, count = total, len(self.samples)
-        if total is not None and count > self.share * total:
-            raise UserError(
-                f"{self.reasons[self.samples[0]]} ({count} of {total} samples cannot be used; data.max_broken ="
-                f" {self.share:g} is the share that may be left out)"
-            )
+        if total and count > self.share * total:
+            limit = f"data.max_broken = {self.share:g} is the share that may be left out"
+            raise UserError(f"{self.samples[0]} ({count} of {total} samples cannot be used; {limit})")
 
 
-def attempt(dataset: Any, read: Callable[[T], Any], item: T) -> Any:
+def attempt(dataset: Any, read: Callable[[Any], Any], item: Any) -> Any:
     """`read(item)`, or None for a sample that cannot be read, which goes into the data set's `faults`."""
     try:
         return read(item)

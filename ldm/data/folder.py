@@ -3,24 +3,18 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 from ldm.config import UserError
 from ldm.data.faults import SHARE, Faults, SampleError
-from ldm.data.splits import SPLITS, check_split, named_split, select
+from ldm.data.splits import check_split, named_split, select
 from ldm.data.text import clean_captions, decode, parse_object, read_text
 from ldm.images import LIMIT, SUFFIXES, ImageError, image_size, read_image
 
 METADATA = "metadata.jsonl"
 # Pictures too, though perhaps none that can be read here: they count as samples.
-PICTURES = {*SUFFIXES, ".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tga", ".ico"}
-
-
-class Entry(NamedTuple):
-    """Captions of a picture, and the field `split` of its metadata."""
-
-    captions: list[str]
-    split: Any = None
+PICTURES = {*SUFFIXES, ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tga", ".ico"}
+Sample = tuple[str, list[str], Any]  # name relative to the folder, captions, field `split` of the metadata
 
 
 class Folder:
@@ -55,27 +49,25 @@ class Folder:
         if not self.path.is_dir():
             raise UserError(f"image folder {str(path)!r} does not exist")
         prefix = self._prefix(split)
-        entries = find_pictures(self.path, prefix, need_captions, self.faults, limit)
-        samples = [(name, *entry) for name, entry in entries.items()]
-        if not prefix:
-            samples = [samples[i] for i in select(samples, split, seed, self.faults)]
-        if not samples:
+        samples = find_samples(self.path, prefix, need_captions, self.faults, limit)
+        chosen = range(len(samples)) if prefix else select(samples, split, seed, self.faults)
+        self.samples = [samples[i][:2] for i in chosen]
+        if not self.samples:
             raise UserError(f"split {split!r} of {str(path)!r} is empty; add pictures to it")
-        self.samples = [(name, captions) for name, captions, _ in samples]
 
     def _prefix(self, split: str) -> str:
         """The name of the sub-folder of a split with a slash, "" where sub-folders are no splits."""
         folders: dict[str, str] = {}
         names = sorted(name for name in os.listdir(self.path) if not name.startswith("."))
         for name in names:
-            is_folder = (self.path / name).is_dir()
-            named = named_split(name, f"sub-folder {name!r} of {str(self.path)!r}") if is_folder else ""
-            if named and folders.setdefault(named, name) != name:
-                raise UserError(f"{folders[named]!r} and {name!r} of {str(self.path)!r} are both {named}; keep one")
+            if (self.path / name).is_dir() and (named := named_split(name, f"sub-folder {str(self.path / name)!r}")):
+                if named in folders:
+                    raise UserError(f"{folders[named]!r} and {name!r} of {str(self.path)!r} are both {named}; keep one")
+                folders[named] = name
         if not folders:
             return ""
         if split not in folders:
-            known = ", ".join(folders[name] for name in SPLITS if name in folders)
+            known = ", ".join(folders.values())
             raise UserError(f"{str(self.path)!r} has sub-folders {known} but no {split!r}; add it")
         for name in names:
             if name not in folders.values():
@@ -91,11 +83,11 @@ class Folder:
             image = read_image(self.path / key, self.size, self.limit)
         except ImageError as error:
             raise SampleError(key, f"{error}; repair or remove it") from None
-        return {"image": image, "captions": list(captions), "key": key}
+        return {"image": image, "captions": captions, "key": key}
 
     def captions(self, index: int) -> list[str]:
         """The captions of picture `index`, without reading it."""
-        return list(self.samples[index][1])
+        return self.samples[index][1]
 
     def identity(self, index: int) -> tuple[str, str]:
         """The key of picture `index`, and its size and modification time."""
@@ -109,41 +101,44 @@ def captioned(root: Path) -> dict[str, list[str]]:
 
     Raises UserError for no pictures, or one that cannot be read as far as its header tells.
     """
-    return {name: entry.captions for name, entry in find_pictures(root, "", False, Faults(share=0), LIMIT).items()}
+    return {name: captions for name, captions, _ in find_samples(root, "", False, Faults(share=0), LIMIT)}
 
 
-def find_pictures(root: Path, prefix: str, need_captions: bool, faults: Faults, limit: int) -> dict[str, Entry]:
-    """The usable pictures in `root / prefix`, by name relative to `root`; all other files go into `faults`.
+def find_samples(root: Path, prefix: str, need_captions: bool, faults: Faults, limit: int) -> list[Sample]:
+    """The usable pictures in `root / prefix`, in order of name; all other files go into `faults`.
 
     Raises UserError for no pictures, or more faults than allowed.
     """
-    files = sorted(os.path.relpath(file, root) for file in list_files(str(root / prefix), set()))
-    metadata = [file for file in files if os.path.basename(file) == METADATA]
-    described, broken = read_metadata(root, metadata)
-    for name in sorted(described.keys() - {*files}):
-        broken[name] = f"metadata names {name!r}, which is hidden or linked twice; name a visible file"
-    names = [name for name in files if name in described or _suffix(name) in PICTURES and not _is_grid(root / name)]
-    if not names and not broken:
+    files = dict.fromkeys(sorted(os.path.relpath(file, root) for file in list_files(str(root / prefix), set())))
+    metadata = [name for name in files if os.path.basename(name) == METADATA and (root / name).is_file()]
+    described, broken = read_metadata(root, metadata, files)
+    pictures = [name for name in files if name in described or _suffix(name) in PICTURES and not _is_grid(root / name)]
+    if not pictures:
         raise UserError(f"no pictures in {str(root / prefix)!r}; known kinds: {' '.join(SUFFIXES)}")
-    for line, reason in broken.items():
-        faults.add(line, reason, counts=need_captions)
-    entries = {}
-    for name in names:
+    for name in {*pictures} - described.keys() - broken.keys():
         try:
-            entry = described.get(name) or Entry(_captions_beside(root / name, need_captions))
+            if (text := _text(name)) in files:
+                described[name] = clean_captions(read_text(root / text).split("\n"), text), None
+        except UserError as error:
+            broken[name] = str(error)
+    samples = []
+    for name in sorted({*pictures, *broken}) if need_captions else pictures:
+        if need_captions and name not in described:
+            missing = f"picture {str(root / name)!r} has no caption; write {_text(name)!r} or add {METADATA}"
+            faults.add(name, broken.get(name, missing))
+            continue
+        try:
             image_size(root / name, limit)
-            entries[name] = entry
-        except (SampleError, ImageError) as error:
+            samples.append((name, *described.get(name, ([], None))))
+        except ImageError as error:
             faults.add(name, str(error))
-    faults.settle(len(names) + len(broken) * need_captions)
-    texts = {os.path.splitext(name)[0] + ".txt" for name in names}
-    for name in sorted({*files}.difference(names, metadata, texts)):
-        suffix = _suffix(name)
-        group, reason = name, "belongs to no picture" if suffix == ".txt" else "is a grid of other pictures"
-        if suffix not in {".txt", *PICTURES}:
-            group, reason = f"{prefix}*{suffix}", f"is of a kind that is not read; known kinds: {' '.join(SUFFIXES)}"
-        faults.add(group, f"{name!r} {reason}", counts=False)
-    return entries
+    faults.settle(len(samples) + len(faults.samples))
+    used = {*pictures, *map(_text, pictures), *metadata}
+    for name in (name for name in files if name not in used):
+        group = name if _suffix(name) in (".txt", *PICTURES) else f"{prefix}*{_suffix(name)}"
+        reason = f"{name!r} is no picture ({' '.join(SUFFIXES)}), no text of one, or a grid of others"
+        faults.add(group, reason, counts=False)
+    return samples
 
 
 def list_files(folder: str, visited: set[str]) -> Iterator[str]:
@@ -160,51 +155,45 @@ def list_files(folder: str, visited: set[str]) -> Iterator[str]:
                 yield entry.path
 
 
+def read_metadata(
+    root: Path, metadata: list[str], files: dict[str, None]
+) -> tuple[dict[str, tuple[list[str], Any]], dict[str, str]]:
+    """{picture: (captions, field `split`)}; and {picture: reason} of broken lines, under the line's name where it names
+    no picture, or one that other lines describe."""
+    described: dict[str, tuple[list[str], Any]] = {}
+    broken = []
+    for file in metadata:
+        for number, data in enumerate((root / file).read_bytes().split(b"\n"), start=1):
+            name = line = f"{file} line {number}"
+            try:
+                if text := decode(data, line).strip():
+                    fields = parse_object(text, line)
+                    name = _picture(fields, PurePosixPath(file).parent, files, line)
+                    known, split = described.get(name, ([], None))
+                    captions = [*dict.fromkeys(known + clean_captions(fields["text"], line))]
+                    described[name] = captions, fields.get("split") or split
+            except UserError as error:
+                broken.append((line, name, str(error)))
+    return described, {line if name in described else name: reason for line, name, reason in broken}
+
+
+def _picture(fields: dict[str, Any], folder: PurePosixPath, files: dict[str, None], line: str) -> str:
+    """The file that a line of metadata in `folder` names."""
+    value = fields.get("file_name")
+    if not isinstance(value, str) or "text" not in fields:
+        raise UserError(f"{line} needs a 'file_name' and a 'text', one string or a list")
+    for name in (value, value.replace("\\", "/")):
+        if str(folder / name) in files:
+            return str(folder / name)
+    raise UserError(f"{line} names {value!r}, which does not exist in the folder, or is hidden or linked twice")
+
+
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def read_metadata(root: Path, files: list[str]) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The pictures that metadata files under `root` describe, and {line: reason} of lines that are wrong."""
-    entries: dict[str, Entry] = {}
-    broken: dict[str, str] = {}
-    for file in files:
-        for number, line in enumerate((root / file).read_bytes().split(b"\n"), start=1):
-            where = f"{file} line {number}"
-            try:
-                if text := decode(line, where).strip():
-                    name, entry = _parse_line(parse_object(text, where), root, PurePosixPath(file).parent, where)
-                    known = entries.get(name, Entry([]))
-                    captions = [*dict.fromkeys(known.captions + entry.captions)]
-                    entries[name] = Entry(captions, entry.split or known.split)
-            except UserError as error:
-                broken[where] = str(error)
-    return entries, broken
-
-
-def _parse_line(fields: dict[str, Any], root: Path, folder: PurePosixPath, where: str) -> tuple[str, Entry]:
-    """The picture that a line of metadata in `root / folder` describes."""
-    value = fields.get("file_name")
-    if not isinstance(value, str) or "text" not in fields:
-        raise UserError(f"{where} needs a 'file_name' and a 'text', one string or a list")
-    name = PurePosixPath(value.replace("\\", "/"))
-    if name.is_absolute() or ".." in name.parts:
-        raise UserError(f"{where} names {value!r}, outside the folder; only names inside it are read")
-    if not os.path.isfile(root / folder / name):  # unlike Path.is_file, never raises
-        raise UserError(f"{where} names {value!r}, which does not exist; add the file or drop the line")
-    return (folder / name).as_posix(), Entry(clean_captions(fields["text"], where), fields.get("split"))
-
-
-def _captions_beside(picture: Path, needed: bool) -> list[str]:
-    file = picture.with_suffix(".txt")
-    try:
-        if file.is_file() and (text := read_text(file)).strip():
-            return clean_captions(text.split("\n"), str(file))
-        raise UserError(f"picture {str(picture)!r} has no caption; write {file.name!r} or add {METADATA}")
-    except UserError as error:
-        if needed:
-            raise SampleError(picture.name, str(error)) from None
-        return []
+def _text(picture: str) -> str:
+    return os.path.splitext(picture)[0] + ".txt"
 
 
 def _is_grid(file: Path) -> bool:

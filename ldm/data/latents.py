@@ -12,11 +12,10 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -30,27 +29,28 @@ from ldm.model_io import atomic_write, module_hash
 
 FORMAT = "ldm-latents-2"
 KEY = 16  # bytes of a picture's hash
+AGAIN = "delete it to write it again"
 
 
-def identities(dataset: Any) -> np.ndarray:
-    """A hash of each picture, uint8 (N, KEY): another where its file, or the size that it is read at, changes."""
-    rows = (repr((dataset.size, *dataset.identity(i))).encode() for i in range(len(dataset)))
-    return np.frombuffer(b"".join(hashlib.sha256(row).digest()[:KEY] for row in rows), np.uint8).reshape(-1, KEY)
+def identities(dataset: Any) -> list[bytes]:
+    """A hash of each picture, KEY bytes: another where its file, or the size that it is read at, changes."""
+    rows = (repr((dataset.size, *dataset.identity(i))) for i in range(len(dataset)))
+    return [hashlib.sha256(row.encode()).digest()[:KEY] for row in rows]
 
 
 def data_hash(dataset: Any) -> str:
     """SHA-256 of a data set, another where any picture, caption or key, or their order, changes."""
-    digest = hashlib.sha256(identities(dataset).tobytes())
+    digest = hashlib.sha256(b"".join(identities(dataset)))
     for captions in all_captions(dataset):
         digest.update(repr(captions).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
 class CachedLatents:
-    """The latents of a data set, map-style and read piece by piece from a file that `open_latents` has written.
+    """The latents of a data set, map-style and read piece by piece from a file that `open_latents` keeps up to date.
 
-    `cached[i]` -> {"mean": float32 (C, h, w), "std": float32 (C, h, w), "captions": list[str], "key": str}. Raises
-    SampleError for a picture that could not be read, and UserError when another run has replaced the file.
+    `cached[i]` -> {"mean": float32 (C, h, w), "std": float32 (C, h, w), "captions": list[str]}. Raises SampleError for
+    a picture that could not be read, and UserError when another run has replaced the file.
     """
 
     def __init__(self, path: Path, dataset: Any, metadata: dict[str, str]) -> None:
@@ -61,19 +61,72 @@ class CachedLatents:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def captions(self, index: int) -> list[str]:
-        """The captions of sample `index`."""
-        return self.dataset.captions(index)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         i = range(len(self))[index]
-        with open_cache(self.path) as file:
+        with self.open() as file:
             if file.metadata() != self.metadata:
                 raise UserError(f"latent cache {str(self.path)!r} was replaced by another run; give each its own")
             mean, std = file.get_slice("moments")[i].float()
         if not mean.isfinite().all():
             self.dataset[i]  # raises the SampleError again
-        return {"mean": mean, "std": std, "captions": self.captions(i), "key": self.dataset.identity(i)[0]}
+        return {"mean": mean, "std": std, "captions": self.dataset.captions(i)}
+
+    def open(self) -> Any:
+        """The safetensors file. Raises UserError for one that is damaged."""
+        try:
+            return safe_open(self.path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"latent cache {str(self.path)!r} is damaged ({error}); {AGAIN}") from None
+
+    def rows(self, keys: list[bytes]) -> dict[bytes, int]:
+        """{identity: row} of the pictures in the file, in order. Raises UserError for one of another version, VAE, or
+        pictures other than `keys` altogether."""
+        with self.open() as file:
+            known = file.metadata() or {}
+            if known.get("format") != FORMAT:
+                reason = "is of another version"
+            elif known.get("vae") != self.metadata["vae"]:
+                reason = "was made by another VAE"
+            else:
+                rows = {bytes(key): row for row, key in enumerate(file.get_tensor("identities").numpy())}
+                if not rows.keys().isdisjoint(keys):
+                    return rows
+                reason = "was made from another data set, split or picture size"
+        raise UserError(f"latent cache {str(self.path)!r} {reason}; {AGAIN}")
+
+    @torch.inference_mode()
+    def write(self, vae: nn.Module, batch_size: int, keys: list[bytes], rows: dict[bytes, int]) -> None:
+        """Writes the file, as a whole or not at all: `rows` of the old one are copied, the others encoded.
+
+        Each process writes its samples into one file, which then replaces the old one.
+        """
+        rank, world = rank_and_world()
+        blank = torch.zeros(3, self.dataset.size, self.dataset.size, dtype=torch.uint8)
+        header = _header(self.metadata, len(keys), encode(vae, blank[None]).shape[1:]) + b"".join(keys)
+        missing = [i for i, key in enumerate(keys) if key not in rows]
+        batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.path) if rank == 0 else nullcontext(self.path.with_name(self.path.name + ".tmp")) as new:
+            if rank == 0:
+                new.write_bytes(header)
+            gather_objects(None)  # so the file is there for all
+            old = self.open().get_slice("moments") if rows else None
+            copied = ((i, old[rows[key]]) for i, key in enumerate(keys) if rank == 0 and key in rows)
+            with new.open("r+b") as file:
+                for i, moments in itertools.chain(copied, self._encode(vae, batches[rank::world], blank)):
+                    file.seek(len(header) + i * moments.nbytes)
+                    file.write(moments.numpy().tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            gather_objects(None)  # so all have written
+        gather_objects(None)  # so the cache is there for all
+
+    def _encode(self, vae: nn.Module, batches: list[list[int]], blank: Tensor) -> Iterator[tuple[int, Tensor]]:
+        for batch in tqdm(batches, desc="encoding", unit="batch", disable=rank_and_world()[0] > 0):
+            samples = [attempt(self.dataset, self.dataset.__getitem__, i) for i in batch]
+            moments = encode(vae, torch.stack([sample["image"] if sample else blank for sample in samples]))
+            moments[[sample is None for sample in samples]] = torch.nan
+            yield from zip(batch, moments, strict=True)
 
 
 def open_latents(path: Path, vae: nn.Module, dataset: Any, batch_size: int, device: torch.device) -> CachedLatents:
@@ -85,80 +138,18 @@ def open_latents(path: Path, vae: nn.Module, dataset: Any, batch_size: int, devi
     version, for a damaged one, a full disk, and latents that are not finite.
     """
     path, keys = Path(path), identities(dataset)
-    if not len(keys):
+    if not keys:
         raise UserError("the data set has no samples to encode")
-    metadata = {"format": FORMAT, "vae": module_hash(vae), "data": hashlib.sha256(keys.tobytes()).hexdigest()}
-    rows = read_rows(path, metadata, keys) if path.exists() else [None] * len(keys)
+    metadata = {"format": FORMAT, "vae": module_hash(vae), "data": hashlib.sha256(b"".join(keys)).hexdigest()}
+    cached = CachedLatents(path, dataset, metadata)
+    rows = cached.rows(keys) if path.exists() else {}
     gather_objects(None)  # all have looked before one writes
-    if rows is not None:
+    if [*rows] != keys:
         try:
-            write_cache(path, vae.to(device).eval(), dataset, batch_size, metadata, keys, rows)
+            cached.write(vae.to(device).eval(), batch_size, keys, rows)
         except OSError as error:
             raise UserError(f"cannot write the latent cache {str(path)!r}: {error.strerror or error}") from None
-    return CachedLatents(path, dataset, metadata)
-
-
-def open_cache(path: Path) -> Any:
-    """The file of a cache. Raises UserError for one that is damaged."""
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"latent cache {str(path)!r} is damaged ({error}); delete it to write it again") from None
-
-
-def read_rows(path: Path, metadata: dict[str, str], keys: np.ndarray) -> list[int | None] | None:
-    """Which row of a cache each picture has, None where it has none; None where the cache is up to date."""
-    with open_cache(path) as file:
-        old = file.metadata() or {}
-        if old == metadata:
-            return None
-        if old.get("format") != FORMAT:
-            reason = f"is of another version ({old.get('format', 'unknown')}, not {FORMAT})"
-        elif old["vae"] != metadata["vae"]:
-            reason = f"was made by another VAE ({old['vae'][:12]}, not {metadata['vae'][:12]})"
-        else:
-            known = {key.tobytes(): row for row, key in enumerate(file.get_tensor("identities").numpy())}
-            rows = [known.get(key.tobytes()) for key in keys]
-            if any(row is not None for row in rows):
-                return rows
-            reason = "was made from another data set, split or picture size"
-    raise UserError(f"latent cache {str(path)!r} {reason}; delete it to write it again")
-
-
-@torch.inference_mode()
-def write_cache(
-    path: Path,
-    vae: nn.Module,
-    dataset: Any,
-    batch_size: int,
-    metadata: dict[str, str],
-    keys: np.ndarray,
-    rows: list[int | None],
-) -> None:
-    """Writes a cache, as a whole or not at all: its `rows` of an old cache are copied, the others encoded.
-
-    Each process writes its samples into one file, which then takes the place of the old one.
-    """
-    rank, world = rank_and_world()
-    shape = encode(vae, torch.zeros(1, 3, dataset.size, dataset.size, dtype=torch.uint8)).shape[1:]
-    header = _header(metadata, len(keys), shape) + keys.tobytes()
-    missing = [i for i, row in enumerate(rows) if row is None]
-    batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-    batches = batches[len(batches) * rank // world : len(batches) * (rank + 1) // world]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        if rank == 0:
-            stack.enter_context(atomic_write(path)).write_bytes(header)
-        gather_objects(None)  # so the file is there for all
-        with path.with_name(path.name + ".tmp").open("r+b") as file:
-            kept = _copy(path, rows) if rank == 0 else ()
-            for i, moments in itertools.chain(kept, _encode(vae, dataset, batches, shape)):
-                file.seek(len(header) + i * moments.nbytes)
-                file.write(moments.numpy().tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        gather_objects(None)  # so all have written
-    gather_objects(None)  # so the cache is there for all
+    return cached
 
 
 def _header(metadata: dict[str, str], count: int, shape: tuple[int, ...]) -> bytes:
@@ -169,23 +160,6 @@ def _header(metadata: dict[str, str], count: int, shape: tuple[int, ...]) -> byt
     table = json.dumps({"__metadata__": metadata, "identities": identities, "moments": moments})
     table = table.encode().ljust(-(-len(table) // 8) * 8)
     return len(table).to_bytes(8, "little") + table
-
-
-def _copy(path: Path, rows: list[int | None]) -> Iterator[tuple[int, Tensor]]:
-    if any(row is not None for row in rows):
-        with open_cache(path) as file:
-            moments = file.get_slice("moments")
-            yield from ((i, moments[row]) for i, row in enumerate(rows) if row is not None)
-
-
-def _encode(
-    vae: nn.Module, dataset: Any, batches: list[list[int]], shape: tuple[int, ...]
-) -> Iterator[tuple[int, Tensor]]:
-    for batch in tqdm(batches, desc="encoding", unit="batch", disable=rank_and_world()[0] > 0):
-        images = {i: sample["image"] for i in batch if (sample := attempt(dataset, dataset.__getitem__, i))}
-        yield from ((i, torch.full(shape, torch.nan, dtype=torch.half)) for i in batch if i not in images)
-        if images:
-            yield from zip(images, encode(vae, torch.stack(list(images.values()))), strict=True)
 
 
 def encode(vae: nn.Module, images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import re
 import signal
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,25 +61,25 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
+@dataclass(frozen=True)
 class _Batches:
     """Collated batches by (step, indices), each with {name: reason} of the samples that could not be read."""
 
-    def __init__(self, dataset: Any, order: EpochBatches, collate: Callable[[list[dict]], dict]) -> None:
-        self.dataset, self.collate = dataset, collate
-        self.seed, self.first = order.seed % 2**64, order.rank * order.batch_size
+    dataset: Any
+    order: EpochBatches
+    collate: Callable[[list[dict]], dict]
 
     def __getitem__(self, item: tuple[int, list[int]]) -> Batch:
-        (step, indices), faults = item, {}
-        samples = [self._read(index, (step, i), faults) for i, index in enumerate(indices, self.first)]
+        (step, indices), faults, samples = item, {}, []
+        for position, index in enumerate(indices, self.order.rank * self.order.batch_size):
+            for attempt in range(ATTEMPTS):
+                try:
+                    samples.append(self.dataset[index])
+                    break
+                except SampleError as error:
+                    faults[error.name] = str(error)
+                draw = np.random.SeedSequence([self.order.seed % 2**64, step, position, attempt])
+                index = int(draw.generate_state(1, np.uint64)[0] % len(self.dataset))
+            else:
+                raise UserError(f"no sample can be read; the first: {next(iter(faults.values()))}")
         return self.collate(samples), faults
-
-    def _read(self, index: int, slot: tuple[int, int], faults: dict[str, str]) -> dict[str, Any]:
-        """The sample `index`, or another one where it cannot be read; `slot` is (step, position)."""
-        for attempt in range(ATTEMPTS):
-            try:
-                return self.dataset[index]
-            except SampleError as error:
-                faults[error.name] = str(error)
-            draw = np.random.SeedSequence([self.seed, *slot, attempt])
-            index = int(draw.generate_state(1, np.uint64)[0] % len(self.dataset))
-        raise UserError(f"no sample can be read; the first: {next(iter(faults.values()))}")

@@ -2,6 +2,7 @@
 and why vision-language models behave like bags-of-words")."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,25 +16,23 @@ def alter(captions: list[str], true: list[list[str]]) -> list[str]:
     """
     between: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)  # the inner keys: words, in order
     for caption in captions:
-        for before, word, after in _windows(caption):
+        for before, word, after in _windows(caption.split()):
             between[before, after][word] = None
-    pairs = zip(captions, true, strict=True)
-    return [_alter(caption, {*known, caption}, between) for caption, known in pairs]
+    return [_alter(caption.split(), known, between) for caption, known in zip(captions, true, strict=True)]
 
 
-def _alter(caption: str, known: set[str], between: dict) -> str:
-    words, choices = caption.split(), []
-    for i, (before, word, after) in enumerate(_windows(caption)):
-        altered = [" ".join([*words[:i], other, *words[i + 1 :]]) for other in between[before, after] if other != word]
-        choices.append([text for text in altered if text not in known])
-    choices = [texts for texts in choices if texts]  # by position, not by alternative
+def _alter(words: list[str], true: list[str], between: dict) -> str:
+    choices = []  # by position, not by alternative
+    for i, (before, _, after) in enumerate(_windows(words)):
+        texts = (" ".join([*words[:i], word, *words[i + 1 :]]) for word in between[before, after])
+        if altered := [text for text in texts if text not in (*true, " ".join(words))]:
+            choices.append(altered)
     return _pick(_pick(choices)) if choices else ""
 
 
-def _windows(caption: str) -> list[tuple[str, str, str]]:
+def _windows(words: list[str]) -> Iterator[tuple[str, str, str]]:
     """Every word with its neighbours, "" beyond the ends."""
-    words = ["", *caption.split(), ""]
-    return list(zip(words, words[1:], words[2:], strict=False))
+    return zip(["", *words], words, [*words[1:], ""], strict=False)
 
 
 def _pick(options: list) -> Any:

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm.config import UserError
-
 WINDOW = 8  # blocks that are mixed with each other; more mixes better and reads less sequentially
 
 
 @dataclass(frozen=True)
 class EpochBatches:
-    """Batch sampler for a DataLoader: for step = start, start + 1, ... `steps` - 1 (endless when None), this
-    rank's list of `batch_size` indices.
+    """Batch sampler for a DataLoader: for step = start, start + 1, ... `steps` - 1, this rank's list of
+    `batch_size` indices.
 
     Every epoch is a permutation of range(`length`); the epochs follow each other without a gap. The global
     batch of a step is the next `batch_size * world` entries, and rank r has its r-th run of `batch_size`. So
@@ -22,7 +20,7 @@ class EpochBatches:
     global batches of 1 rank with 16.
 
     `blocks` (lengths of consecutive runs of indices, `Shards.lengths`) keeps reading local: blocks are
-    shuffled, then samples within each WINDOW of blocks. Raises UserError for a data set without samples.
+    shuffled, then samples within each WINDOW of blocks.
     """
 
     length: int
@@ -31,28 +29,20 @@ class EpochBatches:
     rank: int = 0
     world: int = 1
     start: int = 0
-    steps: int | None = None
+    steps: int = 0
     blocks: list[int] | None = None
 
-    def __post_init__(self) -> None:
-        if self.length < 1:
-            raise UserError("the data set has no samples; give a folder, shards or a split that has some")
-
-    def __len__(self) -> int:
-        return max(self.steps - self.start, 0)
-
     def __iter__(self) -> Iterator[list[int]]:
-        step, epoch, order = self.start, -1, np.empty(0, np.int64)
-        while self.steps is None or step < self.steps:
-            first = (step * self.world + self.rank) * self.batch_size
+        epoch, order = -1, np.empty(0, np.int64)
+        for step in range(self.start, self.steps):
             batch: list[int] = []
             while len(batch) < self.batch_size:
-                now, offset = divmod(first + len(batch), self.length)
-                if now != epoch:
-                    epoch, order = now, self.permutation(now)
-                batch += order[offset : offset + self.batch_size - len(batch)].tolist()
+                first = (step * self.world + self.rank) * self.batch_size + len(batch)
+                if first // self.length != epoch:
+                    epoch = first // self.length
+                    order = self.permutation(epoch)
+                batch += order[first % self.length :][: self.batch_size - len(batch)].tolist()
             yield batch
-            step += 1
 
     def permutation(self, epoch: int) -> np.ndarray:
         """The order of all indices in one epoch, int64 (length,)."""
@@ -60,11 +50,10 @@ class EpochBatches:
         bits = np.random.PCG64(np.random.SeedSequence([self.seed % 2**64, epoch]))
         if self.blocks is None:
             return np.argsort(bits.random_raw(self.length), kind="stable")
-        ends = np.cumsum(self.blocks)
-        order = np.argsort(bits.random_raw(len(ends)), kind="stable")
+        members = np.split(np.arange(self.length), np.cumsum(self.blocks)[:-1])
+        order = np.argsort(bits.random_raw(len(members)), kind="stable")
         windows = []
         for first in range(0, len(order), WINDOW):
-            chosen = order[first : first + WINDOW]
-            members = np.concatenate([np.arange(ends[i] - self.blocks[i], ends[i]) for i in chosen])
-            windows.append(members[np.argsort(bits.random_raw(len(members)), kind="stable")])
+            window = np.concatenate([members[i] for i in order[first : first + WINDOW]])
+            windows.append(window[np.argsort(bits.random_raw(len(window)), kind="stable")])
         return np.concatenate(windows)

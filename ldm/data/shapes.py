@@ -5,7 +5,6 @@ Shipped models depend on every scene, caption and pixel of it.
 
 import itertools
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,20 +32,15 @@ SIZES = {"small": 0.30, "large": 0.42}  # diameter over picture side: 9.6 and 13
 RELATIONS = {"left of": "right of", "above": "below", "right of": "left of", "below": "above"}  # and converse
 KINDS = {"single": 0.2, "pair": 0.45, "count": 0.2, "trio": 0.15}  # share of each kind of scene
 
-HELD_OUT_THINGS = {("red", "star"), ("green", "ring"), ("yellow", "triangle"), ("pink", "cross")}
-HELD_OUT_RELATIONS = {
-    ("circle", "left of", "star"),
-    ("ring", "left of", "cross"),
-    ("triangle", "left of", "square"),
-    ("square", "above", "triangle"),
-    ("star", "above", "circle"),
-    ("cross", "above", "ring"),
-}
-HELD_OUT_COUNTS = {(2, "cyan"), (3, "white"), (3, "star")}
+# Compositions that the train split never shows: things, numbers of equal things by colour or by shape, ordered pairs of
+# shapes in a relation.
+HELD_OUT = {"red star", "green ring", "yellow triangle", "pink cross", "2 cyan", "3 white", "3 star"}
+HELD_OUT |= {"circle left of star", "ring left of cross", "triangle left of square"}
+HELD_OUT |= {"square above triangle", "star above circle", "cross above ring"}
 
 MARGIN, GAP = 1 / 32, 2 / 32  # least room to the picture's edge and between two things, in picture sides
 CLEAR = 1.4  # two things are "left of" or "above" only when one axis leads the other by this factor
-Box = tuple[tuple[float, float], tuple[float, float]]  # (low, high) on the x axis and on the y axis
+Box = list[tuple[float, float]]  # (low, high) on the x axis and on the y axis
 SAMPLES = 4  # sub-pixel samples per side for antialiasing
 
 
@@ -92,9 +86,8 @@ class Shapes:
         return self.length
 
     def scene(self, index: int) -> Scene:
-        """The exact scene of an item, without drawing it. Raises IndexError outside 0..len-1."""
-        if not 0 <= index < self.length:
-            raise IndexError(f"index {index} is outside 0..{self.length - 1}")
+        """The exact scene of an item, without drawing it. Raises IndexError outside the data set."""
+        index = range(self.length)[index]
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
         return sample_scene(rng, held_out=self.split == "test" and index % 2 == 1)
 
@@ -107,10 +100,10 @@ class Shapes:
         return f"shapes-{self.seed}-{self.split}-{index:07d}", ""
 
     def __getitem__(self, index: int) -> dict:
-        """{"image": uint8 (3, size, size), "captions": list of str, "key": str, "scene": Scene}."""
+        """{"image": uint8 (3, size, size), "captions": list of str, "key": str}."""
         scene = self.scene(index)
         image = torch.from_numpy(render(scene, self.size)).permute(2, 0, 1).contiguous()
-        return {"image": image, "captions": captions(scene), "key": self.identity(index)[0], "scene": scene}
+        return {"image": image, "captions": captions(scene), "key": self.identity(index)[0]}
 
 
 # --- scenes
@@ -125,23 +118,17 @@ def relation_of(a: Thing, b: Thing) -> str:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether the scene, or a requirement, shows a composition that the train split never shows.
-
-    One of HELD_OUT_THINGS (colour and shape), of HELD_OUT_RELATIONS (an ordered pair of shapes in a relation,
-    in any wording), or of HELD_OUT_COUNTS (a number of equal things, by their colour or by their shape).
-    """
-    things, kinds = scene.things, {(thing.colour, thing.shape) for thing in scene.things}
-    if kinds & HELD_OUT_THINGS:
-        return True
-    if len(kinds) == 1 < len(things):
-        return bool({(len(things), attribute) for attribute in kinds.pop()} & HELD_OUT_COUNTS)
-    related = []
-    if things[0].x is not None:
-        related = [(a.shape, relation_of(a, b), b.shape) for a, b in itertools.permutations(things, 2)]
+    """Whether the scene, or a requirement, shows one of HELD_OUT; a relation in any wording."""
+    things = scene.things
+    phrases = {f"{thing.colour} {thing.shape}" for thing in things}
+    if len(phrases) == 1 < len(things):
+        phrases |= {f"{len(things)} {things[0].colour}", f"{len(things)} {things[0].shape}"}
+    elif things[0].x is not None:
+        phrases |= {f"{a.shape} {relation_of(a, b)} {b.shape}" for a, b in itertools.permutations(things, 2)}
     elif scene.relation:
-        a, b = things[0].shape, things[1].shape
-        related = [(a, scene.relation, b), (b, RELATIONS[scene.relation], a)]
-    return not HELD_OUT_RELATIONS.isdisjoint(related)
+        a, b = (thing.shape for thing in things)
+        phrases |= {f"{a} {scene.relation} {b}", f"{b} {RELATIONS[scene.relation]} {a}"}
+    return not HELD_OUT.isdisjoint(phrases)
 
 
 def sample_scene(rng: random.Random, held_out: bool, kind: str | None = None) -> Scene:
@@ -149,15 +136,10 @@ def sample_scene(rng: random.Random, held_out: bool, kind: str | None = None) ->
     while True:
         chosen = kind or rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
         things = _place(rng, _draw_things(rng, chosen))
-        relation = None
-        if chosen == "pair":
-            a, b = things
-            near, far = sorted((abs(a.x - b.x), abs(a.y - b.y)))
-            if far <= CLEAR * near:
-                continue
-            relation = relation_of(a, b)
-        scene = Scene(things=things, relation=relation)
-        if is_held_out(scene) == held_out:
+        a, b = things[0], things[-1]
+        near, far = sorted((abs(a.x - b.x), abs(a.y - b.y)))
+        scene = Scene(things=things, relation=relation_of(a, b) if chosen == "pair" else None)
+        if is_held_out(scene) == held_out and (far > CLEAR * near or chosen != "pair"):
             return scene
 
 
@@ -168,21 +150,19 @@ def _draw_things(rng: random.Random, kind: str) -> list[Thing]:
 
     if kind == "count":
         return [draw()] * rng.choice((2, 3))
-    things: list[Thing] = []
-    while len(things) < {"single": 1, "pair": 2, "trio": 3}[kind]:
+    things: dict[tuple[str, str], Thing] = {}
+    while len(things) < ("single", "pair", "trio").index(kind) + 1:
         thing = draw()
-        if all((thing.colour, thing.shape) != (t.colour, t.shape) for t in things):
-            things.append(thing)
-    return things
+        things.setdefault((thing.colour, thing.shape), thing)
+    return list(things.values())
 
 
 def _place(rng: random.Random, things: list[Thing]) -> tuple[Thing, ...]:
     """Gives the things centres: never overlapping or touching, each wholly inside."""
     order = rng.sample(range(len(things)), len(things))
-    side = (MARGIN, 1 - MARGIN)
-    boxes = _cut(rng, [SIZES[things[i].size] for i in order], (side, side))
+    picture = [(MARGIN, 1 - MARGIN)] * 2
     placed = list(things)
-    for i, box in zip(order, boxes, strict=True):
+    for i, box in zip(order, _cut(rng, [SIZES[things[i].size] for i in order], picture), strict=True):
         half = SIZES[things[i].size] / 2
         x, y = (rng.uniform(low + half, high - half) for low, high in box)
         placed[i] = replace(things[i], x=x, y=y)
@@ -195,16 +175,16 @@ def _cut(rng: random.Random, sides: list[float], box: Box) -> list[Box]:
     Of three, one stands alone and the two others share the rest, cut on the other axis, where they fit."""
     if len(sides) == 1:
         return [box]
-    alone, rest = sides[0], sides[1:]
+    alone, *rest = sides
     lengths = [high - low for low, high in box]
     tight = len(sides) == 2 and min(lengths) < sum(sides) + GAP  # room for two on one axis only
     axis = int(lengths[0] <= lengths[1]) if tight else int(rng.random() >= 0.5)
     low, high = box[axis]
     end = low + alone + rng.uniform(0, high - low - alone - GAP - max(rest))
-    cuts = (low, end), (end + GAP, high)
+    cuts = [(low, end), (end + GAP, high)]
     if rng.random() < 0.5:  # the lone thing at the other end, by mirroring
-        cuts = tuple((low + high - b, low + high - a) for a, b in cuts)
-    first, second = ((cut, box[1]) if axis == 0 else (box[0], cut) for cut in cuts)
+        cuts = [(low + high - b, low + high - a) for a, b in cuts]
+    first, second = ([cut, box[1]] if axis == 0 else [box[0], cut] for cut in cuts)
     return [first, *_cut(rng, rest, second)]
 
 
@@ -219,9 +199,10 @@ def captions(scene: Scene) -> list[str]:
     Each names every object; a caption without sizes, or without the relation, leaves them open.
     """
     plain, sized = (
-        [*(wordings(s) if s.relation else ()), *wordings(replace(s, relation=None))] for s in (unsized(scene), scene)
+        [*dict.fromkeys(wordings(required) + wordings(replace(required, relation=None)))]
+        for required in (unsized(scene), scene)
     )
-    return [*plain, *sized, *(f"a picture of {sentence}" for sentence in plain)]
+    return plain + sized + [f"a picture of {sentence}" for sentence in plain]
 
 
 def unsized(scene: Scene) -> Scene:
@@ -232,21 +213,21 @@ def unsized(scene: Scene) -> Scene:
 def wordings(required: Scene) -> list[str]:
     """The sentences that require exactly this: sizes if they are given, the relation if there is one."""
     nouns = [" ".join(filter(None, (thing.size, thing.colour, thing.shape))) for thing in required.things]
-    if len(nouns) == 1:
-        return [f"a {nouns[0]}", f"one {nouns[0]}"]
+    noun, count = nouns[0], len(nouns)
+    if count == 1:
+        return [f"a {noun}", f"one {noun}"]
     if len(set(nouns)) == 1:
-        return [f"{NUMBERS[len(nouns)]} {nouns[0]}{'es' if nouns[0].endswith('s') else 's'}"]
-    names = [f"a {noun}" for noun in nouns]
+        return [f"{NUMBERS[count]} {noun}{'es' if noun.endswith('s') else 's'}"]
     if required.relation is None:
-        orders = [names[i:] + names[:i] for i in range(len(names))]
-        return [", ".join(order[:-1]) + " and " + order[-1] for order in orders]
-    a, b = names
-    orders = (a, required.relation, b), (b, RELATIONS[required.relation], a)
-    return [
-        f"{first} {to_the}{relation} {second}"
-        for first, relation, second in orders
-        for to_the in (("", "to the ") if relation.endswith("of") else ("",))  # "left of", "to the left of"
-    ]
+        orders = [nouns[i:] + nouns[:i] for i in range(count)]
+        return [", ".join(f"a {noun}" for noun in order[:-1]) + f" and a {order[-1]}" for order in orders]
+    a, b = nouns
+    sentences = []
+    for first, relation, second in ((a, required.relation, b), (b, RELATIONS[required.relation], a)):
+        sentences.append(f"a {first} {relation} a {second}")
+        if relation.endswith("of"):
+            sentences.append(f"a {first} to the {relation} a {second}")
+    return sentences
 
 
 # --- pictures
@@ -261,7 +242,7 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return (notch_x - 1) * r * np.sin(angle) >= notch_y * (r * np.cos(angle) - 1)
 
 
-INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # u right, v down, both in [-1, 1]
+INSIDE = {  # u right, v down, both in [-1, 1]
     "circle": lambda u, v: u * u + v * v <= 1,
     "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) <= 0.9,
     "triangle": lambda u, v: (np.abs(u) <= (v + 0.9) * 0.55) & (v <= 0.9),

@@ -13,10 +13,9 @@ from typing import Any
 from ldm.config import UserError
 from ldm.data.faults import Faults
 
-SPLITS = ("train", "val", "test")
 VAL, TEST = 0.02, 0.08  # shares of what the hash splits
-NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
-NAMES |= {"evaluation": "test", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+NAMES = {"train": "train training", "val": "val valid validation dev", "test": "test testing eval evaluation"}
+SPLITS = tuple(NAMES)
 SUSPECT = re.compile(
     r"(mini|rest|half)?(train|trainval|val|valid|validation|dev|development|test|eval|evaluation|h[eo]ld[ _-]?out)"
     r"(ing)?[\W\d_]*(set|data|split|images|pictures|photos)?[\W\d_]*"
@@ -36,9 +35,12 @@ def named_split(name: str, owner: str) -> str:
     would train on test pictures.
     """
     word = name.strip().lower()
-    if word not in NAMES and SUSPECT.fullmatch(word):
+    for split, names in NAMES.items():
+        if word in names.split():
+            return split
+    if SUSPECT.fullmatch(word):
         raise UserError(f"{owner} looks like a split that is not known here; name it train, val or test, or otherwise")
-    return NAMES.get(word, "")
+    return ""
 
 
 def position(key: str, seed: int) -> float:
@@ -58,15 +60,16 @@ def assign(groups: list[str], seed: int) -> list[str]:
     A small set can leave a split empty by chance. Where there are three groups or more, each split gets at least one:
     the group whose hash is nearest; the rest stays put.
     """
-    places = {group: position(group, seed) for group in set(groups)}
-    splits = {group: "test" if p < TEST else "val" if p < TEST + VAL else "train" for group, p in places.items()}
-    ordered = sorted(places, key=lambda group: (places[group], group))
-    if len(places) >= 3 and "train" not in splits.values():
-        splits[ordered[-1]] = "train"
-    for name in ("test", "val") if len(places) >= 3 else ():
-        if name not in splits.values():
-            members = ([group for group in ordered if splits[group] == other] for other in SPLITS)
-            splits[next(groups for groups in members if len(groups) > 1)[0]] = name
+    members: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for place, group in sorted((position(group, seed), group) for group in set(groups)):
+        members["test" if place < TEST else "val" if place < TEST + VAL else "train"].append(group)
+    if len(set(groups)) >= 3:
+        if not members["train"]:
+            members["train"].append((members["val"] or members["test"]).pop())
+        for split in ("test", "val"):
+            if not members[split]:
+                members[split].append(next(others for others in members.values() if len(others) > 1).pop(0))
+    splits = {group: split for split in members for group in members[split]}
     return [splits[group] for group in groups]
 
 
@@ -81,10 +84,9 @@ def select(samples: Sequence[tuple[str, list[str], Any]], split: str, seed: int,
         return [i for i, assigned in enumerate(splits) if assigned == split]
     indices = []
     for i, (name, _, field) in enumerate(samples):
-        named = named_split(str(field), f"split {field!r} of {name}")
         if field is None:
             faults.add(name, f"{name} has no 'split', though other samples have one; add it")
-        elif not named:
+        elif not (named := named_split(str(field), f"split {field!r} of {name}")):
             raise UserError(f"{name} has the unknown split {field!r}; name it train, val or test")
         elif named == split:
             indices.append(i)

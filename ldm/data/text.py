@@ -10,10 +10,9 @@ from ldm.config import UserError
 def decode(data: bytes, name: str) -> str:
     """UTF-8 bytes as text with "\\n" as line ends. Raises UserError, naming `name`, for other bytes."""
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_text(file: Path) -> str:

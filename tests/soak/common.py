@@ -6,9 +6,8 @@ import multiprocessing
 import os
 import signal
 import sys
-import tarfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,16 +168,11 @@ def _flat(value: Any, key: str) -> dict[str, torch.Tensor]:
     return parts | ({key: value} if isinstance(value, torch.Tensor) else {})
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two states are equal to the bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def identical(a: Path, b: Path) -> bool:
     """Whether two finished runs have the same last state and log, and no half-written files."""
     logs = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (a, b)]
     hidden = [p for p in a.rglob("*") if p.name.startswith(".step-") or p.suffix in (".tmp", ".part")]
-    return not hidden and logs[0] == logs[1] and same(state(checkpoints(a)[-1]), state(checkpoints(b)[-1]))
+    return not hidden and logs[0] == logs[1] and tiny.same(state(checkpoints(a)[-1]), state(checkpoints(b)[-1]))
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -186,12 +180,3 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-
-def write_tar(file: Path, members: Iterable[tuple[str | tarfile.TarInfo, bytes]]) -> None:
-    """A tar archive of names, or prepared headers, and contents."""
-    with tarfile.open(file, "w") as archive:
-        for member, content in members:
-            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member)
-            info.size = len(content) if info.isreg() else 0
-            archive.addfile(info, io.BytesIO(content))

@@ -3,29 +3,22 @@ exactly the faulty samples."""
 
 import json
 import random
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import tiny
 from PIL import Image
+from test_data_folder import bomb
+from test_data_shards import tar
 
 from ldm.data import DataConfig
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
-from soak.common import Row, encoded, finish, write_tar
+from soak.common import Row, encoded, finish
 
 COUNT, EACH, SHARD = 1000, 10, 250  # samples, those of each kind of fault, and samples per shard
 Sample = dict[str, bytes]  # the files of one sample by suffix
-
-
-def bomb() -> bytes:
-    """A PNG whose header claims 30,000 x 30,000 pixels."""
-    header = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-    data = b"IDAT" + zlib.compress(bytes(1000))
-    chunks = [(len(c) - 4).to_bytes(4, "big") + c + zlib.crc32(c).to_bytes(4, "big") for c in (header, data, b"IEND")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 RED = Image.new("RGB", (32, 32), "red")
@@ -107,13 +100,11 @@ def _write_shards(root: Path, samples: Samples) -> dict[str, str]:
         part, shard = names[number : number + SHARD], f"train-{number // SHARD:06d}.tar"
         members = [(f"{name}.{suffix}", content) for name in part for suffix, content in samples[name][1].items()]
         faults |= {f"{name} in {shard}": samples[name][0] for name in part}
-        if number == SHARD:
-            members += [
-                (f"../{i}.{s}", content) for i in range(5) for s, content in (("png", encoded(RED)), ("txt", b"a"))
-            ]
-            members += [(f"twice{i}.png", encoded(RED)) for i in range(5) for _ in range(2)]
-            faults |= {f"{name}{i} in {shard}": "shard" for i in range(5) for name in ("../", "twice")}
-        write_tar(root / shard, members)
+        for i in range(5) if number == SHARD else ():
+            members += [(f"../{i}.png", encoded(RED)), (f"../{i}.txt", b"a")]
+            members += [(f"twice{i}.png", encoded(RED))] * 2
+            faults |= {f"{name}{i} in {shard}": "shard" for name in ("../", "twice")}
+        tar(root / shard, members)
     clean = [name for name in names if not samples[name][0]][:40]
-    write_tar(root / "val-000000.tar", [(f"v{n}.{s}", content) for n in clean for s, content in samples[n][1].items()])
+    tar(root / "val-000000.tar", [(f"v{n}.{s}", content) for n in clean for s, content in samples[n][1].items()])
     return faults

@@ -17,25 +17,15 @@ from typing import Any
 import tiny
 import torch
 from PIL import Image
+from test_data_shards import tar
 
 from ldm.commands.cli import run_command
 from ldm.data import DataConfig, open_dataset
 from ldm.metrics.features import feature_extractor
 from ldm.model_io import read_json, write_json
 from ldm.pipeline_io import load_parts
-from soak.common import (
-    Child,
-    Row,
-    Work,
-    checkpoints,
-    encoded,
-    finish,
-    one_error,
-    trained,
-    training,
-    watched,
-    write_tar,
-)
+from soak import common
+from soak.common import Child, Row, Work, checkpoints, encoded, finish, trained, training, watched
 
 CONFIG = replace(tiny.TRAIN, save_every=2, ema_decay=0.9)
 TIMES = 100
@@ -97,7 +87,7 @@ def payloads(folder: Path, seed: int) -> list[Row]:
             code, error = child.end(), child.error()
             row.count += 1
             refused += code == 2
-            right = code in codes and "Traceback" not in error and one_error(error) == (code == 2)
+            right = code in codes and "Traceback" not in error and common.one_error(error) == (code == 2)
             row.expect(right, f"{name}: exit code {code}: {error[-400:]}")
             changed = sorted(_outside(folder) ^ before)
             row.expect(not changed, f"{name}: ran or wrote {changed[:3]}")
@@ -209,7 +199,7 @@ def _configs(folder: Path, mark: Path) -> Iterator[Case]:
 
 
 def _archives(folder: Path) -> Iterator[Case]:
-    """Members, links, metadata and indexes of shards and folders that lead outside."""
+    """Members and links of shards, and metadata of folders, that lead outside."""
     secret, shards, pictures = folder / "secret.png", folder / "fence/shards", folder / "fence/pictures"
     black = encoded(Image.new("RGB", (32, 32)))
     secret.write_bytes(encoded(Image.new("RGB", (32, 32), "white")))
@@ -223,12 +213,9 @@ def _archives(folder: Path) -> Iterator[Case]:
         bad = tarfile.TarInfo(name)
         bad.type, bad.linkname = kind, target
         files = [(key + suffix, data) for key in good for suffix, data in ((".png", black), (".txt", b"a dog"))]
-        write_tar(shards / "train-0.tar", [*files, (bad, black), (name.removesuffix("png") + "txt", b"a dog")])
+        tar(shards / "train-0.tar", [*files, (bad, black), (name.removesuffix("png") + "txt", b"a dog")])
         config = DataConfig(name="shards", path=str(shards), max_broken=0.5)
         yield f"member {name!r}, {kind!r} to {target!r}", partial(_read, config, set(good)), EITHER
-    for name in ("train-0.tar/../../x.tar", "/etc/passwd", "../escape.tar"):
-        write_json(shards / "index.json", {"shards": {name: {"samples": 1, "bytes": 1, "sha256": "0"}}})
-        yield f"index names {name!r}", partial(_read, config, set()), REFUSED
     for name in ("../secret.png", "../../secret.png", str(secret), "/etc/passwd", "good.png/../../x", "a\x00b.png"):
         (pictures / "train").mkdir(parents=True, exist_ok=True)
         (pictures / "train/good.png").write_bytes(black)

@@ -9,7 +9,7 @@ from typing import Any
 import tiny
 import torch
 
-from soak.common import Row, Work, checkpoints, finish, same, state, trained
+from soak.common import Row, Work, checkpoints, finish, state, trained
 
 CONFIG = replace(tiny.TRAIN, steps=7, max_skipped=3, save_every=1, keep=9, log_every=1, ema_decay=0.9)
 
@@ -51,7 +51,7 @@ def run(folder: Path, seed: int) -> list[Row]:
                 where, at = f"{name}-{place}-{wrong}", draw.randrange(1, 4)
                 finish(row, spoiled(task, place, wrong, {at}), CONFIG, folder / where, folder / f"{where}-log")
                 states = [state(c / "state") for c in checkpoints(folder / where)]
-                equal = [same(a, b) for a, b in zip(states, states[1:], strict=False)]
+                equal = [tiny.same(a, b) for a, b in zip(states, states[1:], strict=False)]
                 row.expect(equal == [i + 1 == at for i in range(6)], f"{where}: {equal} are without effect, not {at}")
                 many, out = spoiled(task, place, wrong, set(range(3, 99))), folder / f"{where}-many"
                 child = finish(row, many, CONFIG, out, folder / f"{where}-many-log", 2)
