@@ -1,21 +1,29 @@
 """CSS and JavaScript of the page, beside gradio's own."""
 
 # Gradio's editor ignores a file that is no picture, without a word.
-UNREADABLE = """
+HEAD = """
+<style>
+html[data-tab=make] .only:not(.on-make), html[data-tab=edit] .only:not(.on-edit),
+html[data-tab=compare] .only:not(.on-compare), html[data-tab=inside] .only:not(.on-inside),
+html[data-tab=judge] .only:not(.on-judge) { display: none !important; }
+</style>
+<script>
+document.documentElement.dataset.tab = "make";
 document.addEventListener("change", async event => {
   if (!event.target.closest?.("#edit-editor") || !event.target.files?.length) return;
   const image = new Image();
   image.src = URL.createObjectURL(event.target.files[0]);
   const readable = await image.decode().then(() => true, () => false);
-  document.querySelector("#edit-status p").textContent =
+  document.querySelector("#status").innerText =
     readable ? "" : "That file cannot be read as a picture; choose a PNG, JPEG or WebP.";
 }, true);
+</script>
 """
-HEAD = f"<script>{UNREADABLE}</script>"
 CSS = """
-.status { height: 4.6em; overflow-y: auto; }
-.status progress { width: 100%; height: .6em; }
+#status { min-height: 3em; }
+#status progress { width: 100%; height: .6em; }
 input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px solid #2f6fde; outline-offset: 2px; }
+#pictures { min-height: 460px; }
 .still .grid-wrap { padding-top: 2.2em; }
 .still .caption-label { padding: 0 .4em; border: 0; opacity: .85; }
 .still .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 160px)) !important; }
@@ -31,9 +39,10 @@ input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px
 .results caption { font-weight: 600; text-align: left; }
 .results p { flex-basis: 100%; }
 .results th, .results td { padding: .2em .6em; text-align: left; }
-@media (max-width: 500px) {
+@media (max-width: 700px) {
   .row > button { min-width: 5em !important; }
-  #judge-view, #judge-view .html-container { min-height: 0 !important; }
+  .columns > .column { display: contents; }
+  .columns .settings { order: 1; }
   .still .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important; }
 }
 """

@@ -1,42 +1,30 @@
-"""Look inside: the way from noise to a picture, where each word looks, and the noise schedule."""
+"""Look inside: the way from noise to a picture, and where each word looks."""
 
 import gradio as gr
 
-from ldm.app import controls as ui
-from ldm.app.attention import attention_maps, schedule_figure, word_overlays
-from ldm.app.models import Models
-from ldm.app.sampling import picture_metadata, sample
-from ldm.app.storage import Pictures
+from ldm.app.attention import attention_maps, word_overlays
+from ldm.app.workspace import Workspace, gallery, only
 
 ESTIMATES = 8
 
 
-def build(models: Models, pictures: Pictures) -> None:
+def build(ui: Workspace) -> None:
     """Builds the tab."""
-    hint = "Shows the model's estimates on the way from noise to a picture."
-    tab = ui.SamplingTab(models, "inside", "Look", hint, leave_out=("count", "width", "height", "strength"))
-    with tab.results:
-        words = ui.gallery("inside-words", "Where each word looks: bright where cross-attention reads it", None)
-        plot = gr.Plot(show_label=False, elem_id="inside-plot")
+    with ui.tabs["inside"]:
+        gr.Markdown("The model's estimates on the way from noise to a picture, and where each word looks.")
+    with ui.results, gr.Column(elem_classes=only("inside")):
+        words = gallery("inside-words", "Where each word looks: bright where cross-attention reads it")
 
     def look(values):
-        settings = tab.settings(values)
-        pipe = models[settings.model]
-        estimates = []
-        shown = {round(i * (settings.steps - 1) / ESTIMATES) for i in range(ESTIMATES)}
+        settings, steps = ui.settings(values, count=1, width=0, height=0), []
+        pipe = ui.models[settings.model]
         with attention_maps(pipe) as maps:
-            for update in sample(pipe, settings, preview_steps=shown):
-                yield update
-                if update.images:
-                    estimates.append((ui.cached(update.images[0], tab.gallery), f"t = {update.t:.0f}"))
-                    yield {tab.gallery: estimates}
-        (image,) = update.images
-        (file,) = pictures.save([image], picture_metadata(pipe, settings))
-        yield tab.done(file, f"Seed {settings.seed}.", *update.notes) | {
-            tab.gallery: [*estimates[:-1], (file, "the picture")],
-            tab.controls["seed"]: settings.seed,
-            words: word_overlays(maps, pipe, settings.prompt, image),
-            plot: schedule_figure(pipe.schedule, settings.sampler or pipe.schedule.config.sampler, settings.steps),
+            files, images = yield from ui.sample(values, settings, kept=steps)
+        shown = [steps[round(i * (len(steps) - 1) / ESTIMATES)] for i in range(ESTIMATES)]
+        estimates = [(*step.decode(), f"t = {step.t:.0f}") for step in shown]
+        yield {
+            ui.gallery: gr.Gallery([(*files, "the picture"), *estimates], selected_index=0),
+            words: word_overlays(maps, pipe.tokenizer, settings.prompt, *images),
         }
 
-    tab.on(look, outputs=[words, plot])
+    ui.on_start("inside", look, outputs=[words])
