@@ -2,7 +2,9 @@
 
 import socket
 import time
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -13,7 +15,7 @@ from tiny_models import tiny_parts
 
 pytest.importorskip("gradio")
 
-from ldm.app import picture_sets, sampling, study, tab_compare, tab_edit, tab_judge
+from ldm.app import picture_sets, sampling, study, tab_judge, tabs
 from ldm.app.attention import attention_maps, token_positions, word_overlays
 from ldm.app.judgements import JudgementStore
 from ldm.app.models import Models, find_models
@@ -50,11 +52,11 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, np.int16)
 
 
-def finish(sampling) -> tuple[list, list[str]]:
-    """What a sampling returns at its end."""
+def finish(generator: Generator) -> Any:
+    """The generator's result."""
     while True:
         try:
-            next(sampling)
+            next(generator)
         except StopIteration as end:
             return end.value
 
@@ -64,20 +66,14 @@ def test_steps_are_shown_and_the_pictures_are_the_pipelines_own(pipe, monkeypatc
     kept = []
     shown = list(sample(pipe, settings(), kept))
     assert [step.step for step in kept] == list(range(6)) and shown and all(step in kept for step in shown)
-    assert len({step.decode()[0].tobytes() for step in kept}) == 6
     images, notes = finish(sample(pipe, settings()))
     expected = pipe([PROMPT] * 2, steps=6, guidance=3.0, seed=5)
     assert notes == [] and all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(images, expected, strict=True))
-
-
-def test_a_closed_sampling_stops_and_the_next_one_runs(pipe, monkeypatch):
-    monkeypatch.setattr(sampling, "INTERVAL", 0.001)
-    kept, start = [], time.monotonic()
-    updates = sample(pipe, settings(steps=150), kept)
-    next(updates)
-    updates.close()
-    images, _ = finish(sample(pipe, settings(steps=2)))  # waits until the first one has stopped
-    assert len(images) == 2 and len(kept) < 150 and time.monotonic() - start < 10
+    stopped: list = []
+    closed = sample(pipe, settings(steps=150), stopped)
+    next(closed)
+    closed.close()
+    assert len(finish(sample(pipe, settings(steps=2)))[0]) == 2 and len(stopped) < 150
 
 
 @pytest.mark.parametrize(
@@ -90,7 +86,6 @@ def test_a_closed_sampling_stops_and_the_next_one_runs(pipe, monkeypatch):
         ({"negative_prompt": "x" * 10**6}, "negative_prompt has 1,000,000 characters"),
         ({"steps": 10**9}, "steps is 1000000000; it must be from 1 to 150"),
         ({"guidance": float("nan")}, "guidance is nan"),
-        ({"count": 17}, "count is 17"),
         ({"seed": None}, "seed is None"),
         ({"sampler": "../etc"}, "sampler .* unknown|unknown sampler"),
     ],
@@ -170,41 +165,39 @@ def test_browsers_reach_only_finished_pictures_by_their_names(tmp_path):
 
 
 def test_comparisons_are_read_from_a_list():
-    variants = tab_compare.variants(settings(), "guidance", "1, 2.5,, 2.5")
+    variants = tabs.variants(settings(), "guidance", "1, 2.5,, 2.5")
     assert {label: s.guidance for label, s in variants.items()} == {"guidance 1": 1.0, "guidance 2.5": 2.5}
     for name, text, words in (
         ("guidance", "", "0 values"),
-        ("steps", "1,2,3,4,5,6,7,8,9", "9"),
+        ("seed", "1,2,3,4,5,6,7,8,9", "9"),
         ("steps", "ten", "ten"),
     ):
         with pytest.raises(UserError, match=words):
-            tab_compare.variants(settings(), name, text)
+            tabs.variants(settings(), name, text)
 
 
-def test_a_drawing_becomes_a_picture_and_a_mask():
-    background, layer = Image.new("RGBA", (300, 200), (0, 0, 255, 255)), Image.new("RGBA", (300, 200))
-    layer.paste((255, 0, 0, 255), (50, 0, 150, 200))  # the left half of the centre square
-    image, mask = tab_edit.read_drawing({"background": background, "layers": [layer]}, 16, 4)
-    assert image.size == (16, 16) and image.getpixel((3, 3)) == (0, 0, 255)
-    assert np.array_equal(np.asarray(mask) > 0, np.tile(np.arange(16) < 8, (16, 1)))
-    dot = Image.new("RGBA", (300, 200))
-    dot.paste((255, 0, 0, 255), (150, 100, 160, 110))  # part of a latent, which is redrawn whole
-    _, mask = tab_edit.read_drawing({"background": background, "layers": [dot]}, 16, 4)
-    assert np.argwhere(mask).min(0).tolist() == [8, 8] and np.argwhere(mask).max(0).tolist() == [11, 11]
-    alone, mask = tab_edit.read_drawing({"background": background, "layers": []}, 16, 4)
+def test_a_drawing_becomes_a_picture_and_a_mask(tmp_path):
+    background = Image.new("RGBA", (300, 200), (0, 0, 255, 255))
+    boxes = {
+        (50, 0, 150, 200): (0, 0, 16, 8),
+        (150, 100, 160, 110): (8, 8, 12, 12),
+    }  # half of the square, part of a latent
+    for brushed, (top, left, bottom, right) in boxes.items():
+        layer, expected = Image.new("RGBA", (300, 200)), np.zeros((16, 16), bool)
+        layer.paste((255, 0, 0, 255), brushed)
+        expected[top:bottom, left:right] = True
+        image, mask = tabs.read_drawing({"background": background, "layers": [layer]}, 16, 4)
+        assert image.getpixel((3, 3)) == (0, 0, 255) and np.array_equal(np.asarray(mask) > 0, expected)
     canvas = Image.new("RGBA", (512, 512))
     canvas.paste(background, (106, 156))
-    assert mask is None and tab_edit.read_drawing({"background": canvas}, 16, 4)[0] == alone
+    assert tabs.read_drawing({"background": canvas}, 16, 4) == (image, None)
     for nothing in (None, {}, {"background": None}, {"background": Image.new("RGBA", (9, 9))}):
         with pytest.raises(UserError, match="no picture to edit"):
-            tab_edit.read_drawing(nothing, 16, 4)
-
-
-def test_a_picture_opened_in_edit_is_the_picture_itself(tmp_path):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
-    image.save(tmp_path / "it.png")
-    opened = tab_edit.open_picture(str(tmp_path / "it.png"))
-    assert opened.size == (512, 512) and tab_edit.read_drawing({"background": opened}, 32, 4)[0] == image
+            tabs.read_drawing(nothing, 16, 4)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    picture.save(tmp_path / "it.png")
+    opened = tabs.open_picture(str(tmp_path / "it.png"))
+    assert opened.size == (512, 512) and tabs.read_drawing({"background": opened}, 32, 4)[0] == picture
 
 
 def test_attention_maps_are_distributions_over_tokens(pipe):
@@ -236,12 +229,9 @@ def test_a_word_looks_where_its_object_is(shapes):
 @pytest.fixture(scope="module")
 def samples(shapes, tmp_path_factory) -> tuple[list, Path]:
     folder, dataset = tmp_path_factory.mktemp("app"), picture_sets.held_out(shapes, "shapes")
-    made = picture_sets.prepare(shapes["shapes"], "shapes", dataset, 10, 0, folder)
-    assert next(made).steps == 30
-    finish(made)
-    again = picture_sets.prepare(shapes["shapes"], "shapes", dataset, 10, 0, folder)
+    finish(picture_sets.prepare(shapes["shapes"], "shapes", dataset, 10, 0, folder))
     with pytest.raises(StopIteration) as end:  # all pictures are there
-        next(again)
+        next(picture_sets.prepare(shapes["shapes"], "shapes", dataset, 10, 0, folder))
     return end.value.value, folder
 
 
@@ -254,8 +244,8 @@ def test_judged_pictures_are_of_the_same_captions(samples, shapes):
     assert abs(pixels(expected) - pixels(Image.open(folder / chosen[9].made))).max() <= 1
 
 
-@pytest.mark.parametrize(("kind", "flash"), [("single", False), ("single", True), ("pair", False), ("pair", True)])
-def test_a_study_leads_from_its_questions_to_the_results(samples, tmp_path, monkeypatch, kind, flash):
+@pytest.mark.parametrize(("kind", "flash"), [("single", True), ("single", False), ("pair", False)])
+def test_a_study_leads_from_its_questions_to_the_results(samples, tmp_path, kind, flash):
     """A judge who is always right is never fooled; one who is always wrong, always."""
     chosen, folder = samples
     store = JudgementStore(tmp_path / "judgements.sqlite")

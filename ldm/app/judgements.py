@@ -45,9 +45,10 @@ class JudgementStore:
         self.path = path
         self._execute(f"CREATE TABLE IF NOT EXISTS judgements (id INTEGER PRIMARY KEY, {COLUMNS})")
 
-    def _execute(self, sql: str, values: Sequence[Any] = ()) -> list[tuple]:
+    def _execute(self, sql: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
         try:
             with closing(sqlite3.connect(self.path, timeout=30, isolation_level=None)) as database:
+                database.row_factory = sqlite3.Row
                 return database.execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise UserError(f"judgements cannot be kept in {str(self.path)!r}: {error}; use another --out") from None
@@ -60,11 +61,8 @@ class JudgementStore:
 
     def judgements(self) -> list[Judgement]:
         """All of them, oldest first."""
-        rows = [
-            dict(zip(Judgement.__dataclass_fields__, row, strict=True))
-            for row in self._execute(f"SELECT {COLUMNS} FROM judgements ORDER BY id")
-        ]
-        return [Judgement(**row | {"extra": json.loads(row["extra"])}) for row in rows]
+        rows = self._execute(f"SELECT {COLUMNS} FROM judgements ORDER BY id")
+        return [Judgement(**dict(row) | {"extra": json.loads(row["extra"])}) for row in rows]
 
     def export_preferences(self, path: Path) -> int:
         """Writes the preferences without ties as JSONL (prompt, and file, model and seed of the chosen and of the

@@ -6,7 +6,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from ldm.app import tab_compare, tab_edit, tab_inside, tab_judge, tab_make
+from ldm.app import tab_judge, tabs
 from ldm.app.models import Models
 from ldm.app.pictures import Pictures
 from ldm.app.sampling import EXIT
@@ -21,8 +21,8 @@ def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
     with gr.Blocks(title="ldm", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86_400)) as page:
         gr.Markdown("# Pictures from words")
         ui = Workspace(models, Pictures(folder / "pictures"))
-        for tab in (tab_make, tab_edit, tab_compare, tab_inside):
-            tab.build(ui)
+        for build_tab in (tabs.build_make, tabs.build_edit, tabs.build_compare, tabs.build_inside):
+            build_tab(ui)
         tab_judge.build(ui, folder, seed)
         ui.connect(page)
     return page.queue(default_concurrency_limit=1, max_size=32, api_open=False)

@@ -57,12 +57,12 @@ def prepare(
         raise UserError(f"only {len(order)} held-out pictures can be read; judging needs 4 or more")
     subset = f"{data_hash(dataset)[:12]}-{seed}"
     weights = module_hash(nn.ModuleList([pipe.vae, pipe.text_encoder, pipe.unet]))[:12]
+    pictures = Path("judged", f"{weights}-{subset}")
+    (folder / pictures).mkdir(parents=True, exist_ok=True)
     samples = []
     for i, index in enumerate(order):
-        real, made = (f"judged/{source}-{subset}/{i:04d}.png" for source in ("real", weights))
+        real, made = (f"{pictures}/{i:04d}-{name}.png" for name in ("real", "made"))
         samples.append(Sample(caption=dataset.captions(index)[0], real=real, made=made, seed=seed + i))
-        for file in (real, made):
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(samples), BATCH):
         batch = samples[start : start + BATCH]
         if all((folder / file).is_file() for s in batch for file in (s.real, s.made)):

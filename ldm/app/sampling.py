@@ -57,6 +57,11 @@ class Settings:
                 raise UserError(f"{name} is {value}; it must be from {low:,} to {high:,}")
             object.__setattr__(self, name, type(low)(value))  # browsers send 3.0 as 3
 
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the pipeline; sampler, width and height only where they are not the model's."""
+        others, optional = ("model", "prompt", "count", "strength"), ("sampler", "width", "height")
+        return {name: x for name, x in vars(self).items() if name not in others and (x or name not in optional)}
+
 
 def sample(
     pipe: Pipeline, settings: Settings, kept: MutableSequence[Progress] | None = None, **arguments: Any
@@ -73,10 +78,6 @@ def sample(
     if not settings.prompt and "prompt" not in arguments:
         raise UserError("the prompt is empty; describe the picture")
     arguments.setdefault("prompt", [settings.prompt] * settings.count)
-    for name in ("negative_prompt", "steps", "guidance", "guidance_rescale", "seed"):
-        arguments[name] = getattr(settings, name)
-    for name in ("sampler", "width", "height"):
-        arguments[name] = getattr(settings, name) or None
     kept = deque(maxlen=1) if kept is None else kept
     closed = threading.Event()
 
@@ -88,7 +89,7 @@ def sample(
     def run() -> tuple[list[Image.Image], list[str]]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            images = pipe(callback=on_step, batch_size=settings.count, **arguments)
+            images = pipe(callback=on_step, batch_size=settings.count, **settings.options(), **arguments)
         return images, list(dict.fromkeys(str(w.message) for w in caught))
 
     future, shown = _WORKER.submit(run), None
@@ -107,10 +108,8 @@ def sample(
 
 def picture_metadata(pipe: Pipeline, settings: Settings, **more: Any) -> list[dict[str, str]]:
     """Per picture, the settings that make it again, under the names that scripts/sample.py writes too."""
-    names = ["prompt", "negative_prompt", "steps", "guidance", "guidance_rescale", "model"]
-    names += ["width", "height"] if settings.width or settings.height else []
-    shared = {name: getattr(settings, name) for name in names}
-    shared |= {"sampler": settings.sampler or pipe.schedule.config.sampler} | more
+    shared = {"prompt": settings.prompt, "model": settings.model, "sampler": pipe.schedule.config.sampler}
+    shared |= settings.options() | more
     seeds = range(settings.seed, settings.seed + settings.count)
     return [{name: str(value) for name, value in (shared | {"seed": seed}).items()} for seed in seeds]
 

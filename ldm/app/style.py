@@ -14,7 +14,7 @@ document.addEventListener("change", async event => {
   const image = new Image();
   image.src = URL.createObjectURL(event.target.files[0]);
   const readable = await image.decode().then(() => true, () => false);
-  document.querySelector("#status").innerText =
+  document.querySelector("#status p").textContent =
     readable ? "" : "That file cannot be read as a picture; choose a PNG, JPEG or WebP.";
 }, true);
 </script>
@@ -24,9 +24,9 @@ CSS = """
 #status progress { width: 100%; height: .6em; }
 input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px solid #2f6fde; outline-offset: 2px; }
 #pictures { min-height: 460px; }
-.still .grid-wrap { padding-top: 2.2em; }
-.still .caption-label { padding: 0 .4em; border: 0; opacity: .85; }
-.still .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 160px)) !important; }
+#pictures .grid-wrap, #inside-words .grid-wrap { padding-top: 2.2em; }
+.caption-label { padding: 0 .4em; border: 0; opacity: .85; }
+.grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 160px)) !important; }
 .judged { display: flex; gap: 1em; justify-content: center; }
 .judged .cell { position: relative; width: min(256px, 80vw); aspect-ratio: 1; }
 .judged.two .cell { width: min(256px, 40vw); }
@@ -35,14 +35,12 @@ input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px
 .judged .shot { object-fit: contain; }
 .judged .mask { background: repeating-conic-gradient(#777 0 25%, #aaa 0 50%) 0 0 / 24px 24px; }
 .judged .cross, .judged .mask, .judged.flash .shot { visibility: hidden; }
-.results { display: flex; flex-wrap: wrap; gap: 1.5em; }
 .results caption { font-weight: 600; text-align: left; }
-.results p { flex-basis: 100%; }
 .results th, .results td { padding: .2em .6em; text-align: left; }
 @media (max-width: 700px) {
   .row > button { min-width: 5em !important; }
   .columns > .column { display: contents; }
   .columns .settings { order: 1; }
-  .still .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important; }
+  .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important; }
 }
 """

@@ -12,7 +12,7 @@ from ldm.app.judgements import JudgementStore
 from ldm.app.picture_sets import held_out, prepare
 from ldm.app.results import BLOCK, results
 from ldm.app.study import ANSWERS, FIXATION, Study, questions
-from ldm.app.workspace import IMMEDIATE, Workspace, only, user_errors
+from ldm.app.workspace import IMMEDIATE, Workspace, message, only, user_errors
 from ldm.config import UserError
 from ldm.images import data_url
 
@@ -66,7 +66,7 @@ def build(ui: Workspace, folder: Path, seed: int) -> None:
         order = seed + len(store.judgements())
         asked = questions(kind, values[count], sets, order, secrets.token_hex(6))
         study = Study(kind=kind, flash=bool(flash), questions=asked)
-        yield {current: study, ui.status: ""} | ask(study)
+        yield {current: study, ui.status: message("")} | ask(study)
 
     @user_errors()
     def answer(text, study):

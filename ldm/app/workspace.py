@@ -51,11 +51,19 @@ class Workspace:
                         for name, label in TABS.items()
                     }
                     self.stop = gr.Button("Stop", elem_id="stop")
-                self.status = gr.HTML(elem_id="status")
+                self.status = gr.HTML(message(""), elem_id="status")
                 with gr.Row(elem_classes=["settings", *sampling]):
                     self.controls = settings_controls(models) | {"prompt": self.prompt}
             with gr.Column(scale=3, min_width=300) as self.results, gr.Column(elem_classes=sampling):
-                self.gallery = gallery("pictures", "Pictures of this browser, newest first")
+                self.gallery = gr.Gallery(  # a click chooses a picture instead of enlarging it
+                    label="Pictures of this browser, newest first",
+                    format="png",
+                    interactive=False,
+                    allow_preview=False,
+                    buttons=[],
+                    object_fit="contain",
+                    elem_id="pictures",
+                )
                 with gr.Row():
                     self.download = gr.DownloadButton("Download", interactive=False, elem_id="download")
                     self.edit = gr.Button("Edit this picture", elem_id="edit")
@@ -144,12 +152,6 @@ def settings_controls(models: Models) -> dict[str, Component]:
     controls["sampler"] = gr.Dropdown([("Model default", ""), *SAMPLERS], value="", label="Sampler")
     controls["negative_prompt"] = gr.Textbox(label="Negative prompt (what to avoid)")
     return controls
-
-
-def gallery(name: str, label: str) -> gr.Gallery:
-    """A gallery where a click chooses a picture instead of enlarging it."""
-    options = {"label": label, "elem_id": name, "elem_classes": "still", "object_fit": "contain"}
-    return gr.Gallery(format="png", interactive=False, allow_preview=False, buttons=[], **options)
 
 
 def only(*tabs: str) -> list[str]:
