@@ -23,7 +23,9 @@ CSS = """
 #status { min-height: 3em; }
 #status progress { width: 100%; height: .6em; }
 input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px solid #2f6fde; outline-offset: 2px; }
-#pictures { min-height: 460px; }
+.settings > * { min-width: 200px !important; }
+#pictures { min-height: min(460px, 90vw); }
+#pictures .grid-wrap { max-height: 75vh; }
 #pictures .grid-wrap, #inside-words .grid-wrap { padding-top: 2.2em; }
 .caption-label { padding: 0 .4em; border: 0; opacity: .85; }
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 160px)) !important; }

@@ -26,8 +26,8 @@ SLIDERS = {  # label, step, tabs
     "count": ("Pictures", 1, ("make", "edit")),
     "strength": ("Strength (1 redraws everything)", 0.05, ("edit",)),
     "guidance_rescale": ("Guidance rescale", 0.1, SAMPLING),
-    "width": ("Width in pixels (0: model default)", 8, ("make", "compare")),
-    "height": ("Height in pixels (0: model default)", 8, ("make", "compare")),
+    "width": ("Width (0: model default)", 8, ("make", "compare")),
+    "height": ("Height (0: model default)", 8, ("make", "compare")),
 }
 HISTORY = 60  # pictures
 IMMEDIATE = {"concurrency_limit": None, "show_progress": "hidden"}
@@ -142,13 +142,12 @@ class Workspace:
 def settings_controls(models: Models) -> dict[str, Component]:
     """The controls by setting, without the prompt."""
     controls: dict[str, Component] = {
-        "model": gr.Dropdown(models.names, value=models.names[0], label="Model", min_width=200),
-        "seed": gr.Number(-1, label="Seed (-1: random)", precision=0, min_width=200),
+        "model": gr.Dropdown(models.names, value=models.names[0], label="Model"),
+        "seed": gr.Number(-1, label="Seed (-1: random)", precision=0),
     }
     for name, (label, step, tabs) in SLIDERS.items():
         default = getattr(Settings, name)
-        shown = {"label": label, "min_width": 200, "elem_classes": only(*tabs)}
-        controls[name] = gr.Slider(*BOUNDS[name], default, step=step, **shown)
+        controls[name] = gr.Slider(*BOUNDS[name], default, step=step, label=label, elem_classes=only(*tabs))
     controls["sampler"] = gr.Dropdown([("Model default", ""), *SAMPLERS], value="", label="Sampler")
     controls["negative_prompt"] = gr.Textbox(label="Negative prompt (what to avoid)")
     return controls

@@ -1,7 +1,6 @@
 """The real page in a headless browser, as people use it: `make test-page`. The model is the shipped one of shapes."""
 
 import io
-import os
 import re
 import shutil
 import signal
@@ -222,32 +221,23 @@ def test_the_marked_picture_is_taken_and_settings_come_back(page, tmp_path):
     page.locator("#pictures .thumbnail-item").nth(3).click()
     wait(lambda: "square-78-" in marked() and page.locator("#download").is_enabled())
     page.click("#reuse")
-    for change in (lambda: None, lambda: upload(page, "#make-file", tmp_path / "mine.png")):
-        change()
-        wait(lambda: field(page, SEED).input_value() == "78")
-        assert field(page, "Prompt").input_value() == PROMPT
-        assert field(page, "Negative prompt (what to avoid)").input_value() == "green"
-        field(page, "Prompt").fill("")
-        field(page, SEED).fill("0")
-    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
-    page.reload()
-    page.wait_for_selector("#make-start")
-    upload(page, "#make-file", tmp_path / "plain.png")
-    until(page, ".toast-body", "PNG")
+    wait(lambda: field(page, SEED).input_value() == "78")
+    field(page, SEED).fill("0")
+    field(page, "Prompt").fill("")
+    upload(page, "#make-file", tmp_path / "mine.png")
+    wait(lambda: field(page, SEED).input_value() == "78")
+    assert field(page, "Prompt").input_value() == PROMPT
+    assert field(page, "Negative prompt (what to avoid)").input_value() == "green"
 
 
-@pytest.mark.parametrize(
-    ("prompt", "words"),
-    [
-        (" \n\t ", "the prompt is empty"),
-        ("x" * 2**20, "1,048,576 characters; at most 1,000"),
-        ("<img src=x onerror=alert(1)><script>alert(2)</script>", ""),
-        ("\u202eدائرة حمراء\u202c a\0b\x07 '; DROP TABLE judgements; -- 🟥", ""),
-    ],
-)
-def test_hostile_prompts_are_answered_in_the_page(page, prompt, words):
-    start(page, prompt, steps=2, pictures=1)
-    until(page, ".toast-body" if words else "#status", words or "1 picture")
+def test_hostile_prompts_are_only_text(page):
+    start(
+        page,
+        "<img src=x onerror=alert(1)> \u202eدائرة\u202c a\0b\x07 '; DROP TABLE judgements; -- 🟥",
+        steps=2,
+        pictures=1,
+    )
+    until(page, "#status", "1 picture")
     assert page.locator("#status img").count() == 0
 
 
@@ -291,16 +281,12 @@ def test_a_picture_goes_from_make_to_edit_and_its_edits_join_it(page):
 
 def test_a_comparison_is_labelled_and_also_one_picture(page, tmp_path):
     turn_to(page, "Compare")
-    values = field(page, "Values, up to 8, separated by commas")
-    values.fill("1, 3")
+    field(page, "Values, up to 8, separated by commas").fill("1, 3")
     start(page, steps=8, tab="compare")
     labels = page.locator("#pictures .caption-label")
     wait(lambda: labels.all_inner_texts() == ["all", "guidance 1", "guidance 3"])
     grid = Image.open(saved(page, "#download", tmp_path / "grid.png"))
     assert grid.width > 400 and grid.text["values"] == "1, 3" and served(page, index=2).text["guidance"] == "3.0"
-    values.fill("many")
-    page.click("#compare-start")
-    until(page, ".toast-body", "no value of guidance")
 
 
 def test_look_inside_shows_the_way_and_the_words(page):
@@ -377,7 +363,6 @@ def test_every_tab_fits_and_every_control_has_a_name(browser, address, width, sc
               .filter(e => e.offsetParent && e.type !== 'file' && !(e.ariaLabel || e.title || e.innerText?.trim() ||
                 e.labels?.length || e.getAttribute('aria-labelledby'))).map(e => e.outerHTML.slice(0, 200))""")
             assert nameless == [], tab
-            if os.environ.get("SHOTS"): page.screenshot(path=f"/tmp/pg_shot_{width}_{tab.split()[0]}.png", full_page=True)
 
 
 def test_the_keyboard_is_enough(page):
