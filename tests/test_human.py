@@ -50,11 +50,8 @@ def test_results_of_judges_of_known_skill():
     pairs = [answered("pair", "left", side) for side in ("left", "left", "left", "right")]
     assert r.results(pairs)["m"]["generated chosen as real, pairs"].startswith("25% [")
     rounds = [[100 + 10 * i] * 84 + [500] * 60 for i in range(6)] + [[160] * 84 + [170] * 84, [900] * 83]
-    flashes = [
-        answered("flash", "real", "real", session=str(i), exposure_ms=ms)
-        for i, shown in enumerate(rounds)
-        for ms in shown
-    ]
+    seen = [(str(i), ms) for i, shown in enumerate(rounds) for ms in shown]
+    flashes = [answered("flash", "real", "real", session=session, exposure_ms=ms) for session, ms in seen]
     rows = r.results([*flashes, answered("flash", "left", "left", session="0", exposure_ms=500)])["m"]
     assert rows["flash that fools, single"] == "130 ms [100, 160], rounds: 7" and rows["rounds"] == "8"
     assert rows["flash that fools, pairs"] == "after 84 flashes in one round"

@@ -17,7 +17,9 @@ from ldm.pipeline import Progress
 from ldm.samplers import SAMPLERS
 
 Values = dict[Component, Any]  # of the page's components
+Components = Iterable[Component]
 Events = Iterator[Values | Progress]
+Handler = Callable[[Values], Events]
 SAMPLING = {"make": "Make", "edit": "Edit", "compare": "Compare", "inside": "Look inside"}
 TABS = SAMPLING | {"judge": "Judge"}
 SLIDERS = {  # label, step, tabs
@@ -46,13 +48,13 @@ class Workspace:
                 with gr.Row():
                     self.buttons = {
                         name: gr.Button(
-                            label, variant="primary", elem_id=f"{name}-start", elem_classes=["start", *only(name)]
+                            label, variant="primary", elem_id=f"{name}-start", elem_classes=f"start {only(name)}"
                         )
                         for name, label in TABS.items()
                     }
                     self.stop = gr.Button("Stop", elem_id="stop")
                 self.status = gr.HTML(message(""), elem_id="status")
-                with gr.Row(elem_classes=["settings", *sampling]):
+                with gr.Row(elem_classes=f"settings {sampling}"):
                     self.controls = settings_controls(models) | {"prompt": self.prompt}
             with gr.Column(scale=3, min_width=300) as self.results, gr.Column(elem_classes=sampling):
                 self.gallery = gr.Gallery(  # a click chooses a picture instead of enlarging it
@@ -70,13 +72,7 @@ class Workspace:
                     self.reuse = gr.Button("Use its settings", elem_id="reuse")
         self.history = gr.BrowserState([], storage_key="ldm-history", secret="ldm")
 
-    def on_start(
-        self,
-        tab: str,
-        handler: Callable[[Values], Events],
-        inputs: Iterable[Component] = (),
-        outputs: Iterable[Component] = (),
-    ) -> None:
+    def on_start(self, tab: str, handler: Handler, inputs: Components = (), outputs: Components = ()) -> None:
         """Runs a tab's handler at its button, one in all browsers at a time, until it ends or Stop is pressed. It
         receives the settings and `inputs`, and yields steps of a sampling and new values of components."""
 
@@ -153,9 +149,9 @@ def settings_controls(models: Models) -> dict[str, Component]:
     return controls
 
 
-def only(*tabs: str) -> list[str]:
+def only(*tabs: str) -> str:
     """The classes of an element that is shown on these tabs alone."""
-    return ["only", *(f"on-{tab}" for tab in tabs)]
+    return " ".join(["only", *(f"on-{tab}" for tab in tabs)])
 
 
 def message(*texts: str) -> str:
