@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -43,9 +44,8 @@ class JudgementStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._execute(f"CREATE TABLE IF NOT EXISTS judgements (id INTEGER PRIMARY KEY, {COLUMNS})")
-        self._execute("PRAGMA user_version = 1")  # a read-only file fails here and not at an answer
 
-    def _execute(self, sql: str, values: list[Any] | tuple = ()) -> list[sqlite3.Row]:
+    def _execute(self, sql: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
         try:
             with closing(sqlite3.connect(self.path, timeout=30, isolation_level=None)) as database:
                 database.row_factory = sqlite3.Row
@@ -57,11 +57,11 @@ class JudgementStore:
         """Stores an answer with the time."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         row = vars(judgement) | {"time": now, "extra": json.dumps(judgement.extra)}
-        self._execute(f"INSERT INTO judgements ({COLUMNS}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
+        self._execute(f"INSERT INTO judgements ({COLUMNS}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
 
     def judgements(self) -> list[Judgement]:
         """All of them, oldest first."""
-        rows = self._execute(f"SELECT {COLUMNS} FROM judgements")
+        rows = self._execute(f"SELECT {COLUMNS} FROM judgements ORDER BY id")
         return [Judgement(**dict(row) | {"extra": json.loads(row["extra"])}) for row in rows]
 
     def export_preferences(self, path: Path) -> int:
@@ -70,9 +70,11 @@ class JudgementStore:
         lines = []
         for j in self.judgements():
             if j.kind == "preference" and j.answer != "tie":
-                names = ("chosen", "rejected") if j.answer == "left" else ("rejected", "chosen")
                 line: dict[str, Any] = {"prompt": j.prompt}
-                for name, file, model in zip(names, j.extra["pictures"], (j.model, j.other_model), strict=True):
+                for side, file, model in zip(
+                    ("left", "right"), j.extra["pictures"], (j.model, j.other_model), strict=True
+                ):
+                    name = "chosen" if j.answer == side else "rejected"
                     line |= {name: file, f"{name}_model": model, f"{name}_seed": j.seed}
                 lines.append(json.dumps(line) + "\n")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ def find_models(given: Sequence[str] = ()) -> dict[str, str]:
     shipped = sorted(folder.name for folder in ASSETS.iterdir() if folder.is_dir())
     runs = sorted(str(f.parent) for pattern in ("*", "*/*") for f in Path("runs").glob(f"{pattern}/model_index.json"))
     models: dict[str, str] = {}
-    for folder in dict.fromkeys(given or [*shipped, *runs]):
+    for folder in given or [*shipped, *runs]:
         path = Path(folder)
         name = path.resolve().name if path.is_absolute() or ".." in path.parts else folder
         models[folder if name in models else name] = folder

@@ -10,98 +10,82 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
+from scipy.stats import binomtest, quantile_test
+
 from ldm.app.judgements import Judgement
 
-BLOCK, START, SHORTEST, LONGEST = 150, 500, 100, 1000  # answers, and ms
+START, SHORTEST, LONGEST = 500, 100, 1000  # ms
 UP, DOWN, STREAK = 10, 30, 3  # ms after a wrong answer, and after so many right ones in a row
 ENOUGH = 2 * STREAK * math.ceil((START - SHORTEST) / DOWN)  # answers, twice those from START to SHORTEST without errors
+BLOCK = 150  # most answers of a round
 
 
 def exposures(answers: Iterable[bool]) -> list[int]:
-    """The staircase: how long, in ms, the pictures of all answers and the next one are shown.
+    """The staircase: how long, in ms, the pictures of all answers of a round and the next one are shown.
 
     The numbers are HYPE's (section 2.1). Steps up and down balance where p, the probability of a right answer, has
-    p^3 30 = (1 - p^3) 10: at 63.0%, though HYPE says 75%. All answers must be about one model, in one form of question.
+    p^3 30 = (1 - p^3) 10: at 63.0%, though HYPE says 75%.
     """
-    shown, row = [START], 0
-    for number, right in enumerate(answers, start=1):
-        row = row + 1 if right else 0
-        step = UP if not right else -DOWN if row == STREAK else 0
-        row %= STREAK
+    shown, streak = [START], 0
+    for right in answers:
+        streak = streak + 1 if right else 0
+        step = -DOWN * (streak % STREAK == 0) if right else UP
         shown.append(min(max(shown[-1] + step, SHORTEST), LONGEST))
-        if number % BLOCK == 0:
-            shown[-1], row = START, 0
     return shown
-
-
-def threshold(shown: Sequence[int]) -> float | None:
-    """A person's HYPE-time in ms: the most frequent exposure (the shortest of equals) of each block, averaged over
-    blocks with ENOUGH answers; None without one. At either end of the range the true one may lie beyond."""
-    blocks = [shown[i : i + BLOCK] for i in range(0, len(shown), BLOCK)]
-    modes = [min(statistics.multimode(block)) for block in blocks if len(block) >= ENOUGH]
-    return statistics.mean(modes) if modes else None
 
 
 def results(judgements: Sequence[Judgement]) -> dict[str, dict[str, str]]:
     """Per model, the rows of its results; "wrong" of single pictures is HYPE-infinity, where 50% means that generated
     pictures cannot be told from real ones. Errors in flashes are left out: the staircase itself sets their rate."""
-    models = sorted({model for j in judgements for model in (j.model, j.other_model) if model})
-    return {model: _rows(model, [j for j in judgements if model in (j.model, j.other_model)]) for model in models}
+    models = {model for j in judgements for model in (j.model, j.other_model)} - {""}
+    return {
+        model: _rows(model, [j for j in judgements if model in (j.model, j.other_model)]) for model in sorted(models)
+    }
 
 
 def _rows(model: str, judgements: list[Judgement]) -> dict[str, str]:
-    kinds: dict[str, list[Judgement]] = {}
-    for j in judgements:
-        kinds.setdefault(j.kind, []).append(j)
-    single, pairs, flashes = (kinds.get(kind, []) for kind in ("single", "pair", "flash"))
-    generated = [not j.right for j in single if (j.answer == "generated") == j.right]
-    real = [not j.right for j in single if (j.answer == "real") == j.right]
+    kinds = {kind: [j for j in judgements if j.kind == kind] for kind in ("single", "pair", "flash", "preference")}
+    single, pairs, flashes, preferences = kinds.values()
+    real, generated = ([not j.right for j in single if (j.answer == t) == j.right] for t in ("real", "generated"))
     rows = {
-        "judgements": ", ".join(f"{len(answers)} {kind}" for kind, answers in kinds.items()),
-        "visits": str(len({j.session for j in judgements})),
+        "judgements": ", ".join(f"{len(answers)} {kind}" for kind, answers in kinds.items() if answers),
+        "rounds": str(len({j.session for j in judgements})),
         "wrong, single": _rate(real + generated),
         "generated taken for real, single": _rate(generated),
         "real taken for generated, single": _rate(real),
         "generated chosen as real, pairs": _rate([not j.right for j in pairs]),
-        "flash that fools, single": _threshold(j for j in flashes if j.answer in ("real", "generated")),
-        "flash that fools, pairs": _threshold(j for j in flashes if j.answer in ("left", "right")),
+        "flash that fools, single": _flash(j for j in flashes if j.answer in ("real", "generated")),
+        "flash that fools, pairs": _flash(j for j in flashes if j.answer in ("left", "right")),
     }
-    preferences = kinds.get("preference", [])
-    for other in sorted({j.model if j.model != model else j.other_model for j in preferences}):
+    for other in sorted({name for j in preferences for name in (j.model, j.other_model)} - {model}):
         between = [j for j in preferences if other in (j.model, j.other_model)]
         won = [(j.answer == "left") == (j.model == model) for j in between if j.answer != "tie"]
         counts = f"{sum(won)} won, {len(between) - len(won)} ties, {len(won) - sum(won)} lost"
-        rows[f"preferred to {other}"] = f"{_rate(won)}: {counts}, p = {sign_test(sum(won), len(won)):.2g}"
+        p = binomtest(sum(won), len(won)).pvalue if won else 1.0  # sign test without ties (Dixon and Mood 1946)
+        rows[f"preferred to {other}"] = f"{_rate(won)}: {counts}, p = {p:.2g}"
     return rows
-
-
-def sign_test(wins: int, total: int) -> float:
-    """Two-sided p of wins being as likely as losses; ties are left out (Dixon and Mood 1946)."""
-    from scipy.stats import binomtest
-
-    return float(binomtest(wins, total).pvalue) if total else 1.0
 
 
 def _rate(outcomes: list[bool]) -> str:
     """The share of True with its score interval (Wilson 1927)."""
-    from scipy.stats import binomtest
-
     if not outcomes:
         return "no answers yet"
-    interval = binomtest(sum(outcomes), len(outcomes)).proportion_ci(method="wilson")
-    return f"{statistics.mean(outcomes):.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+    low, high = binomtest(sum(outcomes), len(outcomes)).proportion_ci(method="wilson")
+    return f"{statistics.mean(outcomes):.0%} [{low:.0%}, {high:.0%}]"
 
 
-def _threshold(flashes: Iterable[Judgement]) -> str:
-    """The median of the visits' thresholds with its interval between order statistics, from the 6th visit on."""
-    from scipy.stats import quantile_test
+def _flash(flashes: Iterable[Judgement]) -> str:
+    """The median of the rounds' thresholds with its interval between order statistics, from the 6th round on.
 
-    visits: dict[str, list[int]] = {}
+    The threshold of a round with ENOUGH answers (HYPE-time) is its most frequent exposure, the shortest of equals; at
+    either end of the range the true one may lie beyond.
+    """
+    rounds: dict[str, list[int]] = {}
     for j in flashes:
-        visits.setdefault(j.session, []).append(j.exposure_ms)
-    thresholds = [ms for shown in visits.values() if (ms := threshold(shown)) is not None]
+        rounds.setdefault(j.session, []).append(j.exposure_ms)
+    thresholds = [min(statistics.multimode(shown)) for shown in rounds.values() if len(shown) >= ENOUGH]
     if not thresholds:
-        return f"after {ENOUGH} flashes in one visit"
+        return f"after {ENOUGH} flashes in one round"
     low, high = quantile_test(thresholds).confidence_interval(0.95)
     interval = f" [{low:.0f}, {high:.0f}]" if math.isfinite(low) else ""
-    return f"{statistics.median(thresholds):.0f} ms{interval}, visits: {len(thresholds)}"
+    return f"{statistics.median(thresholds):.0f} ms{interval}, rounds: {len(thresholds)}"

@@ -2,8 +2,8 @@
 
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ldm.app.judgements import Judgement, JudgementStore
 from ldm.app.picture_sets import Sample
@@ -18,64 +18,53 @@ def questions(kind: str, count: int, sets: Mapping[str, Sequence[Sample]], seed:
     order of `seed`; extra["truth"] is the right answer.
 
     Half of the single pictures are real, and half of the real pictures, or of one model's, are on the left (plus or
-    minus one). No caption comes again before all others have come, in single pictures for real and generated ones
-    apart. Both pictures of a question have one caption.
+    minus one). No caption comes again before all others have come. Both pictures of a question have one caption.
     """
     rng = random.Random(f"{kind} {seed}")
     (model, samples), (other, rivals) = [*sets.items(), ("", ())][:2]
-    order = {heads: _shuffled(rng, len(samples)) for heads in (True, False)}
+    rounds = range(-(-count // len(samples)))
+    order = [i for _ in rounds for i in rng.sample(range(len(samples)), len(samples))]
     result = []
-    for heads in rng.sample([True, False] * -(-count // 2), count):
-        i = next(order[heads or kind != "single"])
+    for first, i in zip(rng.sample([True, False] * -(-count // 2), count), order, strict=False):
+        turn = 1 if first else -1
         if kind == "preference":
-            pictures, models, truth = (samples[i].made, rivals[i].made), (model, other), ""
-            models = models if heads else models[::-1]
+            pictures, models, truth = (samples[i].made, rivals[i].made), (model, other)[::turn], ""
         else:
-            pictures, models, truth = (samples[i].real, samples[i].made), (model, ""), ANSWERS[kind][not heads]
-        pictures = pictures if heads else pictures[::-1]
-        extra = {"pictures": pictures[: 1 if kind == "single" else 2], "truth": truth}
+            pictures, models, truth = (samples[i].real, samples[i].made), (model, ""), ANSWERS[kind][not first]
+        extra = {"pictures": pictures[::turn][: 1 if kind == "single" else 2], "truth": truth}
         shared = {"kind": kind, "session": session, "prompt": samples[i].caption, "seed": samples[i].seed}
         result.append(Judgement(model=models[0], other_model=models[1], extra=extra, **shared))
     return result
 
 
-def _shuffled(rng: random.Random, count: int) -> Iterator[int]:
-    while True:
-        yield from rng.sample(range(count), count)
-
-
 @dataclass
 class Study:
-    """One person's way through questions of one kind. `rights`: which answers were right, those to earlier flashes
-    included."""
+    """One person's way through questions of one kind; `rights`: which answers were right so far."""
 
     kind: str
     flash: bool
     questions: Sequence[Judgement]
-    rights: list[bool]
-    position: int = 0
+    rights: list[bool] = field(default_factory=list)
     shown_at: float = 0.0  # by time.monotonic
 
     @property
     def question(self) -> Judgement | None:
         """The question to answer next."""
-        return self.questions[self.position] if self.position < len(self.questions) else None
+        return next(iter(self.questions[len(self.rights) :]), None)
 
     @property
     def exposure(self) -> int | None:
         """Milliseconds for which the next flash is shown."""
         return exposures(self.rights)[-1] if self.flash else None
 
-    def answer(self, number: int, store: JudgementStore) -> bool:
-        """Stores the answer, by its number in ANSWERS, and goes on to the next question; returns False, and stores
-        nothing, before the pictures have been seen."""
-        wait = (FIXATION + self.exposure) / 1000 if self.flash else 0.0
-        if self.question is None or time.monotonic() < self.shown_at + wait:
+    def answer(self, answer: str, store: JudgementStore) -> bool:
+        """Stores the answer and goes on to the next question; returns False, and stores nothing, before the pictures
+        have been seen."""
+        question, exposure = self.question, self.exposure
+        if question is None or (exposure and time.monotonic() < self.shown_at + (FIXATION + exposure) / 1000):
             return False
-        answer, truth = ANSWERS[self.kind][number], self.question.extra["truth"]
+        truth, kind = question.extra["truth"], "flash" if self.flash else self.kind
         right = answer == truth if truth else None
-        kind = "flash" if self.flash else self.kind
-        store.add(replace(self.question, kind=kind, answer=answer, right=right, exposure_ms=self.exposure))
+        store.add(replace(question, kind=kind, answer=answer, right=right, exposure_ms=exposure))
         self.rights.append(bool(right))
-        self.position += 1
         return True

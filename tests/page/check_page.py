@@ -19,6 +19,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle above a blue square"
+SEED = "Seed (-1: random)"
 TABS = ("Make", "Edit", "Compare", "Look inside", "Judge")
 
 
@@ -117,37 +118,49 @@ def turn_to(page: Page, tab: str) -> None:
 
 
 def field(page: Page, label: str):
-    return page.locator("[role=tabpanel]:visible").get_by_label(label, exact=True).locator("visible=true").first
+    return page.get_by_label(label, exact=True).locator("visible=true").first
 
 
 def number(page: Page, label: str, value: float) -> None:
     """Types a value into a slider's number field."""
-    inputs = page.locator(f'[role=tabpanel]:visible input[type=number][aria-label*="{label}"]')
-    box = inputs.locator("visible=true").first
+    box = page.locator(f'input[type=number][aria-label*="{label}"]').locator("visible=true").first
     box.fill(str(value))
     box.blur()
 
 
-def pixels(page: Page, where: str, index: int = 0) -> np.ndarray:
-    return np.asarray(served(page, where, index), np.float64)
-
-
-def served(page: Page, where: str, index: int = 0) -> Image.Image:
+def served(page: Page, where: str = "#pictures", index: int = 0) -> Image.Image:
     """A picture of a gallery, as its file is served."""
     source = page.locator(f"{where} img").nth(index).get_attribute("src")
     return Image.open(io.BytesIO(page.request.get(source).body()))
 
 
-def start(page: Page, prompt: str = PROMPT, steps: int = 150, pictures: int = 16) -> None:
+def saved(page: Page, button: str, path: Path) -> Path:
+    with page.expect_download() as download:
+        page.click(button)
+    download.value.save_as(path)
+    return path
+
+
+def start(page: Page, prompt: str = PROMPT, steps: int = 150, pictures: int = 16, tab: str = "make") -> None:
     field(page, "Prompt").fill(prompt)
     number(page, "Steps", steps)
-    number(page, "Pictures", pictures)
-    page.click("#make-start")
+    if tab in ("make", "edit"):
+        number(page, "Pictures", pictures)
+    if tab == "make":
+        field(page, "Prompt").press("Enter")
+    else:
+        page.click(f"#{tab}-start")
 
 
-def make(page: Page, prompt: str = PROMPT, steps: int = 4, pictures: int = 1) -> str:
-    start(page, prompt, steps, pictures)
-    return until(page, "#make-status", "pictures? in")
+def make(page: Page, steps: int = 4, pictures: int = 1) -> str:
+    before = page.locator("#pictures img").count()
+    start(page, PROMPT, steps, pictures)
+    wait(lambda: page.locator("#pictures img").count() == before + pictures)
+    return until(page, "#status", "pictures?, seed")
+
+
+def upload(page: Page, where: str, path: Path) -> None:
+    page.locator(f"{where} input[type=file]").first.set_input_files(path)
 
 
 def drawable(page: Page) -> None:
@@ -164,88 +177,82 @@ def drawable(page: Page) -> None:
 
 def test_pictures_appear_while_they_denoise_and_are_the_scripts_own(page, tmp_path):
     page.evaluate("""() => { window.seen = new Set(); new MutationObserver(() => {
-        const source = document.querySelector('#make-pictures img')?.src;
+        const source = document.querySelector('#pictures img')?.src;
         if (source) seen.add(source);
       }).observe(document.body, {subtree: true, childList: true, attributes: true}); }""")
-    field(page, "Seed").fill("11")
-    start(page, steps=60, pictures=3)
-    assert "seed 11" in until(page, "#make-status", "pictures in")
-    wait(lambda: "a-red-circle" in page.locator("#make-pictures img").first.get_attribute("src"))
+    field(page, SEED).fill("11")
+    assert "3 pictures, seed 11" in make(page, steps=100, pictures=3)
+    wait(lambda: "a-red-circle" in page.locator("#pictures img").first.get_attribute("src"))
     assert page.evaluate("seen.size") >= 3  # previews, and the picture
     command = [sys.executable, "scripts/sample.py", "--model", "shapes", *["--prompt", PROMPT] * 3, "--seed", "11"]
-    command += ["--guidance", "3", "--steps", "60", "--out", str(tmp_path)]
+    command += ["--guidance", "3", "--steps", "100", "--out", str(tmp_path)]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     for i in range(3):
-        mine = served(page, "#make-pictures", i)
-        expected = Image.open(tmp_path / f"{i:04d}-{PROMPT.replace(' ', '-')}.png")
+        mine, expected = served(page, index=i), Image.open(tmp_path / f"{i:04d}-{PROMPT.replace(' ', '-')}.png")
         assert np.array_equal(np.asarray(mine), np.asarray(expected)) and mine.text == expected.text
 
 
 def test_stop_works_while_it_runs_and_in_the_queue(page, another):
     start(page)
-    page.locator("#make-pictures .thumbnail-item").first.wait_for()
+    page.locator("#pictures .thumbnail-item").first.wait_for()
     with another.expect_response(re.compile("queue/join")):
         start(another, pictures=1)
-    another.click("#make-stop")
-    until(another, "#make-status", "Stopped")
-    page.click("#make-stop")
-    until(page, "#make-status", "Stopped")
-    page.locator("#make-pictures .thumbnail-item").first.click()
-    until(page, ".toast-body", "preview")
-    assert page.locator("#make-download").is_disabled() and "1 picture in" in make(page)
-    assert another.locator("#make-pictures img").count() == 0
+    another.click("#stop")
+    until(another, "#status", "Stopped")
+    page.locator("#pictures .thumbnail-item").first.click()  # a preview
+    page.click("#stop")
+    until(page, "#status", "Stopped")
+    assert page.locator("#download").is_disabled() and page.locator("#pictures img").count() == 0
+    page.click("#edit")
+    until(page, ".toast-body", "choose a finished picture")
+    assert "1 picture," in make(page) and another.locator("#pictures img").count() == 0
 
 
-def test_settings_come_back_from_a_click_from_a_file_and_after_a_reload(page, tmp_path):
+def test_the_marked_picture_is_taken_and_settings_come_back(page, tmp_path):
     field(page, "Negative prompt (what to avoid)").fill("green")
-    field(page, "Seed").fill("77")
+    field(page, SEED).fill("77")
     make(page, steps=7, pictures=2)
-    wait(lambda: page.locator("#make-history img").count() == 2)
+    marked = lambda: page.locator("#pictures .selected img").get_attribute("src")  # noqa: E731
+    page.locator("#pictures .thumbnail-item").nth(1).click()
+    wait(lambda: page.locator("#download").is_enabled() and "square-78-" in marked())
+    assert Image.open(saved(page, "#download", tmp_path / "mine.png")).text["seed"] == "78"
+    field(page, SEED).fill("-1")
+    seeds = {re.search("seed (.*)[.]", make(page, steps=3 + i, pictures=1))[1] for i in range(2)}  # others each time
     page.reload()
-    wait(lambda: page.locator("#make-history img").count() == 2)
-    page.locator("#make-history .thumbnail-item").nth(1).click()
-    until(page, "#make-status", "settings of that picture")
-    assert field(page, "Seed").input_value() == "78"
-    with page.expect_download() as download:
-        page.click("#make-download")
-    download.value.save_as(tmp_path / "mine.png")
+    wait(lambda: page.locator("#pictures img").count() == 4)
+    assert len(seeds) == 2 and field(page, SEED).input_value() == "-1"
+    page.locator("#pictures .thumbnail-item").nth(3).click()
+    wait(lambda: "square-78-" in marked() and page.locator("#download").is_enabled())
+    page.click("#reuse")
+    wait(lambda: field(page, SEED).input_value() == "78")
+    field(page, SEED).fill("0")
     field(page, "Prompt").fill("")
-    field(page, "Seed").fill("0")
-    page.locator("#make-file input[type=file]").set_input_files(tmp_path / "mine.png")
-    wait(lambda: field(page, "Seed").input_value() == "78")
+    upload(page, "#make-file", tmp_path / "mine.png")
+    wait(lambda: field(page, SEED).input_value() == "78")
     assert field(page, "Prompt").input_value() == PROMPT
     assert field(page, "Negative prompt (what to avoid)").input_value() == "green"
-    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
-    page.reload()
-    page.wait_for_selector("#make-start")
-    page.locator("#make-file input[type=file]").set_input_files(tmp_path / "plain.png")
-    until(page, ".toast-body", "PNG")
 
 
-@pytest.mark.parametrize(
-    ("prompt", "words"),
-    [
-        (" \n\t ", "the prompt is empty"),
-        ("x" * 2**20, "1,048,576 characters; at most 1,000"),
-        ("<img src=x onerror=alert(1)><script>alert(2)</script>", ""),
-        ("\u202eدائرة حمراء\u202c a\0b\x07 '; DROP TABLE judgements; -- 🟥", ""),
-    ],
-)
-def test_hostile_prompts_are_answered_in_the_page(page, prompt, words):
-    start(page, prompt, steps=2, pictures=1)
-    until(page, ".toast-body" if words else "#make-status", words or "picture in")
-    assert page.locator("#make-status img").count() == 0
+def test_hostile_prompts_are_only_text(page):
+    start(
+        page,
+        "<img src=x onerror=alert(1)> \u202eدائرة\u202c a\0b\x07 '; DROP TABLE judgements; -- 🟥",
+        steps=2,
+        pictures=1,
+    )
+    until(page, "#status", "1 picture")
+    assert page.locator("#status img").count() == 0
 
 
 def test_only_the_part_under_the_brush_is_redrawn(page, tmp_path):
     turn_to(page, "Edit")
     (tmp_path / "no.png").write_bytes(b"no picture" * 99)
-    page.locator("#edit-editor input[type=file]").first.set_input_files(tmp_path / "no.png")
-    until(page, "#edit-status", "cannot be read as a picture")
+    upload(page, "#edit-editor", tmp_path / "no.png")
+    until(page, "#status", "cannot be read as a picture")
     photograph = Image.new("RGB", (3000, 3000), (128, 128, 128))  # a large one
     photograph.paste((255, 0, 0), (375, 375, 1220, 1220))
     photograph.save(tmp_path / "start.jpg")
-    page.locator("#edit-editor input[type=file]").first.set_input_files(tmp_path / "start.jpg")
+    upload(page, "#edit-editor", tmp_path / "start.jpg")
     drawable(page)
     page.locator('#edit-editor button[aria-label="Brush"]').click()
     box = page.locator("#edit-editor canvas").first.bounding_box()
@@ -254,112 +261,73 @@ def test_only_the_part_under_the_brush_is_redrawn(page, tmp_path):
         page.mouse.down()
         page.mouse.move(box["x"] + box["width"] * 0.72, box["y"] + box["height"] * y, steps=8)
         page.mouse.up()
-    field(page, "Prompt").fill("a red square and a blue circle")
     number(page, "Strength", 1.0)
-    page.click("#edit-start")
-    until(page, "#edit-status", "picture in")
-    assert served(page, "#edit-pictures").text["mask"] == "drawn"
+    start(page, "a red square and a blue circle", steps=30, pictures=1, tab="edit")
+    until(page, "#status", "1 picture,")
+    assert served(page).text["mask"] == "drawn"
     before = np.asarray(photograph.resize((32, 32), Image.Resampling.BOX), np.float64)
-    change = abs(pixels(page, "#edit-pictures") - before).mean(2)
+    change = abs(np.asarray(served(page), np.float64) - before).mean(2)
     assert change[:14, :14].mean() < 25 and change[16:, 16:].max() > 60
 
 
-def test_a_picture_goes_from_make_to_edit(page):
-    page.click("#make-edit")
-    until(page, ".toast-body", "preview")
+def test_a_picture_goes_from_make_to_edit_and_its_edits_join_it(page):
     make(page, steps=20)
-    wait(lambda: page.locator("#make-download").is_enabled())
-    page.click("#make-edit")
+    page.click("#edit")
     drawable(page)
     assert field(page, "Prompt").input_value() == PROMPT
-    field(page, "Prompt").fill("a green square")
     number(page, "Strength", 0.3)
-    page.click("#edit-start")
-    until(page, "#edit-status", "picture in")
-    assert 0.1 < abs(pixels(page, "#make-pictures") - pixels(page, "#edit-pictures")).mean() < 40
+    start(page, "a green square", steps=20, pictures=1, tab="edit")
+    wait(lambda: page.locator("#pictures img").count() == 2)
+    edited, first = (np.asarray(served(page, index=i), np.float64) for i in range(2))
+    assert 0.1 < abs(edited - first).mean() < 40
 
 
-def test_between_two_prompts(page):
-    turn_to(page, "Edit")
-    page.get_by_role("tab", name="Between two prompts").click()
-    field(page, "From this prompt").fill("a red circle")
-    field(page, "To this prompt").fill("a blue square")
-    page.click("#between-start")
-    until(page, "#between-status", "7 pictures in")
-    wait(lambda: page.locator("#between-pictures img").count() == 7)
-    first, last = (pixels(page, "#between-pictures", i).mean((0, 1)) for i in (0, 6))
-    assert first[0] > first[2] and last[2] > last[0]
-
-
-def test_a_comparison_is_a_labelled_picture_to_download(page, tmp_path):
+def test_a_comparison_is_labelled_and_also_one_picture(page, tmp_path):
     turn_to(page, "Compare")
-    field(page, "Prompt").fill(PROMPT)
-    values = field(page, "Values, up to 8, separated by commas")
-    values.fill("1, 3")
-    number(page, "Steps", 8)
-    page.click("#compare-start")
-    until(page, "#compare-status", "Done, with seed")
-    assert page.locator("#compare-pictures .caption-label").all_inner_texts() == ["guidance 1", "guidance 3"]
-    with page.expect_download() as download:
-        page.click("#compare-download")
-    download.value.save_as(tmp_path / "grid.png")
-    grid = Image.open(tmp_path / "grid.png")
-    assert grid.width > 400 and grid.text["values"] == "1, 3"
-    values.fill("many")
-    page.click("#compare-start")
-    until(page, ".toast-body", "no value of guidance")
+    field(page, "Values, up to 8, separated by commas").fill("1, 3")
+    start(page, steps=8, tab="compare")
+    labels = page.locator("#pictures .caption-label")
+    wait(lambda: labels.all_inner_texts() == ["all", "guidance 1", "guidance 3"])
+    grid = Image.open(saved(page, "#download", tmp_path / "grid.png"))
+    assert grid.width > 400 and grid.text["values"] == "1, 3" and served(page, index=2).text["guidance"] == "3.0"
 
 
-def test_look_inside_shows_the_way_the_words_and_the_schedule(page):
+def test_look_inside_shows_the_way_and_the_words(page):
     turn_to(page, "Look inside")
-    field(page, "Prompt").fill(PROMPT)
-    page.click("#inside-start")
-    until(page, "#inside-status", "Seed 0")
-    wait(lambda: page.locator("#inside-pictures img").count() == 9 and page.locator("#inside-plot img").count() == 1)
-    assert page.locator("#inside-words .caption-label").all_inner_texts() == PROMPT.split()
+    start(page, steps=30, tab="inside")
+    words = page.locator("#inside-words .caption-label")
+    wait(lambda: page.locator("#pictures img").count() == 9 and words.all_inner_texts() == PROMPT.split())
 
 
-def judge(page: Page, question: str, flashes: bool = False) -> None:
+def judge(page: Page, question: str, answers: list[str]) -> None:
+    """Answers a round of questions."""
     turn_to(page, "Judge")
-    number(page, "Questions", 6)
+    number(page, "Questions", len(answers) or 6)
     field(page, "Question").click()
     page.get_by_role("option", name=question, exact=True).click()
-    if flashes:
-        field(page, "In flashes").check()
     page.click("#judge-start")
     until(page, "#judge-view", r"\(1 of 6\)")
-
-
-def test_judgements_lead_to_a_result_also_over_a_reload(page):
-    judge(page, "Real or generated?")
-    for i in range(6):
+    for i, answer in enumerate(answers):
         until(page, "#judge-view", rf"\({i + 1} of 6\)")
-        assert page.locator("#judge-view img").count() == 1
-        if i == 3:
-            page.reload()
-            page.wait_for_selector("#make-start")
-            turn_to(page, "Judge")
-            until(page, "#judge-view", r"\(4 of 6\)")
-        page.click("#judge-answer-1")
-    until(page, "#judge-view", "last one")
+        page.locator("#judge-answer").get_by_text(answer, exact=True).click()
+    if answers:
+        until(page, "#judge-view", "last one")
+
+
+def test_judgements_lead_to_a_result(page):
+    judge(page, "Real or generated?", ["Generated"] * 6)
     results = until(page, "#judge-results", "6 single")
     assert "0% [0%, 56%]" in results  # who calls all of them generated is never fooled
 
 
 def test_a_preference_between_two_models_is_exported(page, tmp_path):
-    judge(page, "Which fits the caption better?")
-    for i in range(6):
-        until(page, "#judge-view", rf"\({i + 1} of 6\)")
-        page.click(f"#judge-answer-{2 if i == 5 else 0}")
-    until(page, "#judge-view", "last one")
-    with page.expect_download() as download:
-        page.click("#judge-export")
-    download.value.save_as(tmp_path / "preferences.jsonl")
-    assert len((tmp_path / "preferences.jsonl").read_text().splitlines()) == 5  # without the tie
+    judge(page, "Which fits the caption better?", [*["Left"] * 5, "Tie"])
+    lines = saved(page, "#judge-export", tmp_path / "preferences.jsonl").read_text().splitlines()
+    assert len(lines) == 5  # without the tie
 
 
 def test_a_flash_is_seen_for_its_time_and_then_covered(page):
-    judge(page, "Which one is real?", flashes=True)
+    judge(page, "Which one is real, in flashes?", [])
     # halts the animations, and notes what is visible at moments that do not depend on how busy the browser is
     exposure, visible = page.evaluate("""() => {
       const view = document.querySelector('#judge-view'), cell = view.querySelector('.cell');
@@ -381,14 +349,11 @@ def test_it_ends_when_told_in_the_middle_of_a_picture(browser, tmp_path):
     with running(tmp_path / "out", "--model", "shapes") as port:
         page = browser.new_context().new_page()
         page.goto(f"http://127.0.0.1:{port}")
-        page.wait_for_selector("#make-start")
-        start(page)
-        until(page, "#make-status", r"step \d")
-        page.reload()  # leaves a page that works
-        page.wait_for_selector("#make-start")
-        make(page)
-        start(page)
-        until(page, "#make-status", r"step \d")
+        for _ in range(2):  # a reload in mid-run leaves a page that works
+            page.reload()
+            page.wait_for_selector("#make-start")
+            start(page)
+            until(page, "#status", r"step \d")
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1440, "light")])
@@ -401,13 +366,3 @@ def test_every_tab_fits_and_every_control_has_a_name(browser, address, width, sc
               .filter(e => e.offsetParent && e.type !== 'file' && !(e.ariaLabel || e.title || e.innerText?.trim() ||
                 e.labels?.length || e.getAttribute('aria-labelledby'))).map(e => e.outerHTML.slice(0, 200))""")
             assert nameless == [], tab
-
-
-def test_the_keyboard_is_enough(page):
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.tagName") == "TEXTAREA":
-            break
-    page.keyboard.type(PROMPT)
-    page.keyboard.press("Enter")
-    until(page, "#make-status", "pictures in")

@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -18,7 +18,7 @@ class Pictures:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def save(self, images: Sequence[Image.Image], metadata: Sequence[dict[str, str]]) -> list[str]:
+    def save(self, images: Iterable[Image.Image], metadata: Iterable[dict[str, str]]) -> list[str]:
         """Writes each image with its metadata and returns the paths."""
         paths = []
         for image, texts in zip(images, metadata, strict=True):
@@ -28,12 +28,12 @@ class Pictures:
         return [str(path) for path in paths]
 
     def existing(self, paths: Sequence[str]) -> list[str]:
-        """The paths of those files, which a browser names, that are in this folder, whatever folder it names."""
+        """Those of the files, which a browser names, that are in this folder, whatever folder it names."""
         files = [self.folder / Path(path).name for path in paths]
         return [str(file) for file in files if file.is_file()]
 
     def find(self, path: str | None) -> str:
-        """The finished picture that the page shows under this path. Raises UserError for a preview."""
-        if not path or not (paths := self.existing([path])):
-            raise UserError("that is a preview, or it was deleted; choose a finished picture")
-        return paths[0]
+        """The finished picture of this path. Raises UserError where there is none."""
+        for file in self.existing([path or ""]):
+            return file
+        raise UserError("choose a finished picture first")

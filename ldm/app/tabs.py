@@ -1,0 +1,169 @@
+"""The tabs that sample: Make, Edit, Compare and Look inside."""
+
+from dataclasses import replace
+
+import gradio as gr
+from PIL import Image, ImageOps
+
+from ldm.app.attention import attention_maps, word_overlays
+from ldm.app.sampling import Settings, picture_metadata, restore
+from ldm.app.workspace import IMMEDIATE, Workspace, message, only, user_errors
+from ldm.config import UserError
+from ldm.images import captioned_grid, upright_rgb
+
+CANVAS = 512  # pixels; a larger one sends PNGs above the limit on uploads, on a smaller one the brush hides the picture
+RESAMPLE = 2  # model calls per step within a mask; with one, the model of shapes left some masks grey
+LIMIT = 8  # values
+ESTIMATES = 8
+EXAMPLES = {
+    "guidance": "1, 2, 3, 5, 8",
+    "steps": "5, 10, 20, 40",
+    "sampler": "ddim, euler, dpmpp_2m, unipc",
+    "model": "",
+    "guidance_rescale": "0, 0.3, 0.7, 1",
+    "seed": "0, 1, 2, 3, 4, 5",
+}
+
+
+def build_make(ui: Workspace) -> None:
+    """A prompt becomes pictures; their settings come back from them and from files."""
+    folder = ui.pictures.folder
+    with ui.tabs["make"]:
+        gr.Markdown(f"Pictures and their settings are kept in {folder.parent.name}/{folder.name} until deleted.")
+    with ui.results, gr.Column(elem_classes=only("make")):
+        png = gr.File(label="Load settings from a PNG", file_types=[".png"], height=120, elem_id="make-file")
+
+    def make(values):
+        yield from ui.sample(values, ui.settings(values))
+
+    @user_errors()
+    def show(path):
+        settings, notes = restore(path, ui.models)
+        shown = {ui.controls[name]: value for name, value in vars(settings).items() if name != "count"}
+        return shown | {ui.status: message(f"The settings of that picture, seed {settings.seed}.", *notes)}
+
+    @user_errors()
+    def reuse(path):
+        return show(ui.pictures.find(path))
+
+    ui.on_start("make", make)
+    shown = {ui.status, *ui.controls.values()}
+    ui.reuse.click(reuse, ui.download, shown, **IMMEDIATE)
+    png.upload(show, png, shown, **IMMEDIATE).then(lambda: None, None, png, **IMMEDIATE)
+
+
+def build_edit(ui: Workspace) -> None:
+    """Redraws a picture, or the part of it under a brush."""
+    with ui.tabs["edit"]:
+        gr.Markdown("Brush over the part to redraw, or redraw all of it.")
+        editor = gr.ImageEditor(
+            label="Picture (its centre square is used)",
+            type="pil",
+            height=420,
+            canvas_size=(CANVAS, CANVAS),
+            fixed_canvas=True,
+            sources=("upload", "clipboard"),
+            transforms=(),
+            brush=gr.Brush(colors=["rgba(255, 59, 107, 0.6)"], color_mode="fixed", default_size="auto"),
+            layers=False,
+            elem_id="edit-editor",
+        )
+
+    def edit(values):
+        settings = ui.settings(values, width=0, height=0)
+        pipe = ui.models[settings.model]
+        image, mask = read_drawing(values[editor], pipe.latent_shape()[1] * pipe.vae.factor, pipe.vae.factor)
+        options = {"strength": settings.strength} | ({"resample": RESAMPLE} if mask else {})
+        metadata = {"image": "uploaded", "mask": "drawn" if mask else ""} | options
+        yield from ui.sample(values, settings, metadata, image=image, mask=mask, **options)
+
+    @user_errors()
+    def take(path):
+        return {editor: open_picture(ui.pictures.find(path)), ui.tab_bar: gr.Tabs(selected="edit")}
+
+    ui.on_start("edit", edit, [editor])
+    ui.edit.click(take, ui.download, {editor, ui.tab_bar}, **IMMEDIATE)
+
+
+def open_picture(path: str) -> Image.Image:
+    """The value of the editor for a finished picture, from which `read_drawing` returns the picture exactly."""
+    image = Image.open(path)
+    return ImageOps.scale(image, max(1, CANVAS // max(image.size)), Image.Resampling.NEAREST)
+
+
+def read_drawing(drawing: dict | None, side: int, factor: int) -> tuple[Image.Image, Image.Image | None]:
+    """The centre square of an editor's picture within its transparent margins, resized to `side`, and the mask that was
+    brushed, in whole latents of `factor` pixels; None without a stroke. Raises UserError without a picture."""
+    background = (drawing or {}).get("background") or Image.new("RGBA", (1, 1))
+    if not (box := background.convert("RGBA").getchannel("A").getbbox()):
+        raise UserError("there is no picture to edit; upload one")
+
+    def square(layer: Image.Image, side: int) -> Image.Image:
+        return ImageOps.fit(layer.convert("RGBA").crop(box), (side, side), Image.Resampling.BOX)
+
+    mask = Image.new("L", (side, side))
+    for layer in drawing.get("layers") or ():
+        # a latent is redrawn when some 5% of it are brushed: the brush is translucent
+        brushed = square(layer, side // factor).getchannel("A").point(lambda alpha: 255 * (alpha >= 8))
+        mask = brushed.resize(mask.size, Image.Resampling.NEAREST)
+    return upright_rgb(square(background, side)), mask if mask.getbbox() else None
+
+
+def build_compare(ui: Workspace) -> None:
+    """One prompt and seed over values of one setting."""
+    with ui.tabs["compare"]:
+        name = gr.Dropdown(list(EXAMPLES), value="guidance", label="Setting to compare")
+        text = gr.Textbox(EXAMPLES["guidance"], label=f"Values, up to {LIMIT}, separated by commas")
+
+    def compare(values):
+        settings = ui.settings(values, count=1)
+        pictures = {}
+        for label, variant in variants(settings, values[name], values[text]).items():
+            pictures[label] = yield from ui.sample(values, variant)
+        images, labels = [image for _, (image,) in pictures.values()], list(pictures)
+        sheet = captioned_grid(images, labels, columns=min(4, len(labels)), cell=200)
+        metadata = {"compared": values[name], "values": values[text]}
+        files = ui.pictures.save([sheet], picture_metadata(ui.models[settings.model], settings, **metadata))
+        shown = [(*files, "all"), *((file, label) for label, ((file,), _) in pictures.items())]
+        yield {ui.gallery: gr.Gallery(shown, selected_index=0)} | ui.choose(*files)
+
+    def examples(name):
+        return EXAMPLES[name] or ", ".join(ui.models.names[:LIMIT])
+
+    name.change(examples, name, text, **IMMEDIATE)
+    ui.on_start("compare", compare, [name, text])
+
+
+def variants(settings: Settings, name: str, text: str) -> dict[str, Settings]:
+    """{label: settings} per value in a comma-separated list. Raises UserError for values that the setting refuses."""
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not 1 <= len(words) <= LIMIT:
+        raise UserError(f"{len(words)} values to compare; write 1 to {LIMIT}, separated by commas")
+    kind = type(getattr(settings, name))
+    try:
+        return {f"{name} {word}": replace(settings, **{name: kind(word)}) for word in words}
+    except ValueError as error:
+        raise UserError(f"no value of {name}: {error}") from None
+
+
+def build_inside(ui: Workspace) -> None:
+    """The way from noise to a picture, and where each word looks."""
+    with ui.tabs["inside"]:
+        gr.Markdown("The model's estimates on the way from noise to a picture, and where each word looks.")
+    with ui.results, gr.Column(elem_classes=only("inside")):
+        label = "Where each word looks: bright where cross-attention reads it"
+        words = gr.Gallery(label=label, interactive=False, elem_id="inside-words")
+
+    def look(values):
+        settings, steps = ui.settings(values, count=1, width=0, height=0), []
+        pipe = ui.models[settings.model]
+        with attention_maps(pipe) as maps:
+            files, images = yield from ui.sample(values, settings, kept=steps)
+        shown = [steps[round(i * (len(steps) - 1) / ESTIMATES)] for i in range(ESTIMATES)]
+        estimates = [(*step.decode(), f"t = {step.t:.0f}") for step in shown]
+        yield {
+            ui.gallery: gr.Gallery([(*files, "the picture"), *estimates], selected_index=0),
+            words: word_overlays(maps, pipe.tokenizer, settings.prompt, *images),
+        }
+
+    ui.on_start("inside", look, outputs=[words])
