@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.config import UserError
+from ldm.data import batches, flip_half, open_dataset, spread, stack_images
 from ldm.data.loader import load
 from ldm.data.order import EpochBatches
 from ldm.distributed import Draws, from_main, processes
+from ldm.images import to_float
 from ldm.train import sharding, state
 from ldm.train.config import OptimizerConfig, TrainConfig
 
@@ -32,12 +34,25 @@ class Task:
     """One kind of training: which modules are trained, on which data, by which losses."""
 
     modules: Modules
-    dataset: Any
-    held_out: Any = None  # a second data set
     optimizers: dict[str, OptimizerConfig] = {}  # of modules that do not use that of the run
+    collate = staticmethod(stack_images)  # samples -> a batch; in the loading processes, without random numbers
 
-    def collate(self, samples: list[dict]) -> dict:
-        """Samples -> a batch; runs in the loading processes, without random numbers."""
+    def __init__(self, config: Any, need_captions: bool = True) -> None:
+        """`config` has the tables `data` and `train`; seeds the initial weights."""
+        self.config, self.device = config, processes().device
+        self.dataset, self.held_out = (open_dataset(config.data, split, need_captions) for split in ("train", "val"))
+        self.batch_size = min(64, config.train.batch_size)  # outside the training steps
+        torch.manual_seed(config.train.seed)
+
+    def images(self, batch: dict, draws: Draws) -> Tensor:
+        """The images x (B, 3, H, W) in [-1, 1] of a batch, half of them mirrored where `data.flip` is set."""
+        x = to_float(batch["image"])
+        return flip_half(x, draws.rand(len(x))) if self.config.data.flip else x
+
+    def samples(self, dataset: Any, count: int, batch_size: int) -> Iterator[tuple[Tensor, list[list[str]]]]:
+        """At most `count` samples, spread over the data set: batches of images x (B, 3, H, W) in [-1, 1], captions."""
+        for batch in batches(dataset, spread(dataset, count), batch_size):
+            yield to_float(batch["image"].to(self.device)), batch["captions"]
 
     def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
         """The losses of a batch in turn; the loop runs backward after each."""
@@ -55,7 +70,7 @@ class Task:
         """Writes the loadable folder; `final` at the end of the run."""
 
     def check_export(self, folder: Path) -> None:
-        """Raises UserError where a run that exported `folder` cannot be resumed by this task."""
+        """Raises UserError where the run that exported `folder` cannot be resumed by this task."""
 
 
 def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, force: bool = False) -> None:
@@ -79,7 +94,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
             return
         from_main(partial(state.begin, out, resolved, start, force))
         a.init_trackers("tensorboard")
-        batches = stack.enter_context(closing(micro_batches(task, c, a, start)))
+        loaded = stack.enter_context(closing(micro_batches(task, c, a, start)))
         bar = stack.enter_context(tqdm(initial=start, total=c.steps, disable=not a.is_main_process, unit="step"))
         skipped = 0  # steps in a row
 
@@ -87,7 +102,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
             # Gradients of every micro-batch
             kept, values = [], []
             for micro in range(c.accumulate):
-                batch = next(batches)
+                batch = next(loaded)
                 kept.append(batch)
                 draws = Draws(c.seed, step * c.accumulate + micro, a.process_index, a.num_processes, a.device)
                 for module in run.called.values():
