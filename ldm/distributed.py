@@ -87,12 +87,12 @@ def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) ->
     return [parts[i % world][i // world] for i in range(len(items))]
 
 
-def from_main(work: Callable[[], Result]) -> Result:
-    """The result of `work`, which runs in process 0 alone, in all processes; which raise its UserError alike."""
+def from_main(work: Callable[..., Result], *arguments: Any) -> Result:
+    """The result of `work(*arguments)`, which runs in process 0 alone, in all processes, which raise its UserError."""
     outcome: Any = None
     if rank_and_world()[0] == 0:
         try:
-            outcome = work()
+            outcome = work(*arguments)
         except UserError as error:
             outcome = error
     outcome = gather_objects(outcome)[0]

@@ -30,7 +30,7 @@ def flip_a_bit(file: Path) -> None:
 
 
 def checkpoints(out: Path) -> list[str]:
-    return sorted(path.name for path in (out / "checkpoints").iterdir())
+    return sorted(path.name for path in (out / "checkpoints").glob("[!.]*"))
 
 
 def same_runs(a: Path, b: Path) -> bool:
@@ -66,19 +66,16 @@ def test_whole_checkpoints_outlive_damaged_ones_and_without_any_no_run_starts_an
         train(tiny.Toy(), EVERY, tmp_path, {})
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoints_and_nothing_else(tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_old_checkpoints_and_the_next_removes_its_files(tmp_path, monkeypatch):
     train(tiny.Toy(), replace(EVERY, steps=4), tmp_path, {})
-    save = model_io.save_tensors
-
-    def fail(path: Path, tensors: dict) -> None:
-        if "second-ema" in path.name:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(path, tensors)
-
-    monkeypatch.setattr(model_io, "save_tensors", fail)
-    with pytest.raises(OSError, match="No space left"):
-        train(tiny.Toy(), replace(EVERY, keep=1), tmp_path, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(model_io, "save_tensors", lambda path, tensors: tiny.fail(OSError(errno.ENOSPC, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            train(tiny.Toy(), replace(EVERY, keep=1), tmp_path, {})
     assert checkpoints(tmp_path) == ["step-00000002", "step-00000004"]
+    assert (tmp_path / "checkpoints/.step-00000006").exists()
+    train(tiny.Toy(), replace(EVERY, keep=1), tmp_path, {})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
 
 
 @pytest.mark.parametrize("number, step", [(signal.SIGINT, 0), (signal.SIGTERM, 2), (signal.SIGINT, 5)])

@@ -99,17 +99,17 @@ def test_accumulating_halves_is_one_whole_batch(tmp_path):
         torch.testing.assert_close(module.state_dict(), dict(halves.modules[name].state_dict()))
 
 
-def test_a_resumed_run_may_split_its_batch_but_not_change_it_without_force(tmp_path):
-    def run(steps: int, batch_size: int, accumulate: int, force: bool = False) -> None:
-        config = replace(CONFIG, steps=steps, batch_size=batch_size, accumulate=accumulate)
+def test_a_resumed_run_changes_what_changes_its_weights_only_by_force(tmp_path):
+    def run(force: bool = False, **changes) -> None:
+        config = replace(CONFIG, **changes)
         train(tiny.Toy(), config, tmp_path, {"train": asdict(config)}, force)
 
-    run(1, 4, 1)
-    run(2, 2, 2)
-    with pytest.raises(UserError, match=r"train.batch_size \* train.accumulate \(4 before, 8 now\)"):
-        run(3, 4, 2)
+    run(steps=1)
+    run(steps=2, log_every=3)
+    with pytest.raises(UserError, match=r"train.batch_size \(4 before, 8 now\)"):
+        run(steps=3, batch_size=8)
     with pytest.warns(UserWarning, match="resuming with another config"):
-        run(3, 4, 2, force=True)
+        run(steps=3, batch_size=8, force=True)
 
 
 def test_run_folder_holds_log_previews_config_and_the_newest_checkpoints(tmp_path):

@@ -7,7 +7,6 @@ is a pure function of (seed, step), so a run that is resumed, or shared by many 
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
     with ExitStack() as stack:
         # Set up, or resume
         processes()
-        from_main(partial(stack.enter_context, state.lock(out)))
+        from_main(stack.enter_context, state.lock(out))
         signals = stack.enter_context(caught_signals())
         stack.enter_context(memory_errors(c))
         run = state.Run(task, c, out)
@@ -92,7 +91,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
         start = run.resume()
         if start >= c.steps:
             return
-        from_main(partial(state.begin, out, resolved, start, force))
+        from_main(state.begin, out, resolved, start, force)
         a.init_trackers("tensorboard")
         loaded = stack.enter_context(closing(micro_batches(task, c, a, start)))
         bar = stack.enter_context(tqdm(initial=start, total=c.steps, disable=not a.is_main_process, unit="step"))
@@ -177,22 +176,20 @@ def micro_batches(task: Task, config: TrainConfig, accelerator: Accelerator, sta
 def agree(tables: list[dict[str, Any]], signals: list[int], accelerator: Accelerator) -> tuple[bool, int]:
     """Whether all losses and gradient norms of all processes are finite, and the number of a signal that any of them
     got, else 0."""
-    checked = [v for table in tables for k, v in table.items() if k.endswith(("_loss", "_norm"))]
-    broken = (~torch.stack(checked).isfinite()).any().float()
-    votes = torch.stack([broken, torch.full_like(broken, signals[0] if signals else 0)])
+    checked = torch.stack([v for table in tables for k, v in table.items() if k.endswith(("_loss", "_norm"))])
+    broken = (~checked.isfinite()).any().int()
+    votes = torch.stack([broken, torch.full_like(broken, sum(signals))])
     skip, number = accelerator.gather(votes[None]).amax(0).tolist()
-    return not skip, int(number)
+    return not skip, number
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
     """A batch with its tensors on `device`; on a GPU images and latents are channels-last, for tensor cores."""
-    batch = dict(batch)
-    for name, x in batch.items():
-        if torch.is_tensor(x):
-            fast = x.ndim == 4 and device.type == "cuda"
-            layout = torch.channels_last if fast else torch.preserve_format
-            batch[name] = x.to(device, non_blocking=True, memory_format=layout)
-    return batch
+    tensors = {name: x.to(device, non_blocking=True) for name, x in batch.items() if torch.is_tensor(x)}
+    for name, x in tensors.items():
+        if x.ndim == 4 and x.is_cuda:
+            tensors[name] = x.contiguous(memory_format=torch.channels_last)
+    return batch | tensors
 
 
 class Stopped(KeyboardInterrupt):
@@ -231,5 +228,5 @@ def memory_errors(config: TrainConfig) -> Iterator[None]:
             raise
         raise UserError(
             f"out of memory with train.batch_size={config.batch_size}; go on from the last checkpoint with a smaller"
-            " one and as much more train.accumulate"
+            " one, as much more train.accumulate, and --force"
         ) from None

@@ -14,11 +14,9 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +40,6 @@ MANIFEST = "manifest.json"
 # Keys of a config that do not change the trained weights.
 FREE = ("train.log_every", "train.validate_every", "train.preview_every", "train.save_every", "train.keep")
 FREE += ("train.workers", "train.max_skipped", "train.best", "preview.", "cache", "data.max_broken")
-PRODUCT = "train.batch_size * train.accumulate"  # how these share it may change
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "einops", "safetensors", "numpy")
 
 
@@ -51,8 +48,7 @@ class Run:
 
     def __init__(self, task: Task, config: TrainConfig, out: Path) -> None:
         self.task, self.config, self.out = task, config, out
-        trackers = ["tensorboard"] if find_spec("tensorboard") else []
-        self.accelerator = Accelerator(mixed_precision=config.precision, log_with=trackers, project_dir=out)
+        self.accelerator = Accelerator(mixed_precision=config.precision, log_with="tensorboard", project_dir=out)
         self.main = self.accelerator.is_main_process
         self.called, self.averages, self.optimizers = {}, {}, {}
         for name, module in task.modules.items():
@@ -71,7 +67,7 @@ class Run:
 
     def resume(self) -> int:
         """Loads the newest whole checkpoint, if there is one, and exports it if it is the last; returns its step."""
-        folder, steps = from_main(partial(newest, self.out)), self.config.steps
+        folder, steps = from_main(newest, self.out), self.config.steps
         if folder is None:
             return 0
         self.task.check_export(folder)
@@ -82,7 +78,7 @@ class Run:
         if step < steps:
             self.say(f"resuming {self.out} at step {step} of {steps}")
         else:
-            if not from_main(partial(model_io.is_finished, self.out, folder)):  # train.steps was lowered
+            if not from_main(model_io.is_finished, self.out, folder):  # train.steps was lowered
                 self.export(self.out, final=True)
             self.say(f"{self.out} is finished at step {step}; raise train.steps (now {steps}) to go on")
         return step
@@ -100,7 +96,7 @@ class Run:
     def validate(self, step: int) -> bool:
         """Logs the validation after `step` steps; returns whether it was the best so far by `train.best`."""
         with self.averaged() as modules:
-            values = from_main(partial(self.task.validate, modules))
+            values = from_main(self.task.validate, modules)
         self.write_line(step, {f"val/{name}": value for name, value in values.items()})
         self.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         best, scores = self.config.best, values | {f"-{name}": -value for name, value in values.items()}
@@ -125,17 +121,18 @@ class Run:
     def export(self, folder: Path, final: bool) -> None:
         """Writes the loadable folder, from the averaged weights."""
         with self.averaged() as modules:
-            from_main(partial(self.task.export, modules, folder, final))
+            from_main(self.task.export, modules, folder, final)
 
     def save(self, step: int) -> None:
         """Writes a checkpoint: the loadable folder, and `state/` with all that resuming needs."""
         self.list_left_out()
-        new = nullcontext(self.out)
+        folder = self.out / "checkpoints" / f".step-{step:08d}"  # hidden until it is whole
+        for unfinished in folder.parent.glob(".step-*") if self.main else ():
+            shutil.rmtree(unfinished)
+        self.export(folder, final=False)
+        self.write(folder / "state", {"format": FORMAT, "step": step, "best": self.best})
         if self.main:
-            new = new_checkpoint(self.out, step, self.config.keep, self.best and self.best["step"])
-        with new as folder:
-            self.export(folder, final=False)
-            self.write(folder / "state", {"format": FORMAT, "step": step, "best": self.best})
+            publish(folder, self.config.keep, self.best and self.best["step"])
         self.accelerator.wait_for_everyone()
 
     # The training state, by the names of its files
@@ -150,6 +147,7 @@ class Run:
         for name, tensors in states.items():
             tensors = sharding.gather(tensors)
             if self.main:
+                folder.mkdir(exist_ok=True)
                 model_io.save_tensors(folder / f"{name}.safetensors", tensors)
         if self.main:
             model_io.write_json(folder / "state.json", progress)
@@ -165,7 +163,11 @@ class Run:
                 live, tensors = part.state_dict(), model_io.load_tensors(folder / f"{name}.safetensors")
                 part.load_state_dict({key: sharding.shard_like(x, live[key]) for key, x in tensors.items()})
             for name, optimizer in self.optimizers.items():
-                self.read_optimizer(optimizer, model_io.load_tensors(folder / f"{name}-optimizer.safetensors"))
+                tensors = model_io.load_tensors(folder / f"{name}-optimizer.safetensors")
+                entries = {key.rpartition("/")[2] for key in tensors}
+                for p in [p for group in optimizer.param_groups for p in group["params"]]:
+                    entry = {key: tensors[f"{self.names[p]}/{key}"].to(p.device) for key in entries}
+                    optimizer.state[p] = {key: sharding.shard_like(x, p) for key, x in entry.items()}
         except (UserError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -173,17 +175,6 @@ class Run:
                 "use another --out, or the config that the run was started with"
             ) from None
         return progress
-
-    def read_optimizer(self, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-        """Loads an optimizer's tensors, named PARAMETER/ENTRY."""
-        parameters = {self.names[p]: p for group in optimizer.param_groups for p in group["params"]}
-        optimizer.state.clear()
-        for key, x in tensors.items():
-            name, _, entry = key.rpartition("/")
-            p = parameters[name]
-            optimizer.state[p][entry] = sharding.shard_like(x.to(p.device), p)
-        if 0 < len(optimizer.state) < len(parameters):
-            raise UserError("its optimizers have other parameters")
 
     # The log
 
@@ -200,10 +191,8 @@ class Run:
 
     def write_means(self, step: int) -> str:
         """Writes the means over steps and processes since the last line; returns the losses for the progress bar."""
-        means = {}
-        if self.logged:
-            rows = torch.stack([torch.stack(values).mean() for values in self.logged.values()])
-            means = dict(zip(self.logged, self.accelerator.reduce(rows, "mean").tolist(), strict=True))
+        means = {name: torch.stack(values).mean() for name, values in self.logged.items()}
+        means = {name: float(x) for name, x in self.accelerator.reduce(means, "mean").items()}
         self.write_line(step, means | {"skipped": self.skipped})
         self.list_left_out()
         self.logged.clear()
@@ -248,22 +237,13 @@ def newest(out: Path) -> Path | None:
     return None
 
 
-@contextmanager
-def new_checkpoint(out: Path, step: int, keep: int, best: int | None = None) -> Iterator[Path]:
-    """A hidden folder to fill. After the block its files are synced, hashed and renamed to `checkpoints/step-N` at
-    once; then all but the newest `keep` and that of step `best` are removed. After an error nothing has changed."""
-    folder = out / "checkpoints" / f"step-{step:08d}"
-    hidden = folder.with_name(f".{folder.name}")
-    for unfinished in folder.parent.glob(".step-*"):
-        shutil.rmtree(unfinished)
-    try:
-        (hidden / "state").mkdir(parents=True)
-        yield hidden
-        seal(hidden)
-        shutil.rmtree(folder, ignore_errors=True)
-        hidden.rename(folder)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+def publish(hidden: Path, keep: int, best: int | None = None) -> None:
+    """Renames a written folder `.step-N` to `step-N`, once its files are synced and hashed; then removes all
+    checkpoints but the newest `keep` and that of step `best`."""
+    seal(hidden)
+    folder = hidden.with_name(hidden.name[1:])
+    shutil.rmtree(folder, ignore_errors=True)
+    hidden.rename(folder)
     sync(folder.parent)
     # a checkpoint newer than this one is damaged, and was skipped
     older = [path for path in sorted(folder.parent.glob("step-????????")) if path <= folder]
@@ -333,8 +313,6 @@ def check_changes(file: Path, resolved: dict[str, Any], force: bool) -> None:
     """Compares a config with that in `file`: changes of keys that are not FREE raise UserError, or warn if `force`, as
     the number of steps always does."""
     before, now = flat(model_io.read_json(file)), flat(json.loads(json.dumps(resolved)))
-    for table in (before, now):
-        table[PRODUCT] = table.pop("train.batch_size", 1) * table.pop("train.accumulate", 1)
     changed = {k for k in now.keys() & before.keys() if before[k] != now[k] and not k.startswith(FREE)}
     text = ", ".join(f"{key} ({before[key]!r} before, {now[key]!r} now)" for key in sorted(changed))
     if changed - {"train.steps"} and not force:
