@@ -1,6 +1,5 @@
 """Training the VAE: reconstruction + perceptual + KL + patch-GAN (Rombach et al. 2022, section 3.1)."""
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,8 +81,6 @@ class AutoencoderTask(Task):
             self.modules["discriminator"] = discriminator
             last = vae.decoder.conv_out.weight.requires_grad
             require(last, "frozen", config.frozen, "without the decoder's last layer, unless loss.gan=0")
-            if loss.gan_start >= config.train.steps:
-                warnings.warn("the discriminator never counts: loss.gan_start is not below train.steps", stacklevel=2)
         allowed = f"a multiple of {vae.factor}, the VAE's reduction, and {smallest} or more, for SSIM and discriminator"
         require(size % vae.factor == 0 and size >= smallest, "data.size", size, allowed)
         if loss.discriminator_lr:

@@ -4,7 +4,6 @@ The contrastive loss reads the end token alone and is content with little more t
 2023). A U-Net reads every token: at "square" it needs its colour, and the side of the other object that it lies on.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +54,7 @@ class WordHead(nn.Module):
         inside = ends.cumsum(1) == ends  # (B, L): no end before it
         predicted = inside[..., None] & (targets >= 0)
         logits = maps[predicted] @ self.vocabulary.T  # (predictions, vocabulary)
-        return F.cross_entropy(logits.float(), targets[predicted], reduction="sum"), predicted.sum()
+        return F.cross_entropy(logits.float(), targets[predicted], reduction="sum"), predicted.sum().float()
 
 
 class PictureHead(nn.Module):
@@ -83,7 +82,7 @@ class PictureHead(nn.Module):
         for block in self.blocks:
             h = block(h, context)
         error = (self.paint(self.norm(h)).float() - patches).square().mean(-1)  # (B, patches)
-        return (error * hidden).sum(), hidden.sum()
+        return (error * hidden).sum(), hidden.sum().float()
 
 
 class Grounding(nn.Module):
@@ -91,25 +90,15 @@ class Grounding(nn.Module):
 
     def __init__(self, config: GroundingConfig, text: TextConfig, vision: VisionConfig) -> None:
         super().__init__()
-        self.config = config
         self.words = WordHead(text, config.window) if config.words else None
         self.picture = PictureHead(text, vision, config.layers) if config.picture else None
 
-    def forward(
-        self,
-        context: Tensor,
-        tokens: Tensor,
-        x: Tensor,
-        draws: Draws,
-        mean: Callable[[Tensor], Tensor] = Tensor.detach,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """context (B, L, D), tokens (B, L), images x (B, 3, H, W) -> the weighted sum of the losses, and each alone:
-        "words" (nats per token), "picture" (squared error per value). `mean` averages their counts over the processes
-        of a run."""
-        sums: dict[str, tuple[Tensor, Tensor]] = {}
+    def forward(self, context: Tensor, tokens: Tensor, x: Tensor, draws: Draws) -> dict[str, tuple[Tensor, Tensor]]:
+        """context (B, L, D), tokens (B, L), images x (B, 3, H, W) -> "words" (nats) and "picture" (squared error), each
+        as the sum of its terms and their number."""
+        sums = {}
         if self.words:
             sums["words"] = self.words(context, tokens)
         if self.picture:
             sums["picture"] = self.picture(context, x, draws)
-        losses = {name: total / mean(count.float()).clamp(min=1) for name, (total, count) in sums.items()}
-        return sum(getattr(self.config, name) * loss for name, loss in losses.items()), losses
+        return sums

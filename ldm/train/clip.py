@@ -96,8 +96,10 @@ class CLIPTask(Task):
         same = sharing(captions).to(x.device)
         loss, values = losses.contrastive(images, texts, scale, same), {"scale": scale}
         if "grounding" in modules:
-            auxiliary, parts = modules["grounding"](context, tokens, x, draws, mean_over_processes)
-            loss, values = loss + auxiliary, values | {"contrastive": loss} | parts
+            values["contrastive"] = loss
+            for name, (total, count) in modules["grounding"](context, tokens, x, draws).items():
+                values[name] = total / mean_over_processes(count).clamp(min=1)
+                loss = loss + getattr(self.config.grounding, name) * values[name]
         yield "clip", loss, values
 
     def tokens(self, captions: list[str]) -> Tensor:
@@ -119,8 +121,9 @@ class CLIPTask(Task):
             image, text, _, context = clip(x, tokens)
             rows.append(torch.stack([image, text, clip.encode_text(altered)]).cpu())
             if "grounding" in modules:
-                for name, loss in modules["grounding"](context, tokens, x, Draws(0, len(captions)))[1].items():
-                    auxiliary[name] += float(loss) * len(x)
+                sums = modules["grounding"](context, tokens, x, Draws(0, len(captions)))
+                for name, (total, count) in sums.items():
+                    auxiliary[name] += float(total / count) * len(x)
         image, text, altered = torch.cat(rows, 1)
         preferred = ((image * text).sum(-1) > (image * altered).sum(-1)).float().mean()
         values = retrieval(image, text, same=sharing(captions)) | {"one_word_wrong": float(preferred)}
@@ -153,8 +156,6 @@ class Joined(ConcatDataset):
     def __init__(self, datasets: list[Any]) -> None:
         super().__init__(datasets)
         self.faults = getattr(datasets[0], "faults", None)
-        if any(hasattr(d, "lengths") for d in datasets):  # of shards, to be read one after the other
-            self.lengths = [n for d in datasets for n in getattr(d, "lengths", [len(d)])]
 
     def captions(self, index: int) -> list[str]:
         """The captions of image `index`, without decoding it."""

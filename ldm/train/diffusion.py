@@ -182,15 +182,13 @@ class DiffusionTask(Task):
         save_parts(folder, self.parts(modules))
 
 
-def warn_of_another_schedule(folder: str, schedule: ScheduleConfig) -> None:
+def warn_of_another_schedule(folder: str, ours: ScheduleConfig) -> None:
     """Warns where the U-Net to start from was trained with another noise schedule or prediction."""
-    root = model_io.find_root(folder)
-    if (root / "scheduler").is_dir():
-        theirs = read_schedule(root / "scheduler")
-        changes = [f"{key}={getattr(theirs, key)}" for key in NOISE if getattr(theirs, key) != getattr(schedule, key)]
-        if changes:
-            text = " schedule.".join(changes)
-            warnings.warn(f"the U-Net of {folder!r} was trained with schedule.{text}", stacklevel=2)
+    path = model_io.find_root(folder) / "scheduler"
+    theirs = read_schedule(path) if path.is_dir() else ours
+    changes = [f"schedule.{key}={getattr(theirs, key)}" for key in NOISE if getattr(theirs, key) != getattr(ours, key)]
+    if changes:
+        warnings.warn(f"the U-Net of {folder!r} was trained with {' '.join(changes)}", stacklevel=2)
 
 
 def check_normalized(z: Tensor) -> None:

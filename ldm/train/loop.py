@@ -162,14 +162,13 @@ def micro_batches(task: Task, config: TrainConfig, accelerator: Accelerator, sta
     """Batches on the device from step `start` on; lists the samples that could not be read."""
     c, a, blocks = config, accelerator, getattr(task.dataset, "lengths", None)
     first, last = start * c.accumulate, c.steps * c.accumulate
-    rank, world, pin = a.process_index, a.num_processes, a.device.type == "cuda"
+    rank, world = a.process_index, a.num_processes
     order = EpochBatches(len(task.dataset), c.batch_size, c.seed, rank, world, first, last, blocks)
-    loaded = load(task.dataset, order, task.collate, workers=c.workers, seed=c.seed, pin_memory=pin)
-    with closing(loaded):
-        for batch, faults in loaded:
-            for fault in faults.items():
-                task.dataset.faults.add(*fault)
-            yield to_device(batch, a.device)
+    options = {"workers": c.workers, "seed": c.seed, "pin_memory": a.device.type == "cuda"}
+    for batch, faults in load(task.dataset, order, task.collate, **options):
+        for fault in faults.items():
+            task.dataset.faults.add(*fault)
+        yield to_device(batch, a.device)
 
 
 @torch.no_grad()

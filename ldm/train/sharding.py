@@ -63,10 +63,10 @@ def clip(module: nn.Module, maximum: float, accelerator: Accelerator) -> Tensor:
 
 def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whole and on the CPU in the main process, nothing in the others; a collective."""
-    whole, main = {}, rank_and_world()[0] == 0
+    whole = {}
     for name, x in tensors.items():
         x = full(x)
-        if main:
+        if rank_and_world()[0] == 0:
             whole[name] = x.cpu()
     return whole
 
