@@ -43,8 +43,14 @@ def test_average_equals_torch_averaged_model_after_the_warm_up_and_copies_buffer
 
 
 def test_average_starts_at_the_weights_after_the_first_step():
-    ema = EMA(net(), decay=0.9, power=0.75)
-    assert ema.rate(0) == 0 and ema.rate(1) == pytest.approx(1 - 2**-0.75) and ema.rate(10**6) == 0.9
+    module = net()
+    ema = EMA(module, decay=0.9, power=0.75)
+    for step, rate in ((0, 0.0), (1, 1 - 2**-0.75), (10**6, 0.9)):
+        before = copy.deepcopy(list(ema.module.parameters()))
+        walk(module, step)
+        ema.update(module, step)
+        expected = [rate * a + (1 - rate) * b for a, b in zip(before, module.parameters(), strict=True)]
+        torch.testing.assert_close(list(ema.module.parameters()), expected)
 
 
 def test_muon_equals_torch_on_matrices():
