@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from inventory_tools import Scripts, refuse, succeed
+from inventory_tools import Scripts, checkpoints, refuse, succeed
 from launching import CONFIGS
 from PIL import Image
 
@@ -197,8 +197,7 @@ def test_images_share_a_caption_of_all_that_they_have():
 
 def test_clip_scale_is_clamped_after_a_step(tmp_path):
     task = CLIPTask(tiny.clip())
-    with torch.no_grad():
-        task.modules["clip"].logit_scale.fill_(6.0)
+    torch.nn.init.constant_(task.modules["clip"].logit_scale, 6.0)
     finished(task, tmp_path, 1)
     assert task.modules["clip"].logit_scale.detach().exp().item() == pytest.approx(MAX_SCALE)
 
@@ -206,40 +205,33 @@ def test_clip_scale_is_clamped_after_a_step(tmp_path):
 def test_a_judge_learns_from_validation_too_and_cannot_condition(tmp_path, vae_run):
     task = CLIPTask(replace(tiny.clip(), judge=True))
     parts = [open_dataset(tiny.DATA, split) for split in ("train", "val")]
+    n, total = len(parts[0]), len(parts[0]) + len(parts[1])
     samples = [part[i] for part in parts for i in (0, len(part) - 1)]
-    n, total = len(parts[0]), len(task.dataset)
-    assert total == n + len(parts[1])
     for index, sample in zip((0, n - 1, n, total - 1), samples, strict=True):
         assert task.dataset[index]["key"] == sample["key"] and task.dataset.captions(index) == sample["captions"]
     task.export(task.modules, tmp_path / "run", final=True)
-    assert image_text_model(str(tmp_path / "run")).size == tiny.DATA.size
+    assert len(task.dataset) == total and image_text_model(str(tmp_path / "run")).size == tiny.DATA.size
     with pytest.raises(UserError, match="text_encoder|tokenizer"):
         DiffusionTask(tiny.diffusion(vae_run, tmp_path / "run"))
 
 
-def captioned(folder: Path, texts: list[str]) -> None:
-    """Pictures with captions, as a folder of one's own."""
-    for split in ("train", "val"):
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        for i, text in enumerate(texts):
-            Image.new("RGB", (32, 32), (9 * i, 90, 120)).save(folder / split / f"{i}.png")
-            (folder / split / f"{i}.txt").write_text(text)
-
-
 def test_a_run_whose_captions_have_changed_keeps_its_vocabulary_or_is_refused(tmp_path):
-    """By the script: the captions are renamed, so that a new vocabulary would have the same size."""
-    scripts = Scripts(tmp_path, tmp_path)
+    """By the script. Other words of the same length make another vocabulary of the same size."""
+    scripts, run = Scripts(tmp_path, tmp_path), tmp_path / "run"
     (tmp_path / "clip.toml").write_text(CONFIGS["clip"])
     clip = ("train_clip", "--config", "clip.toml", "--out", "run", "data.name=folder", "data.path=pictures")
-    captioned(tmp_path / "pictures", [f"red apple {i}" for i in range(8)])
+    for folder in (tmp_path / "pictures/train", tmp_path / "pictures/val"):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(folder / "a.png")
+        (folder / "a.txt").write_text("red apple\nred apple")
     succeed(scripts(*clip, "train.steps=1"))
-    captioned(tmp_path / "pictures", [f"odd lemon {i}" for i in range(8)])
+    (tmp_path / "pictures/train/a.txt").write_text("odd lemon\nodd lemon")
     refuse(scripts(*clip, "train.steps=2"), "captions", "vocabulary", "--force", "tokenizer=")
-    tokenizer = (tmp_path / "run/tokenizer/vocab.json").read_bytes()
-    shutil.copytree(tmp_path / "run/tokenizer", tmp_path / "copy")
+    vocabulary = (run / "tokenizer/vocab.json").read_bytes()
+    shutil.copytree(run / "tokenizer", tmp_path / "copy")
     succeed(scripts(*clip, "train.steps=2", "tokenizer=copy", "--force"))
     scripts.close()
-    assert (tmp_path / "run/tokenizer/vocab.json").read_bytes() == tokenizer
+    assert (run / "tokenizer/vocab.json").read_bytes() == vocabulary and len(checkpoints(run)) == 2
 
 
 # Diffusion
@@ -248,25 +240,15 @@ def test_a_run_whose_captions_have_changed_keeps_its_vocabulary_or_is_refused(tm
 def test_diffusion_leaves_its_parts_alone_and_its_folder_opens_finished_or_not(vae_run, clip_run, tmp_path):
     cache = tmp_path / "latents.safetensors"
     task = DiffusionTask(tiny.diffusion(vae_run, clip_run, cache=str(cache)))
-    parts = task.vae, task.text_encoder, task.modules["unet"]
-    before = [tiny.copied(part) for part in parts]
+    before = [tiny.copied(part) for part in (task.vae, task.text_encoder, task.modules["unet"])]
     out = finished(task, tmp_path / "run", 2, save_every=1)
-    assert [tiny.same(old, part.state_dict()) for old, part in zip(before, parts, strict=True)] == [True, True, False]
     assert cache.is_file() and len(list((out / "previews").glob("*.png"))) == 1
-    saved = VAE.from_pretrained(out), TextEncoder.from_pretrained(out)
-    assert all(map(tiny.same, before, (part.state_dict() for part in saved)))
+    saved = VAE.from_pretrained(out), TextEncoder.from_pretrained(out), task.modules["unet"]
+    assert [tiny.same(old, part.state_dict()) for old, part in zip(before, saved, strict=True)] == [True, True, False]
     picture = Pipeline.from_pretrained(out)("a red circle", steps=2)[0]
     (out / "model_index.json").unlink()  # as before the end
     unfinished = Pipeline.from_pretrained(out)("a red circle", steps=2)[0]
     assert picture.size == (32, 32) and picture.tobytes() == unfinished.tobytes()
-
-
-def test_text_encoder_is_trained_along_only_when_asked_to(vae_run, clip_run, tmp_path):
-    task = DiffusionTask(tiny.diffusion(vae_run, clip_run, train_text_encoder=True))
-    before, vae = tiny.copied(task.text_encoder), tiny.copied(task.vae)
-    finished(task, tmp_path, 1)
-    assert not tiny.same(before, TextEncoder.from_pretrained(tmp_path).state_dict())
-    assert tiny.same(vae, task.vae.state_dict())
 
 
 def test_dropped_captions_are_empty_at_the_right_rate(unet_task, monkeypatch):
@@ -307,9 +289,12 @@ def test_parts_that_diffusers_and_transformers_saved_are_trained_on(vae_run, cli
     DiffusionTask(tiny.diffusion(vae_run, clip_run)).modules["unet"].save_pretrained(tmp_path / "ours")
     start = UNet2DConditionModel.from_pretrained(tmp_path / "ours")
     start.save_pretrained(tmp_path / "sd" / "unet")
-    config = tiny.diffusion(tmp_path / "sd", tmp_path / "openai", unet=str(tmp_path / "sd"), frozen=("mid_block.*",))
+    options = {"unet": str(tmp_path / "sd"), "frozen": ("mid_block.*",), "train_text_encoder": True}
+    config = tiny.diffusion(tmp_path / "sd", tmp_path / "openai", **options)
     made = StableDiffusionPipeline.from_pretrained(finished(DiffusionTask(config), tmp_path / "run", 1))
     trained, before = made.unet.state_dict(), start.state_dict()
     still = {name for name in before if torch.equal(trained[name], before[name])}
     assert {name for name in before if name.startswith("mid_block.")} <= still < before.keys()
     assert tiny.same(made.vae.state_dict(), AutoencoderKL.from_pretrained(vae_run / "vae").state_dict())
+    text_encoders = TextEncoder.from_pretrained(tmp_path / "run"), TextEncoder.from_pretrained(clip_run)
+    assert not tiny.same(*(text_encoder.state_dict() for text_encoder in text_encoders))  # trained along
