@@ -61,7 +61,6 @@ class Run:
         self.best: dict[str, Any] | None = None  # step, value and name of the best validation
         self.logged: dict[str, list[Tensor]] = defaultdict(list)  # since the last line, on the device
         self.skipped = 0  # steps since the last line
-        self.faults = [d.faults for d in (task.dataset, task.held_out) if getattr(d, "faults", None)]
 
     # Resume, validate, preview, export, save
 
@@ -75,9 +74,7 @@ class Run:
         step, best = progress["step"], progress["best"]
         if best and best["name"] == self.config.best:
             self.best = best
-        if step < steps:
-            self.say(f"resuming {self.out} at step {step} of {steps}")
-        else:
+        if step >= steps:
             if not from_main(model_io.is_finished, self.out, folder):  # train.steps was lowered
                 self.export(self.out, final=True)
             self.say(f"{self.out} is finished at step {step}; raise train.steps (now {steps}) to go on")
@@ -125,7 +122,6 @@ class Run:
 
     def save(self, step: int) -> None:
         """Writes a checkpoint: the loadable folder, and `state/` with all that resuming needs."""
-        self.list_left_out()
         folder = self.out / "checkpoints" / f".step-{step:08d}"  # hidden until it is whole
         for unfinished in folder.parent.glob(".step-*") if self.main else ():
             shutil.rmtree(unfinished)
@@ -209,17 +205,18 @@ class Run:
     def list_left_out(self) -> None:
         """Lists the samples that any process has left out in left_out.jsonl, beside those listed before. Raises
         UserError, in all processes, where they are too many."""
-        lines = dict.fromkeys(whole_lines(self.out / "left_out.jsonl"))
-        before = len(lines)
-        for faults in self.faults:
+        file = self.out / "left_out.jsonl"
+        before = whole_lines(file)
+        lines = dict.fromkeys(before)
+        datasets = self.task.dataset, self.task.held_out
+        for faults in filter(None, (getattr(dataset, "faults", None) for dataset in datasets)):
             for table in gather_objects(faults.reasons):
                 for fault in table.items():
                     faults.add(*fault)
-            for name, reason in faults.reasons.items():
-                lines[json.dumps({"sample": name, "why": reason}) + "\n"] = None
-        if self.main and len(lines) > before:
-            write_lines(self.out / "left_out.jsonl", lines)
-            self.say(f"{len(lines)} samples are left out, listed in {self.out / 'left_out.jsonl'}")
+            lines |= {json.dumps({"sample": name, "why": why}) + "\n": None for name, why in faults.reasons.items()}
+        if self.main and len(lines) > len(before):
+            write_lines(file, lines)
+            self.say(f"{len(lines)} samples are left out, listed in {file}")
 
 
 def newest(out: Path) -> Path | None:
