@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from launching import CONFIGS, EXAMPLES, launch, train_here
+from launching import CONFIGS, EMPTY, EXAMPLES, launch, overrides, train_here
 
 from ldm.config import UserError
 from ldm.data.latents import open_latents
@@ -39,23 +39,20 @@ OWN = {
 
 def given(kind: str, name: str, batch: int, *more: str) -> list[str]:
     parts = [f"vae=../{kind}/autoencoder", f"text_encoder=../{kind}/clip"] if name == "diffusion" else []
-    return [*SETTINGS, *OWN[kind][name], *parts, f"train.batch_size={batch}", *more]
+    return [*overrides(CONFIGS[name]), *SETTINGS, *OWN[kind][name], *parts, f"train.batch_size={batch}", *more]
 
 
 def launched(kind: str, name: str, *more: str, cwd: Path, out: str = "") -> None:
     """A training run in two processes of batches of 4, to its end."""
     options = {"options": FSDP} if kind == "fsdp" else {}
-    arguments = ["--config", f"../{name}.toml", "--out", out or name, *given(kind, name, 4), *more]
-    done = launch(f"scripts/train_{name}.py", *arguments, cwd=cwd, **options)
+    arguments = ["--out", out or name, *given(kind, name, 4), *more]
+    done = launch(f"scripts/train_{name}.py", *EMPTY, *arguments, cwd=cwd, **options)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("launch")
-    for name, text in CONFIGS.items():
-        (folder / f"{name}.toml").write_text(text)
-    return folder
+    return tmp_path_factory.mktemp("launch")
 
 
 def runs(folder: Path, kind: str, name: str) -> tuple[Path, Path]:

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from inventory_tools import Scripts, checkpoints, refuse, succeed
-from launching import CONFIGS
+from launching import EMPTY, overrides
 from PIL import Image
 
 from ldm import model_io
@@ -218,8 +218,7 @@ def test_a_judge_learns_from_validation_too_and_cannot_condition(tmp_path, vae_r
 def test_a_run_whose_captions_have_changed_keeps_its_vocabulary_or_is_refused(tmp_path):
     """By the script. Other words of the same length make another vocabulary of the same size."""
     scripts, run = Scripts(tmp_path, tmp_path), tmp_path / "run"
-    (tmp_path / "clip.toml").write_text(CONFIGS["clip"])
-    clip = ("train_clip", "--config", "clip.toml", "--out", "run", "data.name=folder", "data.path=pictures")
+    clip = ("train_clip", *EMPTY, "--out", "run", *overrides(tiny.clip()), "data.name=folder", "data.path=pictures")
     for folder in (tmp_path / "pictures/train", tmp_path / "pictures/val"):
         folder.mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(folder / "a.png")
