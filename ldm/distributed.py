@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from ldm.config import UserError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-# What `accelerate launch` hands on, and the only value supported here; with FSDP there is more of it.
+# Variables that `accelerate launch` sets, and the only value supported here; those of FSDP count with FSDP alone.
 SUPPORTED = {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_MEGATRON_LM": "false"}
 FSDP = {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
 

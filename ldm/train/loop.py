@@ -177,7 +177,7 @@ def agree(tables: list[dict[str, Any]], signals: list[int], accelerator: Acceler
     got, else 0."""
     checked = torch.stack([v for table in tables for k, v in table.items() if k.endswith(("_loss", "_norm"))])
     broken = (~checked.isfinite()).any().int()
-    votes = torch.stack([broken, torch.full_like(broken, sum(signals))])
+    votes = torch.stack([broken, torch.full_like(broken, signals[0] if signals else 0)])
     skip, number = accelerator.gather(votes[None]).amax(0).tolist()
     return not skip, number
 

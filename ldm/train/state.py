@@ -44,7 +44,7 @@ PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "einops", "saf
 
 
 class Run:
-    """What a training changes (modules, averages, optimizers), its log, and the work at intervals."""
+    """The modules, averages and optimizers of a run, its log, and the work at intervals."""
 
     def __init__(self, task: Task, config: TrainConfig, out: Path) -> None:
         self.task, self.config, self.out = task, config, out
@@ -149,8 +149,8 @@ class Run:
             model_io.write_json(folder / "state.json", progress)
 
     def read(self, folder: Path) -> dict[str, Any]:
-        """Loads what `write` wrote, sharded as the modules are; returns `progress`. Raises UserError for a state of an
-        earlier version of this code, or of other modules or optimizers."""
+        """Loads the files of `write`, sharded as the modules are; returns `progress`. Raises UserError for the state of
+        an earlier version of this code, or of other modules or optimizers."""
         progress = model_io.read_json(folder / "state.json")
         try:
             if progress.get("format") != FORMAT:
