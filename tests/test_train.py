@@ -108,17 +108,16 @@ def test_a_resumed_run_changes_what_changes_its_weights_only_by_force(tmp_path):
         run(steps=3, batch_size=8, force=True)
 
 
-def test_run_folder_holds_log_previews_config_and_the_newest_checkpoints(tmp_path):
-    config = replace(CONFIG, log_every=2, validate_every=3, preview_every=3, save_every=1, keep=2)
-    train(tiny.Toy(), config, tmp_path, {"train": {"steps": 6}})
-    assert read_json(tmp_path / "config.json") == {"train": {"steps": 6}}
-    assert sorted(p.stem for p in (tmp_path / "previews").iterdir()) == ["step-00000003", "step-00000006"]
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000005", "step-00000006"]
+def test_a_run_logs_means_since_the_line_before_and_keeps_previews_and_the_newest_checkpoints(tmp_path):
+    train(tiny.Toy(), replace(CONFIG, log_every=2, validate_every=3, preview_every=3, save_every=1), tmp_path, {})
+    names = {folder: sorted(p.stem for p in (tmp_path / folder).iterdir()) for folder in ("previews", "checkpoints")}
+    assert names["previews"] == ["step-00000003", "step-00000006"]
+    assert names["checkpoints"] == ["step-00000005", "step-00000006"]
     lines = lines_of(tmp_path)
-    assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
     names = {"step", "lr", "skipped", "noted", "first_loss", "second_loss", "first_grad_norm", "second_grad_norm"}
     assert lines[0].keys() == names and lines[1].keys() == {"step", "val/noise"}
-    assert lines[0]["noted"] == 0.5 and lines[2]["noted"] == 2.5  # means over the steps since the line before
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
+    assert lines[0]["noted"] == 0.5 and lines[2]["noted"] == 2.5
     assert lines[0]["lr"] == pytest.approx(CONFIG.optimizer.lr)
 
 
