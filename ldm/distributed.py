@@ -8,14 +8,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import parse_flag_from_env, reduce
 from torch import Tensor, distributed
 
 from ldm.config import UserError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-# Options of `accelerate launch` for FSDP, as it hands them on: the default there, and the only value supported here.
-FSDP = (("VERSION", "1", "2"), ("OFFLOAD_PARAMS", "false", "false"), ("ACTIVATION_CHECKPOINTING", "false", "false"))
+# Variables that `accelerate launch` sets, and the only value supported here; those of FSDP count with FSDP alone.
+SUPPORTED = {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_MEGATRON_LM": "false"}
+FSDP = {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
 
 
 def processes() -> PartialState:
@@ -25,8 +26,8 @@ def processes() -> PartialState:
     launch.
     """
     check_launch()
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    cpu = cpu or not torch.cuda.is_available()  # accelerate would take MPS, which has no float64 for the metrics
+    # without a GPU accelerate would take MPS, which has no float64 for the metrics
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     return PartialState(cpu=cpu, timeout=timedelta(days=1))
 
 
@@ -34,38 +35,31 @@ def check_launch() -> None:
     """Raises UserError where the environment asks for a way to split the model that is not supported, or for several
     processes that nobody has started."""
     env = os.environ
-    for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if env.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
-            raise UserError(f"{name} is not supported; launch with a file of configs/accelerate/, fsdp.yaml to shard")
-    fsdp_requested()
+    for name, supported in (SUPPORTED | (FSDP if fsdp_requested() else {})).items():
+        value = env.get(name, supported).lower()
+        if value != supported:
+            raise UserError(f"{name} is {value}; it must be {supported}, as in configs/accelerate/ (fsdp.yaml shards)")
     if "WORLD_SIZE" not in env and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= env.keys():
         raise UserError(
             "accelerate launch was to start several processes and started one, as it does without a GPU; add"
             " --multi_gpu, which starts them on CPUs too (for a single process, unset MASTER_ADDR)"
         )
     if env.get("WORLD_SIZE", "1") not in ("", "1") and "RANK" not in env:
-        world = env["WORLD_SIZE"]
-        raise UserError(f"WORLD_SIZE is {world}, but no launcher has started this process; unset it, or use one")
+        raise UserError("WORLD_SIZE is set, but no launcher has started this process; unset it, or use one")
 
 
 def fsdp_requested() -> bool:
-    """Whether `accelerate launch` asks for FSDP. Raises UserError for options of it that are not supported."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
-        return False
-    for key, default, supported in FSDP:
-        value = os.environ.get(f"FSDP_{key}", default).lower()
-        if value != supported:
-            raise UserError(f"fsdp_{key.lower()} is {value}; it must be {supported}: configs/accelerate/fsdp.yaml")
-    return True
+    """Whether `accelerate launch` asks for FSDP."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def find_device(name: str) -> torch.device:
     """The device called `name`; for an empty name this process's GPU, or the CPU. Raises UserError where it is
     unusable."""
-    if not name and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if not name:
         return processes().device
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" holds no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -75,15 +69,13 @@ def find_device(name: str) -> torch.device:
 
 def rank_and_world() -> tuple[int, int]:
     """This process's rank, and the number of processes."""
-    ready = distributed.is_available() and distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if ready else (0, 1)
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
 def gather_objects(x: Any) -> list[Any]:
     """`x` of every process in order of rank, in all processes."""
-    world = rank_and_world()[1]
-    gathered = [x] * world
-    if world > 1:
+    gathered = [x] * rank_and_world()[1]
+    if len(gathered) > 1:
         distributed.all_gather_object(gathered, x)
     return gathered
 
@@ -95,12 +87,12 @@ def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) ->
     return [parts[i % world][i // world] for i in range(len(items))]
 
 
-def from_main(work: Callable[[], Result]) -> Result:
-    """The result of `work`, which runs in process 0 alone, in all processes; which raise its UserError alike."""
+def from_main(work: Callable[..., Result], *arguments: Any) -> Result:
+    """The result of `work(*arguments)`, which runs in process 0 alone, in all processes, which raise its UserError."""
     outcome: Any = None
     if rank_and_world()[0] == 0:
         try:
-            outcome = work()
+            outcome = work(*arguments)
         except UserError as error:
             outcome = error
     outcome = gather_objects(outcome)[0]
@@ -129,9 +121,9 @@ class Draws:
         on_cpu = self.device.type == "cpu"
         self.noise = self.generator if on_cpu else torch.Generator(self.device).manual_seed(mixed)
 
-    def rows(self, function: Callable[[int, torch.Generator], Tensor], rows: int) -> Tensor:
-        """This process's `rows` of `function(n, generator)`, n being the rows of all processes."""
-        return function(rows * self.world, self.generator).chunk(self.world)[self.rank]
+    def rows(self, draw: Callable[[int, torch.Generator], Tensor], rows: int) -> Tensor:
+        """This process's `rows` of `draw(n, generator)`, n being the rows of all processes."""
+        return draw(rows * self.world, self.generator).chunk(self.world)[self.rank]
 
     def rand(self, rows: int, *shape: int) -> Tensor:
         """Uniform in [0, 1), (rows, *shape)."""

@@ -17,7 +17,11 @@ END, PAD = 6, 0
 TEXT = TextConfig(**tiny.TOWER, vocab_size=7, eos_token_id=END, max_position_embeddings=5, projection_dim=16)
 VISION = VisionConfig(**tiny.TOWER, image_size=32, patch_size=8, projection_dim=16)
 TOKENS = torch.tensor([[5, 0, 1, END, END], [5, 2, END, PAD, PAD]])
-MEAN = torch.Tensor.detach
+
+
+def loss(sums: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The mean, of the sum of the terms and their number."""
+    return sums[0] / sums[1]
 
 
 @pytest.mark.parametrize("window", [3, 9])
@@ -29,20 +33,20 @@ def test_words_are_the_cross_entropy_of_each_token_and_those_before_it(window):
             for k in range(min(window, at + 1)):
                 logits = (maps[k] @ context[row, at]) @ head.vocabulary.T
                 expected.append(F.cross_entropy(logits, TOKENS[row, at - k]))
-    torch.testing.assert_close(head(context, TOKENS, MEAN), torch.stack(expected).mean())
+    torch.testing.assert_close(loss(head(context, TOKENS)), torch.stack(expected).mean())
     context[0, 4] = context[1, 3:] = 1e3  # padding
-    torch.testing.assert_close(head(context, TOKENS, MEAN), torch.stack(expected).mean())
+    torch.testing.assert_close(loss(head(context, TOKENS)), torch.stack(expected).mean())
 
 
 def test_picture_is_the_mean_squared_error_of_the_hidden_patches(monkeypatch):
     head, context, x = PictureHead(TEXT, VISION, 1), torch.randn(4, 5, 32), torch.rand(4, 3, 32, 32)
     torch.nn.init.zeros_(head.paint.weight), torch.nn.init.zeros_(head.paint.bias)
     monkeypatch.setattr(auxiliary, "BLIND", 1.0)
-    torch.testing.assert_close(head(context, x, tiny.draws(), MEAN), x.square().mean())
+    torch.testing.assert_close(loss(head(context, x, tiny.draws())), x.square().mean())
     monkeypatch.setattr(auxiliary, "BLIND", 0.0)
-    losses = [head(context, torch.ones_like(x), tiny.draws(step), MEAN) for step in range(3)]
+    losses = [loss(head(context, torch.ones_like(x), tiny.draws(step))) for step in range(3)]
     torch.testing.assert_close(torch.stack(losses), torch.ones(3))  # a mean over hidden patches, however many
-    assert head(context, x, tiny.draws(0), MEAN) != head(context, x, tiny.draws(1), MEAN)
+    assert loss(head(context, x, tiny.draws(0))) != loss(head(context, x, tiny.draws(1)))
 
 
 class Shown:
@@ -62,7 +66,7 @@ def test_picture_head_sees_the_patches_shown_and_the_context_but_nothing_hidden(
     without_hidden[..., 8:, :] = 0
     without_shown[..., :8, :8] = 0
     for words, picture in ((context, x), (context, without_hidden), (context, without_shown), (-context, x)):
-        head(words, picture, Shown(), MEAN)
+        head(words, picture, Shown())
     assert torch.equal(painted[0], painted[1])
     assert not torch.allclose(painted[0], painted[2], atol=1e-4)
     assert not torch.allclose(painted[0], painted[3], atol=1e-4)
@@ -72,9 +76,9 @@ def test_picture_head_sees_the_patches_shown_and_the_context_but_nothing_hidden(
 def test_heads_move_the_text_tower_alone_and_are_not_exported(name, tmp_path):
     weights = {"words": 0.0, "picture": 0.0} | {name: 3.0}
     task = CLIPTask(tiny.clip(grounding=replace(tiny.READERS, **weights)))
-    _, loss, values = next(task.losses(task.modules, stack_images(tiny.samples(4)), 0, tiny.draws()))
+    _, total, values = next(task.losses(task.modules, stack_images(tiny.samples(4)), 0, tiny.draws()))
     assert values.keys() == {"scale", "contrastive", name}
-    torch.testing.assert_close(loss, values["contrastive"] + 3 * values[name])
+    torch.testing.assert_close(total, values["contrastive"] + 3 * values[name])
     values[name].backward()
     clip = task.modules["clip"]
     assert all(p.grad is not None for p in clip.text_model.parameters())

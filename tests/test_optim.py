@@ -43,8 +43,14 @@ def test_average_equals_torch_averaged_model_after_the_warm_up_and_copies_buffer
 
 
 def test_average_starts_at_the_weights_after_the_first_step():
-    ema = EMA(net(), decay=0.9, power=0.75)
-    assert ema.rate(0) == 0 and ema.rate(1) == pytest.approx(1 - 2**-0.75) and ema.rate(10**6) == 0.9
+    module = net()
+    ema = EMA(module, decay=0.9, power=0.75)
+    for step, rate in ((0, 0.0), (1, 1 - 2**-0.75), (10**6, 0.9)):
+        before = copy.deepcopy(list(ema.module.parameters()))
+        walk(module, step)
+        ema.update(module, step)
+        expected = [rate * a + (1 - rate) * b for a, b in zip(before, module.parameters(), strict=True)]
+        torch.testing.assert_close(list(ema.module.parameters()), expected)
 
 
 def test_muon_equals_torch_on_matrices():
@@ -71,9 +77,7 @@ def test_orthogonalized_has_the_singular_vectors_and_nearly_equal_singular_value
     u, _, vt = torch.linalg.svd(x, full_matrices=False)
     turned = u.mT @ orthogonalize(x) @ vt.mT
     values = turned.diagonal()
-    assert torch.allclose(turned, torch.diag(values), atol=1e-9)
-    assert values.min() > 0.3 and values.max() < 1.3
-    torch.testing.assert_close(orthogonalize(x.float()), orthogonalize(x).float(), rtol=0, atol=1e-3)
+    assert torch.allclose(turned, torch.diag(values), atol=1e-9) and values.min() > 0.3 and values.max() < 1.3
 
 
 def test_a_kernel_moves_as_its_matrix_and_without_a_gradient_nothing_moves():
@@ -89,10 +93,8 @@ def test_edges_norms_biases_embeddings_and_frozen_weights_are_left_by_muon():
     unet = UNet(unet_config((32, 32), cross_attention_dim=32))
     unet.mid_block.requires_grad_(False)
     names = {parameter: name for name, parameter in unet.named_parameters()}
-    optimizers = make_optimizers("unet", unet, OptimizerConfig(muon_lr=1e-2))
-    by_muon, by_adamw = (
-        {names[p] for group in optimizers[key].param_groups for p in group["params"]} for key in ("unet-muon", "unet")
-    )
+    optimizers = make_optimizers("unet", unet, OptimizerConfig(muon_lr=1e-2)).values()
+    by_adamw, by_muon = ({names[p] for group in o.param_groups for p in group["params"]} for o in optimizers)
     assert {"down_blocks.0.resnets.0.conv1.weight", "time_embedding.linear_1.weight"} <= by_muon
     assert not {name for name in by_muon if name.startswith("conv_") or "norm" in name or "bias" in name}
     assert by_muon | by_adamw == {name for name in names.values() if not name.startswith("mid_block")}

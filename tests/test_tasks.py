@@ -1,5 +1,6 @@
 """The three trainings on models of a few thousand parameters: what a step moves, what is saved, exact resuming."""
 
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from inventory_tools import Scripts, checkpoints, refuse, succeed
+from launching import EMPTY, overrides
+from PIL import Image
 
 from ldm import model_io
 from ldm.clip import MAX_SCALE, TextEncoder
@@ -17,7 +21,7 @@ from ldm.metrics.judges import image_text_model
 from ldm.pipeline import Pipeline
 from ldm.tokenizer import Tokenizer
 from ldm.train.autoencoder import AutoencoderTask
-from ldm.train.clip import CLIPTask, Joined, sharing
+from ldm.train.clip import CLIPTask, sharing
 from ldm.train.diffusion import DiffusionTask, check_normalized
 from ldm.train.loop import Task, train
 from ldm.train.optim import freeze
@@ -26,13 +30,11 @@ from ldm.vae import VAE
 
 @pytest.fixture(scope="module")
 def vae_run(tmp_path_factory) -> Path:
-    """A finished training of the autoencoder, with previews."""
     return finished(AutoencoderTask(tiny.autoencoder()), tmp_path_factory.mktemp("autoencoder"), 3)
 
 
 @pytest.fixture(scope="module")
 def clip_run(tmp_path_factory) -> Path:
-    """A finished training of the text encoder."""
     return finished(CLIPTask(tiny.clip()), tmp_path_factory.mktemp("clip"), 2)
 
 
@@ -47,33 +49,15 @@ def finished(task: Task, out: Path, steps: int, **changes) -> Path:
     return out
 
 
-def gradients(module: torch.nn.Module) -> list[bool]:
-    return [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in module.parameters()]
-
-
 def losses_of(task: Task, batch: dict, step: int = 0):
     return task.losses(task.modules, batch, step, tiny.draws(step))
 
 
+def images_of(dataset, count: int) -> torch.Tensor:
+    return to_float(stack_images([dataset[i] for i in range(count)])["image"])
+
+
 # Every training
-
-
-def make_task(name: str, folder: Path, muon: bool) -> tuple[Task, dict]:
-    """A task that uses all parts of its training, and the changes of its TrainConfig."""
-    optimizer = replace(tiny.TRAIN.optimizer, muon_lr=2e-3 if muon else None, weight_decay=0.1)
-    changes = {"optimizer": optimizer}
-    config = replace(tiny.TRAIN, **changes)
-    flip = replace(tiny.DATA, flip=True)
-    if name == "autoencoder":
-        loss = replace(tiny.LOSS, gan_start=4, gan_ramp=2)  # the discriminator starts between save and resume
-        return AutoencoderTask(replace(tiny.autoencoder(replace(config, steps=6), loss), data=flip)), changes
-    if name == "clip":
-        return CLIPTask(replace(tiny.clip(config, tiny.READERS), data=flip)), changes
-    vae, text_encoder = folder / "vae", folder / "text"
-    if not vae.exists():
-        finished(AutoencoderTask(tiny.autoencoder()), vae, 2)
-        finished(CLIPTask(tiny.clip()), text_encoder, 1)
-    return DiffusionTask(tiny.diffusion(vae, text_encoder, config, train_text_encoder=True)), changes
 
 
 def interrupted(losses, stop: int):
@@ -88,16 +72,24 @@ def interrupted(losses, stop: int):
 
 
 @pytest.mark.parametrize(("name", "muon"), [("autoencoder", False), ("clip", True), ("diffusion", True)])
-def test_previews_change_no_bit_and_resuming_is_exact(name, muon, tmp_path, one_thread):
+def test_previews_change_no_bit_and_resuming_is_exact(name, muon, tmp_path, one_thread, vae_run, clip_run):
     """Six steps: with previews, validation and checkpoints at every second step; without; and resumed at steps 1, 3."""
-    looks, states = {"validate_every": 2, "preview_every": 2}, []
+    optimizer = replace(tiny.TRAIN.optimizer, muon_lr=2e-3 if muon else None, weight_decay=0.1)
+    config, states = replace(tiny.TRAIN, optimizer=optimizer, steps=6), []
+    loss = replace(tiny.LOSS, gan_start=4, gan_ramp=2)  # the discriminator starts between save and resume
+    flip = {"data": replace(tiny.DATA, flip=True)}
+    tasks = {
+        "autoencoder": lambda: AutoencoderTask(replace(tiny.autoencoder(config, loss), **flip)),
+        "clip": lambda: CLIPTask(replace(tiny.clip(config, tiny.READERS), **flip)),
+        "diffusion": lambda: DiffusionTask(tiny.diffusion(vae_run, clip_run, config, train_text_encoder=True)),
+    }
     for case in ("plain", "looked", "resumed"):
         for stop in (1, 3, 6) if case == "resumed" else (6,):
-            task, changes = make_task(name, tmp_path, muon)
-            config = replace(tiny.TRAIN, steps=6, **changes, **(looks if case != "plain" else {}))
+            task, every = tasks[name](), 0 if case == "plain" else 2
             task.losses = interrupted(task.losses, stop)
+            changes = {"validate_every": every, "preview_every": every, "save_every": stop}
             with nullcontext() if stop == 6 else pytest.raises(KeyboardInterrupt):
-                train(task, replace(config, save_every=stop), tmp_path / case, {})
+                train(task, replace(config, **changes), tmp_path / case, {})
         files = (tmp_path / case / "checkpoints" / "step-00000006").rglob("*.safetensors")
         states.append({f"{f.parent.name}/{f.name}/{k}": v for f in files for k, v in model_io.load_tensors(f).items()})
     assert len(states[0]) > 100 and tiny.same(states[0], states[1]) and tiny.same(states[0], states[2])
@@ -110,51 +102,39 @@ def test_previews_change_no_bit_and_resuming_is_exact(name, muon, tmp_path, one_
         (lambda: AutoencoderTask(tiny.autoencoder(loss=replace(tiny.LOSS, discriminator_layers=4))), "48 or more"),
         (lambda: freeze(torch.nn.Linear(1, 1), ("*",)), "leaves no parameter"),
         (lambda: replace(tiny.READERS, window=0), "grounding.window"),
-        (lambda: replace(tiny.TRAIN, best="loss"), "'train.best' is 'loss'; it must be empty"),
-        (
-            lambda: replace(tiny.TRAIN.optimizer, betas=(0.9, 1.0)),
-            "optimizer.betas' is .*; it must be each in",
-        ),
+        (lambda: replace(tiny.TRAIN.optimizer, betas=(0.9, 1.0)), "optimizer.betas' is .*; it must be each in"),
         (lambda: replace(tiny.clip(), text_encoder="a", tokenizer="b"), "comes with its own tokenizer"),
         (lambda: replace(tiny.clip(), text_encoder="a", judge=True), "a judge must not start from a model"),
-        ({"caption_dropout": 1.5}, r"'caption_dropout' is 1.5; it must be in \[0, 1\]"),
-        ({"unet": "shapes"}, "'in_channels of shapes' is 3; it must be 4, to fit VAE and text encoder"),
+        (lambda: tiny.diffusion("", "", caption_dropout=1.5), r"'caption_dropout' is 1.5; it must be in \[0, 1\]"),
+        (lambda: DiffusionTask(tiny.diffusion("shapes", "shapes", unet="emoji")), "is 16; it must be 3, to fit VAE"),
     ],
 )
-def test_config_mistakes_are_named(vae_run, clip_run, make, message):
+def test_config_mistakes_are_named(make, message):
     with pytest.raises(UserError, match=message):
-        if callable(make):
-            make()
-        else:
-            DiffusionTask(tiny.diffusion(**{"vae": vae_run, "text_encoder": clip_run} | make))
+        make()
 
 
 # Autoencoder
 
 
 def test_generator_and_discriminator_steps_leave_each_other_alone():
+    def moved(module: torch.nn.Module) -> list[bool]:
+        return [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in module.parameters()]
+
     task = AutoencoderTask(tiny.autoencoder())
     vae, discriminator = task.modules["vae"], task.modules["discriminator"]
     steps = losses_of(task, stack_images(tiny.samples(4)), step=1)
     name, loss, values = next(steps)
     loss.backward()
     assert name == "vae" and float(values["gan_weight"]) > 0
-    assert all(gradients(vae)) and not any(gradients(discriminator))
+    assert all(moved(vae)) and not any(moved(discriminator)) and not any(moved(task.perceptual))
     assert all(p.requires_grad for p in discriminator.parameters())
-    assert all(p.grad is None for p in task.perceptual.parameters())
     vae.zero_grad()
     name, loss, values = next(steps)
     loss.backward()
     assert name == "discriminator" and {"logits_real", "logits_fake"} == values.keys()
     # The last bias moves real and fake logits alike: within the margin its two gradients of 1/2 cancel to rounding.
-    assert all(gradients(discriminator)[:-1]) and not any(gradients(vae))
-    assert discriminator.net[-1].bias.grad is not None and next(steps, None) is None
-
-
-@pytest.mark.parametrize(("gan_start", "gan", "warned"), [(4, 0.5, True), (3, 0.5, False), (4, 0.0, False)])
-def test_a_discriminator_that_never_counts_is_a_warning(recwarn, gan_start, gan, warned):
-    AutoencoderTask(tiny.autoencoder(loss=replace(tiny.LOSS, gan_start=gan_start, gan=gan)))  # of 4 steps
-    assert any("never counts" in str(warning.message) for warning in recwarn) == warned
+    assert all(moved(discriminator)[:-1]) and not any(moved(vae)) and next(steps, None) is None
 
 
 @pytest.mark.parametrize("lr", [3e-3, None])
@@ -170,17 +150,8 @@ def test_the_discriminator_has_an_adamw_of_its_own_where_asked_for(lr, tmp_path)
     assert float(moved) == pytest.approx(lr or config.optimizer.lr, rel=1e-2)
 
 
-def test_autoencoder_starts_from_other_weights(vae_run):
-    start = VAE.from_pretrained(vae_run)
-    model = replace(start.config, block_out_channels=(4, 4), norm_num_groups=4)
-    task = AutoencoderTask(replace(tiny.autoencoder(), vae=str(vae_run), model=model, data=replace(tiny.DATA, size=64)))
-    vae = task.modules["vae"]
-    assert tiny.same(vae.state_dict(), start.state_dict()) and vae.config == replace(start.config, sample_size=64)
-
-
 def test_latents_are_normalized_after_training_and_decode_as_before(vae_run):
-    vae, images = VAE.from_pretrained(vae_run), open_dataset(tiny.DATA, "train")
-    x = to_float(stack_images([images[i] for i in range(len(images))])["image"])
+    vae, x = VAE.from_pretrained(vae_run), images_of(open_dataset(tiny.DATA, "train"), tiny.DATA.length)
     with torch.no_grad():
         posterior = vae.encode(x)
         draws = [posterior.mean + posterior.std * torch.randn_like(posterior.mean) for _ in range(8)]
@@ -196,8 +167,7 @@ def test_latents_are_normalized_after_training_and_decode_as_before(vae_run):
 def test_a_decoder_trained_alone_leaves_the_latents_as_they_were(vae_run, tmp_path):
     task = AutoencoderTask(replace(tiny.autoencoder(), vae=str(vae_run), frozen=("encoder.*", "quant_conv.*")))
     finished(task, tmp_path / "run", 2)
-    before, after = VAE.from_pretrained(vae_run), VAE.from_pretrained(tmp_path / "run")
-    x = to_float(stack_images([task.dataset[i] for i in range(4)])["image"])
+    before, after, x = VAE.from_pretrained(vae_run), VAE.from_pretrained(tmp_path / "run"), images_of(task.dataset, 4)
     with torch.no_grad():
         z = before.encode(x).mean
         assert torch.equal(after.encode(x).mean, z) and after.config == before.config
@@ -227,8 +197,7 @@ def test_images_share_a_caption_of_all_that_they_have():
 
 def test_clip_scale_is_clamped_after_a_step(tmp_path):
     task = CLIPTask(tiny.clip())
-    with torch.no_grad():
-        task.modules["clip"].logit_scale.fill_(6.0)
+    torch.nn.init.constant_(task.modules["clip"].logit_scale, 6.0)
     finished(task, tmp_path, 1)
     assert task.modules["clip"].logit_scale.detach().exp().item() == pytest.approx(MAX_SCALE)
 
@@ -236,22 +205,32 @@ def test_clip_scale_is_clamped_after_a_step(tmp_path):
 def test_a_judge_learns_from_validation_too_and_cannot_condition(tmp_path, vae_run):
     task = CLIPTask(replace(tiny.clip(), judge=True))
     parts = [open_dataset(tiny.DATA, split) for split in ("train", "val")]
+    n, total = len(parts[0]), len(parts[0]) + len(parts[1])
     samples = [part[i] for part in parts for i in (0, len(part) - 1)]
-    n, total = len(parts[0]), len(task.dataset)
-    assert total == n + len(parts[1])
     for index, sample in zip((0, n - 1, n, total - 1), samples, strict=True):
         assert task.dataset[index]["key"] == sample["key"] and task.dataset.captions(index) == sample["captions"]
     task.export(task.modules, tmp_path / "run", final=True)
-    assert image_text_model(str(tmp_path / "run")).size == tiny.DATA.size
+    assert len(task.dataset) == total and image_text_model(str(tmp_path / "run")).size == tiny.DATA.size
     with pytest.raises(UserError, match="text_encoder|tokenizer"):
         DiffusionTask(tiny.diffusion(vae_run, tmp_path / "run"))
 
 
-def test_joined_data_sets_keep_shards_together():
-    shards, plain = type("Part", (list,), {})(range(5)), list(range(3))
-    shards.lengths = [2, 3]
-    assert Joined([shards, plain]).lengths == [2, 3, 3]
-    assert not hasattr(Joined([plain, plain]), "lengths")
+def test_a_run_whose_captions_have_changed_keeps_its_vocabulary_or_is_refused(tmp_path):
+    """By the script. Other words of the same length make another vocabulary of the same size."""
+    scripts, run = Scripts(tmp_path, tmp_path), tmp_path / "run"
+    clip = ("train_clip", *EMPTY, "--out", "run", *overrides(tiny.clip()), "data.name=folder", "data.path=pictures")
+    for folder in (tmp_path / "pictures/train", tmp_path / "pictures/val"):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(folder / "a.png")
+        (folder / "a.txt").write_text("red apple\nred apple")
+    succeed(scripts(*clip, "train.steps=1"))
+    (tmp_path / "pictures/train/a.txt").write_text("odd lemon\nodd lemon")
+    refuse(scripts(*clip, "train.steps=2"), "captions", "vocabulary", "--force", "tokenizer=")
+    vocabulary = (run / "tokenizer/vocab.json").read_bytes()
+    shutil.copytree(run / "tokenizer", tmp_path / "copy")
+    succeed(scripts(*clip, "train.steps=2", "tokenizer=copy", "--force"))
+    scripts.close()
+    assert (run / "tokenizer/vocab.json").read_bytes() == vocabulary and len(checkpoints(run)) == 2
 
 
 # Diffusion
@@ -260,25 +239,15 @@ def test_joined_data_sets_keep_shards_together():
 def test_diffusion_leaves_its_parts_alone_and_its_folder_opens_finished_or_not(vae_run, clip_run, tmp_path):
     cache = tmp_path / "latents.safetensors"
     task = DiffusionTask(tiny.diffusion(vae_run, clip_run, cache=str(cache)))
-    parts = task.vae, task.text_encoder, task.modules["unet"]
-    before = [tiny.copied(part) for part in parts]
+    before = [tiny.copied(part) for part in (task.vae, task.text_encoder, task.modules["unet"])]
     out = finished(task, tmp_path / "run", 2, save_every=1)
-    assert [tiny.same(old, part.state_dict()) for old, part in zip(before, parts, strict=True)] == [True, True, False]
     assert cache.is_file() and len(list((out / "previews").glob("*.png"))) == 1
-    saved = VAE.from_pretrained(out), TextEncoder.from_pretrained(out)
-    assert all(map(tiny.same, before, (part.state_dict() for part in saved)))
+    saved = VAE.from_pretrained(out), TextEncoder.from_pretrained(out), task.modules["unet"]
+    assert [tiny.same(old, part.state_dict()) for old, part in zip(before, saved, strict=True)] == [True, True, False]
     picture = Pipeline.from_pretrained(out)("a red circle", steps=2)[0]
     (out / "model_index.json").unlink()  # as before the end
     unfinished = Pipeline.from_pretrained(out)("a red circle", steps=2)[0]
     assert picture.size == (32, 32) and picture.tobytes() == unfinished.tobytes()
-
-
-def test_text_encoder_is_trained_along_only_when_asked_to(vae_run, clip_run, tmp_path):
-    task = DiffusionTask(tiny.diffusion(vae_run, clip_run, train_text_encoder=True))
-    before, vae = tiny.copied(task.text_encoder), tiny.copied(task.vae)
-    finished(task, tmp_path, 1)
-    assert not tiny.same(before, TextEncoder.from_pretrained(tmp_path).state_dict())
-    assert tiny.same(vae, task.vae.state_dict())
 
 
 def test_dropped_captions_are_empty_at_the_right_rate(unet_task, monkeypatch):
@@ -319,9 +288,12 @@ def test_parts_that_diffusers_and_transformers_saved_are_trained_on(vae_run, cli
     DiffusionTask(tiny.diffusion(vae_run, clip_run)).modules["unet"].save_pretrained(tmp_path / "ours")
     start = UNet2DConditionModel.from_pretrained(tmp_path / "ours")
     start.save_pretrained(tmp_path / "sd" / "unet")
-    config = tiny.diffusion(tmp_path / "sd", tmp_path / "openai", unet=str(tmp_path / "sd"), frozen=("mid_block.*",))
+    options = {"unet": str(tmp_path / "sd"), "frozen": ("mid_block.*",), "train_text_encoder": True}
+    config = tiny.diffusion(tmp_path / "sd", tmp_path / "openai", **options)
     made = StableDiffusionPipeline.from_pretrained(finished(DiffusionTask(config), tmp_path / "run", 1))
     trained, before = made.unet.state_dict(), start.state_dict()
     still = {name for name in before if torch.equal(trained[name], before[name])}
     assert {name for name in before if name.startswith("mid_block.")} <= still < before.keys()
     assert tiny.same(made.vae.state_dict(), AutoencoderKL.from_pretrained(vae_run / "vae").state_dict())
+    text_encoders = TextEncoder.from_pretrained(tmp_path / "run"), TextEncoder.from_pretrained(clip_run)
+    assert not tiny.same(*(text_encoder.state_dict() for text_encoder in text_encoders))  # trained along

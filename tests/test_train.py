@@ -5,6 +5,7 @@ import math
 import multiprocessing
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,12 +58,13 @@ def test_resume_is_exact(tmp_path, monkeypatch, workers, accumulate, muon):
     assert lines_of(tmp_path / "resumed") == lines_of(tmp_path / "straight")
 
 
-def test_average_moves_is_not_the_weights_and_is_what_gets_exported(tmp_path):
+def test_the_average_moves_and_is_exported_instead_of_the_weights(tmp_path):
     toy = tiny.Toy()
     start = tiny.copied(toy.modules["first"])
     train(toy, CONFIG, tmp_path, {})
-    state = tmp_path / "checkpoints" / "step-00000006" / "state"
-    average, now = (load_tensors(state / f"first{kind}.safetensors") for kind in ("-ema", ""))
+    average, now = (
+        load_tensors(tmp_path / f"checkpoints/step-00000006/state/first{x}.safetensors") for x in ("-ema", "")
+    )
     assert tiny.same(now, toy.modules["first"].state_dict())
     assert not tiny.same(average, now) and not tiny.same(average, start)
     assert tiny.same(load_tensors(tmp_path / "first" / "model.safetensors"), average)
@@ -70,23 +72,17 @@ def test_average_moves_is_not_the_weights_and_is_what_gets_exported(tmp_path):
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_a_non_finite_loss_never_reaches_weights_averages_or_log(tmp_path, wrong):
-    """Infinity is added as a constant: the gradient stays finite, and the step is skipped all the same."""
-    config = replace(CONFIG, save_every=1, keep=9)
-    train(tiny.Toy(wrong={1: wrong, 2: wrong}), config, tmp_path, {})
-    states = [state_of(tmp_path, step) for step in range(1, 7)]
-    assert tiny.same(states[0], states[1]) and tiny.same(states[0], states[2])
-    assert not tiny.same(states[2], states[3])
-    lines = lines_of(tmp_path)
-    assert [line.get("skipped") for line in lines if "skipped" in line] == [0, 1, 1, 0, 0, 0]
-    assert all(math.isfinite(value) for line in lines for value in line.values())
-
-
-def test_gives_up_after_many_non_finite_steps_with_the_last_good_checkpoint(tmp_path):
-    toy = tiny.Toy(wrong=dict.fromkeys(range(4, 99), math.nan))
+    """Infinity is added as a constant: the gradient stays finite, and the step is skipped all the same. After three in
+    a row the run gives up, with the last good checkpoint and the batch."""
+    config = replace(CONFIG, steps=20, save_every=1, keep=9, max_skipped=3)
     with pytest.raises(UserError, match="3 steps in a row had a non-finite loss"):
-        train(toy, replace(CONFIG, steps=20, max_skipped=3), tmp_path, {})
-    assert all(value.isfinite().all() for value in state_of(tmp_path, 6).values())
-    (batch,) = torch.load(tmp_path / "non-finite-step-00000006-process-0.pt", weights_only=True)
+        train(tiny.Toy(wrong=dict.fromkeys((1, 2, 5, 6, 7), wrong)), config, tmp_path, {})
+    states = [state_of(tmp_path, step) for step in range(1, 8)]
+    assert [tiny.same(a, b) for a, b in pairwise(states)] == [True, True, False, False, True, True]
+    lines = lines_of(tmp_path)
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 0, 0, 1, 1]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    (batch,) = torch.load(tmp_path / "non-finite-step-00000007-process-0.pt", weights_only=True)
     assert len(batch["x"]) == CONFIG.batch_size
 
 
@@ -99,30 +95,29 @@ def test_accumulating_halves_is_one_whole_batch(tmp_path):
         torch.testing.assert_close(module.state_dict(), dict(halves.modules[name].state_dict()))
 
 
-def test_a_resumed_run_may_split_its_batch_but_not_change_it_without_force(tmp_path):
-    def run(steps: int, batch_size: int, accumulate: int, force: bool = False) -> None:
-        config = replace(CONFIG, steps=steps, batch_size=batch_size, accumulate=accumulate)
+def test_a_resumed_run_changes_what_changes_its_weights_only_by_force(tmp_path):
+    def run(force: bool = False, **changes) -> None:
+        config = replace(CONFIG, **changes)
         train(tiny.Toy(), config, tmp_path, {"train": asdict(config)}, force)
 
-    run(1, 4, 1)
-    run(2, 2, 2)
-    with pytest.raises(UserError, match=r"train.batch_size \* train.accumulate \(4 before, 8 now\)"):
-        run(3, 4, 2)
+    run(steps=1)
+    run(steps=2, log_every=3)
+    with pytest.raises(UserError, match=r"train.batch_size \(4 before, 8 now\)"):
+        run(steps=3, batch_size=8)
     with pytest.warns(UserWarning, match="resuming with another config"):
-        run(3, 4, 2, force=True)
+        run(steps=3, batch_size=8, force=True)
 
 
-def test_run_folder_holds_log_previews_config_and_the_newest_checkpoints(tmp_path):
-    config = replace(CONFIG, log_every=2, validate_every=3, preview_every=3, save_every=1, keep=2)
-    train(tiny.Toy(), config, tmp_path, {"train": {"steps": 6}})
-    assert read_json(tmp_path / "config.json") == {"train": {"steps": 6}}
-    assert sorted(p.stem for p in (tmp_path / "previews").iterdir()) == ["step-00000003", "step-00000006"]
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000005", "step-00000006"]
+def test_a_run_logs_means_since_the_line_before_and_keeps_previews_and_the_newest_checkpoints(tmp_path):
+    train(tiny.Toy(), replace(CONFIG, log_every=2, validate_every=3, preview_every=3, save_every=1), tmp_path, {})
+    names = {folder: sorted(p.stem for p in (tmp_path / folder).iterdir()) for folder in ("previews", "checkpoints")}
+    assert names["previews"] == ["step-00000003", "step-00000006"]
+    assert names["checkpoints"] == ["step-00000005", "step-00000006"]
     lines = lines_of(tmp_path)
-    assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
     names = {"step", "lr", "skipped", "noted", "first_loss", "second_loss", "first_grad_norm", "second_grad_norm"}
     assert lines[0].keys() == names and lines[1].keys() == {"step", "val/noise"}
-    assert lines[0]["noted"] == 0.5 and lines[2]["noted"] == 2.5  # means over the steps since the line before
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
+    assert lines[0]["noted"] == 0.5 and lines[2]["noted"] == 2.5
     assert lines[0]["lr"] == pytest.approx(CONFIG.optimizer.lr)
 
 
@@ -154,21 +149,13 @@ def test_refuses_the_state_of_another_model_or_optimizer_and_a_file_as_folder(tm
         train(tiny.Toy(), CONFIG, tmp_path / "file", {})
 
 
-class Unreadable(list):
-    """A data set whose pictures cannot be read."""
-
-    def __getitem__(self, index: int) -> dict:
-        raise UserError("picture 'a.png' cannot be read; repair or remove it")
-
-
 def test_loading_processes_end_with_an_error_of_theirs_or_of_a_step(tmp_path):
-    toy = tiny.Toy()
-    toy.dataset = Unreadable(range(8))
+    toy = tiny.Toy(events={0: partial(tiny.fail, RuntimeError("out of luck"))})
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(toy, replace(CONFIG, workers=1), tmp_path, {})
+    assert not multiprocessing.active_children()
+    toy.collate = lambda samples: tiny.fail(UserError("picture 'a.png' cannot be read; repair or remove it"))
     with pytest.raises(UserError) as caught:
         train(toy, replace(CONFIG, workers=1), tmp_path, {})
     assert str(caught.value) == "picture 'a.png' cannot be read; repair or remove it"
     assert not multiprocessing.active_children()  # though `caught` still refers to the frames of the training
-    broken = tiny.Toy(events={0: partial(tiny.fail, RuntimeError("out of luck"))})
-    with pytest.raises(RuntimeError, match="out of luck"):
-        train(broken, replace(CONFIG, workers=1), tmp_path, {})
-    assert not multiprocessing.active_children()

@@ -118,7 +118,7 @@ class Toy(Task):
         torch.manual_seed(0)
         self.modules = {"first": nn.Linear(3, 2), "second": nn.Linear(2, 1)}
         points = torch.randn(11, 3)
-        self.dataset = [{"x": x, "y": x.sum()} for x in points]
+        self.dataset, self.held_out = [{"x": x, "y": x.sum()} for x in points], None
         self.noise, self.wrong, self.events = noise, wrong or {}, events or {}
         self.exports = 0
 

@@ -1,10 +1,8 @@
 """Training the VAE: reconstruction + perceptual + KL + patch-GAN (Rombach et al. 2022, section 3.1)."""
 
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -13,13 +11,13 @@ from tqdm import tqdm
 
 from ldm import losses
 from ldm.config import require
-from ldm.data import DataConfig, batches, flip_half, open_dataset, spread, stack_images
+from ldm.data import DataConfig
 from ldm.discriminator import PatchDiscriminator
-from ldm.distributed import Draws, mean_over_processes, processes
-from ldm.images import tile, to_float
+from ldm.distributed import Draws, mean_over_processes
+from ldm.images import tile
 from ldm.metrics import psnr, ssim
 from ldm.perceptual import perceptual_network
-from ldm.train.config import TrainConfig, require_least
+from ldm.train.config import TrainConfig, require_above_zero, require_least
 from ldm.train.loop import Losses, Modules, Task
 from ldm.train.optim import freeze
 from ldm.vae import VAE, VAEConfig
@@ -47,8 +45,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         require_least(self, "loss.", 0, "l2", "perceptual", "kl", "gan", "gan_start", "gan_ramp", "gan_maximum")
-        lr = self.discriminator_lr
-        require(lr is None or lr > 0, "loss.discriminator_lr", lr, "above 0")
+        require_above_zero(self, "loss.", "discriminator_lr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,27 +69,20 @@ class AutoencoderTask(Task):
     """The generator's and the discriminator's step on one batch of images."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
-        self.config, self.device, loss, size = config, processes().device, config.loss, config.data.size
-        self.dataset = open_dataset(config.data, "train", need_captions=False)
-        self.held_out = open_dataset(config.data, "val", need_captions=False)
-        self.collate = stack_images
-        self.batch_size = min(64, config.train.batch_size)  # outside the training steps
-        torch.manual_seed(config.train.seed)
+        super().__init__(config, need_captions=False)
+        loss, size, smallest = config.loss, config.data.size, 11  # pixels, the window of SSIM
         vae = VAE.from_pretrained(config.vae) if config.vae else VAE(config.model)
-        require(size % vae.factor == 0, "data.size", size, f"a multiple of {vae.factor}, the VAE's reduction")
         vae.config = replace(vae.config, sample_size=size)
-        require(size >= 11, "data.size", size, "11 or more, the window of SSIM")
         freeze(vae, config.frozen)
-        last = vae.decoder.conv_out.weight.requires_grad
-        require(last or not loss.gan, "frozen", config.frozen, "without the decoder's last layer, unless loss.gan=0")
         self.modules = {"vae": vae}
         if loss.gan:
             discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
-            allowed = f"{discriminator.smallest} or more for {loss.discriminator_layers} loss.discriminator_layers"
-            require(size >= discriminator.smallest, "data.size", size, allowed)
+            smallest = max(smallest, discriminator.smallest)
             self.modules["discriminator"] = discriminator
-            if loss.gan_start >= config.train.steps:
-                warnings.warn("the discriminator never counts: loss.gan_start is not below train.steps", stacklevel=2)
+            last = vae.decoder.conv_out.weight.requires_grad
+            require(last, "frozen", config.frozen, "without the decoder's last layer, unless loss.gan=0")
+        allowed = f"a multiple of {vae.factor}, the VAE's reduction, and {smallest} or more, for SSIM and discriminator"
+        require(size % vae.factor == 0 and size >= smallest, "data.size", size, allowed)
         if loss.discriminator_lr:
             changes = {"lr": loss.discriminator_lr, "muon_lr": None, "betas": DISCRIMINATOR_BETAS}
             self.optimizers = {"discriminator": replace(config.train.optimizer, **changes)}
@@ -101,9 +91,7 @@ class AutoencoderTask(Task):
 
     def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
         """The VAE's loss with the discriminator frozen, then the discriminator's on detached pictures."""
-        c, vae = self.config.loss, self.modules["vae"]
-        x = to_float(batch["image"])
-        x = flip_half(x, draws.rand(len(x))) if self.config.data.flip else x
+        c, vae, x = self.config.loss, self.modules["vae"], self.images(batch, draws)
         side = x.shape[-1] // vae.factor
         eps = draws.randn(len(x), vae.config.latent_channels, side, side)
 
@@ -117,11 +105,11 @@ class AutoencoderTask(Task):
         if c.gan and step >= c.gan_start:
             discriminator = self.modules["discriminator"]  # not the wrapped one: it has no gradients to sum
             parameters = list(discriminator.parameters())  # a sharded module has others after its forward pass
-            for parameter in parameters:
-                parameter.requires_grad_(False)
+            for p in parameters:
+                p.requires_grad_(False)
             verdict = losses.hinge_generator(discriminator(reconstruction))
-            for parameter in parameters:
-                parameter.requires_grad_(True)
+            for p in parameters:
+                p.requires_grad_(True)
             last = vae.decoder.conv_out.weight
             weight = losses.adaptive_weight(fidelity, verdict, last, c.gan_maximum, mean=mean_over_processes)
             total = total + c.gan * losses.ramp(step, c.gan_start, c.gan_ramp) * weight * verdict
@@ -137,14 +125,14 @@ class AutoencoderTask(Task):
     def validate(self, modules: Modules) -> dict[str, float]:
         """PSNR (dB), SSIM and perceptual distance of the reconstructions (from the mean) of held-out images."""
         metrics, rows = {"psnr": psnr, "ssim": ssim, "perceptual": self.perceptual}, []
-        for x in images(self.held_out, self.config.held_out, self.batch_size, self.device):
+        for x, _ in self.samples(self.held_out, self.config.held_out, self.batch_size):
             y = reconstruct(modules["vae"], x)
             rows.append(torch.stack([metric(y, x) for metric in metrics.values()]))
         return dict(zip(metrics, torch.cat(rows, 1).mean(1).tolist(), strict=True))
 
     def preview(self, modules: Modules) -> Image.Image:
         """Up to eight held-out images, each above its reconstruction."""
-        x = next(images(self.held_out, 8, 8, self.device))
+        x, _ = next(self.samples(self.held_out, 8, 8))
         pairs = torch.cat([x, reconstruct(modules["vae"], x)])
         return tile(pairs, columns=len(x), scale=max(1, 128 // x.shape[-1]))
 
@@ -153,16 +141,10 @@ class AutoencoderTask(Task):
         unless `final`. A frozen encoder keeps its own: models trained on its latents still fit."""
         vae, trained = modules["vae"], self.modules["vae"]
         if any(p.requires_grad for part in (trained.encoder, trained.quant_conv) for p in part.parameters()):
-            count = self.config.statistics if final else 1024
-            batches = images(self.dataset, count, self.batch_size, self.device)
-            vae = vae.with_statistics(*latent_statistics(vae, tqdm(batches, desc="latent statistics", leave=False)))
+            samples = self.samples(self.dataset, self.config.statistics if final else 1024, self.batch_size)
+            images = (x for x, _ in tqdm(samples, desc="latent statistics", leave=False))
+            vae = vae.with_statistics(*latent_statistics(vae, images))
         vae.save_pretrained(folder / "vae")
-
-
-def images(dataset: Any, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """At most `count` images, spread over the data set, in batches x (B, 3, H, W) in [-1, 1]."""
-    for batch in batches(dataset, spread(dataset, count), batch_size):
-        yield to_float(batch["image"].to(device))
 
 
 def reconstruct(vae: VAE, x: Tensor) -> Tensor:

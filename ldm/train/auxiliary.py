@@ -4,7 +4,6 @@ The contrastive loss reads the end token alone and is content with little more t
 2023). A U-Net reads every token: at "square" it needs its colour, and the side of the other object that it lies on.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +18,6 @@ from ldm.train.config import require_least
 
 BLIND = 0.5  # share of pictures that are hidden completely
 SHOWN = 0.6  # in each other picture, a patch is shown with a probability drawn from [0, SHOWN)
-
-Mean = Callable[[Tensor], Tensor]  # over the processes of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +44,17 @@ class WordHead(nn.Module):
         self.distances = nn.Linear(text.hidden_size, window * text.hidden_size, bias=False)
         self.vocabulary = nn.Parameter(text.hidden_size**-0.5 * torch.randn(text.vocab_size, text.hidden_size))
 
-    def forward(self, context: Tensor, tokens: Tensor, mean: Mean) -> Tensor:
-        """context (B, L, D), tokens (B, L) -> mean cross-entropy of all tokens predicted up to the first end."""
-        maps = rearrange(self.distances(context), "b l (k d) -> k b l d", k=self.window)
-        ends = tokens == self.end
-        inside = ends.cumsum(1) - ends.long() == 0  # (B, L): no end before it
-        predicted, targets = [], []
-        for k in range(min(self.window, tokens.shape[1])):
-            predicted.append(maps[k][:, k:][inside[:, k:]])  # (tokens, D)
-            targets.append(tokens[:, : tokens.shape[1] - k][inside[:, k:]])
-        logits = torch.cat(predicted) @ self.vocabulary.T  # (predictions, vocabulary)
-        total = F.cross_entropy(logits.float(), torch.cat(targets), reduction="sum")
-        return total / mean(total.new_tensor(len(logits)))
+    def forward(self, context: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """context (B, L, D), tokens (B, L) -> sum of the cross-entropies of the tokens predicted from those up to the
+        first end, and their number."""
+        maps = rearrange(self.distances(context), "b l (k d) -> b l k d", k=self.window)
+        before = F.pad(tokens, (self.window - 1, 0), value=-1)
+        targets = before.unfold(1, self.window, 1).flip(-1)  # (B, L, window): the token at each distance, -1 for none
+        ends = (tokens == self.end).long()
+        inside = ends.cumsum(1) == ends  # (B, L): no end before it
+        predicted = inside[..., None] & (targets >= 0)
+        logits = maps[predicted] @ self.vocabulary.T  # (predictions, vocabulary)
+        return F.cross_entropy(logits.float(), targets[predicted], reduction="sum"), predicted.sum().float()
 
 
 class PictureHead(nn.Module):
@@ -67,18 +63,18 @@ class PictureHead(nn.Module):
 
     def __init__(self, text: TextConfig, vision: VisionConfig, layers: int) -> None:
         super().__init__()
-        self.patch, width = vision.patch_size, vision.hidden_size
-        values = vision.num_channels * vision.patch_size**2
-        self.positions = nn.Parameter(0.5 * torch.randn((vision.image_size // vision.patch_size) ** 2, width))
+        self.patch, width, heads = vision.patch_size, vision.hidden_size, vision.num_attention_heads
+        values = vision.num_channels * self.patch**2
+        self.positions = nn.Parameter(0.5 * torch.randn((vision.image_size // self.patch) ** 2, width))
         self.hidden = nn.Parameter(0.1 * torch.randn(width))
         self.read = nn.Linear(values, width)
-        heads = vision.num_attention_heads
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, text.hidden_size) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.paint = nn.Linear(width, values)
 
-    def forward(self, context: Tensor, x: Tensor, draws: Draws, mean: Mean) -> Tensor:
-        """context (B, L, D), x (B, 3, H, W) in [-1, 1] -> mean squared error of the hidden patches."""
+    def forward(self, context: Tensor, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """context (B, L, D), x (B, 3, H, W) in [-1, 1] -> sum of the mean squared errors of the hidden patches, and
+        their number."""
         patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         share = SHOWN * draws.rand(len(x), 1) * (draws.rand(len(x), 1) >= BLIND)
         hidden = (draws.rand(*patches.shape[:2]) >= share).to(x.device)  # (B, patches)
@@ -86,7 +82,7 @@ class PictureHead(nn.Module):
         for block in self.blocks:
             h = block(h, context)
         error = (self.paint(self.norm(h)).float() - patches).square().mean(-1)  # (B, patches)
-        return (error * hidden).sum() / mean(hidden.sum().float()).clamp(min=1)
+        return (error * hidden).sum(), hidden.sum().float()
 
 
 class Grounding(nn.Module):
@@ -94,18 +90,15 @@ class Grounding(nn.Module):
 
     def __init__(self, config: GroundingConfig, text: TextConfig, vision: VisionConfig) -> None:
         super().__init__()
-        self.config = config
         self.words = WordHead(text, config.window) if config.words else None
         self.picture = PictureHead(text, vision, config.layers) if config.picture else None
 
-    def forward(
-        self, context: Tensor, tokens: Tensor, x: Tensor, draws: Draws, mean: Mean = Tensor.detach
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """context (B, L, D), tokens (B, L), images x (B, 3, H, W) -> the weighted sum of the losses, and each alone:
-        "words" (nats), "picture" (squared error). `mean` averages their counts over the processes of a run."""
-        losses: dict[str, Tensor] = {}
-        if self.words is not None:
-            losses["words"] = self.words(context, tokens, mean)
-        if self.picture is not None:
-            losses["picture"] = self.picture(context, x, draws, mean)
-        return sum(getattr(self.config, name) * loss for name, loss in losses.items()), losses
+    def forward(self, context: Tensor, tokens: Tensor, x: Tensor, draws: Draws) -> dict[str, tuple[Tensor, Tensor]]:
+        """context (B, L, D), tokens (B, L), images x (B, 3, H, W) -> "words" (nats) and "picture" (squared error), each
+        as the sum of its terms and their number."""
+        sums = {}
+        if self.words:
+            sums["words"] = self.words(context, tokens)
+        if self.picture:
+            sums["picture"] = self.picture(context, x, draws)
+        return sums

@@ -15,11 +15,10 @@ from torch.utils.data import ConcatDataset
 from ldm import losses, model_io
 from ldm.clip import CLIP, TextConfig, TextEncoder, VisionConfig
 from ldm.config import UserError, require
-from ldm.data import DataConfig, batches, choose_captions, flip_half, open_dataset, spread, stack_images
+from ldm.data import DataConfig, choose_captions
 from ldm.data.faults import all_captions
 from ldm.data.minimal_pairs import alter
-from ldm.distributed import Draws, gather_objects, mean_over_processes, processes
-from ldm.images import to_float
+from ldm.distributed import Draws, gather_objects, mean_over_processes
 from ldm.metrics import retrieval
 from ldm.tokenizer import Tokenizer
 from ldm.train.auxiliary import Grounding, GroundingConfig
@@ -60,28 +59,23 @@ class CLIPTask(Task):
     """One step on a batch of pairs; with many processes the contrast is over the global batch."""
 
     def __init__(self, config: CLIPConfig) -> None:
-        self.config, self.device = config, processes().device
-        self.dataset, self.held_out = (open_dataset(config.data, split) for split in ("train", "val"))
+        super().__init__(config)
         if config.judge:
             self.dataset = Joined([self.dataset, self.held_out])
-        self.collate = stack_images
-        text, start = config.text, None
-        if config.text_encoder:
-            start = TextEncoder.from_pretrained(config.text_encoder)
-            text = replace(start.config, projection_dim=text.projection_dim)
+        start = TextEncoder.from_pretrained(config.text_encoder) if config.text_encoder else None
         if config.tokenizer or start:
-            self.tokenizer = Tokenizer.from_pretrained(config.tokenizer or model_io.find_root(config.text_encoder))
+            self.tokenizer = Tokenizer.from_pretrained(config.tokenizer or config.text_encoder)
         else:
             captions = (caption for captions in all_captions(self.dataset) for caption in captions)
-            self.tokenizer = Tokenizer.train(captions, config.vocab_size, text.max_position_embeddings)
-        ids = {f"{kind}_token_id": getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-        text = replace(text, vocab_size=start.config.vocab_size if start else len(self.tokenizer), **ids)
-        size, patch, length = config.data.size, config.vision.patch_size, self.tokenizer.context_length
+            self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.text.max_position_embeddings)
+        text = replace(start.config if start else config.text, projection_dim=config.text.projection_dim)
+        t, size, patch = self.tokenizer, config.data.size, config.vision.patch_size
+        ids = {"bos_token_id": t.bos_token_id, "eos_token_id": t.eos_token_id, "pad_token_id": t.pad_token_id}
+        text = replace(text, vocab_size=text.vocab_size if start else len(t), **ids)
         require(size % patch == 0, "data.size", size, f"a multiple of vision.patch_size {patch}")
-        positions, allowed = text.max_position_embeddings, f"{length} or more, the tokenizer's context"
-        require(positions >= length, "text.max_position_embeddings", positions, allowed)
-        vision = replace(config.vision, image_size=size)
-        torch.manual_seed(config.train.seed)
+        vision, positions = replace(config.vision, image_size=size), text.max_position_embeddings
+        allowed = f"{t.context_length} or more, the tokenizer's context"
+        require(positions >= t.context_length, "text.max_position_embeddings", positions, allowed)
         clip = CLIP(text, vision)
         if start:
             clip.text_model.load_state_dict(start.text_model.state_dict())
@@ -93,10 +87,8 @@ class CLIPTask(Task):
     def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
         """The contrastive loss, where images that share a caption are not each other's negatives, and the auxiliary
         losses."""
-        x, captions = to_float(batch["image"]), batch["captions"]
-        x = flip_half(x, draws.rand(len(x))) if self.config.data.flip else x
-        chosen = choose_captions(captions, draws.rand(len(captions)))
-        tokens = self.tokenizer(chosen, warn=False).to(x.device)
+        x, captions = self.images(batch, draws), batch["captions"]
+        tokens = self.tokens(choose_captions(captions, draws.rand(len(captions))))
         images, texts, scale, context = modules["clip"](x, tokens)
         if distributed.is_initialized():
             images, texts = (torch.cat(all_gather(rows)) for rows in (images, texts))
@@ -104,9 +96,15 @@ class CLIPTask(Task):
         same = sharing(captions).to(x.device)
         loss, values = losses.contrastive(images, texts, scale, same), {"scale": scale}
         if "grounding" in modules:
-            auxiliary, parts = modules["grounding"](context, tokens, x, draws, mean_over_processes)
-            loss, values = loss + auxiliary, values | {"contrastive": loss} | parts
+            values["contrastive"] = loss
+            for name, (total, count) in modules["grounding"](context, tokens, x, draws).items():
+                values[name] = total / mean_over_processes(count).clamp(min=1)
+                loss = loss + getattr(self.config.grounding, name) * values[name]
         yield "clip", loss, values
+
+    def tokens(self, captions: list[str]) -> Tensor:
+        """Token ids (B, L) on the device; captions that are too long are cut."""
+        return self.tokenizer(captions, warn=False).to(self.device)
 
     def after_step(self) -> None:
         """Clamps the temperature."""
@@ -116,30 +114,40 @@ class CLIPTask(Task):
         """R@1 and R@5 both ways among validation pairs (the first caption of each; a judge has learned them), beside
         chance; how often a caption is preferred to itself with one word wrong (chance 0.5); the auxiliary losses."""
         clip, captions, rows, auxiliary = modules["clip"], [], [], defaultdict(float)
-        chosen = spread(self.held_out, self.config.held_out)
-        for batch in batches(self.held_out, chosen, BATCH):
-            captions += batch["captions"]
-            first = [c[0] for c in batch["captions"]]
-            texts, x = (first, alter(first, batch["captions"])), to_float(batch["image"].to(self.device))
-            right, wrong = (self.tokenizer(text, warn=False).to(self.device) for text in texts)
-            image, text, _, context = clip(x, right)
-            rows.append(torch.stack([image, text, clip.encode_text(wrong)]).cpu())
+        for x, batch in self.samples(self.held_out, self.config.held_out, BATCH):
+            captions += batch
+            first = [texts[0] for texts in batch]
+            tokens, altered = self.tokens(first), self.tokens(alter(first, batch))
+            image, text, _, context = clip(x, tokens)
+            rows.append(torch.stack([image, text, clip.encode_text(altered)]).cpu())
             if "grounding" in modules:
-                for name, loss in modules["grounding"](context, right, x, Draws(0, len(captions)))[1].items():
-                    auxiliary[name] += float(loss) * len(x) / len(chosen)
+                sums = modules["grounding"](context, tokens, x, Draws(0, len(captions)))
+                for name, (total, count) in sums.items():
+                    auxiliary[name] += float(total / count) * len(x)
         image, text, altered = torch.cat(rows, 1)
         preferred = ((image * text).sum(-1) > (image * altered).sum(-1)).float().mean()
-        return retrieval(image, text, same=sharing(captions)) | {"one_word_wrong": float(preferred)} | auxiliary
+        values = retrieval(image, text, same=sharing(captions)) | {"one_word_wrong": float(preferred)}
+        return values | {name: total / len(captions) for name, total in auxiliary.items()}
 
     def export(self, modules: Modules, folder: Path, final: bool) -> None:
         """Writes `folder/clip` (both towers), `folder/text_encoder` and `folder/tokenizer`; of a judge `folder/judge`
         alone, as the model that conditions a U-Net must not judge it."""
         clip, both = modules["clip"], folder / ("judge" if self.config.judge else "clip")
-        clip.save_pretrained(both)
-        self.tokenizer.save_pretrained(both)
+        for part in (clip, self.tokenizer):
+            part.save_pretrained(both)
         if not self.config.judge:
             clip.text_encoder().save_pretrained(folder / "text_encoder")
             self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    def check_export(self, folder: Path) -> None:
+        """Raises UserError where the run has another vocabulary, as after a change of the captions: its weights are
+        those of other tokens."""
+        for file in folder.glob("*/vocab.json"):
+            if model_io.read_json(file) != self.tokenizer.vocab:
+                raise UserError(
+                    f"the captions, and with them the vocabulary, have changed since this run was started; to go on"
+                    f" give --force tokenizer=COPY, a copy of {str(file.parent)!r}, to start anew another --out"
+                )
 
 
 class Joined(ConcatDataset):
@@ -148,13 +156,11 @@ class Joined(ConcatDataset):
     def __init__(self, datasets: list[Any]) -> None:
         super().__init__(datasets)
         self.faults = getattr(datasets[0], "faults", None)
-        if any(hasattr(d, "lengths") for d in datasets):  # of shards, to be read one after the other
-            self.lengths = [n for d in datasets for n in getattr(d, "lengths", [len(d)])]
 
     def captions(self, index: int) -> list[str]:
         """The captions of image `index`, without decoding it."""
         which = bisect_right(self.cumulative_sizes, index)
-        return self.datasets[which].captions(index - (self.cumulative_sizes[which - 1] if which else 0))
+        return self.datasets[which].captions(index - [0, *self.cumulative_sizes][which])
 
 
 def sharing(captions: list[list[str]]) -> Tensor:
@@ -167,7 +173,6 @@ def sharing(captions: list[list[str]]) -> Tensor:
         for caption in set(texts):
             rows[caption].append(row)
     same = torch.eye(len(captions), dtype=torch.bool)
-    for shared in rows.values():
-        index = torch.tensor(shared)
+    for index in map(torch.tensor, rows.values()):
         same[index[:, None], index] = True
     return same

@@ -13,6 +13,13 @@ def require_least(config: Any, table: str, least: int, *names: str) -> None:
         require(getattr(config, name) >= least, table + name, getattr(config, name), f"{least} or more")
 
 
+def require_above_zero(config: Any, table: str, *names: str) -> None:
+    """Raises UserError unless these values of the config table `table` are above 0; None is allowed as well."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, table + name, value, "above 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019) with linear warm-up, then a constant or cosine learning rate; Muon for the
@@ -28,11 +35,9 @@ class OptimizerConfig:
     final_lr: float = 0.0  # at the last step of a cosine, as a share of lr
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps"):
-            require(getattr(self, name) > 0, f"train.optimizer.{name}", getattr(self, name), "above 0")
-        require(self.muon_lr is None or self.muon_lr > 0, "train.optimizer.muon_lr", self.muon_lr, "above 0 or none")
-        require(all(0 <= b < 1 for b in self.betas), "train.optimizer.betas", self.betas, "each in [0, 1)")
+        require_above_zero(self, "train.optimizer.", "lr", "muon_lr", "eps")
         require_least(self, "train.optimizer.", 0, "weight_decay", "warmup")
+        require(all(0 <= b < 1 for b in self.betas), "train.optimizer.betas", self.betas, "each in [0, 1)")
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate at a step, counted from 0, as a share of `lr`."""
@@ -40,8 +45,8 @@ class OptimizerConfig:
             return (step + 1) / self.warmup
         if self.decay == "constant":
             return 1.0
-        progress = (step - self.warmup) / max(steps - self.warmup, 1)
-        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        progress = (step - self.warmup) / (steps - self.warmup)
+        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +74,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_least(self, "train.", 1, "steps", "batch_size", "accumulate", "log_every", "keep", "max_skipped")
         require_least(self, "train.", 0, "seed", "workers", "validate_every", "preview_every", "save_every")
-        for name in ("clip", "ema_power"):
-            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
-        require(not self.best or self.validate_every, "train.best", self.best, "empty where validate_every is 0")
+        require_above_zero(self, "train.", "clip", "ema_power")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "in [0, 1)")
 
     def due(self, step: int, every: int) -> bool:

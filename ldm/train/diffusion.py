@@ -1,9 +1,7 @@
 """Training the U-Net on latents and captions (Rombach et al. 2022, section 3.3)."""
 
-import math
 import warnings
-from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,16 +11,16 @@ from torch import Tensor
 from ldm import losses, model_io
 from ldm.clip import TextEncoder
 from ldm.config import UserError, require
-from ldm.data import DataConfig, batches, choose_captions, flip_half, open_dataset, spread, stack_images
+from ldm.data import DataConfig, choose_captions, spread
 from ldm.data.latents import open_latents
 from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weight, sample_timesteps
-from ldm.distributed import Draws, processes
-from ldm.images import captioned_grid, to_float
+from ldm.distributed import Draws
+from ldm.images import captioned_grid
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts, read_schedule, save_parts
 from ldm.samplers import make_grid
 from ldm.tokenizer import Tokenizer
-from ldm.train.config import TrainConfig, require_least
+from ldm.train.config import TrainConfig, require_above_zero, require_least
 from ldm.train.loop import Losses, Modules, Task, to_device
 from ldm.train.optim import freeze
 from ldm.unet import UNet, UNetConfig
@@ -45,7 +43,6 @@ class PreviewConfig:
     def __post_init__(self) -> None:
         require_least(self, "preview.", 1, "count")
         require_least(self, "preview.", 0, "guidance", "seed")
-        require(self.guidance < math.inf, "preview.guidance", self.guidance, "finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +70,8 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "in [0, 1]")
-        require(abs(self.logit_mean) < math.inf, "logit_mean", self.logit_mean, "finite")
-        require(0 < self.logit_std < math.inf, "logit_std", self.logit_std, "above 0 and finite")
+        require_above_zero(self, "", "logit_std", "min_snr_gamma")
         require_least(self, "", 1, "held_out")
-        gamma = self.min_snr_gamma
-        require(gamma is None or gamma > 0, "min_snr_gamma", gamma, "above 0 or none")
         if self.cache and self.data.flip:
             raise UserError("a latent cache holds no mirrored pictures: leave out cache, or set data.flip=false")
 
@@ -86,22 +80,19 @@ class DiffusionTask(Task):
     """One denoising step on a batch of latents and captions. The VAE is frozen, and by default the text encoder."""
 
     def __init__(self, config: DiffusionConfig) -> None:
-        self.config, self.device = config, processes().device
+        super().__init__(config)
         for name in ("vae", "text_encoder"):
             require(getattr(config, name) != "", name, "", "the run folder (or model) to take it from")
         vae = VAE.from_pretrained(config.vae).requires_grad_(False)
         self.vae = vae.to(self.device, memory_format=torch.channels_last)
-        self.text_encoder = TextEncoder.from_pretrained(config.text_encoder).to(self.device)
-        self.text_encoder.requires_grad_(config.train_text_encoder)
-        self.tokenizer = Tokenizer.from_pretrained(model_io.find_root(config.text_encoder))
+        text_encoder = TextEncoder.from_pretrained(config.text_encoder).to(self.device)
+        self.text_encoder = text_encoder.requires_grad_(config.train_text_encoder)
+        self.tokenizer = Tokenizer.from_pretrained(config.text_encoder)
         self.schedule = Schedule(config.schedule)
         make_grid(self.schedule, config.schedule.sampler, config.preview.steps)  # refuses an unknown sampler now
         self.modules = {"unet": self.make_unet()}
         if config.train_text_encoder:
-            self.modules["text_encoder"] = self.text_encoder
-        self.batch_size = min(64, config.train.batch_size)  # outside the training steps
-        self.dataset, self.held_out = (open_dataset(config.data, split) for split in ("train", "val"))
-        self.collate = stack_images
+            self.modules["text_encoder"] = text_encoder
         if config.cache:
             self.dataset = open_latents(Path(config.cache), self.vae, self.dataset, self.batch_size, self.device)
             self.collate = stack_latents
@@ -111,21 +102,21 @@ class DiffusionTask(Task):
 
     def make_unet(self) -> UNet:
         """The U-Net to start from, new or loaded. Raises UserError where it does not fit the other parts."""
-        config, channels = self.config, self.vae.config.latent_channels
+        config, channels, size = self.config, self.vae.config.latent_channels, self.config.data.size
         sizes = {"in_channels": channels, "out_channels": channels}
         sizes["cross_attention_dim"] = self.text_encoder.config.hidden_size
-        torch.manual_seed(config.train.seed)
-        new = replace(config.model, sample_size=config.data.size // self.vae.factor, **sizes)
-        unet = UNet.from_pretrained(config.unet) if config.unet else UNet(new)
         if config.unet:
+            unet = UNet.from_pretrained(config.unet)
             warn_of_another_schedule(config.unet, config.schedule)
-        for key, size in sizes.items():
+        else:
+            unet = UNet(replace(config.model, **sizes))
+        for key, fitting in sizes.items():
             value = getattr(unet.config, key)
-            require(value == size, f"{key} of {config.unet}", value, f"{size}, to fit VAE and text encoder")
-        multiple, size = self.vae.factor * 2 ** (len(unet.config.block_out_channels) - 1), config.data.size
+            require(value == fitting, f"{key} of {config.unet}", value, f"{fitting}, to fit VAE and text encoder")
+        multiple = self.vae.factor * 2 ** (len(unet.config.block_out_channels) - 1)
         allowed = f"a multiple of {multiple}, the reduction of VAE and U-Net together"
         require(size % multiple == 0, "data.size", size, allowed)
-        unet.config = replace(unet.config, sample_size=new.sample_size)
+        unet.config = replace(unet.config, sample_size=size // self.vae.factor)
         freeze(unet, config.frozen)
         return unet
 
@@ -133,18 +124,14 @@ class DiffusionTask(Task):
     def latents(self, batch: dict, draws: Draws) -> Tensor:
         """Normalized latents (B, C, h, w), sampled from the posterior that is in the batch or of its images."""
         if "image" in batch:
-            x = to_float(batch["image"])
-            x = flip_half(x, draws.rand(len(x))) if self.config.data.flip else x
-            posterior = self.vae.encode(x)
-            mean, std = posterior.mean, posterior.std
-        else:
-            mean, std = batch["mean"], batch["std"]
+            posterior = self.vae.encode(self.images(batch, draws))
+            batch = {"mean": posterior.mean, "std": posterior.std}
+        mean, std = batch["mean"], batch["std"]
         return self.vae.normalize(mean + std * draws.randn(*mean.shape))
 
     def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
         """The weighted squared error at random timesteps, with captions dropped at random."""
-        c = self.config
-        z0 = self.latents(batch, draws)
+        c, z0 = self.config, self.latents(batch, draws)
         captions = choose_captions(batch["captions"], draws.rand(len(z0)))
         dropped = (draws.rand(len(z0)) < c.caption_dropout).tolist()
         captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
@@ -165,26 +152,24 @@ class DiffusionTask(Task):
 
     def validate(self, modules: Modules) -> dict[str, float]:
         """The loss on held-out pairs, each at a fixed timestep, evenly spread, and with fixed noise."""
-        chosen = spread(self.held_out, self.config.held_out)
-        fixed = torch.Generator().manual_seed(self.config.train.seed)
-        order = torch.randperm(len(chosen), generator=fixed)  # the data may be sorted
-        timesteps = iter(torch.linspace(0, len(self.schedule) - 1, len(chosen)).long()[order].tolist())
-        total = 0.0
-        for batch in batches(self.held_out, chosen, self.batch_size):
-            posterior = self.vae.encode(to_float(batch["image"].to(self.device)))
-            count, *shape = posterior.mean.shape
-            noise, eps = torch.randn(count, 2, *shape, generator=fixed).to(self.device).unbind(1)
-            z0 = self.vae.normalize(posterior.mean + posterior.std * noise)
-            t = torch.tensor(list(islice(timesteps, count)), device=self.device)
-            total += float(self.loss(modules, z0, [c[0] for c in batch["captions"]], t, eps)) * count
-        return {"loss": total / len(chosen)}
+        count, fixed = len(spread(self.held_out, self.config.held_out)), torch.Generator()
+        fixed.manual_seed(self.config.train.seed)
+        order = torch.randperm(count, generator=fixed)  # the data may be sorted
+        timesteps = torch.linspace(0, len(self.schedule) - 1, count).long()[order].to(self.device)
+        total, done = 0.0, 0
+        for x, captions in self.samples(self.held_out, self.config.held_out, self.batch_size):
+            posterior, t = self.vae.encode(x), timesteps[done : done + len(x)]
+            noise = torch.randn(len(x), 2, *posterior.mean.shape[1:], generator=fixed).to(self.device)
+            z0 = self.vae.normalize(posterior.mean + posterior.std * noise[:, 0])
+            total += float(self.loss(modules, z0, [texts[0] for texts in captions], t, noise[:, 1])) * len(x)
+            done += len(x)
+        return {"loss": total / count}
 
     def preview(self, modules: Modules) -> Image.Image:
         """A captioned grid of pictures from fixed prompts and seeds."""
         c = self.config.preview
         prompts = list(c.prompts) or [self.held_out.captions(i)[0] for i in spread(self.held_out, c.count)]
-        pipe = Pipeline(self.parts(modules))
-        images = pipe(prompts, steps=c.steps, guidance=c.guidance, seed=c.seed)
+        images = Pipeline(self.parts(modules))(prompts, steps=c.steps, guidance=c.guidance, seed=c.seed)
         return captioned_grid(images, prompts, columns=min(8, len(prompts)))
 
     def parts(self, modules: Modules) -> Parts:
@@ -197,15 +182,13 @@ class DiffusionTask(Task):
         save_parts(folder, self.parts(modules))
 
 
-def warn_of_another_schedule(folder: str, schedule: ScheduleConfig) -> None:
+def warn_of_another_schedule(folder: str, ours: ScheduleConfig) -> None:
     """Warns where the U-Net to start from was trained with another noise schedule or prediction."""
-    root = model_io.find_root(folder)
-    if (root / "scheduler").is_dir():
-        theirs, ours = asdict(read_schedule(root / "scheduler")), asdict(schedule)
-        changes = [f"{key} {theirs[key]!r}, here {ours[key]!r}" for key in NOISE if theirs[key] != ours[key]]
-        if changes:
-            text = "; schedule.".join(changes)
-            warnings.warn(f"the U-Net of {folder!r} was trained with schedule.{text}", stacklevel=2)
+    path = model_io.find_root(folder) / "scheduler"
+    theirs = read_schedule(path) if path.is_dir() else ours
+    changes = [f"schedule.{key}={getattr(theirs, key)}" for key in NOISE if getattr(theirs, key) != getattr(ours, key)]
+    if changes:
+        warnings.warn(f"the U-Net of {folder!r} was trained with {' '.join(changes)}", stacklevel=2)
 
 
 def check_normalized(z: Tensor) -> None:

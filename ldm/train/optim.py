@@ -18,13 +18,14 @@ NARROW = 16  # a layer with fewer inputs or outputs has too few directions to eq
 def freeze(module: nn.Module, patterns: tuple[str, ...]) -> None:
     """Stops the training of parameters whose names match a shell pattern. Raises UserError for a pattern that matches
     none, or when nothing is left to train."""
-    names = [name for name, _ in module.named_parameters()]
+    parameters = dict(module.named_parameters())
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise UserError(f"frozen pattern {pattern!r} matches no parameter, e.g. {names[0]!r}")
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
-    if not any(p.requires_grad for p in module.parameters()):
+        names = fnmatch.filter(parameters, pattern)
+        if not names:
+            raise UserError(f"frozen pattern {pattern!r} matches no parameter, e.g. {next(iter(parameters))!r}")
+        for name in names:
+            parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
         raise UserError(f"frozen {list(patterns)} leaves no parameter to train; name fewer")
 
 
@@ -37,16 +38,13 @@ def make_optimizers(name: str, module: nn.Module, config: OptimizerConfig) -> di
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     kernels = {m.weight for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    hidden = [p for p in trained if config.muon_lr and p in kernels and min(p.shape[:2]) >= NARROW]
-    rest = [p for p in trained if p not in set(hidden)]
+    wide = {p for p in kernels if config.muon_lr and min(p.shape[:2]) >= NARROW}
+    decayed, others = [p for p in trained if p in kernels - wide], [p for p in trained if p not in kernels]
     optimizers: dict[str, torch.optim.Optimizer] = {}
-    if rest:
-        groups = [
-            {"params": [p for p in rest if p in kernels], "weight_decay": config.weight_decay},
-            {"params": [p for p in rest if p not in kernels], "weight_decay": 0.0},
-        ]
+    if decayed or others:
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizers[name] = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    if hidden:
+    if hidden := [p for p in trained if p in wide]:
         optimizers[f"{name}-muon"] = Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay)
     return optimizers
 
@@ -67,16 +65,16 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         """One update of all parameters that have a gradient."""
         for group in self.param_groups:
-            for parameter in (p for p in group["params"] if p.grad is not None):
-                state = self.state[parameter]
+            beta, lr = group["momentum"], group["lr"]
+            for p in [p for p in group["params"] if p.grad is not None]:
+                state = self.state[p]
                 if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = full(parameter.grad.lerp(state["momentum"], group["momentum"])).flatten(1)
-                size = group["lr"] * 0.2 * max(update.shape) ** 0.5
-                update = orthogonalize(update).reshape(parameter.shape)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(shard_like(update, parameter), alpha=size)
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"].lerp_(p.grad, 1 - beta)
+                update = full(p.grad.lerp(momentum, beta)).flatten(1)
+                size = lr * 0.2 * max(update.shape) ** 0.5
+                update = orthogonalize(update).reshape(p.shape)
+                p.mul_(1 - lr * group["weight_decay"]).sub_(shard_like(update, p), alpha=size)
 
 
 def orthogonalize(update: Tensor, rounds: int = 5) -> Tensor:
@@ -107,15 +105,13 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float = 0.999, power: float = 0.75) -> None:
         self.decay, self.power = decay, power
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
-
-    def rate(self, step: int) -> float:
-        """The share of the average that stays at this step, counted from 0."""
-        return min(self.decay, 1 - (1 + step) ** -self.power)
+        self.whole: nn.Module | None = None  # where it is sharded, an unsharded copy to evaluate
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """average <- rate * average + (1 - rate) * weights; buffers are copied."""
+        """average <- rate * average + (1 - rate) * weights at this step, counted from 0; buffers are copied."""
+        rate = min(self.decay, 1 - (1 + step) ** -self.power)
         averages, weights = ([local(p) for p in m.parameters()] for m in (self.module, module))
-        torch._foreach_lerp_(averages, weights, 1 - self.rate(step))
+        torch._foreach_lerp_(averages, weights, 1 - rate)
         for average, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
             average.copy_(buffer)

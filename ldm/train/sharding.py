@@ -5,8 +5,8 @@ A step equals that of DDP: gradients are summed in float32, and the forward pass
 """
 
 import copy
-from collections.abc import Iterable
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,15 +19,10 @@ from ldm.distributed import fsdp_requested, rank_and_world
 LAYERS = ("ResnetBlock", "SpatialTransformer", "Layer")  # classes whose parameters are gathered together
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether this run shards its modules."""
-    return fsdp_requested() and accelerator.num_processes > 1
-
-
 def prepare(module: nn.Module, average: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, nn.Module | None]:
     """The module as a step calls it, with autocast and DDP. With FSDP it and its average are sharded in place instead,
-    and the main process gets an unsharded copy on the CPU as well."""
-    if not is_sharded(accelerator):
+    and the main process gets an unsharded copy of the average on the CPU as well, for `unshard`."""
+    if not (fsdp_requested() and accelerator.num_processes > 1):
         return accelerator.prepare_model(module), None
     called = accelerator.prepare_model(module, evaluation_mode=True)  # autocast alone
     whole = copy.deepcopy(average).cpu() if accelerator.is_main_process else None
@@ -40,13 +35,22 @@ def prepare(module: nn.Module, average: nn.Module, accelerator: Accelerator) -> 
     return called, whole
 
 
-def set_gradient_sync(modules: Iterable[nn.Module], sync: bool) -> None:
+def unshard(average: nn.Module, whole: nn.Module | None, device: torch.device) -> nn.Module:
+    """The average, or where it is sharded a copy of `whole` with its values, in the main process; a collective."""
+    tensors = gather(average.state_dict()) if isinstance(average, FSDPModule) else {}
+    if not tensors:
+        return average
+    whole = copy.deepcopy(whole)
+    whole.load_state_dict(tensors)
+    return whole.to(device)
+
+
+def set_gradient_sync(module: nn.Module, sync: bool) -> None:
     """Whether the next backward pass sums gradients over processes, or only accumulates them in each."""
-    for module in modules:
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(sync)
-        elif isinstance(module, DistributedDataParallel):
-            module.require_backward_grad_sync = sync
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(sync)
+    elif isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = sync
 
 
 def clip(module: nn.Module, maximum: float, accelerator: Accelerator) -> Tensor:
@@ -59,10 +63,10 @@ def clip(module: nn.Module, maximum: float, accelerator: Accelerator) -> Tensor:
 
 def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whole and on the CPU in the main process, nothing in the others; a collective."""
-    whole, main = {}, rank_and_world()[0] == 0
+    whole = {}
     for name, x in tensors.items():
         x = full(x)
-        if main:
+        if rank_and_world()[0] == 0:
             whole[name] = x.cpu()
     return whole
 

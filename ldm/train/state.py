@@ -1,20 +1,24 @@
-"""A run folder: checkpoints that are whole or not there, the lock, the config that it was started with, its logs."""
+"""A run around its steps: all that training changes, the log, and the run folder, whose checkpoints are whole or not
+there."""
+
+from __future__ import annotations
 
 import fcntl
 import hashlib
 import json
+import math
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -23,53 +27,143 @@ from tqdm import tqdm
 
 from ldm import model_io
 from ldm.config import UserError
-from ldm.distributed import gather_objects
-from ldm.train.optim import EMA
-from ldm.train.sharding import gather, shard_like
+from ldm.distributed import from_main, gather_objects
+from ldm.train import sharding
+from ldm.train.config import TrainConfig
+from ldm.train.optim import EMA, make_optimizers
+
+if TYPE_CHECKING:
+    from ldm.train.loop import Task
 
 FORMAT = 2  # of the training state; runs of format 1 had other optimizer groups
 MANIFEST = "manifest.json"
 # Keys of a config that do not change the trained weights.
 FREE = ("train.log_every", "train.validate_every", "train.preview_every", "train.save_every", "train.keep")
 FREE += ("train.workers", "train.max_skipped", "train.best", "preview.", "cache", "data.max_broken")
-PRODUCT = "train.batch_size * train.accumulate"  # how these share it may change
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "einops", "safetensors", "numpy")
 
 
-class Trained:
-    """Everything that training changes: modules, averages and optimizers, by the names of their files."""
+class Run:
+    """The modules, averages and optimizers of a run, its log, and the work at intervals."""
 
-    def __init__(
-        self, modules: dict[str, nn.Module], averages: dict[str, EMA], optimizers: dict[str, torch.optim.Optimizer]
-    ) -> None:
-        self.parts = modules | {f"{name}-ema": average.module for name, average in averages.items()}
-        self.optimizers = optimizers
-        self.names = {p: name for module in modules.values() for name, p in module.named_parameters()}
+    def __init__(self, task: Task, config: TrainConfig, out: Path) -> None:
+        self.task, self.config, self.out = task, config, out
+        self.accelerator = Accelerator(mixed_precision=config.precision, log_with="tensorboard", project_dir=out)
+        self.main = self.accelerator.is_main_process
+        self.called, self.averages, self.optimizers = {}, {}, {}
+        for name, module in task.modules.items():
+            module.train().to(self.accelerator.device)
+            average = self.averages[name] = EMA(module, config.ema_decay, config.ema_power)
+            self.called[name], average.whole = sharding.prepare(module, average.module, self.accelerator)
+            self.optimizers |= make_optimizers(name, module, task.optimizers.get(name, config.optimizer))
+        self.parts = task.modules | {f"{name}-ema": average.module for name, average in self.averages.items()}
+        self.names = {p: name for module in task.modules.values() for name, p in module.named_parameters()}
+        self.best: dict[str, Any] | None = None  # step, value and name of the best validation
+        self.logged: dict[str, list[Tensor]] = defaultdict(list)  # since the last line, on the device
+        self.skipped = 0  # steps since the last line
 
-    def write(self, folder: Path | None, progress: dict[str, Any]) -> None:
-        """Writes it, and `progress` (JSON), into `folder`; None in processes that only contribute their shards."""
+    # Resume, validate, preview, export, save
+
+    def resume(self) -> int:
+        """Loads the newest whole checkpoint, if there is one, and exports it if it is the last; returns its step."""
+        folder, steps = from_main(newest, self.out), self.config.steps
+        if folder is None:
+            return 0
+        self.task.check_export(folder)
+        progress = self.read(folder / "state")
+        step, best = progress["step"], progress["best"]
+        if best and best["name"] == self.config.best:
+            self.best = best
+        if step >= steps:
+            if not from_main(model_io.is_finished, self.out, folder):  # train.steps was lowered
+                self.export(self.out, final=True)
+            self.say(f"{self.out} is finished at step {step}; raise train.steps (now {steps}) to go on")
+        return step
+
+    @contextmanager
+    def averaged(self) -> Iterator[dict[str, nn.Module]]:
+        """The averaged modules, unsharded in the main process, without gradients and with a random state of their own.
+        All processes must enter it."""
+        device = self.accelerator.device
+        modules = {name: sharding.unshard(e.module, e.whole, device) for name, e in self.averages.items()}
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.config.seed)
+            yield modules
+
+    def validate(self, step: int) -> bool:
+        """Logs the validation after `step` steps; returns whether it was the best so far by `train.best`."""
+        with self.averaged() as modules:
+            values = from_main(self.task.validate, modules)
+        self.write_line(step, {f"val/{name}": value for name, value in values.items()})
+        self.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        best, scores = self.config.best, values | {f"-{name}": -value for name, value in values.items()}
+        if best and best not in scores:
+            known = ", ".join(values)
+            warnings.warn(f"train.best is {best!r}, which is not validated; these are: {known}", stacklevel=2)
+        score = scores.get(best, math.nan)
+        improved = score < (self.best["value"] if self.best else math.inf)
+        if improved:
+            self.best = {"step": step, "value": score, "name": best}
+            self.say(f"{best} is the best so far")
+        return improved
+
+    def preview(self, step: int) -> None:
+        """Saves the task's picture as previews/step-N.png."""
+        with self.averaged() as modules:
+            image = self.task.preview(modules) if self.main else None
+        if image:
+            (self.out / "previews").mkdir(exist_ok=True)
+            image.save(self.out / "previews" / f"step-{step:08d}.png")
+
+    def export(self, folder: Path, final: bool) -> None:
+        """Writes the loadable folder, from the averaged weights."""
+        with self.averaged() as modules:
+            from_main(self.task.export, modules, folder, final)
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint: the loadable folder, and `state/` with all that resuming needs."""
+        folder = self.out / "checkpoints" / f".step-{step:08d}"  # hidden until it is whole
+        for unfinished in folder.parent.glob(".step-*") if self.main else ():
+            shutil.rmtree(unfinished)
+        self.export(folder, final=False)
+        self.write(folder / "state", {"format": FORMAT, "step": step, "best": self.best})
+        if self.main:
+            publish(folder, self.config.keep, self.best and self.best["step"])
+        self.accelerator.wait_for_everyone()
+
+    # The training state, by the names of its files
+
+    def write(self, folder: Path, progress: dict[str, Any]) -> None:
+        """Writes modules, averages, optimizers and `progress` (JSON); in the main process, with the shards of all."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
         for name, optimizer in self.optimizers.items():
-            entries = ((self.names[p], key, x) for p, entry in optimizer.state.items() for key, x in entry.items())
-            states[f"{name}-optimizer"] = {f"{parameter}/{key}": x for parameter, key, x in entries}
+            states[f"{name}-optimizer"] = {
+                f"{self.names[p]}/{key}": x for p, entry in optimizer.state.items() for key, x in entry.items()
+            }
         for name, tensors in states.items():
-            tensors = gather(tensors)
-            if folder:
+            tensors = sharding.gather(tensors)
+            if self.main:
+                folder.mkdir(exist_ok=True)
                 model_io.save_tensors(folder / f"{name}.safetensors", tensors)
-        if folder:
-            model_io.write_json(folder / "state.json", {"format": FORMAT} | progress)
+        if self.main:
+            model_io.write_json(folder / "state.json", progress)
 
     def read(self, folder: Path) -> dict[str, Any]:
-        """Loads what `write` wrote, sharded as the modules are; returns `progress`. Raises UserError for a state of an
-        earlier version of this code, or of other modules or optimizers."""
+        """Loads the files of `write`, sharded as the modules are; returns `progress`. Raises UserError for the state of
+        an earlier version of this code, or of other modules or optimizers."""
         progress = model_io.read_json(folder / "state.json")
-        if progress.get("format") != FORMAT:
-            raise UserError(
-                f"the run in {str(folder.parents[2])!r} was written by an earlier version of this code and cannot be"
-                " resumed, though its model still opens; use another --out to start anew"
-            )
         try:
-            self._load(folder)
+            if progress.get("format") != FORMAT:
+                raise UserError("an earlier version of this code wrote it; its model still opens")
+            for name, part in self.parts.items():
+                live, tensors = part.state_dict(), model_io.load_tensors(folder / f"{name}.safetensors")
+                part.load_state_dict({key: sharding.shard_like(x, live[key]) for key, x in tensors.items()})
+            for name, optimizer in self.optimizers.items():
+                tensors = model_io.load_tensors(folder / f"{name}-optimizer.safetensors")
+                entries = {key.rpartition("/")[2] for key in tensors}
+                for p in [p for group in optimizer.param_groups for p in group["params"]]:
+                    entry = {key: tensors[f"{self.names[p]}/{key}"].to(p.device) for key in entries}
+                    optimizer.state[p] = {key: sharding.shard_like(x, p) for key, x in entry.items()}
         except (UserError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -78,62 +172,80 @@ class Trained:
             ) from None
         return progress
 
-    def _load(self, folder: Path) -> None:
-        for name, part in self.parts.items():
-            tensors, live = model_io.load_tensors(folder / f"{name}.safetensors"), part.state_dict()
-            part.load_state_dict({key: shard_like(x, live.get(key, x)) for key, x in tensors.items()})
-        for name, optimizer in self.optimizers.items():
-            parameters = {self.names[p]: p for group in optimizer.param_groups for p in group["params"]}
-            optimizer.state.clear()
-            for key, x in model_io.load_tensors(folder / f"{name}-optimizer.safetensors").items():
-                parameter, _, entry = key.rpartition("/")
-                p = parameters[parameter]
-                optimizer.state[p][entry] = shard_like(x.to(p.device), p)
-            if optimizer.state and len(optimizer.state) < len(parameters):
-                raise UserError("its optimizers have other parameters")
+    # The log
 
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar, once for all processes."""
+        if self.main:
+            tqdm.write(text)
 
-def checkpoint(out: Path, step: int) -> Path:
-    """The folder of the checkpoint of a step."""
-    return out / "checkpoints" / f"step-{step:08d}"
+    def log(self, values: dict[str, Any]) -> None:
+        """Adds scalars to the means of the next line."""
+        for name, value in values.items():
+            x = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
+            self.logged[name].append(x.detach())
+
+    def write_means(self, step: int) -> str:
+        """Writes the means over steps and processes since the last line; returns the losses for the progress bar."""
+        means = {name: torch.stack(values).mean() for name, values in self.logged.items()}
+        means = {name: float(x) for name, x in self.accelerator.reduce(means, "mean").items()}
+        self.write_line(step, means | {"skipped": self.skipped})
+        self.list_left_out()
+        self.logged.clear()
+        self.skipped = 0
+        return " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("_loss"))
+
+    def write_line(self, step: int, values: dict[str, float]) -> None:
+        """Appends a line to metrics.jsonl and the trackers."""
+        if self.main:
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+        self.accelerator.log(values, step=step)
+
+    def list_left_out(self) -> None:
+        """Lists the samples that any process has left out in left_out.jsonl, beside those listed before. Raises
+        UserError, in all processes, where they are too many."""
+        file = self.out / "left_out.jsonl"
+        before = whole_lines(file)
+        lines = dict.fromkeys(before)
+        datasets = self.task.dataset, self.task.held_out
+        for faults in filter(None, (getattr(dataset, "faults", None) for dataset in datasets)):
+            for table in gather_objects(faults.reasons):
+                for fault in table.items():
+                    faults.add(*fault)
+            lines |= {json.dumps({"sample": name, "why": why}) + "\n": None for name, why in faults.reasons.items()}
+        if self.main and len(lines) > len(before):
+            write_lines(file, lines)
+            self.say(f"{len(lines)} samples are left out, listed in {file}")
 
 
 def newest(out: Path) -> Path | None:
     """The newest checkpoint that is whole; warns of damaged ones. Raises UserError where all are damaged."""
     folders = sorted((out / "checkpoints").glob("step-????????"), reverse=True)
     for folder in folders:
-        damage = find_damage(folder)
-        if not damage:
+        try:
+            verify(folder)
             return folder
-        warnings.warn(f"the checkpoint {str(folder)!r} is damaged ({damage}); skipped", stacklevel=2)
+        except (UserError, OSError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            warnings.warn(f"the checkpoint {str(folder)!r} is damaged ({reason}); skipped", stacklevel=2)
     if folders:
         raise UserError(f"no checkpoint in {str(out / 'checkpoints')!r} is whole; move them away to start anew")
     return None
 
 
-@contextmanager
-def new_checkpoint(out: Path, step: int, keep: int, best: int | None = None) -> Iterator[Path]:
-    """A hidden folder to fill. After the block its files are synced, hashed and renamed to `checkpoints/step-N` at
-    once; then all but the newest `keep` and that of step `best` are removed. After an error nothing has changed."""
-    folder = checkpoint(out, step)
-    for unfinished in folder.parent.glob(".step-*"):
-        shutil.rmtree(unfinished)
-    hidden = folder.with_name(f".{folder.name}")
-    try:
-        (hidden / "state").mkdir(parents=True)
-        yield hidden
-        seal(hidden)
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise
+def publish(hidden: Path, keep: int, best: int | None = None) -> None:
+    """Renames a written folder `.step-N` to `step-N`, once its files are synced and hashed; then removes all
+    checkpoints but the newest `keep` and that of step `best`."""
+    seal(hidden)
+    folder = hidden.with_name(hidden.name[1:])
     shutil.rmtree(folder, ignore_errors=True)
     hidden.rename(folder)
     sync(folder.parent)
     # a checkpoint newer than this one is damaged, and was skipped
     older = [path for path in sorted(folder.parent.glob("step-????????")) if path <= folder]
-    for path in older[:-keep]:
-        if best is None or path != checkpoint(out, best):
-            shutil.rmtree(path)
+    for path in {*older[:-keep]} - {folder.with_name(f"step-{best or 0:08d}")}:
+        shutil.rmtree(path)
 
 
 def seal(folder: Path) -> None:
@@ -144,17 +256,12 @@ def seal(folder: Path) -> None:
         sync(path)
 
 
-def find_damage(folder: Path) -> str:
-    """The first fault of a sealed folder; "" where every file is there and unchanged. (A flipped bit in tensor data
-    loads without an error.)"""
-    try:
-        files = model_io.read_json(folder / MANIFEST)["files"]
-        for name, expected in files.items():
-            if sha256(folder / name) != expected:
-                return f"{name} was changed since it was written"
-    except (UserError, OSError, KeyError, AttributeError) as error:
-        return " ".join(str(error).split())
-    return ""
+def verify(folder: Path) -> None:
+    """Raises an error where a file of a sealed folder is missing or has changed. (A flipped bit in tensor data loads
+    without one.)"""
+    for name, expected in model_io.read_json(folder / MANIFEST)["files"].items():
+        if sha256(folder / name) != expected:
+            raise UserError(f"{name} was changed since it was written")
 
 
 def sync(path: Path) -> None:
@@ -175,39 +282,37 @@ def sha256(path: Path) -> str:
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
     """Holds a run folder, which is made where it does not exist. Raises UserError where another process holds it."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{str(out)!r} is a file; --out names the run folder, which may be new")
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{str(out)!r} is in use by another run; wait for it, or use another --out") from None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("a")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"--out {str(out)!r} is a file, or in use by another run ({error.strerror})") from None
+    with file:
         yield
 
 
-def begin(out: Path, resolved: dict[str, Any], seed: int, start: int, force: bool) -> None:
-    """Prepares the run folder for the steps after `start`: config.json, metrics.jsonl, starts.jsonl. Raises UserError
-    for a config that has changed, unless `force`."""
+def begin(out: Path, resolved: dict[str, Any], start: int, force: bool) -> None:
+    """Prepares the run folder for the steps after `start`: config.json, starts.jsonl, and metrics.jsonl without the
+    steps that are taken again. Raises UserError for a config that has changed, unless `force`."""
     if start:
         check_changes(out / "config.json", resolved, force)
-    drop_later_lines(out / "metrics.jsonl", start)
     model_io.write_json(out / "config.json", resolved)
-    entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv, "seed": seed}
-    entry |= {"python": platform.python_version(), "packages": {name: version(name) for name in PACKAGES}}
+    lines = [line for line in whole_lines(out / "metrics.jsonl") if json.loads(line)["step"] <= start]
+    write_lines(out / "metrics.jsonl", lines)
+    entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv}
+    entry |= {"packages": {name: version(name) for name in PACKAGES}, "commit": commit()}
     with (out / "starts.jsonl").open("a") as file:
-        file.write(json.dumps(entry | {"commit": commit()}) + "\n")
+        file.write(json.dumps(entry) + "\n")
 
 
 def check_changes(file: Path, resolved: dict[str, Any], force: bool) -> None:
     """Compares a config with that in `file`: changes of keys that are not FREE raise UserError, or warn if `force`, as
     the number of steps always does."""
-    before, now = (flat(table) for table in (model_io.read_json(file), json.loads(json.dumps(resolved))))
-    for table in (before, now):
-        table[PRODUCT] = table.pop("train.batch_size", 1) * table.pop("train.accumulate", 1)
-    changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(FREE)]
-    text = ", ".join(f"{key} ({before[key]!r} before, {now[key]!r} now)" for key in changed)
-    if {*changed} - {"train.steps"} and not force:
+    before, now = flat(model_io.read_json(file)), flat(json.loads(json.dumps(resolved)))
+    changed = {k for k in now.keys() & before.keys() if before[k] != now[k] and not k.startswith(FREE)}
+    text = ", ".join(f"{key} ({before[key]!r} before, {now[key]!r} now)" for key in sorted(changed))
+    if changed - {"train.steps"} and not force:
         raise UserError(
             f"{str(file.parent)!r} was started with another config: {text}. Give --force to go on with these values,"
             " or another --out to start anew"
@@ -224,76 +329,23 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def drop_later_lines(metrics: Path, step: int) -> None:
-    """Removes the lines after `step` from metrics.jsonl, as these steps are taken again, and half a line at its end."""
-    if metrics.is_file():
-        lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        with model_io.atomic_write(metrics) as temporary:
-            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+def whole_lines(file: Path) -> list[str]:
+    """The lines of a file, if there is one, without half a line at its end, as a kill leaves it."""
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [line for line in lines if line.endswith("\n")]
+
+
+def write_lines(file: Path, lines: Iterable[str]) -> None:
+    """Replaces a file at once."""
+    with model_io.atomic_write(file) as temporary:
+        temporary.write_text("".join(lines))
 
 
 def commit() -> str | None:
     """The commit of the code, with "+" where files were changed since; None outside a repository."""
-    describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        done = subprocess.run(["git", *describe], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
+        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
         return None
     return done.stdout.strip() or None
-
-
-class Log:
-    """Means of the logged values over steps and processes; they stay on the device until a line is written."""
-
-    def __init__(self, accelerator: Accelerator, out: Path, datasets: list[Any]) -> None:
-        self.accelerator, self.out = accelerator, out
-        self.sums: dict[str, Tensor] = {}  # (total, count) since the last line
-        self.skipped = 0  # steps since the last line
-        self.faults = [d.faults for d in datasets if getattr(d, "faults", None) is not None]
-        self.listed = 0  # samples of theirs in left_out.jsonl
-
-    def say(self, text: str) -> None:
-        """Prints a line above the progress bar, once for all processes."""
-        if self.accelerator.is_main_process:
-            tqdm.write(text)
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Adds values to the means."""
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.stack([value, torch.ones_like(value)])
-
-    def write_means(self, step: int) -> str:
-        """Writes the means since the last line; returns the losses for the progress bar."""
-        means = {}
-        if self.sums:
-            totals, counts = self.accelerator.reduce(torch.stack(list(self.sums.values())), "sum").unbind(1)
-            means = dict(zip(self.sums, (totals / counts).tolist(), strict=True))
-        self.write(step, means | {"skipped": self.skipped})
-        self.list_left_out()
-        self.sums, self.skipped = {}, 0
-        return " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("_loss"))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends a line to metrics.jsonl and the trackers."""
-        if self.accelerator.is_main_process:
-            with (self.out / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
-        self.accelerator.log(values, step=step)
-
-    def list_left_out(self) -> None:
-        """Lists the samples that any process has left out in left_out.jsonl, beside those listed before. Raises
-        UserError, in all processes, where they are too many."""
-        reasons: dict[str, str] = {}
-        for faults in self.faults:
-            for table in gather_objects(faults.reasons):
-                for name, reason in table.items():
-                    faults.add(name, reason)
-            reasons |= faults.reasons
-        if self.accelerator.is_main_process and len(reasons) > self.listed:
-            self.listed, file = len(reasons), self.out / "left_out.jsonl"
-            lines = file.read_text().splitlines() if file.is_file() else []
-            entries = {entry["sample"]: entry["why"] for entry in map(json.loads, lines)} | reasons
-            with model_io.atomic_write(file) as temporary:
-                lines = [json.dumps({"sample": name, "why": reason}) + "\n" for name, reason in entries.items()]
-                temporary.write_text("".join(lines))
-            self.say(f"{len(reasons)} samples are left out, listed in {file}")
