@@ -27,7 +27,7 @@ def processes() -> PartialState:
     """
     check_launch()
     # without a GPU accelerate would take MPS, which has no float64 for the metrics
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
     return PartialState(cpu=cpu, timeout=timedelta(days=1))
 
 
@@ -44,8 +44,9 @@ def check_launch() -> None:
             "accelerate launch was to start several processes and started one, as it does without a GPU; add"
             " --multi_gpu, which starts them on CPUs too (for a single process, unset MASTER_ADDR)"
         )
-    if env.get("WORLD_SIZE", "1") not in ("", "1") and "RANK" not in env:
-        raise UserError("WORLD_SIZE is set, but no launcher has started this process; unset it, or use one")
+    world = env.get("WORLD_SIZE", "1")
+    if world != "1" and not (world.isdigit() and {"RANK", "MASTER_ADDR"} <= env.keys()):
+        raise UserError(f"WORLD_SIZE is {world!r}, but no launcher has started this process; unset it, or use one")
 
 
 def fsdp_requested() -> bool:

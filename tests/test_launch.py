@@ -160,6 +160,8 @@ SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         (SHARDED | {"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS is true"),
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "localhost"}, "started one.*add --multi_gpu"),
         ({"WORLD_SIZE": "2"}, "no launcher has started this process"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "no launcher has started this process"),
+        ({"WORLD_SIZE": "many"}, "no launcher has started this process"),
     ],
 )
 def test_an_unsupported_launch_is_refused(monkeypatch, environment, said):

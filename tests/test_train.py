@@ -159,3 +159,13 @@ def test_loading_processes_end_with_an_error_of_theirs_or_of_a_step(tmp_path):
         train(toy, replace(CONFIG, workers=1), tmp_path, {})
     assert str(caught.value) == "picture 'a.png' cannot be read; repair or remove it"
     assert not multiprocessing.active_children()  # though `caught` still refers to the frames of the training
+
+
+def test_settings_of_a_launch_are_named_or_have_no_effect(tmp_path, monkeypatch):
+    """accelerate would divide each loss by the number of its own accumulation steps."""
+    train(tiny.Toy(), CONFIG, tmp_path / "plain", {})
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.warns(UserWarning, match="mixed precision bf16 is not used; set train.precision"):
+        train(tiny.Toy(), CONFIG, tmp_path / "launched", {})
+    assert tiny.same(state_of(tmp_path / "plain", 6), state_of(tmp_path / "launched", 6))

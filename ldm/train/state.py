@@ -49,6 +49,9 @@ class Run:
     def __init__(self, task: Task, config: TrainConfig, out: Path) -> None:
         self.task, self.config, self.out = task, config, out
         self.accelerator = Accelerator(mixed_precision=config.precision, log_with="tensorboard", project_dir=out)
+        requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if requested not in ("no", config.precision):
+            warnings.warn(f"accelerate's mixed precision {requested} is not used; set train.precision", stacklevel=2)
         self.main = self.accelerator.is_main_process
         self.called, self.averages, self.optimizers = {}, {}, {}
         for name, module in task.modules.items():
