@@ -81,13 +81,9 @@ class Trap:
 
 def test_a_bin_runs_nothing(tmp_path):
     path, mark = tmp_path / "pytorch_model.bin", tmp_path / "mark"
-    for content, message in (
-        ({"0.bias": Trap(mark)}, "more than tensors"),
-        ([torch.zeros(1)], "no table of named tensors"),
-        ({"0.bias": 3}, "no table of named tensors"),
-    ):
+    for content in ({"0.bias": Trap(mark)}, [torch.zeros(1)], {"0.bias": 3}):
         torch.save(content, path)
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(UserError, match="more than tensors") as error:
             load(tmp_path)
         assert "\n" not in str(error.value) and not mark.exists()
     torch.save(model().state_dict(), path)
@@ -100,7 +96,7 @@ def test_a_bin_runs_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"0.bias": None}, "do not fit its config.json: Missing key.*0.bias"),
+        ({"0.bias": None}, "do not fit its config.json: .*Missing key.*0.bias"),
         ({"extra": torch.zeros(1)}, "Unexpected key.*extra"),
         ({"0.weight": torch.zeros(3, 5)}, r"size mismatch for 0.weight: .*\[3, 5\].*\[2, 2\]"),
         ({"1.bias": NAN}, r"not finite \(NaN or infinite\): 1.bias"),
@@ -117,7 +113,7 @@ def test_weights_that_do_not_fit(tmp_path, change, message):
     ("sizes", "message"),
     [
         (Sizes(2**20), "size mismatch"),  # 4 TB
-        (Sizes(-5), "describes no model that can be built"),
+        (Sizes(-5), "do not fit its config.json: .*negative dimension"),
         (Sizes(2, 2**20), "'layers' is 1048576; it must be at most 4 in"),
     ],
 )
@@ -134,13 +130,17 @@ def test_missing_and_damaged_files(tmp_path):
             call(argument)
 
     refuse(load, tmp_path, "no weights in")
+    model_io.save_tensors(tmp_path.parent / "elsewhere.safetensors", model().state_dict())
     refuse(model_io.read_json, tmp_path / "none" / "config.json", "is .* a model folder")
     index, config = tmp_path / "model.safetensors.index.json", tmp_path / "config.json"
-    for wrong in ({}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"a": "../a"}}):
-        model_io.write_json(index, wrong)
-        refuse(load, tmp_path, "no weight_map from tensors to files beside it")
-    model_io.write_json(index, {"weight_map": {"a": "model-1.safetensors"}})
-    refuse(load, tmp_path, "model-1.safetensors.*missing or damaged")
+    for table, message in (
+        ({"weight_map": []}, "no weight_map from tensors to files"),
+        ({"weight_map": {}}, "at most 0"),
+        ({"weight_map": {"a": "model-1.safetensors"}}, "model-1.safetensors.*missing or damaged"),
+        ({"weight_map": {"0.bias": "../elsewhere.safetensors"}}, "missing or damaged"),
+    ):
+        model_io.write_json(index, table)
+        refuse(load, tmp_path, message)
     for text, message in (("{", "not valid JSON"), ("[" * 200_000, "not valid"), ("[1]", "a JSON list")):
         config.write_text(text)
         refuse(model_io.read_json, config, message)
