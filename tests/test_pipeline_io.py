@@ -125,15 +125,11 @@ def test_keys_that_are_left_out_take_the_defaults_of_the_sampler_that_runs(saved
 OTHERS = {"use_karras_sigmas": True, "solver_order": 3, "algorithm_type": "sde-dpmsolver++", "steps_offset": 0}
 
 
-@pytest.mark.parametrize(
-    ("change", "warning"),
-    [(OTHERS, None), ({"clip_sample": True}, "clip_sample = True is read as false")],
-    ids=["keys of other classes and steps_offset", "clip_sample"],
-)
-def test_keys_without_effect_give_the_same_pictures_as_in_diffusers(saved, tmp_path, recwarn, change, warning):
+@pytest.mark.parametrize("change", [OTHERS, {"clip_sample": True}], ids=["other classes' keys", "clip_sample"])
+def test_keys_without_effect_give_the_same_pictures_as_in_diffusers(saved, tmp_path, recwarn, change):
     folder = with_scheduler(saved, tmp_path / "pipe", DDIM | change)
     pipe = Pipeline.from_pretrained(folder)
-    assert [warning in str(warned.message) for warned in recwarn] == ([True] if warning else [])
+    assert not list(recwarn)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     assert abs(our_pictures(pipe, 5, 5.0, 7) - diffusers_pictures(theirs, 5, 5.0, 7)).max() <= 1
 
@@ -196,11 +192,11 @@ def test_schedules_that_would_give_wrong_pictures_are_refused(tmp_path, change, 
 @pytest.mark.parametrize(
     ("part", "key", "value", "message"),
     [
-        ("unet", "in_channels", 9, "U-Net of 9 channels in; latents have 4"),
-        ("unet", "out_channels", 8, "U-Net of 8 channels out; latents have 4"),
-        ("unet", "cross_attention_dim", 12, "U-Net for width 12; contexts have 24"),
-        ("text_encoder", "vocab_size", 20, "the text encoder has 20"),
-        ("tokenizer", "model_max_length", 77, "context length 77; the text encoder reads 12"),
+        ("unet", "in_channels", 9, "U-Net .*9 channels in.*latents of 4 channels"),
+        ("unet", "out_channels", 8, "U-Net .*4 channels in, 8 out.*latents of 4 channels"),
+        ("unet", "cross_attention_dim", 12, "U-Net .*contexts of width 12.* width 24"),
+        ("text_encoder", "vocab_size", 20, "tokenizer .*text encoder .20 tokens"),
+        ("tokenizer", "model_max_length", 77, "context length 77.* length 12"),
     ],
 )
 def test_parts_that_do_not_fit(saved, tmp_path, monkeypatch, part, key, value, message):
