@@ -194,9 +194,9 @@ def test_schedules_that_would_give_wrong_pictures_are_refused(tmp_path, change, 
     [
         ("unet", "in_channels", 9, "U-Net .*9 channels in.*latents of 4 channels"),
         ("unet", "out_channels", 8, "U-Net .*4 channels in, 8 out.*latents of 4 channels"),
-        ("unet", "cross_attention_dim", 12, "U-Net .*contexts of width 12.* width 24"),
+        ("unet", "cross_attention_dim", 12, "U-Net .*contexts of width 12.*width 24"),
         ("text_encoder", "vocab_size", 20, "tokenizer .*text encoder .20 tokens"),
-        ("tokenizer", "model_max_length", 77, "context length 77.* length 12"),
+        ("tokenizer", "model_max_length", 77, "context length 77.*length 12"),
     ],
 )
 def test_parts_that_do_not_fit(saved, tmp_path, monkeypatch, part, key, value, message):
