@@ -58,12 +58,12 @@ def captioned_grid(images: list[Image.Image], captions: list[str], columns: int,
     """Each image with its wrapped caption below it, scaled so that its longer side is `cell` pixels."""
     font = ImageFont.load_default(size=max(11, cell // 13))
     wrapped = [textwrap.wrap(caption, max(8, int(cell / (font.size * 0.52)))) for caption in captions]
-    line, gap = int(font.size * 1.25), 10
-    height, rows = cell + line * max(map(len, wrapped), default=0) + gap, -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (height + gap) + gap), "white")
+    line, gap, rows = int(font.size * 1.25), 10, -(-len(images) // columns)
+    width, height = cell + gap, cell + line * max(map(len, wrapped), default=0) + 2 * gap
+    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
-        x, y = gap + (i % columns) * (cell + gap), gap + (i // columns) * (height + gap)
+        x, y = gap + i % columns * width, gap + i // columns * height
         method = Image.Resampling.NEAREST if image.width < 64 else Image.Resampling.LANCZOS
         sheet.paste(ImageOps.pad(image, (cell, cell), method, color="white"), (x, y))
         for j, text in enumerate(lines):
@@ -103,11 +103,10 @@ def read_image(source: str | Path | bytes, size: int, limit: int = LIMIT, name: 
     animation is its first frame. Raises ImageError for a file that is missing, broken, of an unknown kind, or of more
     than `limit` pixels (checked before decoding), and UserError for a failure of the system, which may pass.
     """
-    name = name or (str(source) if not isinstance(source, bytes) else "image")
-    with _open(source, name, limit) as image:
+    with _open(source, name or ("image" if isinstance(source, bytes) else str(source)), limit) as image:
         image.load()
-        pixels = np.array(ImageOps.fit(upright_rgb(image), (size, size), Image.Resampling.BICUBIC))
-    return torch.from_numpy(rearrange(pixels, "h w c -> c h w").copy())
+        square = ImageOps.fit(upright_rgb(image), (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.ascontiguousarray(rearrange(np.asarray(square), "h w c -> c h w")))
 
 
 def image_size(path: Path, limit: float = math.inf) -> tuple[int, int]:
@@ -123,22 +122,15 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """
     with contextlib.suppress(Exception):  # a broken EXIF block spoils the orientation, not the picture
         image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ImageError("its samples are floating point, of unknown range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        image = _eight_bits(image)
+    if image.mode.startswith(("F", "I")):  # Pillow's convert would clip 16 bits at 255
+        samples = np.asarray(image)
+        if image.mode == "F" or samples.min() < 0 or samples.max() > 65535:
+            raise ImageError("its samples are floating point or have 32 bits; save it with 8 or 16 bits")
+        image = Image.fromarray(((samples.astype(np.int64) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow's convert("L") would clip 16-bit samples at 255."""
-    samples = np.asarray(image).astype(np.int64)
-    if samples.min() < 0 or samples.max() > 65535:
-        raise ImageError("its samples have 32 bits; save it with 8 or 16 bits")
-    return Image.fromarray(((samples + 128) // 257).astype(np.uint8))
 
 
 @contextlib.contextmanager
@@ -149,17 +141,16 @@ def _open(source: str | Path | bytes, name: str, limit: float = LIMIT) -> Iterat
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `limit` decides instead
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         with image:
-            if image.width * image.height > limit:
-                size = f"{image.width}x{image.height} pixels"
-                raise ImageError(f"it has {size}, more than the limit of {limit / 1e6:g} million")
+            width, height = image.size
+            if width * height > limit:
+                raise ImageError(f"it has {width}x{height} pixels, more than the limit of {limit / 1e6:g} million")
             yield image
     except MemoryError:
         raise
     except FileNotFoundError:
         raise ImageError(f"image {name!r} does not exist") from None
     except Image.UnidentifiedImageError:
-        kinds = ", ".join(FORMATS)
-        raise ImageError(f"image {name!r} is no image file that can be read here ({kinds})") from None
+        raise ImageError(f"image {name!r} is no image file that can be read here ({', '.join(FORMATS)})") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if getattr(error, "errno", None) in TRANSIENT:
