@@ -99,14 +99,21 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def read_image(source: str | Path | bytes, size: int, limit: int = LIMIT, name: str = "") -> Tensor:
     """A picture as uint8 RGB (3, size, size): the centred square, resized with antialias (bicubic).
 
-    `source` is a path or the bytes of an image file, `name` its name in messages; for the rest see `upright_rgb`. An
-    animation is its first frame. Raises ImageError for a file that is missing, broken, of an unknown kind, or of more
-    than `limit` pixels (checked before decoding), and UserError for a failure of the system, which may pass.
+    `source` is a path or the bytes of an image file, `name` its name in messages; errors are those of `open_image`.
+    """
+    square = ImageOps.fit(open_image(source, limit, name), (size, size), Image.Resampling.BICUBIC)
+    return rearrange(torch.from_numpy(np.array(square)), "h w c -> c h w").contiguous()
+
+
+def open_image(source: str | Path | bytes, limit: int = LIMIT, name: str = "") -> Image.Image:
+    """A picture as `upright_rgb` returns it; of an animation, the first frame.
+
+    Raises ImageError for a file that is missing, broken, of an unknown kind, or of more than `limit` pixels (checked
+    before decoding), and UserError for a failure of the system, which may pass.
     """
     with _open(source, name or ("image" if isinstance(source, bytes) else str(source)), limit) as image:
         image.load()
-        square = ImageOps.fit(upright_rgb(image), (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.ascontiguousarray(rearrange(np.asarray(square), "h w c -> c h w")))
+        return upright_rgb(image)
 
 
 def image_size(path: Path, limit: float = math.inf) -> tuple[int, int]:
