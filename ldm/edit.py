@@ -50,7 +50,8 @@ class Edit:
         with the noise of its first step."""
         posterior = vae.encode(self.x[part].to(next(vae.parameters()).device))
         z0 = vae.normalize(posterior.mean + posterior.std * noise())  # drawn before the first noise, as in diffusers
-        eps = first_noise(noise, latents)
+        eps = noise()
+        eps = eps if latents is None else latents.to(eps)
         z_t = grid.steps[0].alpha * z0 + grid.steps[0].sigma * eps
         if self.mask is None:
             return run(denoise, z_t)
@@ -59,12 +60,6 @@ class Edit:
         if self.strength == 1:
             z_t = torch.lerp(z_t, grid.initial_scale * eps, mask)
         return torch.lerp(z0, run(keep(denoise, grid.schedule, z0, eps, mask, noise, self.resample), z_t), mask)
-
-
-def first_noise(noise: Noise, latents: Tensor | None) -> Tensor:
-    """`latents`, or the first noise, which is drawn in any case, so that later noise does not depend on it."""
-    eps = noise()
-    return eps if latents is None else latents.to(eps)
 
 
 def keep(

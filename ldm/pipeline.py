@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.config import UserError
 from ldm.diffusion import Denoiser, guided
-from ldm.edit import Pictures, first_noise, read_edit
+from ldm.edit import Pictures, read_edit
 from ldm.images import to_pil
 from ldm.pipeline_io import Parts, load_parts, save_parts
 from ldm.samplers import ImageNoise, get_sampler, make_grid
@@ -165,7 +165,8 @@ class Pipeline:
             run = partial(sample, grid=grid, noise=noise, on_step=callback and on_step, **({"eta": eta} if eta else {}))
             first = None if latents is None else latents[part]
             if edit is None:
-                z0 = run(denoise, grid.initial_scale * first_noise(noise, first))
+                eps = noise()  # drawn in any case, so that later noise does not depend on `latents`
+                z0 = run(denoise, grid.initial_scale * (eps if first is None else first.to(eps)))
             else:
                 z0 = edit.sample(run, denoise, self.vae, grid, noise, first, part)
             images += self.decode(z0)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PASSED = ("negative_prompt", "steps", "guidance", "guidance_rescale", "sampler", "seed", "strength", "resample")
 PASSED += ("height", "width", "batch_size")  # to the pipeline, under the same names
-RECORDED = ("negative_prompt", "steps", "guidance", "guidance_rescale", "model")  # in every PNG
+RECORDED = ("negative_prompt", "steps", "guidance", "guidance_rescale", "model", "sampler", "height", "width")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +66,14 @@ def main() -> None:
     pipe = Pipeline.from_pretrained(options.model, find_device(options.device))
     if options.compile:
         pipe.compile()
-    given = vars(options)
+    given = vars(options) | {"sampler": options.sampler or pipe.schedule.config.sampler}
     inputs = {name: given[name] for name in PASSED} | {"prompt": prompts} | read_squares(options, pipe)
     metadata: list[dict[str, Any]] = [{"prompt": text, "seed": options.seed + i} for i, text in enumerate(prompts)]
     if options.interpolate:
         embeds, latents, metadata = interpolate(pipe, prompts, options)
         inputs |= {"prompt": None, "prompt_embeds": embeds, "latents": latents}
-    shared = {name: given[name] for name in RECORDED} | {"sampler": options.sampler or pipe.schedule.config.sampler}
-    shared |= {name: given[name] for name in ("height", "width") if given[name]}
-    if options.image:
-        shared |= {name: given[name] or "" for name in ("image", "mask", "strength", "resample")}
+    names = RECORDED + (("image", "mask", "strength", "resample") if options.image else ())
+    shared = {name: given[name] for name in names if given[name] is not None}
     steps = int(options.steps * options.strength) if options.image else options.steps
     batches = -(-len(metadata) // max(options.batch_size, 1))
     with tqdm(total=batches * steps, unit="step", delay=1e-3) as bar:  # the delay: no bar before an error
@@ -115,9 +113,9 @@ def read_squares(options: Options, pipe: Pipeline) -> dict[str, Image.Image]:
 
     from ldm.images import open_image
 
-    side = pipe.latent_shape()[1] * pipe.vae.factor if options.height is None else max(options.height, 1)
     paths = {"image": options.image, "mask": options.mask}
     images = {name: open_image(path) for name, path in paths.items() if path}
+    side = max(options.height or pipe.unet.config.sample_size * pipe.vae.factor, 1) if images else 0
     if len({image.size for image in images.values()}) > 1:
         sizes = " and ".join(f"the {name} {image.width}x{image.height}" for name, image in images.items())
         raise UserError(f"{sizes} must have the same size")
