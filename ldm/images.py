@@ -38,7 +38,7 @@ def to_float(image: Tensor) -> Tensor:
 
 def to_uint8(x: Tensor) -> Tensor:
     """x in [-1, 1], clamped -> uint8 pixels, rounded to nearest."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 def to_pil(x: Tensor) -> list[Image.Image]:
@@ -57,17 +57,16 @@ def tile(x: Tensor, columns: int, scale: int = 1) -> Image.Image:
 def captioned_grid(images: list[Image.Image], captions: list[str], columns: int, cell: int = 160) -> Image.Image:
     """Each image with its wrapped caption below it, scaled so that its longer side is `cell` pixels."""
     font = ImageFont.load_default(size=max(11, cell // 13))
-    wrapped = [textwrap.wrap(caption, max(8, int(cell / (font.size * 0.52)))) for caption in captions]
-    line, gap, rows = int(font.size * 1.25), 10, -(-len(images) // columns)
-    width, height = cell + gap, cell + line * max(map(len, wrapped), default=0) + 2 * gap
+    texts = [textwrap.fill(caption, max(8, int(cell / (font.size * 0.52)))) for caption in captions]
+    lines, gap, rows = max((text.count("\n") + 1 for text in texts), default=0), 10, -(-len(images) // columns)
+    width, height = cell + gap, cell + int(font.size * 1.25) * lines + 2 * gap
     sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
         x, y = gap + i % columns * width, gap + i // columns * height
         method = Image.Resampling.NEAREST if image.width < 64 else Image.Resampling.LANCZOS
         sheet.paste(ImageOps.pad(image, (cell, cell), method, color="white"), (x, y))
-        for j, text in enumerate(lines):
-            draw.text((x, y + cell + 3 + j * line), text, fill="black", font=font)
+        draw.text((x, y + cell + 3), text, fill="black", font=font, spacing=font.size // 6)
     return sheet
 
 
@@ -88,9 +87,8 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, str]) -> None:
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata in a PNG of `save_png`. Raises UserError for a file without it."""
-    with _open(path, str(path)) as image:
-        image.load()  # text may stand behind the pixels
-        metadata = {str(key): str(value) for key, value in image.info.items()}
+    with _open(path) as image:
+        metadata = dict(getattr(image, "text", {}))  # of a PNG
     if not {"prompt", "seed"} <= metadata.keys():
         raise UserError("the PNG has no prompt and seed in its text chunks; only those saved here can be read")
     return metadata
@@ -111,14 +109,14 @@ def open_image(source: str | Path | bytes, limit: int = LIMIT, name: str = "") -
     Raises ImageError for a file that is missing, broken, of an unknown kind, or of more than `limit` pixels (checked
     before decoding), and UserError for a failure of the system, which may pass.
     """
-    with _open(source, name or ("image" if isinstance(source, bytes) else str(source)), limit) as image:
+    with _open(source, limit, name) as image:
         image.load()
         return upright_rgb(image)
 
 
 def image_size(path: Path, limit: float = math.inf) -> tuple[int, int]:
     """Width and height in a picture's header, before EXIF orientation. Raises ImageError as `read_image`."""
-    with _open(path, str(path), limit) as image:
+    with _open(path, limit) as image:
         return image.size
 
 
@@ -141,12 +139,14 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _open(source: str | Path | bytes, name: str, limit: float = LIMIT) -> Iterator[Image.Image]:
+def _open(source: str | Path | bytes, limit: float = LIMIT, name: str = "") -> Iterator[Image.Image]:
     """An image whose header is read; errors of a decoder within, which may be of any class, become one line."""
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    name = name or (str(file) if file is source else "image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `limit` decides instead
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+            image = Image.open(file, formats=FORMATS)
         with image:
             width, height = image.size
             if width * height > limit:

@@ -53,7 +53,6 @@ OPTIONS: dict[str, dict] = {
     "pndm": {"skip_prk_steps": True},
 }
 LAYOUT = "0.42.1"  # the diffusers version whose layout is written
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 CLASSES = {
     "vae": ["diffusers", "AutoencoderKL"],
     "text_encoder": ["transformers", "CLIPTextModel"],
@@ -88,7 +87,7 @@ def save_parts(folder: str | Path, parts: Parts, half: bool = False) -> None:
     parts.tokenizer.save_pretrained(folder / "tokenizer")
     save_schedule(folder / "scheduler", parts.schedule.config)
     scheduler = ["diffusers", SCHEDULERS[parts.schedule.config.sampler]]
-    index = {"_class_name": PIPELINES[0], "_diffusers_version": LAYOUT, **CLASSES, "scheduler": scheduler}
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": LAYOUT, **CLASSES, "scheduler": scheduler}
     model_io.write_json(folder / "model_index.json", index | {"requires_safety_checker": False})
 
 
@@ -96,12 +95,8 @@ def load_parts(folder: str | Path) -> Parts:
     """The parts in a run folder, a Stable Diffusion folder, or of a shipped model. Raises UserError where one is
     missing, is not supported, or does not fit the others."""
     root = model_io.find_root(folder)
-    index = root / "model_index.json"
-    kind = model_io.read_json(index).get("_class_name") if index.is_file() else PIPELINES[0]
-    if kind not in PIPELINES:
-        raise UserError(f"{str(root)!r} is a {kind}; supported: {PIPELINES[0]}, of Stable Diffusion 1.x and 2.x")
     if missing := [part for part in (*Parts._fields[:4], "scheduler") if not (root / part).is_dir()]:
-        way_out = "train_diffusion writes one, from a VAE and a text encoder"
+        way_out = "Stable Diffusion 1.x and 2.x have one, and train_diffusion writes one"
         raise UserError(f"{str(root)!r} is not a whole pipeline: {', '.join(missing)} missing; {way_out}")
     schedule = Schedule(read_schedule(root / "scheduler"))  # first, since it is read at once
     vae, text_encoder = VAE.from_pretrained(root / "vae"), TextEncoder.from_pretrained(root / "text_encoder")

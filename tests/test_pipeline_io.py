@@ -193,13 +193,10 @@ def test_parts_that_do_not_fit(saved, tmp_path, monkeypatch, part, key, value, m
         pipeline_io.load_parts(folder)
 
 
-def test_other_pipelines_and_incomplete_folders(saved, tmp_path):
+def test_incomplete_folders(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "copy")
     shutil.rmtree(folder / "unet")
-    with pytest.raises(UserError, match="not a whole pipeline: unet missing; train_diffusion writes one"):
-        pipeline_io.load_parts(folder)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(UserError, match="is a FluxPipeline; supported: StableDiffusionPipeline, of Stable Diffusion"):
+    with pytest.raises(UserError, match="not a whole pipeline: unet missing; .* train_diffusion writes one"):
         pipeline_io.load_parts(folder)
 
 

@@ -37,8 +37,7 @@ def main() -> None:
     """Prints one line per part and per guidance."""
     options = read_options(Options, __doc__)
     if not all(1 <= g < float("inf") for g in options.guidance):
-        shown = ",".join(f"{g:g}" for g in options.guidance)
-        raise UserError(f"--guidance {shown} is not allowed: 1 or more, where 1 is none in both libraries")
+        raise UserError(f"--guidance {options.guidance} is not allowed: 1 or more, where 1 is none in both libraries")
     import torch
 
     from ldm.commands.benchmark_jobs import open_diffusers
@@ -63,22 +62,22 @@ def outputs(ours: Pipeline, theirs: Any, prompts: list[str], options: Options) -
     import numpy as np
     import torch
 
-    tokens, seeds = ours.tokenizer(prompts), range(options.seed, options.seed + len(prompts))
+    tokens, count = ours.tokenizer(prompts), len(prompts)
     padded = {"padding": "max_length", "truncation": True, "max_length": tokens.shape[1]}
     yield "tokens", tokens, theirs.tokenizer(prompts, return_tensors="pt", **padded).input_ids
     context = ours.text_encoder(tokens)
     yield "text context", context, theirs.text_encoder(tokens)[0]
-    generator = torch.Generator().manual_seed(options.seed)
-    channels, *size = ours.latent_shape()
-    x = torch.rand((len(prompts), 3, *(side * ours.vae.factor for side in size)), generator=generator) * 2 - 1
+    z = torch.randn((count, *ours.latent_shape()), generator=torch.Generator().manual_seed(options.seed))
+    x = ours.vae.decode_raw(z)
+    yield "VAE decoded", x, theirs.vae.decode(z).sample
     posterior, expected = ours.vae.encode(x), theirs.vae.encode(x).latent_dist
     yield "VAE moments", torch.cat([posterior.mean, posterior.std]), torch.cat([expected.mean, expected.std])
-    yield "VAE decoded", ours.vae.decode_raw(posterior.mean), theirs.vae.decode(posterior.mean).sample
-    z_t = torch.randn((len(prompts), channels, *size), generator=generator)
     for t in (10, 500, 990):
-        yield f"U-Net at t {t}", ours.unet(z_t, torch.tensor(t), context), theirs.unet(z_t, t, context).sample
+        yield f"U-Net at t {t}", ours.unet(z, torch.tensor(t), context), theirs.unet(z, t, context).sample
     for g in options.guidance:
-        images = ours(prompts, steps=options.steps, guidance=g, seed=options.seed)
-        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-        expected = theirs(prompts, num_inference_steps=options.steps, guidance_scale=g, generator=noise).images
-        yield f"pictures, guidance {g:g}", *(torch.from_numpy(np.stack(batch)).float() for batch in (images, expected))
+        noise = [torch.Generator().manual_seed(options.seed + i) for i in range(count)]
+        batches = (
+            ours(prompts, steps=options.steps, guidance=g, seed=options.seed),
+            theirs(prompts, num_inference_steps=options.steps, guidance_scale=g, generator=noise).images,
+        )
+        yield f"pictures, guidance {g:g}", *(torch.from_numpy(np.stack(batch)).float() for batch in batches)
