@@ -8,6 +8,7 @@ first of two prompts (and --seed) to the second (and --seed-to), and an animated
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import Pipeline
 
-PASSED = ("negative_prompt", "steps", "guidance", "guidance_rescale", "sampler", "seed", "strength", "resample")
-PASSED += ("height", "width", "batch_size")  # to the pipeline, under the same names
 RECORDED = ("negative_prompt", "steps", "guidance", "guidance_rescale", "model", "sampler", "height", "width")
 
 
@@ -67,11 +66,12 @@ def main() -> None:
     if options.compile:
         pipe.compile()
     given = vars(options) | {"sampler": options.sampler or pipe.schedule.config.sampler}
-    inputs = {name: given[name] for name in PASSED} | {"prompt": prompts} | read_squares(options, pipe)
+    inputs = {name: given[name] for name in inspect.signature(pipe.__call__).parameters if name in given}
+    inputs |= {"prompt": prompts} | read_squares(options, pipe)
     metadata: list[dict[str, Any]] = [{"prompt": text, "seed": options.seed + i} for i, text in enumerate(prompts)]
     if options.interpolate:
-        embeds, latents, metadata = interpolate(pipe, prompts, options)
-        inputs |= {"prompt": None, "prompt_embeds": embeds, "latents": latents}
+        path, metadata = interpolate(pipe, prompts, options)
+        inputs |= {"prompt": None} | path
     names = RECORDED + (("image", "mask", "strength", "resample") if options.image else ())
     shared = {name: given[name] for name in names if given[name] is not None}
     steps = int(options.steps * options.strength) if options.image else options.steps
@@ -116,13 +116,13 @@ def read_squares(options: Options, pipe: Pipeline) -> dict[str, Image.Image]:
     paths = {"image": options.image, "mask": options.mask}
     images = {name: open_image(path) for name, path in paths.items() if path}
     side = max(options.height or pipe.unet.config.sample_size * pipe.vae.factor, 1) if images else 0
-    if len({image.size for image in images.values()}) > 1:
-        sizes = " and ".join(f"the {name} {image.width}x{image.height}" for name, image in images.items())
-        raise UserError(f"{sizes} must have the same size")
+    sizes = sorted({f"{image.width}x{image.height}" for image in images.values()})
+    if len(sizes) > 1:
+        raise UserError(f"the image and its mask must have one size; they have {' and '.join(sizes)}")
     return {name: ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC) for name, image in images.items()}
 
 
-def interpolate(pipe: Pipeline, prompts: list[str], options: Options) -> tuple[Any, Any, list[dict[str, Any]]]:
+def interpolate(pipe: Pipeline, prompts: list[str], options: Options) -> tuple[dict, list[dict]]:
     """Contexts (N, L, D) and latents (N, C, h, w) from the first prompt to the second, and the PNGs' metadata."""
     import torch
 
@@ -132,10 +132,10 @@ def interpolate(pipe: Pipeline, prompts: list[str], options: Options) -> tuple[A
     last = options.seed if options.seed_to is None else options.seed_to
     a, b = ImageNoise([options.seed, last], pipe.latent_shape(options.height, options.width))()
     shares = torch.linspace(0, 1, options.interpolate).tolist()
-    contexts = between(*pipe.encode_prompt(prompts).split(1), shares)
-    texts = {"prompt": " -> ".join(prompts), "seed": options.seed, "seed_to": last}
+    embeds = between(*pipe.encode_prompt(prompts).split(1), shares)
     latents = torch.stack([slerp(a, b, share) for share in shares])
-    return contexts, latents, [texts | {"share": f"{share:.4g}"} for share in shares]
+    texts = {"prompt": " -> ".join(prompts), "seed": options.seed, "seed_to": last}
+    return {"prompt_embeds": embeds, "latents": latents}, [texts | {"share": f"{share:.4g}"} for share in shares]
 
 
 def write(options: Options, images: list[Image.Image], metadata: list[dict[str, str]]) -> None:
