@@ -198,7 +198,8 @@ class Pipeline:
         """(C, h, w) of the latents of one picture. Raises UserError for a size that the model cannot make."""
         factor, config = self.vae.factor, self.unet.config
         multiple = factor * 2 ** (len(config.block_out_channels) - 1)
-        height, width = (config.sample_size * factor if side is None else side for side in (height, width))
+        height = config.sample_size * factor if height is None else height
+        width = config.sample_size * factor if width is None else width
         for side in (height, width):
             if not 0 < side <= LARGEST or side % multiple:
                 allowed = f"height and width must be multiples of {multiple} px, at most {LARGEST}"
