@@ -47,9 +47,7 @@ def to_pil(x: Tensor) -> list[Image.Image]:
 
 
 def tile(x: Tensor, columns: int, scale: int = 1) -> Image.Image:
-    """Images (B, 3, H, W) in [-1, 1] as one picture of `columns` columns, each pixel enlarged `scale` times."""
-    padding = torch.ones(-len(x) % columns, *x.shape[1:])
-    x = torch.cat([x.cpu().float(), padding])
+    """Images (N, 3, H, W) in [-1, 1] as one picture of full rows of `columns`, each pixel enlarged `scale` times."""
     (image,) = to_pil(rearrange(x, "(rows columns) c h w -> 1 c (rows h) (columns w)", columns=columns))
     return ImageOps.scale(image, scale, Image.Resampling.NEAREST)
 

@@ -113,7 +113,7 @@ def read_config(folder: Path, cls: type[Config], class_name: str, supported: dic
         value, allowed = table[key], supported.get(key, (None, False))
         if not key.startswith("_") and any(x not in allowed for x in (value if isinstance(value, list) else [value])):
             raise UserError(f"{path}: {key} = {value!r} is not supported (supported: {str(allowed)[1:-1]})")
-    values = {key: table[key] for key in table.keys() & names}
+    values = {key: value for key, value in table.items() if key in names}
     match values.get("sample_size"):
         case None:
             values.pop("sample_size", None)

@@ -151,5 +151,5 @@ def read_schedule(folder: Path) -> ScheduleConfig:
     if options or name not in samplers:
         variant = ", ".join([name, *(f"{key} = {table[key]!r}" for key in options)])
         warnings.warn(f"{path}: {variant} is not supported; {sampler!r} takes its place by default", stacklevel=2)
-    values = {key: table[key] for key in ScheduleConfig.__dataclass_fields__.keys() & table.keys()}
+    values = {key: value for key, value in table.items() if key in ScheduleConfig.__dataclass_fields__}
     return build(ScheduleConfig, values | {"steps_offset": 1, "sampler": sampler}, f"{path}: ")
