@@ -117,14 +117,14 @@ def save_schedule(folder: Path, config: ScheduleConfig) -> None:
     """Writes `scheduler_config.json` for the diffusers class of `config.sampler`, with the keys that only other classes
     read, which diffusers keeps for an exchange of the scheduler."""
     sampler, name = config.sampler, SCHEDULERS[config.sampler]
-    ignored = {
-        "rescale_betas_zero_snr": sampler in ("heun", "pndm") and config.rescale_betas_zero_snr,
-        "prediction_type": sampler == "pndm" and config.prediction_type == "sample",
-        "steps_offset": config.timestep_spacing == "leading" and config.steps_offset != 1,
-    }
-    if any(ignored.values()):
-        keys = ", ".join(f"{key} = {getattr(config, key)!r}" for key in ignored if ignored[key])
-        warnings.warn(f"diffusers' {name} ignores {keys}: other pictures there", stacklevel=2)
+    for key, ignored in (
+        ("rescale_betas_zero_snr", sampler in ("heun", "pndm") and config.rescale_betas_zero_snr),
+        ("prediction_type", sampler == "pndm" and config.prediction_type == "sample"),
+        ("steps_offset", config.timestep_spacing == "leading" and config.steps_offset != 1),
+    ):
+        if ignored:
+            value = repr(getattr(config, key))
+            warnings.warn(f"diffusers' {name} ignores {key} = {value}: other pictures there", stacklevel=2)
     values = {key: value for key, value in asdict(config).items() if key != "sampler" and value is not None}
     prk = {"skip_prk_steps": True} if sampler == "pndm" else {}  # else PNDM begins with Runge-Kutta steps
     folder.mkdir(parents=True, exist_ok=True)
