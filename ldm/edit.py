@@ -21,13 +21,13 @@ Pictures = Image.Image | Sequence[Image.Image]  # one for all, or one each
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """Pictures x (N, 3, H, W) in [-1, 1] to start from, and a mask (N, 1, h, w) on the latents: 1 is drawn, 0 is kept;
-    None draws everywhere. `strength` in (0, 1] is the share of steps taken, each of them `resample` times."""
+    """Pictures x (N, 3, H, W) in [-1, 1] to start from, and a mask (N, 1, H, W): 1 is drawn, 0 is kept; None draws
+    everywhere. `strength` in (0, 1] is the share of steps taken, each of them `resample` times."""
 
     x: Tensor
     mask: Tensor | None
     strength: float
-    resample: int = 1
+    resample: int
 
     def shorten(self, grid: Grid) -> Grid:
         """The last `strength` of a grid's steps, rounded down. Raises UserError where none is left."""
@@ -35,14 +35,6 @@ class Edit:
         if not steps:
             raise UserError(f"strength {self.strength} leaves none of {len(grid.steps)} steps; raise one of them")
         return replace(grid, steps=grid.steps[-steps:])
-
-    def size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width of the pictures. Raises UserError where others are asked for."""
-        h, w = self.x.shape[2:]
-        asked = h if height is None else height, w if width is None else width
-        if asked != (h, w):
-            raise UserError(f"the image is {w}x{h}, not {asked[1]}x{asked[0]}; resize it")
-        return h, w
 
     def sample(
         self,
@@ -58,21 +50,16 @@ class Edit:
         with the noise of its first step."""
         posterior = vae.encode(self.x[part].to(next(vae.parameters()).device))
         z0 = vae.normalize(posterior.mean + posterior.std * noise())  # drawn before the first noise, as in diffusers
-        eps = first_noise(noise, latents)
+        eps = noise()
+        eps = eps if latents is None else latents.to(eps)
         z_t = grid.steps[0].alpha * z0 + grid.steps[0].sigma * eps
         if self.mask is None:
             return run(denoise, z_t)
-        mask = self.mask[part].to(z0)
+        # A latent's mask is that of its upper left pixel, as in diffusers.
+        mask = self.mask[part, :, :: vae.factor, :: vae.factor].to(z0)
         if self.strength == 1:
             z_t = torch.lerp(z_t, grid.initial_scale * eps, mask)
-        keeping = keep(denoise, grid.schedule, z0, eps, mask, noise, self.resample)
-        return torch.lerp(z0, run(keeping, z_t), mask)
-
-
-def first_noise(noise: Noise, latents: Tensor | None) -> Tensor:
-    """`latents`, or the first noise, which is drawn in any case, so that later noise does not depend on it."""
-    eps = noise()
-    return eps if latents is None else latents.to(eps)
+        return torch.lerp(z0, run(keep(denoise, grid.schedule, z0, eps, mask, noise, self.resample), z_t), mask)
 
 
 def keep(
@@ -95,11 +82,9 @@ def keep(
     return keeping
 
 
-def read_edit(
-    image: Pictures | None, mask: Pictures | None, strength: float, resample: int, count: int, factor: int
-) -> Edit | None:
-    """The edit of `count` pictures on latents smaller by `factor`; None without an image. Raises UserError for options
-    out of range or pictures that do not fit each other."""
+def read_edit(image: Pictures | None, mask: Pictures | None, strength: float, resample: int, count: int) -> Edit | None:
+    """The edit of `count` pictures; None without an image. Raises UserError for options out of range or pictures that
+    do not fit each other."""
     if resample < 1 or (resample > 1 and mask is None):
         raise UserError(f"resample {resample} is not allowed: 1 or more, and more than 1 only with a mask")
     if image is None:
@@ -108,20 +93,15 @@ def read_edit(
         return None
     if not 0 < strength <= 1:
         raise UserError(f"strength {strength} is not allowed: above 0 (the image stays) and up to 1 (all is redrawn)")
-    x = to_float(rearrange(torch.from_numpy(_read("image", image, count, "RGB")), "b h w c -> b c h w"))
-    if mask is None:
-        return Edit(x=x, mask=None, strength=strength)
-    white = rearrange(torch.from_numpy(_read("mask", mask, count, "L") >= 128), "b h w -> b 1 h w").float()
-    (height, width), (h, w) = x.shape[2:], white.shape[2:]
-    if (h, w) != (height, width):
-        raise UserError(f"the mask is {w}x{h}, the image {width}x{height}; both must have one size")
-    if min(height, width) < factor:
-        raise UserError(f"the image is {width}x{height}, smaller than a latent position of {factor} px")
-    # A latent's mask is that of its upper left pixel, as in diffusers.
-    return Edit(x=x, mask=F.interpolate(white, scale_factor=1 / factor), strength=strength, resample=resample)
+    x = to_float(rearrange(_read("image", image, count, "RGB"), "b h w c -> b c h w"))
+    white = None if mask is None else rearrange(_read("mask", mask, count, "L") >= 128, "b h w -> b 1 h w")
+    if white is not None and white.shape[2:] != x.shape[2:]:
+        sizes = "the mask is {3}x{2}, the image {1}x{0}".format(*x.shape[2:], *white.shape[2:])
+        raise UserError(f"{sizes}; both must have one size")
+    return Edit(x=x, mask=white, strength=strength, resample=resample)
 
 
-def _read(name: str, images: Pictures, count: int, mode: str) -> np.ndarray:
+def _read(name: str, images: Pictures, count: int, mode: str) -> Tensor:
     """The uint8 pixels of `count` pictures of one size."""
     images = [images] * count if isinstance(images, Image.Image) else list(images)
     if len(images) != count:
@@ -130,7 +110,7 @@ def _read(name: str, images: Pictures, count: int, mode: str) -> np.ndarray:
     sizes = {f"{image.width}x{image.height}" for image in images}
     if len(sizes) > 1:
         raise UserError(f"the {name}s of one call must have one size; these have {', '.join(sorted(sizes))}")
-    return np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(np.stack(images))
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:

@@ -38,7 +38,7 @@ def to_float(image: Tensor) -> Tensor:
 
 def to_uint8(x: Tensor) -> Tensor:
     """x in [-1, 1], clamped -> uint8 pixels, rounded to nearest."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 def to_pil(x: Tensor) -> list[Image.Image]:
@@ -47,9 +47,7 @@ def to_pil(x: Tensor) -> list[Image.Image]:
 
 
 def tile(x: Tensor, columns: int, scale: int = 1) -> Image.Image:
-    """Images (B, 3, H, W) in [-1, 1] as one picture of `columns` columns, each pixel enlarged `scale` times."""
-    padding = torch.ones(-len(x) % columns, *x.shape[1:])
-    x = torch.cat([x.cpu().float(), padding])
+    """Images (N, 3, H, W) in [-1, 1] as one picture of full rows of `columns`, each pixel enlarged `scale` times."""
     (image,) = to_pil(rearrange(x, "(rows columns) c h w -> 1 c (rows h) (columns w)", columns=columns))
     return ImageOps.scale(image, scale, Image.Resampling.NEAREST)
 
@@ -57,17 +55,16 @@ def tile(x: Tensor, columns: int, scale: int = 1) -> Image.Image:
 def captioned_grid(images: list[Image.Image], captions: list[str], columns: int, cell: int = 160) -> Image.Image:
     """Each image with its wrapped caption below it, scaled so that its longer side is `cell` pixels."""
     font = ImageFont.load_default(size=max(11, cell // 13))
-    wrapped = [textwrap.wrap(caption, max(8, int(cell / (font.size * 0.52)))) for caption in captions]
-    line, gap = int(font.size * 1.25), 10
-    height, rows = cell + line * max(map(len, wrapped), default=0) + gap, -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (height + gap) + gap), "white")
+    texts = [textwrap.fill(caption, max(8, int(cell / (font.size * 0.52)))) for caption in captions]
+    lines, gap, rows = max((text.count("\n") + 1 for text in texts), default=0), 10, -(-len(images) // columns)
+    width, height = cell + gap, cell + int(font.size * 1.25) * lines + 2 * gap
+    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
-        x, y = gap + (i % columns) * (cell + gap), gap + (i // columns) * (height + gap)
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        x, y = gap + i % columns * width, gap + i // columns * height
         method = Image.Resampling.NEAREST if image.width < 64 else Image.Resampling.LANCZOS
         sheet.paste(ImageOps.pad(image, (cell, cell), method, color="white"), (x, y))
-        for j, text in enumerate(lines):
-            draw.text((x, y + cell + 3 + j * line), text, fill="black", font=font)
+        draw.text((x, y + cell + 3), text, fill="black", font=font, spacing=font.size // 6)
     return sheet
 
 
@@ -88,9 +85,8 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, str]) -> None:
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata in a PNG of `save_png`. Raises UserError for a file without it."""
-    with _open(path, str(path)) as image:
-        image.load()  # text may stand behind the pixels
-        metadata = {str(key): str(value) for key, value in image.info.items()}
+    with _open(path) as image:
+        metadata = dict(getattr(image, "text", {}))  # of a PNG
     if not {"prompt", "seed"} <= metadata.keys():
         raise UserError("the PNG has no prompt and seed in its text chunks; only those saved here can be read")
     return metadata
@@ -99,20 +95,26 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def read_image(source: str | Path | bytes, size: int, limit: int = LIMIT, name: str = "") -> Tensor:
     """A picture as uint8 RGB (3, size, size): the centred square, resized with antialias (bicubic).
 
-    `source` is a path or the bytes of an image file, `name` its name in messages; for the rest see `upright_rgb`. An
-    animation is its first frame. Raises ImageError for a file that is missing, broken, of an unknown kind, or of more
-    than `limit` pixels (checked before decoding), and UserError for a failure of the system, which may pass.
+    `source` is a path or the bytes of an image file, `name` its name in messages; errors are those of `open_image`.
     """
-    name = name or (str(source) if not isinstance(source, bytes) else "image")
-    with _open(source, name, limit) as image:
+    square = ImageOps.fit(open_image(source, limit, name), (size, size), Image.Resampling.BICUBIC)
+    return rearrange(torch.from_numpy(np.array(square)), "h w c -> c h w").contiguous()
+
+
+def open_image(source: str | Path | bytes, limit: int = LIMIT, name: str = "") -> Image.Image:
+    """A picture as `upright_rgb` returns it; of an animation, the first frame.
+
+    Raises ImageError for a file that is missing, broken, of an unknown kind, or of more than `limit` pixels (checked
+    before decoding), and UserError for a failure of the system, which may pass.
+    """
+    with _open(source, limit, name) as image:
         image.load()
-        pixels = np.array(ImageOps.fit(upright_rgb(image), (size, size), Image.Resampling.BICUBIC))
-    return torch.from_numpy(rearrange(pixels, "h w c -> c h w").copy())
+        return upright_rgb(image)
 
 
 def image_size(path: Path, limit: float = math.inf) -> tuple[int, int]:
     """Width and height in a picture's header, before EXIF orientation. Raises ImageError as `read_image`."""
-    with _open(path, str(path), limit) as image:
+    with _open(path, limit) as image:
         return image.size
 
 
@@ -123,43 +125,37 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """
     with contextlib.suppress(Exception):  # a broken EXIF block spoils the orientation, not the picture
         image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ImageError("its samples are floating point, of unknown range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        image = _eight_bits(image)
+    if image.mode.startswith(("F", "I")):  # Pillow's convert would clip 16 bits at 255
+        samples = np.asarray(image)
+        if image.mode == "F" or samples.min() < 0 or samples.max() > 65535:
+            raise ImageError("its samples are floating point or have 32 bits; save it with 8 or 16 bits")
+        image = Image.fromarray(((samples.astype(np.int64) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow's convert("L") would clip 16-bit samples at 255."""
-    samples = np.asarray(image).astype(np.int64)
-    if samples.min() < 0 or samples.max() > 65535:
-        raise ImageError("its samples have 32 bits; save it with 8 or 16 bits")
-    return Image.fromarray(((samples + 128) // 257).astype(np.uint8))
-
-
 @contextlib.contextmanager
-def _open(source: str | Path | bytes, name: str, limit: float = LIMIT) -> Iterator[Image.Image]:
+def _open(source: str | Path | bytes, limit: float = LIMIT, name: str = "") -> Iterator[Image.Image]:
     """An image whose header is read; errors of a decoder within, which may be of any class, become one line."""
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    name = name or (str(file) if file is source else "image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `limit` decides instead
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+            image = Image.open(file, formats=FORMATS)
         with image:
-            if image.width * image.height > limit:
-                size = f"{image.width}x{image.height} pixels"
-                raise ImageError(f"it has {size}, more than the limit of {limit / 1e6:g} million")
+            width, height = image.size
+            if width * height > limit:
+                raise ImageError(f"it has {width}x{height} pixels, more than the limit of {limit / 1e6:g} million")
             yield image
     except MemoryError:
         raise
     except FileNotFoundError:
         raise ImageError(f"image {name!r} does not exist") from None
     except Image.UnidentifiedImageError:
-        kinds = ", ".join(FORMATS)
-        raise ImageError(f"image {name!r} is no image file that can be read here ({kinds})") from None
+        raise ImageError(f"image {name!r} is no image file that can be read here ({', '.join(FORMATS)})") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if getattr(error, "errno", None) in TRANSIENT:

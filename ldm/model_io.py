@@ -1,6 +1,5 @@
 """Model folders: `config.json` and safetensors in the layout of diffusers and transformers, strict both ways."""
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -8,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,30 +61,23 @@ def read_json(path: Path) -> dict:
 def find_part(folder: str | Path, part: str) -> Path:
     """The folder of one part (`vae`, `unet`, `text_encoder`, ...): `folder` itself, or that part of a pipeline, a run
     or a shipped model. Raises UserError where there is none."""
-    root = Path(folder) if _holds_model(Path(folder)) else find_root(folder)
-    for candidate in (root, root / part):
-        if _holds_model(candidate):
+    for candidate in (Path(folder), find_root(folder) / part):
+        path = candidate / "config.json"  # a training run has one, too, without these keys
+        if path.is_file() and {"_class_name", "model_type", "architectures"} & read_json(path).keys():
             return candidate
     raise UserError(f"no {part} in {str(folder)!r}: neither {part}/config.json nor a model's config.json is there")
-
-
-def _holds_model(folder: Path) -> bool:
-    path = folder / "config.json"  # a training run has one, too, without these keys
-    return path.is_file() and any(key in read_json(path) for key in ("_class_name", "model_type", "architectures"))
 
 
 def find_root(folder: str | Path) -> Path:
     """A model folder from its path, a shipped model's name, or a run, whose newest checkpoint it is until the run is
     finished. Another folder of a shipped model's name, without a model in it, does not hide that model."""
-    shipped = sorted(path.name for path in ASSETS.iterdir() if path.is_dir()) if ASSETS.is_dir() else []
-    root = Path(folder)
-    if str(folder) in shipped and not any(any(root.glob(p)) for p in ("*.json", "*/config.json", "checkpoints")):
+    root, shipped = Path(folder), sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
+    if str(folder) in shipped and not any(root.rglob("config.json")):
         root = ASSETS / str(folder)
     if not root.is_dir():
-        names = ", ".join(shipped) or "none"
-        raise UserError(f"unknown model {str(folder)!r}: neither a folder nor a shipped one ({names})")
-    checkpoints = sorted((root / "checkpoints").glob("step-????????"))  # one being written is hidden
-    return checkpoints[-1] if checkpoints and not is_finished(root, checkpoints[-1]) else root
+        raise UserError(f"unknown model {str(folder)!r}: neither a folder nor a shipped one ({', '.join(shipped)})")
+    newest = max((root / "checkpoints").glob("step-????????"), default=None)  # one being written is hidden
+    return newest if newest and not is_finished(root, newest) else root
 
 
 def is_finished(run: Path, checkpoint: Path) -> bool:
@@ -94,7 +87,7 @@ def is_finished(run: Path, checkpoint: Path) -> bool:
     if int(checkpoint.name.removeprefix("step-")) < config.get("train", {}).get("steps", 0):
         return False
     files = [path for path in checkpoint.rglob("*.json") if path.name not in ("manifest.json", "state.json")]
-    return bool(files) and all((run / file.relative_to(checkpoint)).is_file() for file in files)
+    return all((run / file.relative_to(checkpoint)).is_file() for file in files)
 
 
 def module_hash(module: nn.Module) -> str:
@@ -113,15 +106,12 @@ def read_config(folder: Path, cls: type[Config], class_name: str, supported: dic
     UserError for what is not supported.
     """
     path = folder / "config.json"
-    table, names = read_json(path), {field.name for field in dataclasses.fields(cls)}
+    table, names = read_json(path), {field.name for field in fields(cls)}
     if table.get("_class_name", class_name) != class_name:
         raise UserError(f"{str(folder)!r} holds a {table['_class_name']}; supported here: {class_name}")
     for key in sorted(table.keys() - names - EMA_KEYS):
         value, allowed = table[key], supported.get(key, (None, False))
-        entries = value if isinstance(value, list) else [value]
-        # To Python 0 equals False; to a config it does not.
-        kinds = [(value, isinstance(value, bool)) for value in allowed]
-        if not key.startswith("_") and any((entry, isinstance(entry, bool)) not in kinds for entry in entries):
+        if not key.startswith("_") and any(x not in allowed for x in (value if isinstance(value, list) else [value])):
             raise UserError(f"{path}: {key} = {value!r} is not supported (supported: {str(allowed)[1:-1]})")
     values = {key: value for key, value in table.items() if key in names}
     match values.get("sample_size"):
@@ -155,50 +145,35 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     damaged, or holds anything else."""
     try:
         if path.suffix == ".bin":
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            tensors = safetensors.torch.load_file(path)
+            return {name: x.detach() for name, x in torch.load(path, "cpu", weights_only=True).items()}
+        return safetensors.torch.load_file(path)
     except Exception as error:  # broken bytes make the unpickler raise nearly anything
-        reason = (str(error).splitlines() or ["it is cut short"])[0]
+        reason = " ".join(str(error).split())[:200] or "it is cut short"
         raise UserError(f"{str(path)!r} is missing or damaged, or holds more than tensors: {reason}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UserError(f"{str(path)!r} is no table of named tensors")
-    return tensors
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The weights in a model folder, from one file or from shards. Raises UserError where there are none."""
-    tensors: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
-        tensors |= load_tensors(path)
-    return tensors
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Prefers safetensors to `.bin`, full precision to `fp16`, and one file to shards."""
+    """The weights in a model folder: safetensors precede `.bin`, full precision `fp16`, one file its shards. Raises
+    UserError where there are none."""
     for kind, variant, stem in itertools.product(("safetensors", "bin"), ("", ".fp16"), STEMS):
         name = f"{stem}{variant}.{kind}"
         if (folder / name).is_file():
-            return [folder / name]
-        for index in (f"{stem}.{kind}.index{variant}.json", f"{name}.index.json"):
-            if (folder / index).is_file():
-                return _shards(folder / index)
+            return load_tensors(folder / name)
+        for index in (folder / f"{stem}.{kind}.index{variant}.json", folder / f"{name}.index.json"):
+            if index.is_file():
+                files = read_json(index).get("weight_map")
+                if not isinstance(files, dict):
+                    raise UserError(f"{str(index)!r} has no weight_map from tensors to files")
+                shards = sorted({Path(str(file)).name for file in files.values()})  # beside the index, nowhere else
+                return {key: x for shard in shards for key, x in load_tensors(folder / shard).items()}
     names = f"{DIFFUSERS_FILE} or {TRANSFORMERS_FILE}"
     raise UserError(f"no weights in {str(folder)!r}: no {names}, their shards, their fp16 variants, or .bin")
-
-
-def _shards(index: Path) -> list[Path]:
-    table = read_json(index).get("weight_map")
-    names = list(table.values()) if isinstance(table, dict) else []
-    if not names or not all(isinstance(name, str) and name and Path(name).name == name for name in names):
-        raise UserError(f"{str(index)!r} has no weight_map from tensors to files beside it")
-    return [index.with_name(name) for name in sorted(set(names))]
 
 
 class _SkipInit(TorchFunctionMode):
     """Leaves new weights undrawn. On the meta device, drawing would import torch's compiler, which takes seconds."""
 
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
             return args[0] if args else kwargs["tensor"]
         return function(*args, **kwargs or {})
@@ -211,26 +186,20 @@ def load_model(make: Callable[[], Model], folder: Path, tensors: dict[str, Tenso
     for a config that describes no model, and unless names and shapes of the weights are exactly the model's and all
     values finite.
     """
-    path = folder / "config.json"
-    sizes = [item for config in configs for item in dataclasses.asdict(config).items() if "layers" in item[0]]
-    for key, value in sizes:  # the number of modules, each of which has a weight
-        most = max(value) if isinstance(value, tuple) else value
-        require(most <= len(tensors), key, value, f"at most {len(tensors)} in {str(path)!r}")
-    try:
-        with torch.device("meta"), _SkipInit():
-            model = make()
-    except UserError:
-        raise
-    except Exception as error:  # impossible sizes raise nearly anything
-        raise UserError(f"{str(path)!r} describes no model that can be built ({error})"[:300]) from None
-    infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if infinite:
+    for key, value in (item for config in configs for item in asdict(config).items() if "layers" in item[0]):
+        most = max(value) if isinstance(value, tuple) else value  # each layer has a weight
+        require(most <= len(tensors), key, value, f"at most {len(tensors)} in {str(folder / 'config.json')!r}")
+    if infinite := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(f"the weights in {str(folder)!r} are not finite (NaN or infinite): {', '.join(infinite)[:300]}")
     # Copied, since tensors of safetensors are views of the file, not aligned in memory.
     weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
     try:
+        with torch.device("meta"), _SkipInit():
+            model = make()
         model.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split()).partition(": ")[2][:300]
+    except UserError:
+        raise
+    except Exception as error:  # impossible sizes raise nearly anything
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"the weights in {str(folder)!r} do not fit its config.json: {reason}") from None
     return model.eval()

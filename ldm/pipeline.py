@@ -1,6 +1,5 @@
 """Prompt -> tokens -> context -> denoised latent -> picture."""
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from ldm.config import UserError
 from ldm.diffusion import Denoiser, guided
-from ldm.edit import Pictures, first_noise, read_edit
+from ldm.edit import Pictures, read_edit
 from ldm.images import to_pil
 from ldm.pipeline_io import Parts, load_parts, save_parts
-from ldm.samplers import ImageNoise, OnStep, get_sampler, make_grid
+from ldm.samplers import ImageNoise, get_sampler, make_grid
 
 LARGEST = 2**14  # pixels of a side
 
@@ -103,7 +102,7 @@ class Pipeline:
         guidance_interval: tuple[float, float] = (0, math.inf),
         spacing: str | None = None,
         batch_size: int = 16,
-        **sampler_options: float,
+        eta: float = 0.0,
     ) -> list[Image.Image]:
         """One picture per prompt. Picture i has the seed `seed + i` and does not depend on the batch it is made in.
 
@@ -117,7 +116,7 @@ class Pipeline:
             guidance: 0 or more; at 1 there is none, and one model call per step.
             guidance_rescale: in [0, 1]. guidance_interval: the t, ends included, where guidance acts.
             batch_size: most pictures made at once.
-            sampler_options: those of the sampler, e.g. `eta` of ddim.
+            eta: in [0, 1], the share of fresh noise in each step of ddim; 1 is ddpm.
 
         Raises UserError for arguments that the model or the sampler does not support.
         """
@@ -125,19 +124,30 @@ class Pipeline:
             return []
         name = sampler or self.schedule.config.sampler
         sample, grid = get_sampler(name), make_grid(self.schedule, name, steps, spacing)
-        _check(guidance, guidance_rescale, batch_size, sample, sampler_options)
-        context = self._context("prompt", prompt, prompt_embeds, None, batch_size)
-        count, negative = len(context), context
-        if negative_prompt is None and negative_prompt_embeds is None:
-            negative_prompt = ""
+        for option, value, fits, allowed in (
+            ("guidance", guidance, 0 <= guidance < math.inf, "0 or more, where 1 is none"),
+            ("guidance rescale", guidance_rescale, 0 <= guidance_rescale <= 1, "in [0, 1], where 0 is none"),
+            ("batch size", batch_size, batch_size >= 1, "1 or more"),
+            ("eta", eta, eta == 0 or (name == "ddim" and 0 < eta <= 1), "in [0, 1], and above 0 with ddim alone"),
+        ):
+            if not fits:
+                raise UserError(f"{option} {value} is not allowed: {allowed}")
+        context = negative = self._context("prompt", prompt, prompt_embeds, batch_size)
+        count, length, _ = context.shape
         if guidance != 1:
-            negative = self._context("negative_prompt", negative_prompt, negative_prompt_embeds, count, batch_size)
-        if negative.shape != context.shape:
-            lengths = f"{context.shape[1]} and {negative.shape[1]} tokens"
-            raise UserError(f"prompt and negative have {lengths}; give prompt_embeds for both, of one length")
-        edit = read_edit(image, mask, strength, resample, count, self.vae.factor)
+            if negative_prompt_embeds is None:
+                negative_prompt = negative_prompt or ""
+            negative = self._context("negative_prompt", negative_prompt, negative_prompt_embeds, batch_size)
+        if len(negative) not in (1, count) or negative.shape[1] != length:
+            shapes = f"{len(negative)} of {negative.shape[1]} tokens for {count} prompts of {length}"
+            raise UserError(f"the negative prompts are {shapes}; give one for all, or one each, of the same length")
+        negative = negative.expand(count, -1, -1)
+        edit = read_edit(image, mask, strength, resample, count)
         if edit is not None:
-            grid, (height, width) = edit.shorten(grid), edit.size(height, width)
+            grid, (h, w) = edit.shorten(grid), edit.x.shape[2:]
+            if height not in (None, h) or width not in (None, w):
+                raise UserError(f"the image is {w}x{h}; resize it instead of giving height {height}, width {width}")
+            height, width = h, w
         shape = self.latent_shape(height, width)
         if latents is not None and latents.shape != (count, *shape):
             raise UserError(f"latents are {tuple(latents.shape)}; {count} prompts need {(count, *shape)}")
@@ -145,35 +155,35 @@ class Pipeline:
         images: list[Image.Image] = []
         for start in range(0, count, batch_size):
             part = slice(start, min(start + batch_size, count))
+
+            def on_step(step, t, z_t, z0, first=start):
+                steps, decode = len(grid.steps), partial(self.decode, z0)
+                callback(Progress(first=first, step=step, steps=steps, t=t, z_t=z_t, z0=z0, decode=decode))
+
             noise = ImageNoise(range(seed + start, seed + part.stop), shape, self.device)
             denoise = guided(denoiser, context[part], negative[part], guidance, guidance_rescale, guidance_interval)
-            on_step = self._reporting(callback, start, len(grid.steps)) if callback else None
-            run = partial(sample, grid=grid, noise=noise, on_step=on_step, **sampler_options)
+            run = partial(sample, grid=grid, noise=noise, on_step=callback and on_step, **({"eta": eta} if eta else {}))
             first = None if latents is None else latents[part]
             if edit is None:
-                z0 = run(denoise, grid.initial_scale * first_noise(noise, first))
+                eps = noise()  # drawn in any case, so that later noise does not depend on `latents`
+                z0 = run(denoise, grid.initial_scale * (eps if first is None else first.to(eps)))
             else:
                 z0 = edit.sample(run, denoise, self.vae, grid, noise, first, part)
             images += self.decode(z0)
         return images
 
-    def _context(
-        self, name: str, texts: str | list[str] | None, embeds: Tensor | None, count: int | None, batch_size: int
-    ) -> Tensor:
-        """The context (B, L, D) of `count` pictures, or of as many as are given."""
+    def _context(self, name: str, texts: str | list[str] | None, embeds: Tensor | None, batch_size: int) -> Tensor:
+        """The context (B, L, D) of texts, or of embeds, which must be one."""
         if (texts is None) == (embeds is None):
             raise UserError(f"give either {name} or {name}_embeds")
-        given = [texts] if isinstance(texts, str) else embeds if texts is None else list(texts)
-        count = len(given) if count is None else count
-        if len(given) not in (1, count):
-            raise UserError(f"{len(given)} {name}s for {count} prompts; give one for all, or one for each")
         if embeds is None:
-            batches = range(0, len(given), batch_size)
-            embeds = torch.cat([self.encode_prompt(given[i : i + batch_size]) for i in batches])
+            texts = [texts] if isinstance(texts, str) else texts
+            batches = (texts[i : i + batch_size] for i in range(0, len(texts), batch_size))
+            embeds = torch.cat([*map(self.encode_prompt, batches)])
         width = self.unet.config.cross_attention_dim
         if embeds.ndim != 3 or embeds.shape[2] != width:
-            raise UserError(f"{name}_embeds are {tuple(embeds.shape)}; they must be ({count}, L, {width})")
-        return embeds.to(self.device).expand(count, -1, -1)
+            raise UserError(f"{name}_embeds are {tuple(embeds.shape)}; they must be (B, L, {width})")
+        return embeds.to(self.device)
 
     def decode(self, z: Tensor) -> list[Image.Image]:
         """Normalized latents (B, C, h, w) -> pictures, in float32: half precision overflows in VAE decoders. Raises
@@ -188,30 +198,10 @@ class Pipeline:
         """(C, h, w) of the latents of one picture. Raises UserError for a size that the model cannot make."""
         factor, config = self.vae.factor, self.unet.config
         multiple = factor * 2 ** (len(config.block_out_channels) - 1)
-        sides = [config.sample_size * factor if side is None else side for side in (height, width)]
-        for side in sides:
+        height = config.sample_size * factor if height is None else height
+        width = config.sample_size * factor if width is None else width
+        for side in (height, width):
             if not 0 < side <= LARGEST or side % multiple:
                 allowed = f"height and width must be multiples of {multiple} px, at most {LARGEST}"
                 raise UserError(f"size {side} px cannot be made: {allowed}")
-        return config.in_channels, sides[0] // factor, sides[1] // factor
-
-    def _reporting(self, callback: Callable[[Progress], None], first: int, steps: int) -> OnStep:
-        def on_step(i: int, t: float, z_t: Tensor, z0: Tensor) -> None:
-            decode = partial(self.decode, z0)
-            callback(Progress(first=first, step=i, steps=steps, t=t, z_t=z_t, z0=z0, decode=decode))
-
-        return on_step
-
-
-def _check(guidance: float, rescale: float, batch_size: int, sample: Callable, options: dict) -> None:
-    for name, value, good, allowed in (
-        ("guidance", guidance, 0 <= guidance < math.inf, "0 or more, where 1 is none"),
-        ("guidance rescale", rescale, 0 <= rescale <= 1, "in [0, 1], where 0 is none"),
-        ("batch size", batch_size, batch_size >= 1, "1 or more"),
-    ):
-        if not good:
-            raise UserError(f"{name} {value} is not allowed: {allowed}")
-    known = list(inspect.signature(sample).parameters)[5:]  # after denoise, z, grid, noise and on_step
-    for option in options.keys() - set(known):
-        names = ", ".join(known) or "none"
-        raise UserError(f"{option!r} is no argument, nor an option of the sampler {sample.__name__} (these: {names})")
+        return config.in_channels, height // factor, width // factor

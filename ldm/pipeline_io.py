@@ -2,15 +2,16 @@
 
 import copy
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
+
+from torch import nn
 
 from ldm import model_io
 from ldm.clip import TextEncoder
 from ldm.config import UserError, build
 from ldm.diffusion import Schedule, ScheduleConfig
-from ldm.samplers import get_sampler
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
 from ldm.vae import VAE
@@ -52,16 +53,12 @@ OPTIONS: dict[str, dict] = {
     "pndm": {"skip_prk_steps": True},
 }
 LAYOUT = "0.42.1"  # the diffusers version whose layout is written
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 CLASSES = {
     "vae": ["diffusers", "AutoencoderKL"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
-    "safety_checker": [None, None],
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-}
+} | dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None])
 
 
 class Parts(NamedTuple):
@@ -82,16 +79,15 @@ def save_parts(folder: str | Path, parts: Parts, half: bool = False) -> None:
     folder, models = Path(folder), {"vae": parts.vae, "text_encoder": parts.text_encoder, "unet": parts.unet}
     if half:
         models = {name: copy.deepcopy(model).half() for name, model in models.items()}
-        tensors = [(f"{name}: {key}", t) for name, model in models.items() for key, t in model.state_dict().items()]
-        for name, tensor in tensors:
+        for key, tensor in nn.ModuleDict(models).state_dict().items():
             if not tensor.isfinite().all():
-                raise UserError(f"{name} has values above 65504, which float16 cannot hold; save it whole")
+                raise UserError(f"{key} has values above 65504, which float16 cannot hold; save it whole")
     for name, model in models.items():
         model.save_pretrained(folder / name)
     parts.tokenizer.save_pretrained(folder / "tokenizer")
     save_schedule(folder / "scheduler", parts.schedule.config)
     scheduler = ["diffusers", SCHEDULERS[parts.schedule.config.sampler]]
-    index = {"_class_name": PIPELINES[0], "_diffusers_version": LAYOUT, **CLASSES, "scheduler": scheduler}
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": LAYOUT, **CLASSES, "scheduler": scheduler}
     model_io.write_json(folder / "model_index.json", index | {"requires_safety_checker": False})
 
 
@@ -99,50 +95,38 @@ def load_parts(folder: str | Path) -> Parts:
     """The parts in a run folder, a Stable Diffusion folder, or of a shipped model. Raises UserError where one is
     missing, is not supported, or does not fit the others."""
     root = model_io.find_root(folder)
-    if (root / "model_index.json").is_file():
-        kind = model_io.read_json(root / "model_index.json").get("_class_name")
-        if kind not in PIPELINES:
-            raise UserError(f"{str(root)!r} is a {kind}; supported: {PIPELINES[0]}, of Stable Diffusion 1.x and 2.x")
-    missing = [part for part in (*Parts._fields[:4], "scheduler") if not (root / part).is_dir()]
-    if missing:
-        way_out = "train_diffusion writes one, from a VAE and a text encoder"
+    if missing := [part for part in (*Parts._fields[:4], "scheduler") if not (root / part).is_dir()]:
+        way_out = "Stable Diffusion 1.x and 2.x have one, and train_diffusion writes one"
         raise UserError(f"{str(root)!r} is not a whole pipeline: {', '.join(missing)} missing; {way_out}")
     schedule = Schedule(read_schedule(root / "scheduler"))  # first, since it is read at once
-    kinds = {"vae": VAE, "text_encoder": TextEncoder, "tokenizer": Tokenizer, "unet": UNet}
-    parts = Parts(*(kind.from_pretrained(root / name) for name, kind in kinds.items()), schedule)
-    _check_sizes(parts, root)
-    return parts
-
-
-def _check_sizes(parts: Parts, root: Path) -> None:
-    latent, unet, text = parts.vae.config.latent_channels, parts.unet.config, parts.text_encoder.config
-    tokens, length = len(parts.tokenizer), parts.tokenizer.context_length
-    context, known, positions = text.hidden_size, text.vocab_size, text.max_position_embeddings
-    for fits, problem in (
-        (unet.in_channels == latent, f"U-Net of {unet.in_channels} channels in; latents have {latent}"),
-        (unet.out_channels == latent, f"U-Net of {unet.out_channels} channels out; latents have {latent}"),
-        (unet.cross_attention_dim == context, f"U-Net for width {unet.cross_attention_dim}; contexts have {context}"),
-        (tokens <= known, f"tokenizer of {tokens} tokens; the text encoder has {known}"),
-        (length <= positions, f"tokenizer of context length {length}; the text encoder reads {positions}"),
-    ):
-        if not fits:
-            raise UserError(f"the parts in {str(root)!r} do not fit each other: {problem}")
+    vae, text_encoder = VAE.from_pretrained(root / "vae"), TextEncoder.from_pretrained(root / "text_encoder")
+    tokenizer, unet = Tokenizer.from_pretrained(root / "tokenizer"), UNet.from_pretrained(root / "unet")
+    latent, c, text = vae.config.latent_channels, unet.config, text_encoder.config
+    if (c.in_channels, c.out_channels, c.cross_attention_dim) != (latent, latent, text.hidden_size):
+        sizes = f"{c.in_channels} channels in, {c.out_channels} out, contexts of width {c.cross_attention_dim}"
+        others = f"the VAE (latents of {latent} channels) or the text encoder (width {text.hidden_size})"
+        raise UserError(f"the U-Net in {str(root)!r} ({sizes}) does not fit {others}")
+    if len(tokenizer) > text.vocab_size or tokenizer.context_length > text.max_position_embeddings:
+        sizes = f"{len(tokenizer)} tokens, context length {tokenizer.context_length}"
+        others = f"the text encoder ({text.vocab_size} tokens, length {text.max_position_embeddings})"
+        raise UserError(f"the tokenizer in {str(root)!r} ({sizes}) does not fit {others}")
+    return Parts(vae, text_encoder, tokenizer, unet, schedule)
 
 
 def save_schedule(folder: Path, config: ScheduleConfig) -> None:
     """Writes `scheduler_config.json` for the diffusers class of `config.sampler`, with the keys that only other classes
-    read, which diffusers keeps for an exchange of the scheduler. Raises UserError for an unknown sampler."""
-    get_sampler(config.sampler)
-    name = SCHEDULERS[config.sampler]
-    unlike = {
-        "rescale_betas_zero_snr": config.sampler in ("heun", "pndm") and config.rescale_betas_zero_snr,
-        "prediction_type": config.sampler == "pndm" and config.prediction_type == "sample",
-        "steps_offset": config.timestep_spacing == "leading" and config.steps_offset != 1,
-    }
-    for key in (key for key, differs in unlike.items() if differs):
-        warnings.warn(f"diffusers' {name} ignores {key} = {getattr(config, key)!r}: other pictures there", stacklevel=2)
+    read, which diffusers keeps for an exchange of the scheduler."""
+    sampler, name = config.sampler, SCHEDULERS[config.sampler]
+    for key, ignored in (
+        ("rescale_betas_zero_snr", sampler in ("heun", "pndm") and config.rescale_betas_zero_snr),
+        ("prediction_type", sampler == "pndm" and config.prediction_type == "sample"),
+        ("steps_offset", config.timestep_spacing == "leading" and config.steps_offset != 1),
+    ):
+        if ignored:
+            value = repr(getattr(config, key))
+            warnings.warn(f"diffusers' {name} ignores {key} = {value}: other pictures there", stacklevel=2)
     values = {key: value for key, value in asdict(config).items() if key != "sampler" and value is not None}
-    prk = {"skip_prk_steps": True} if config.sampler == "pndm" else {}  # else PNDM begins with Runge-Kutta steps
+    prk = {"skip_prk_steps": True} if sampler == "pndm" else {}  # else PNDM begins with Runge-Kutta steps
     folder.mkdir(parents=True, exist_ok=True)
     model_io.write_json(folder / "scheduler_config.json", {"_class_name": name, **values, **prk, "clip_sample": False})
 
@@ -157,17 +141,15 @@ def read_schedule(folder: Path) -> ScheduleConfig:
     table = model_io.read_json(path)
     name = str(table.get("_class_name"))
     samplers = {scheduler: sampler for sampler, scheduler in SCHEDULERS.items()}
-    sampler = samplers.get(name) or NEAREST.get(name, ScheduleConfig.sampler)
-    start, end = (0.00085, 0.012) if sampler == "heun" else (0.0001, 0.02)
-    defaults = {"beta_schedule": "linear", "beta_start": start, "beta_end": end, "skip_prk_steps": False}
-    table = defaults | dict.fromkeys(("timestep_spacing", "set_alpha_to_one")) | table
     if table.get("trained_betas") is not None or "Flow" in name or "EDM" in name:
         raise UserError(f"{path}: the noise schedule of this {name} is not supported; known: {', '.join(samplers)}")
-    if table.get("clip_sample"):
-        warnings.warn(f"{path}: clip_sample = True is read as false, as Stable Diffusion runs", stacklevel=2)
-    options = [key for key, value in OPTIONS.get(sampler, {}).items() if table.get(key, value) not in (value, None)]
+    sampler = samplers.get(name) or NEAREST.get(name, "dpmpp_2m")
+    start, end = (0.00085, 0.012) if sampler == "heun" else (0.0001, 0.02)
+    defaults = {"beta_schedule": "linear", "beta_start": start, "beta_end": end, "skip_prk_steps": False}
+    table = defaults | {"timestep_spacing": None, "set_alpha_to_one": None} | table
+    options = [key for key, value in OPTIONS[sampler].items() if table.get(key, value) not in (value, None)]
     if options or name not in samplers:
         variant = ", ".join([name, *(f"{key} = {table[key]!r}" for key in options)])
         warnings.warn(f"{path}: {variant} is not supported; {sampler!r} takes its place by default", stacklevel=2)
-    values = {field.name: table[field.name] for field in fields(ScheduleConfig) if field.name in table}
+    values = {key: value for key, value in table.items() if key in ScheduleConfig.__dataclass_fields__}
     return build(ScheduleConfig, values | {"steps_offset": 1, "sampler": sampler}, f"{path}: ")

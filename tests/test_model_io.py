@@ -1,7 +1,6 @@
 """Model folders: found, read strictly, written whole."""
 
 import dataclasses
-import errno
 import itertools
 import json
 import resource
@@ -16,8 +15,6 @@ from torch import nn
 from ldm import model_io
 from ldm.config import UserError
 from ldm.unet import UNet
-
-NAN = torch.tensor([0.0, float("nan")])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,45 +76,45 @@ class Trap:
         return (self.mark.touch, ())
 
 
+def refused(folder, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_a_bin_runs_nothing(tmp_path):
     path, mark = tmp_path / "pytorch_model.bin", tmp_path / "mark"
-    for content, message in (
-        ({"0.bias": Trap(mark)}, "more than tensors"),
-        ([torch.zeros(1)], "no table of named tensors"),
-        ({"0.bias": 3}, "no table of named tensors"),
-    ):
+    for content in ({"0.bias": Trap(mark)}, [torch.zeros(1)], {"0.bias": 3}):
         torch.save(content, path)
-        with pytest.raises(UserError, match=message) as error:
-            load(tmp_path)
-        assert "\n" not in str(error.value) and not mark.exists()
+        refused(tmp_path, "more than tensors")
+        assert not mark.exists()
     torch.save(model().state_dict(), path)
     for broken in (path.read_bytes()[:100], b"", b"\x80\x02}q\x00(", b"\x80\x02X\x05\x00\x00\x00\xff\xff\xff\xff\xff."):
         path.write_bytes(broken)
-        with pytest.raises(UserError, match="missing or damaged"):
-            load(tmp_path)
+        refused(tmp_path, "missing or damaged")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"0.bias": None}, "do not fit its config.json: Missing key.*0.bias"),
+        ({"0.bias": None}, "do not fit its config.json: .*Missing key.*0.bias"),
         ({"extra": torch.zeros(1)}, "Unexpected key.*extra"),
         ({"0.weight": torch.zeros(3, 5)}, r"size mismatch for 0.weight: .*\[3, 5\].*\[2, 2\]"),
-        ({"1.bias": NAN}, r"not finite \(NaN or infinite\): 1.bias"),
+        ({"1.bias": torch.tensor([0.0, float("nan")])}, r"not finite \(NaN or infinite\): 1.bias"),
+        ({"0.bias": torch.tensor([float("inf"), 0.0])}, r"not finite \(NaN or infinite\): 0.bias"),
     ],
 )
 def test_weights_that_do_not_fit(tmp_path, change, message):
     tensors = {name: t for name, t in (model().state_dict() | change).items() if t is not None}
     model_io.save_tensors(tmp_path / model_io.DIFFUSERS_FILE, tensors)
-    with pytest.raises(UserError, match=message):
-        load(tmp_path)
+    refused(tmp_path, message)
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
         (Sizes(2**20), "size mismatch"),  # 4 TB
-        (Sizes(-5), "describes no model that can be built"),
+        (Sizes(-5), "do not fit its config.json: .*negative dimension"),
         (Sizes(2, 2**20), "'layers' is 1048576; it must be at most 4 in"),
     ],
 )
@@ -129,37 +126,39 @@ def test_a_config_of_any_size_takes_no_memory_before_its_weights_fit(tmp_path, s
 
 
 def test_missing_and_damaged_files(tmp_path):
-    def refuse(call, argument, message):
-        with pytest.raises(UserError, match=message):
-            call(argument)
-
-    refuse(load, tmp_path, "no weights in")
-    refuse(model_io.read_json, tmp_path / "none" / "config.json", "is .* a model folder")
-    index, config = tmp_path / "model.safetensors.index.json", tmp_path / "config.json"
-    for wrong in ({}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"a": "../a"}}):
-        model_io.write_json(index, wrong)
-        refuse(load, tmp_path, "no weight_map from tensors to files beside it")
-    model_io.write_json(index, {"weight_map": {"a": "model-1.safetensors"}})
-    refuse(load, tmp_path, "model-1.safetensors.*missing or damaged")
+    folder = tmp_path / "model"
+    refused(folder, "no weights in")
+    model_io.save_tensors(tmp_path / "elsewhere.safetensors", model().state_dict())
+    folder.mkdir()
+    for files, message in (
+        ([], "no weight_map from tensors to files"),
+        ({}, "at most 0"),
+        ({"a": "model-1.safetensors"}, "model-1.safetensors.*missing or damaged"),
+        ({"0.bias": "../elsewhere.safetensors"}, "missing or damaged"),
+    ):
+        model_io.write_json(folder / "model.safetensors.index.json", {"weight_map": files})
+        refused(folder, message)
+    config = folder / "config.json"
+    with pytest.raises(UserError, match="is .* a model folder"):
+        model_io.read_json(config)
     for text, message in (("{", "not valid JSON"), ("[" * 200_000, "not valid"), ("[1]", "a JSON list")):
         config.write_text(text)
-        refuse(model_io.read_json, config, message)
+        with pytest.raises(UserError, match=message):
+            model_io.read_json(config)
     config.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n')  # a byte order mark, as Windows writes it
     assert model_io.read_json(config) == {"a": 1}
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
     """For a file that may not become so large, which is an error of the system."""
-    path = tmp_path / "a.safetensors"
+    path, before = tmp_path / "a.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
     model_io.save_tensors(path, {"a": torch.ones(2)})
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(OSError, match="File too large"):
             model_io.save_tensors(path, {"a": torch.ones(10_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert caught.value.errno == errno.EFBIG
     assert len(model_io.load_tensors(path)["a"]) == 2 and list(tmp_path.iterdir()) == [path]
 
 

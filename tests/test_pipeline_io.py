@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from tiny_models import arrays, no_complaints, shapes, tiny_parts
@@ -21,15 +20,15 @@ from ldm.train.clip import CLIPConfig
 PROMPTS = ["a red circle", "a blue square above a red circle", ""]
 
 
-def diffusers_pictures(pipe, steps: int, guidance: float, seed: int, **options) -> np.ndarray:
-    """Pictures (B, H, W, 3) in [0, 255] from the noise of our seeds."""
-    pipe.set_progress_bar_config(disable=True)
-    noise = ImageNoise(range(seed, seed + len(PROMPTS)), (4, 8, 8))()
-    return arrays(pipe(PROMPTS, num_inference_steps=steps, guidance_scale=guidance, latents=noise, **options).images)
-
-
-def our_pictures(pipe: Pipeline, steps: int, guidance: float, seed: int, **options) -> np.ndarray:
-    return arrays(pipe(PROMPTS, steps=steps, guidance=guidance, seed=seed, **options))
+def far(ours: Pipeline, theirs, steps: int = 5, sampler: str | None = None) -> int:
+    """The largest difference of pictures in [0, 255] from the same noise, here and in diffusers."""
+    theirs.set_progress_bar_config(disable=True)
+    noise, negative = ImageNoise(range(3, 6), (4, 8, 8))(), ["blue"] * len(PROMPTS)
+    images = theirs(PROMPTS, num_inference_steps=steps, latents=noise, guidance_scale=5.0, negative_prompt=negative)
+    expected = arrays(images.images)
+    assert expected.std() > 10 and abs(expected[0] - expected[1]).max() > 10
+    pictures = ours(PROMPTS, steps=steps, guidance=5.0, seed=3, negative_prompt="blue", sampler=sampler)
+    return abs(arrays(pictures) - expected).max()
 
 
 def open_in_diffusers(folder: Path) -> diffusers.StableDiffusionPipeline:
@@ -54,11 +53,7 @@ def test_our_folder_gives_the_same_pictures_in_diffusers(tmp_path, schedule):
     pipe = Pipeline(tiny_parts(**schedule))
     pipe.save_pretrained(tmp_path)
     theirs = open_in_diffusers(tmp_path)
-    assert theirs.safety_checker is None
-    ours = our_pictures(pipe, 5, 5.0, 3, negative_prompt="blue")
-    expected = diffusers_pictures(theirs, 5, 5.0, 3, negative_prompt=["blue"] * len(PROMPTS))
-    assert abs(ours - expected).max() <= 1
-    assert expected.std() > 10 and abs(expected[0] - expected[1]).max() > 10
+    assert theirs.safety_checker is None and far(pipe, theirs) <= 1
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -115,27 +110,20 @@ def test_keys_that_are_left_out_take_the_defaults_of_the_sampler_that_runs(saved
     config = theirs.scheduler.config
     for sampler in ("ddim", "pndm", "euler", "heun", "dpmpp_2m", "unipc"):
         options = {"skip_prk_steps": True} if sampler == "pndm" else {"clip_sample": False} if sampler == "ddim" else {}
-        theirs.scheduler = getattr(diffusers, pipeline_io.SCHEDULERS[sampler]).from_config(
-            config, **options, steps_offset=1
-        )
-        expected = diffusers_pictures(theirs, 10, 5.0, 7)
-        assert abs(our_pictures(ours, 10, 5.0, 7, sampler=sampler) - expected).max() <= 1, sampler
+        scheduler = getattr(diffusers, pipeline_io.SCHEDULERS[sampler])
+        theirs.scheduler = scheduler.from_config(config, **options, steps_offset=1)
+        assert far(ours, theirs, 10, sampler) <= 1, sampler
 
 
 OTHERS = {"use_karras_sigmas": True, "solver_order": 3, "algorithm_type": "sde-dpmsolver++", "steps_offset": 0}
 
 
-@pytest.mark.parametrize(
-    ("change", "warning"),
-    [(OTHERS, None), ({"clip_sample": True}, "clip_sample = True is read as false")],
-    ids=["keys of other classes and steps_offset", "clip_sample"],
-)
-def test_keys_without_effect_give_the_same_pictures_as_in_diffusers(saved, tmp_path, recwarn, change, warning):
+@pytest.mark.parametrize("change", [OTHERS, {"clip_sample": True}], ids=["other classes' keys", "clip_sample"])
+def test_keys_without_effect_give_the_same_pictures_as_in_diffusers(saved, tmp_path, recwarn, change):
     folder = with_scheduler(saved, tmp_path / "pipe", DDIM | change)
     pipe = Pipeline.from_pretrained(folder)
-    assert [warning in str(warned.message) for warned in recwarn] == ([True] if warning else [])
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
-    assert abs(our_pictures(pipe, 5, 5.0, 7) - diffusers_pictures(theirs, 5, 5.0, 7)).max() <= 1
+    assert not list(recwarn)
+    assert far(pipe, diffusers.StableDiffusionPipeline.from_pretrained(folder)) <= 1
 
 
 SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
@@ -144,12 +132,7 @@ SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
 @pytest.mark.parametrize(
     ("name", "change", "sampler", "message"),
     [
-        (
-            "DEISMultistepScheduler",
-            {},
-            "dpmpp_2m",
-            "DEISMultistepScheduler is not supported; 'dpmpp_2m' takes its place",
-        ),
+        ("DEISMultistepScheduler", {}, "dpmpp_2m", "DEISMultistepScheduler is not supported; 'dpmpp_2m' takes its"),
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "euler", "use_karras_sigmas = True"),
         ("PNDMScheduler", {}, "pndm", "skip_prk_steps = False"),
         ("LCMScheduler", {}, "euler_a", "LCMScheduler is not supported; 'euler_a' takes its place"),
@@ -163,18 +146,15 @@ def test_another_sampler_replaces_one_that_is_not_here_with_a_warning(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    "config",
     [
-        (
-            {"sampler": "heun", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
-            "ignores rescale_betas_zero_snr = True",
-        ),
-        ({"sampler": "pndm", "prediction_type": "sample"}, "ignores prediction_type = 'sample'"),
-        ({"timestep_spacing": "leading", "steps_offset": 0}, "ignores steps_offset = 0"),
+        {"rescale_betas_zero_snr": True, "sampler": "heun", "prediction_type": "v_prediction"},
+        {"prediction_type": "sample", "sampler": "pndm"},
+        {"steps_offset": 0, "timestep_spacing": "leading"},
     ],
 )
-def test_schedules_that_diffusers_cannot_follow_are_written_with_a_warning(tmp_path, config, message):
-    with pytest.warns(UserWarning, match=message):
+def test_schedules_that_diffusers_cannot_follow_are_written_with_a_warning(tmp_path, config):
+    with pytest.warns(UserWarning, match=f"ignores {next(iter(config))} = "):
         pipeline_io.save_schedule(tmp_path, ScheduleConfig(**config))
 
 
@@ -196,11 +176,11 @@ def test_schedules_that_would_give_wrong_pictures_are_refused(tmp_path, change, 
 @pytest.mark.parametrize(
     ("part", "key", "value", "message"),
     [
-        ("unet", "in_channels", 9, "U-Net of 9 channels in; latents have 4"),
-        ("unet", "out_channels", 8, "U-Net of 8 channels out; latents have 4"),
-        ("unet", "cross_attention_dim", 12, "U-Net for width 12; contexts have 24"),
-        ("text_encoder", "vocab_size", 20, "the text encoder has 20"),
-        ("tokenizer", "model_max_length", 77, "context length 77; the text encoder reads 12"),
+        ("unet", "in_channels", 9, "U-Net .*9 channels in.*latents of 4 channels"),
+        ("unet", "out_channels", 8, "U-Net .*4 channels in, 8 out.*latents of 4 channels"),
+        ("unet", "cross_attention_dim", 12, "U-Net .*contexts of width 12.*width 24"),
+        ("text_encoder", "vocab_size", 20, "tokenizer .*text encoder .20 tokens"),
+        ("tokenizer", "model_max_length", 77, "context length 77.*length 12"),
     ],
 )
 def test_parts_that_do_not_fit(saved, tmp_path, monkeypatch, part, key, value, message):
@@ -213,13 +193,10 @@ def test_parts_that_do_not_fit(saved, tmp_path, monkeypatch, part, key, value, m
         pipeline_io.load_parts(folder)
 
 
-def test_other_pipelines_and_incomplete_folders(saved, tmp_path):
+def test_incomplete_folders(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "copy")
     shutil.rmtree(folder / "unet")
-    with pytest.raises(UserError, match="not a whole pipeline: unet missing; train_diffusion writes one"):
-        pipeline_io.load_parts(folder)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(UserError, match="is a FluxPipeline; supported: StableDiffusionPipeline, of Stable Diffusion"):
+    with pytest.raises(UserError, match="not a whole pipeline: unet missing; .* train_diffusion writes one"):
         pipeline_io.load_parts(folder)
 
 

@@ -109,7 +109,7 @@ def test_options_of_a_dataclass(capsys):
     with pytest.raises(SystemExit):
         read_options(Options, "Says.", ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Says." in shown and "50% of them" in shown and "some; default: 1,2.5" in shown and "--out PATH" in shown
+    assert "Says." in shown and "50% of them" in shown and "some; default: 1,2.5" in shown and "--out OUT" in shown
 
 
 @pytest.mark.parametrize(

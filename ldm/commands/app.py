@@ -1,9 +1,14 @@
-"""`ldm app`: a page to make pictures, look into a model, and judge how often people are fooled."""
+"""A page to make pictures, look into a model, and judge how often people are fooled.
+
+ldm app                        the shipped models, and finished runs under runs/
+ldm app --model runs/mine/diffusion --model emoji
+
+Needs gradio: pip install -e '.[app]'. It listens on this machine alone unless --host is given.
+"""
 
 import os
 import socket
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,27 +16,22 @@ from pathlib import Path
 from ldm.commands.cli import read_options
 from ldm.config import UserError
 
-DESCRIPTION = """A page to make pictures, look into a model, and judge how often people are fooled.
-
-ldm app                        the shipped models, and finished runs under runs/
-ldm app --model runs/mine/diffusion --model emoji
-
-Needs gradio: pip install -e '.[app]'. It listens on this machine alone unless --host is given."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class AppOptions:
+    """Options of `ldm app`."""
+
     model: tuple[str, ...] = ()  # name or folder; may be repeated
-    port: int = 7860
+    port: int = 7860  # 1 to 65535
     host: str = "127.0.0.1"  # 0.0.0.0 opens the page to everyone who can reach this machine
     out: Path = Path("outputs/app")  # folder for pictures and judgements
-    device: str = ""  # default: cuda if available, else cpu
+    device: str = ""  # cpu or cuda; default: cuda where available
     seed: int = 0  # order in which pictures are judged
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Opens the models, then serves the page until ctrl-C."""
-    options = read_options(AppOptions, DESCRIPTION, argv)
+    options = read_options(AppOptions, __doc__)
     check(options)
     folder = options.out.resolve()
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "served")  # read when gradio is imported
@@ -53,10 +53,10 @@ def check(options: AppOptions) -> None:
     """Raises UserError for what can be refused before anything is loaded."""
     if find_spec("gradio") is None:
         raise UserError("the page needs gradio: pip install -e '.[app]', or make app")
-    if not 1 <= options.port <= 65535:
-        raise UserError(f"--port is {options.port}; it must be from 1 to 65535")
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {str(options.out)!r} is not a folder; use another name")
+    if not 1 <= options.port <= 65535:
+        raise UserError(f"--port is {options.port}; it must be from 1 to 65535")
     try:
         family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         socket.create_server((options.host, options.port), family=family).close()

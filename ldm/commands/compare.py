@@ -37,32 +37,23 @@ def main() -> None:
     """Prints one line per part and per guidance."""
     options = read_options(Options, __doc__)
     if not all(1 <= g < float("inf") for g in options.guidance):
-        shown = ",".join(f"{g:g}" for g in options.guidance)
-        raise UserError(f"--guidance {shown} is not allowed: 1 or more, where 1 is none in both libraries")
-    pipelines = open_both(options)
+        raise UserError(f"--guidance {options.guidance} is not allowed: 1 or more, where 1 is none in both libraries")
     import torch
 
-    print(f"{'':24}{'largest difference':>20}{'largest value':>16}")
-    with torch.no_grad():
-        for name, a, b in outputs(*pipelines, list(options.prompt or PROMPTS), options):
-            print(f"{name:24}{float((a - b).abs().max()):>20.3g}{float(b.abs().max()):>16.3g}")
-
-
-def open_both(options: Options) -> tuple[Pipeline, Any]:
-    """The folder in both libraries. Raises UserError where either cannot open it or an option is out of range."""
     from ldm.commands.benchmark_jobs import open_diffusers
     from ldm.metrics.libraries import library
     from ldm.pipeline import Pipeline
-    from ldm.samplers import ImageNoise, make_grid
 
     library("diffusers")
     ours = Pipeline.from_pretrained(options.folder)
-    make_grid(ours.schedule, ours.schedule.config.sampler, options.steps)  # refuses a wrong --steps before any work
-    ImageNoise([options.seed], ours.latent_shape())
     try:
-        return ours, open_diffusers(options.folder)
+        theirs = open_diffusers(options.folder)
     except (OSError, ValueError) as error:
         raise UserError(f"diffusers cannot open {options.folder!r}: {str(error).splitlines()[0]}") from None
+    print(f"{'':24}{'largest difference':>20}{'largest value':>16}")
+    with torch.no_grad():
+        for name, a, b in outputs(ours, theirs, list(options.prompt or PROMPTS), options):
+            print(f"{name:24}{float((a - b).abs().max()):>20.3g}{float(b.abs().max()):>16.3g}")
 
 
 def outputs(ours: Pipeline, theirs: Any, prompts: list[str], options: Options) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -71,23 +62,22 @@ def outputs(ours: Pipeline, theirs: Any, prompts: list[str], options: Options) -
     import numpy as np
     import torch
 
-    tokens = ours.tokenizer(prompts)
-    padded = {"padding": "max_length", "truncation": True, "max_length": ours.tokenizer.context_length}
+    tokens, count = ours.tokenizer(prompts), len(prompts)
+    padded = {"padding": "max_length", "truncation": True, "max_length": tokens.shape[1]}
     yield "tokens", tokens, theirs.tokenizer(prompts, return_tensors="pt", **padded).input_ids
     context = ours.text_encoder(tokens)
     yield "text context", context, theirs.text_encoder(tokens)[0]
-    generator = torch.Generator().manual_seed(options.seed)
-    shape = (len(prompts), *ours.latent_shape())
-    x = torch.rand((len(prompts), 3, *(side * ours.vae.factor for side in shape[2:])), generator=generator) * 2 - 1
+    z = torch.randn((count, *ours.latent_shape()), generator=torch.Generator().manual_seed(options.seed))
+    x = ours.vae.decode_raw(z)
+    yield "VAE decoded", x, theirs.vae.decode(z).sample
     posterior, expected = ours.vae.encode(x), theirs.vae.encode(x).latent_dist
     yield "VAE moments", torch.cat([posterior.mean, posterior.std]), torch.cat([expected.mean, expected.std])
-    yield "VAE decoded", ours.vae.decode_raw(posterior.mean), theirs.vae.decode(posterior.mean).sample
-    z_t = torch.randn(shape, generator=generator)
     for t in (10, 500, 990):
-        yield f"U-Net at t {t}", ours.unet(z_t, torch.tensor(t), context), theirs.unet(z_t, t, context).sample
+        yield f"U-Net at t {t}", ours.unet(z, torch.tensor(t), context), theirs.unet(z, t, context).sample
     for g in options.guidance:
-        noise = [torch.Generator().manual_seed(options.seed + i) for i in range(len(prompts))]
-        images = theirs(prompts, num_inference_steps=options.steps, guidance_scale=g, generator=noise).images
-        batches = ours(prompts, steps=options.steps, guidance=g, seed=options.seed), images
-        a, b = (torch.from_numpy(np.stack([np.asarray(i) for i in batch])).float() for batch in batches)
-        yield f"pictures, guidance {g:g}", a, b
+        noise = [torch.Generator().manual_seed(options.seed + i) for i in range(count)]
+        batches = (
+            ours(prompts, steps=options.steps, guidance=g, seed=options.seed),
+            theirs(prompts, num_inference_steps=options.steps, guidance_scale=g, generator=noise).images,
+        )
+        yield f"pictures, guidance {g:g}", *(torch.from_numpy(np.stack(batch)).float() for batch in batches)

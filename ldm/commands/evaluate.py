@@ -9,7 +9,7 @@ add what is missing. `accelerate launch scripts/evaluate.py ...` shares the work
 """
 
 import sys
-from dataclasses import fields
+from contextlib import suppress
 from importlib import import_module
 
 from ldm.commands.cli import read_options
@@ -26,33 +26,26 @@ MODES = {
 
 def main() -> None:
     """Reads the options of the kind of evaluation that is asked for, and runs it."""
-    given = [word[2:].partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")]
-    modes = [mode for mode in MODES if mode in given]
-    if not modes and {"help"} & {*given} or "-h" in sys.argv:
-        return show_help()
+    given = [word.partition("=")[0] for word in sys.argv[1:]]
+    modes = [mode for mode in MODES if f"--{mode}" in given]
+    if not modes and {"-h", "--help"} & {*given}:
+        for mode, (options, *_) in MODES.items():
+            with suppress(SystemExit):
+                read_options(options, __doc__ if mode == "model" else f"With --{mode}:", ["--help"])
+        return
     if len(modes) != 1:
         raise UserError("one of --model, --autoencoder and --images is needed; see --help")
-    (mode,) = modes
-    options, module, function = MODES[mode]
-    others = {field.name for cls, *_ in MODES.values() for field in fields(cls)} - {f.name for f in fields(options)}
-    for name in given:
-        if name in others:
-            raise UserError(f"--{name.replace('_', '-')} has no meaning with --{mode}; leave it out")
-    config = read_options(options, __doc__)
+    options, module, function = MODES[modes[0]]
+    try:
+        config = read_options(options, __doc__)
+    except UserError as error:
+        raise UserError(f"with --{modes[0]}: {error}") from None
     from ldm.distributed import processes
     from ldm.evaluate.report import check_installed
 
+    process = processes()
     check_installed()
     lines = getattr(import_module(f"ldm.evaluate.{module}"), function)(config)
-    if processes().is_main_process:
+    if process.is_main_process:
         print(*lines, f"numbers in {config.out / 'metrics.json'}, report in {config.out / 'report.html'}", sep="\n")
-    processes().destroy_process_group()
-
-
-def show_help() -> None:
-    """The options of every kind of evaluation."""
-    for i, (mode, (options, *_)) in enumerate(MODES.items()):
-        try:
-            read_options(options, __doc__ if i == 0 else f"With --{mode}:", ["--help"])
-        except SystemExit:
-            print()
+    process.destroy_process_group()

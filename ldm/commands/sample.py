@@ -8,6 +8,7 @@ first of two prompts (and --seed) to the second (and --seed-to), and an animated
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import Pipeline
 
-PASSED = ("negative_prompt", "steps", "guidance", "guidance_rescale", "sampler", "seed", "strength", "resample")
-PASSED += ("height", "width", "batch_size")  # to the pipeline, under the same names
-RECORDED = ("negative_prompt", "steps", "guidance", "guidance_rescale", "model")  # in every PNG
+RECORDED = ("negative_prompt", "steps", "guidance", "guidance_rescale", "model", "sampler", "height", "width")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,6 @@ def main() -> None:
     """Samples all prompts with a progress bar, then writes the PNGs and the grid."""
     options = read_options(Options, __doc__)
     prompts = read_prompts(options)
-    check(options, prompts)
     from tqdm import tqdm
 
     from ldm.distributed import find_device
@@ -67,81 +65,64 @@ def main() -> None:
     pipe = Pipeline.from_pretrained(options.model, find_device(options.device))
     if options.compile:
         pipe.compile()
-    inputs = {name: getattr(options, name) for name in PASSED} | read_squares(options, pipe)
-    shared = {name: getattr(options, name) for name in RECORDED}
-    shared["sampler"] = options.sampler or pipe.schedule.config.sampler
-    shared |= {name: getattr(options, name) for name in ("height", "width") if getattr(options, name)}
-    if options.image:
-        shared |= {name: getattr(options, name) or "" for name in ("image", "mask", "strength", "resample")}
+    given = vars(options) | {"sampler": options.sampler or pipe.schedule.config.sampler}
+    inputs = {name: given[name] for name in inspect.signature(pipe.__call__).parameters if name in given}
+    inputs |= {"prompt": prompts} | read_squares(options, pipe)
+    metadata: list[dict[str, Any]] = [{"prompt": text, "seed": options.seed + i} for i, text in enumerate(prompts)]
     if options.interpolate:
-        contexts, latents, metadata = interpolate(pipe, prompts, options)
-        inputs |= {"prompt_embeds": contexts, "latents": latents}
-    else:
-        inputs["prompt"] = prompts
-        metadata = [{"prompt": prompt, "seed": options.seed + i} for i, prompt in enumerate(prompts)]
+        path, metadata = interpolate(pipe, prompts, options)
+        inputs |= {"prompt": None} | path
+    names = RECORDED + (("image", "mask", "strength", "resample") if options.image else ())
+    shared = {name: given[name] for name in names if given[name] is not None}
     steps = int(options.steps * options.strength) if options.image else options.steps
     batches = -(-len(metadata) // max(options.batch_size, 1))
     with tqdm(total=batches * steps, unit="step", delay=1e-3) as bar:  # the delay: no bar before an error
         images = pipe(callback=lambda progress: bar.update(), **inputs)
-    write(options, images, [{key: str(v) for key, v in (own | shared).items()} for own in metadata])
+    write(options, images, [{key: str(value) for key, value in (own | shared).items()} for own in metadata])
 
 
 def read_prompts(options: Options) -> list[str]:
-    """The prompts of --prompt, or the non-empty lines of the file --prompts."""
+    """The prompts of --prompt, or the non-empty lines of the file --prompts. Raises UserError for them and for other
+    options that can be refused before a model is opened."""
     from ldm.data.text import read_text
 
     if bool(options.prompt) == (options.prompts is not None):
         raise UserError("exactly one of --prompt and --prompts is required; see --help")
-    if not options.prompts:
-        return list(options.prompt)
-    prompts = [line.strip() for line in read_text(options.prompts).splitlines() if line.strip()]
+    lines = read_text(options.prompts).splitlines() if options.prompts else []
+    prompts = list(options.prompt) or [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"prompt file {str(options.prompts)!r} holds no prompt; write one per line")
-    return prompts
-
-
-def check(options: Options, prompts: list[str]) -> None:
-    """Raises UserError for options that can be refused before a model is opened."""
     for text in (*prompts, options.negative_prompt):
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python reads arguments of other encodings
+        if re.search("[\ud800-\udfff]", text):  # how Python reads arguments of other encodings
             raise UserError(f"prompt {text!r} is not valid UTF-8")
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {str(options.out)!r} is a file; give a folder, which may be new")
-    if options.grid and options.grid.is_dir():
-        raise UserError(f"--grid {str(options.grid)!r} is a folder; give a file name")
     count = options.interpolate
     if count is not None and (count < 2 or len(prompts) != 2):
         raise UserError(f"--interpolate {count} with {len(prompts)} prompts; give 2 or more pictures and two prompts")
     if options.seed_to is not None and count is None:
         raise UserError("--seed-to is the last seed of --interpolate; leave it out without that")
-    if options.image and not 0 < options.strength <= 1:
-        raise UserError(f"--strength is {options.strength}; it must be above 0 and up to 1")
     if options.image and options.height != options.width:
         raise UserError(f"--image is cut to a square: --height {options.height} and --width {options.width} differ")
+    return prompts
 
 
 def read_squares(options: Options, pipe: Pipeline) -> dict[str, Image.Image]:
-    """The image and the mask as square RGB pictures of the height to sample."""
+    """The centre squares of the image and the mask, resized to the height to sample."""
     from PIL import Image, ImageOps
 
-    from ldm.images import ImageError, read_image, to_float, to_pil
+    from ldm.images import open_image
 
-    side = pipe.latent_shape()[1] * pipe.vae.factor if options.height is None else max(options.height, 1)
-    squares, sizes = {}, {}
-    for name in ("image", "mask"):
-        if path := getattr(options, name):
-            try:
-                (squares[name],) = to_pil(to_float(read_image(path, side)[None]))
-            except ImageError as error:
-                raise UserError(str(error)) from None
-            with Image.open(path) as image:
-                sizes[name] = "{}x{}".format(*ImageOps.exif_transpose(image).size)
-    if len(set(sizes.values())) > 1:
-        raise UserError(f"the mask is {sizes['mask']}, the image {sizes['image']}; both must have the same size")
-    return squares
+    paths = {"image": options.image, "mask": options.mask}
+    images = {name: open_image(path) for name, path in paths.items() if path}
+    side = max(options.height or pipe.unet.config.sample_size * pipe.vae.factor, 1) if images else 0
+    sizes = sorted({f"{image.width}x{image.height}" for image in images.values()})
+    if len(sizes) > 1:
+        raise UserError(f"the image and its mask must have one size; they have {' and '.join(sizes)}")
+    return {name: ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC) for name, image in images.items()}
 
 
-def interpolate(pipe: Pipeline, prompts: list[str], options: Options) -> tuple[Any, Any, list[dict[str, Any]]]:
+def interpolate(pipe: Pipeline, prompts: list[str], options: Options) -> tuple[dict, list[dict]]:
     """Contexts (N, L, D) and latents (N, C, h, w) from the first prompt to the second, and the PNGs' metadata."""
     import torch
 
@@ -151,27 +132,25 @@ def interpolate(pipe: Pipeline, prompts: list[str], options: Options) -> tuple[A
     last = options.seed if options.seed_to is None else options.seed_to
     a, b = ImageNoise([options.seed, last], pipe.latent_shape(options.height, options.width))()
     shares = torch.linspace(0, 1, options.interpolate).tolist()
-    contexts = between(*(pipe.encode_prompt([prompt]) for prompt in prompts), shares)
-    texts = {"prompt": " -> ".join(prompts), "seed": options.seed, "seed_to": last}
+    embeds = between(*pipe.encode_prompt(prompts).split(1), shares)
     latents = torch.stack([slerp(a, b, share) for share in shares])
-    return contexts, latents, [texts | {"share": f"{share:.4g}"} for share in shares]
+    texts = {"prompt": " -> ".join(prompts), "seed": options.seed, "seed_to": last}
+    return {"prompt_embeds": embeds, "latents": latents}, [texts | {"share": f"{share:.4g}"} for share in shares]
 
 
 def write(options: Options, images: list[Image.Image], metadata: list[dict[str, str]]) -> None:
     """PNGs named by number and prompt, a captioned grid, and the GIF of an interpolation."""
     from ldm.images import captioned_grid, save_png
 
-    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.grid or options.out / "grid.png"
+    for folder in (options.out, file.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     for i, (image, texts) in enumerate(zip(images, metadata, strict=True)):
         slug = re.sub(r"[^a-z0-9]+", "-", texts["prompt"].lower())[:48].strip("-")
         save_png(image, options.out / f"{i:04d}-{slug or 'prompt'}.png", texts)
-    file = options.grid or options.out / "grid.png"
-    file.parent.mkdir(parents=True, exist_ok=True)
     captions = [texts.get("share", texts["prompt"])[:400] for texts in metadata]  # as many letters as fit a cell
     grid = captioned_grid(images, captions, len(images) if options.interpolate else min(6, len(images)))
     save_png(grid, file, {"grid": f"{len(images)} pictures"})  # so that an evaluation of the folder leaves it out
     print(f"{len(images)} pictures in {options.out}, grid in {file}")
     if options.interpolate:
-        gif = options.out / "path.gif"
-        images[0].save(gif, save_all=True, append_images=images[1:], duration=120, loop=0)
-        print(f"animation in {gif}")
+        images[0].save(options.out / "path.gif", save_all=True, append_images=images[1:], duration=120, loop=0)

@@ -1,13 +1,14 @@
 """The training commands: a config from a TOML file and `key.path=value` overrides, trained into a run folder."""
 
 import dataclasses
+import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ldm.commands.cli import Parser, default
+from ldm.commands.cli import Parser
 from ldm.config import comments, load, to_dict
 
 
@@ -18,7 +19,7 @@ def autoencoder() -> None:
     """
     from ldm.train.autoencoder import AutoencoderConfig, AutoencoderTask
 
-    train(AutoencoderConfig, AutoencoderTask, autoencoder.__doc__)
+    train(AutoencoderConfig, AutoencoderTask, autoencoder)
 
 
 def clip() -> None:
@@ -28,7 +29,7 @@ def clip() -> None:
     """
     from ldm.train.clip import CLIPConfig, CLIPTask
 
-    train(CLIPConfig, CLIPTask, clip.__doc__)
+    train(CLIPConfig, CLIPTask, clip)
 
 
 def diffusion() -> None:
@@ -38,13 +39,13 @@ def diffusion() -> None:
     """
     from ldm.train.diffusion import DiffusionConfig, DiffusionTask
 
-    train(DiffusionConfig, DiffusionTask, diffusion.__doc__)
+    train(DiffusionConfig, DiffusionTask, diffusion)
 
 
-def train(config_class: type, make_task: Callable[[Any], Any], description: str | None) -> None:
-    """Reads the command line, builds the config and the task, trains."""
+def train(config_class: type, make_task: Callable[[Any], Any], command: Callable[[], None]) -> None:
+    """Reads the command line of `command`, builds the config and the task, trains."""
     keys = "config keys, with their defaults:\n" + "\n".join(_keys(config_class))
-    parser = Parser("\n".join(map(str.strip, (description or "").splitlines())), epilog=keys)
+    parser = Parser(inspect.getdoc(command), epilog=keys)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file; see configs/")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder; the same command resumes")
     parser.add_argument("--force", action="store_true", help="resume although the config has changed")
@@ -54,22 +55,21 @@ def train(config_class: type, make_task: Callable[[Any], Any], description: str 
     from ldm.distributed import processes
     from ldm.train.loop import train
 
-    processes()  # refuses an unsupported launch before any work
+    process = processes()  # refuses an unsupported launch before any work
     try:
         train(make_task(config), config.train, args.out, to_dict(config), args.force)
     except KeyboardInterrupt:
         print("the same command goes on from the last checkpoint", file=sys.stderr)
         raise
-    processes().destroy_process_group()
+    process.destroy_process_group()
 
 
 def _keys(cls: type, prefix: str = "") -> Iterator[str]:
     """One line per key of a nested config: `train.steps = 10000  # help`."""
     texts, hints = comments(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        key, value = prefix + field.name, default(field)
         if dataclasses.is_dataclass(hints[field.name]):
-            yield from _keys(hints[field.name], key + ".")
+            yield from _keys(hints[field.name], f"{prefix}{field.name}.")
         else:
-            shown = "" if value is dataclasses.MISSING else f" = {value!r}"
-            yield f"  {key}{shown}" + (f"  # {texts[field.name]}" if texts[field.name] else "")
+            value = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
+            yield f"  {prefix}{field.name}{value}  # {texts[field.name]}".rstrip(" #")
