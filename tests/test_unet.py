@@ -112,7 +112,7 @@ def test_mistakes(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep' is not supported"),
-        ({"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "'AttnUpBlock2D'; allowed: 'UpBlock2D', 'CrossAttn"),
+        ({"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "'AttnUpBlock2D'; it must be one of 'UpBlock2D', 'CrossAttn"),
         ({"cross_attention_dim": "wide"}, "cross_attention_dim"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
