@@ -60,7 +60,7 @@ def test_image_encoder_equals_transformers(hidden_act):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     encoder = randomize(ImageEncoder(vision_config(hidden_act=hidden_act)))
-    theirs = CLIPVisionModel(CLIPVisionConfig(**encoder.config.to_dict())).eval()
+    theirs = CLIPVisionModel(CLIPVisionConfig(**asdict(encoder.config))).eval()
     theirs.load_state_dict(encoder.state_dict(), strict=True)
     pooled, expected = encoder(images()), theirs(images()).pooler_output
     close(pooled, expected)
@@ -102,7 +102,7 @@ def test_folder_written_by_transformers_opens_here(tmp_path):
     from transformers import CLIPConfig as TheirConfig
     from transformers import CLIPImageProcessor, CLIPModel
 
-    sizes = {"text_config": text_config(projection_dim=5).to_dict(), "vision_config": vision_config().to_dict()}
+    sizes = {"text_config": asdict(text_config(projection_dim=5)), "vision_config": asdict(vision_config())}
     theirs = randomize(CLIPModel(TheirConfig(**sizes, projection_dim=20))).eval()
     theirs.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="preprocessor_config.json"):
@@ -183,11 +183,6 @@ def test_initialization_is_clips():
     assert clip.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
 
 
-def test_wrong_sizes_are_refused():
-    clip = CLIP(text_config(), vision_config())
-    with pytest.raises(UserError, match="16x16"):
-        clip.encode_image(images(size=32))
-    with pytest.raises(UserError, match="7 tokens"):
-        clip.encode_text(torch.zeros((1, 7), dtype=torch.long))
+def test_towers_have_one_projection():
     with pytest.raises(UserError, match="projection_dim"):
         CLIP(text_config(), vision_config(projection_dim=8))
