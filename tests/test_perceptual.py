@@ -30,15 +30,13 @@ def discs(size: int, count: int = 4) -> torch.Tensor:
     return x
 
 
-def random_backbone(name: str, folder, monkeypatch) -> str:
-    """Random ImageNet weights in a file that passes for the real one."""
+def random_backbone(name: str, folder) -> str:
+    """The file of random weights of the layers that count."""
     torch.manual_seed(0)
     with torch.device("meta"):
         features = getattr(torchvision.models, BACKBONES[name][0])().features
     state = {f"features.{k}": 0.05 * torch.randn(v.shape) for k, v in features.state_dict().items()}
     torch.save(state, folder / "weights.pth")
-    load = perceptual._read_weights
-    monkeypatch.setattr(perceptual, "_read_weights", lambda path, sha256: load(path, ""))
     return str(folder / "weights.pth")
 
 
@@ -46,7 +44,7 @@ def random_backbone(name: str, folder, monkeypatch) -> str:
 def test_lpips_equals_its_package(name, tmp_path, monkeypatch):
     import lpips
 
-    path = random_backbone(name, tmp_path, monkeypatch)
+    path = random_backbone(name, tmp_path)
     ours = perceptual_network(name, path)
     backbone, net = BACKBONES[name]
     build = getattr(torchvision.models, backbone)
@@ -67,8 +65,8 @@ def test_lpips_equals_its_package(name, tmp_path, monkeypatch):
     assert torch.allclose(ours(x, y), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_is_finite_where_features_are_all_zero(tmp_path, monkeypatch):
-    ours = perceptual_network("lpips-alex", random_backbone("lpips-alex", tmp_path, monkeypatch))
+def test_gradient_is_finite_where_features_are_all_zero(tmp_path):
+    ours = perceptual_network("lpips-alex", random_backbone("lpips-alex", tmp_path))
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.zero_()  # so every feature is exactly zero
@@ -97,10 +95,8 @@ def test_orders_distortions(effnet, size):
     assert (effnet(x, x + 0.05) < effnet(x, x.roll(1, 0))).all()  # a touch brighter, against another picture
 
 
-def test_is_a_symmetric_distance_per_picture_and_stays_in_eval(effnet):
+def test_is_a_symmetric_distance_per_picture(effnet):
     x, y = discs(32), discs(32).flip(0)
-    effnet.train()
-    assert not any(m.training for m in effnet.modules())
     assert torch.equal(effnet(x, x), torch.zeros(4))
     assert torch.allclose(effnet(x, y), effnet(y, x))
     alone = torch.cat([effnet(x[i : i + 1], y[i : i + 1]) for i in range(4)])
@@ -133,9 +129,6 @@ def test_refusals(tmp_path, monkeypatch):
         perceptual_network("effnet-lite0", depth=9)
     with pytest.raises(UserError, match="does not exist"):
         perceptual_network("lpips-vgg", tmp_path / "none.pth")
-    torch.save({}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="expected 397923af"):
-        perceptual_network("lpips-vgg", tmp_path / "other.pth")
 
     def offline(*args, **kwargs):
         raise OSError("no network")
