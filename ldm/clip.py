@@ -43,7 +43,7 @@ class TextConfig:
     eos_token_id: int = 49407
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "vocab_size", "max_position_embeddings")
+        _check_sizes(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +62,14 @@ class VisionConfig:
     projection_dim: int = 512
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "image_size", "patch_size", "num_channels")
+        _check_sizes(self)
 
 
 TowerConfig = TextConfig | VisionConfig
 
 
-def _check_sizes(config: TowerConfig, *names: str) -> None:
-    shared = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim"
-    require_positive(config, *names, *shared)
+def _check_sizes(config: TowerConfig) -> None:
+    require_positive(config, "pad_token_id", "bos_token_id", "eos_token_id")
     if config.hidden_size % config.num_attention_heads:
         heads = f"num_attention_heads {config.num_attention_heads}"
         raise UserError(f"CLIP hidden_size {config.hidden_size} must be a multiple of {heads}")

@@ -34,11 +34,11 @@ def require(condition: bool, key: str, value: Any, allowed: str) -> None:
         raise UserError(f"config key {key!r} is {value!r}; it must be {allowed}")
 
 
-def require_positive(config: Any, *names: str) -> None:
-    """Raises UserError unless these sizes of a config, or all entries of those that are tuples, are 1 or more."""
-    for name in names:
-        value = getattr(config, name)
-        if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
+def require_positive(config: Any, *exempt: str) -> None:
+    """Raises UserError unless all whole numbers in a config, but those of the fields `exempt`, are 1 or more."""
+    for name, value in vars(config).items():
+        entries = value if isinstance(value, tuple) else (value,)
+        if name not in exempt and (not entries or any(type(entry) is int and entry < 1 for entry in entries)):
             raise UserError(f"{type(config).__name__}: {name} is {value!r}; it must be 1 or more")
 
 

@@ -1,5 +1,6 @@
 """The blocks that the VAE and the U-Net are made of, under diffusers' parameter names."""
 
+from collections import OrderedDict
 from functools import partial
 
 import torch.nn.functional as F
@@ -118,26 +119,15 @@ class SpatialTransformer(nn.Module):
         return x + (h if self.linear else self.proj_out(h))
 
 
-class Downsample(nn.Module):
-    """Halves height and width by a strided convolution; `asymmetric` pads on the right and below only, as the VAE."""
-
-    def __init__(self, channels: int, *, asymmetric: bool = False):
-        super().__init__()
-        self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H/2, W/2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+def downsample(channels: int, *, asymmetric: bool = False) -> nn.Sequential:
+    """Halves height and width, (B, C, H, W) -> (B, C, H/2, W/2), by a strided convolution; `asymmetric` pads on the
+    right and below only, as the VAE."""
+    pad = nn.ZeroPad2d((0, 1, 0, 1)) if asymmetric else nn.Identity()
+    conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+    return nn.Sequential(OrderedDict(pad=pad, conv=conv))
 
 
-class Upsample(nn.Module):
-    """Doubles height and width: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsample(channels: int) -> nn.Sequential:
+    """Doubles height and width, (B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, then a convolution."""
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=conv))

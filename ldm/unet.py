@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm import model_io
 from ldm.config import UserError, require_positive
-from ldm.layers import Downsample, ResnetBlock, SpatialTransformer, Upsample
+from ldm.layers import ResnetBlock, SpatialTransformer, downsample, upsample
 
 # Keys of diffusers' config that are no fields of UNetConfig, and the values that are supported.
 SUPPORTED: dict[str, tuple] = {
@@ -57,8 +57,7 @@ class UNetConfig:
     freq_shift: int = 0
 
     def __post_init__(self) -> None:
-        sizes = "sample_size", "in_channels", "out_channels", "layers_per_block", "cross_attention_dim"
-        require_positive(self, "block_out_channels", "norm_num_groups", *sizes, *PER_LEVEL)
+        require_positive(self, "freq_shift")
         widths, levels = self.block_out_channels, len(self.block_out_channels)
         for name in ("down_block_types", "up_block_types", *PER_LEVEL):
             entries = len(self.per_level(name))
@@ -100,8 +99,8 @@ class Level(nn.Module):
         self.attentions = nn.ModuleList(
             SpatialTransformer(width, heads, config.cross_attention_dim, **transformer) for _ in range(attentions)
         )
-        self.downsamplers = nn.ModuleList([Downsample(width)] if step == "down" else [])
-        self.upsamplers = nn.ModuleList([Upsample(width)] if step == "up" else [])
+        self.downsamplers = nn.ModuleList([downsample(width)] if step == "down" else [])
+        self.upsamplers = nn.ModuleList([upsample(width)] if step == "up" else [])
 
     def forward(self, h: Tensor, temb: Tensor, context: Tensor, skips: list[Tensor] | tuple = ()) -> list[Tensor]:
         """h (B, C, H, W), temb (B, T), context (B, L, D) -> the output of each block and step, (B, width, H', W').

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm import model_io
 from ldm.config import UserError, require_positive
-from ldm.layers import Attention, Downsample, ResnetBlock, Upsample
+from ldm.layers import Attention, ResnetBlock, downsample, upsample
 
 # Keys of diffusers' config that are no fields of VAEConfig, and the values that are supported.
 SUPPORTED: dict[str, tuple] = {
@@ -49,8 +49,7 @@ class VAEConfig:
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
-        sizes = "in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"
-        require_positive(self, "block_out_channels", "sample_size", *sizes)
+        require_positive(self)
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise UserError(f"VAE width {width} must be a multiple of norm_num_groups {self.norm_num_groups}")
@@ -110,7 +109,7 @@ def _levels(
 def _encoder(config: VAEConfig) -> nn.Sequential:
     """x (B, 3, H, W) -> hidden moments (B, 2C, H/f, W/f)."""
     widths, groups = config.block_out_channels, config.norm_num_groups
-    down = partial(Downsample, asymmetric=True)
+    down = partial(downsample, asymmetric=True)
     layers = OrderedDict(
         conv_in=nn.Conv2d(config.in_channels, widths[0], 3, padding=1),
         down_blocks=_levels(widths, config.layers_per_block, groups, "downsamplers", down),
@@ -128,7 +127,7 @@ def _decoder(config: VAEConfig) -> nn.Sequential:
     layers = OrderedDict(
         conv_in=nn.Conv2d(config.latent_channels, widths[0], 3, padding=1),
         mid_block=MidBlock(widths[0], config),
-        up_blocks=_levels(widths, config.layers_per_block + 1, groups, "upsamplers", Upsample),
+        up_blocks=_levels(widths, config.layers_per_block + 1, groups, "upsamplers", upsample),
         conv_norm_out=nn.GroupNorm(groups, widths[-1], EPS),
         conv_act=nn.SiLU(),
         conv_out=nn.Conv2d(widths[-1], config.out_channels, 3, padding=1),
