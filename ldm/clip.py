@@ -6,6 +6,7 @@ CLIPModel: both towers with their projections into one space.
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from ldm import model_io
 from ldm.config import UserError, build, require_positive
 from ldm.layers import attend
 
+HALF = (0.5, 0.5, 0.5)
 MAX_SCALE = 100.0  # of the logits: the highest 1 / temperature, section 2.5
 # Without it transformers takes the precision of the file, and diffusers would then mix two.
 DTYPE = {"dtype": "float32"}
@@ -158,9 +160,8 @@ class TextEncoder(nn.Module):
         without the prefix `text_model.`. Raises UserError where anything does not fit."""
         folder = model_io.find_part(folder, "text_encoder")
         table, tensors = _read(folder, "clip_text_model", "clip")
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHER_PARTS)}
-        if not any(name.startswith("text_model.") for name in tensors):
-            tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHER_PARTS)}
+        tensors = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in own.items()}
         config = _build(TextConfig, table.get("text_config", table), folder)
         return model_io.load_model(lambda: cls(config), folder, tensors, config)
 
@@ -202,13 +203,13 @@ class CLIP(nn.Module):
         self,
         text_config: TextConfig,
         vision_config: VisionConfig,
-        image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
-        image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        image_mean: Sequence[float] = HALF,
+        image_std: Sequence[float] = HALF,
     ):
         super().__init__()
-        width = text_config.projection_dim
-        if width != vision_config.projection_dim:
-            raise UserError(f"projection_dim is {width} for text and {vision_config.projection_dim} for images")
+        width, image_width = text_config.projection_dim, vision_config.projection_dim
+        if width != image_width:
+            raise UserError(f"projection_dim is {width} for text and {image_width} for images")
         self.text_config, self.vision_config = text_config, vision_config
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.text_model = TextTower(text_config)
@@ -230,7 +231,7 @@ class CLIP(nn.Module):
 
     def encode_image(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], `image_size` pixels a side -> unit vectors (B, projection_dim)."""
-        if {*self.image_mean, *self.image_std} != {0.5}:  # there normalized pixels are x itself
+        if self.image_mean + self.image_std != HALF + HALF:  # there normalized pixels are x itself
             mean, std = (rearrange(x.new_tensor(c), "c -> c 1 1") for c in (self.image_mean, self.image_std))
             x = ((x + 1) / 2 - mean) / std
         return F.normalize(self.visual_projection(self.vision_model(x)), dim=-1)

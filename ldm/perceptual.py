@@ -82,15 +82,13 @@ def _lpips(name: str, linear: str, ends: tuple[int, ...], path: str | Path | Non
     import torchvision
 
     tensors = _read_weights(_package_folder("lpips", "lpips") / "weights" / "v0.1" / linear)
-    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-    options = {"map_location": "cpu", "progress": False, "check_hash": True, "weights_only": True}
+    trained = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    options = {"progress": False, "check_hash": True, "weights_only": True}
     try:
-        state = _read_weights(path) if path else torch.hub.load_state_dict_from_url(url, **options)
+        state = _read_weights(path) if path else trained.get_state_dict(**options)
     except OSError as error:
-        raise UserError(
-            f"{url} could not be downloaded ({error}); set the path of such a file, or use perceptual 'effnet-lite0',"
-            " which needs no download"
-        ) from None
+        way_out = "set the path of such a file, or use perceptual 'effnet-lite0', which needs no download"
+        raise UserError(f"{trained.url} could not be downloaded ({error}); {way_out}") from None
     with torch.device("meta"):  # the classifier, most of its weights, is never used
         features = getattr(torchvision.models, name)().features
     state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
