@@ -85,7 +85,7 @@ class Schedule:
         which not all have float64. Infinite where alpha_t is 0."""
         t = torch.as_tensor(t)
         ratio = self.ratio if t.device.type == "cpu" else self.ratio.to(t.device, torch.float32)
-        low = t.floor().long().clamp(0, len(self) - 1)
+        low = t.long().clamp(max=len(self) - 1)
         weight = (t - low).to(ratio.dtype)
         high = (low + 1).clamp(max=len(self) - 1)
         return torch.where(weight == 0, ratio[low], ratio[low] + weight * (ratio[high] - ratio[low]))

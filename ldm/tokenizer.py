@@ -94,7 +94,7 @@ class Tokenizer:
                 warnings.warn(message, stacklevel=2)
             ids = [*ids[: length - 1], end]
             rows.append(ids + [self.pad_token_id] * (length - len(ids)))
-        return torch.tensor(rows, dtype=torch.long).view(-1, length)
+        return torch.tensor(rows, dtype=torch.long).view(len(texts), length)
 
     def encode(self, text: str) -> list[int]:
         """Start, the ids of the whole text, end; neither cut nor padded."""
