@@ -118,11 +118,11 @@ class TextTower(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        sizes = {"token_embedding": config.vocab_size, "position_embedding": config.max_position_embeddings}
-        embeddings = {name: nn.Embedding(size, config.hidden_size) for name, size in sizes.items()}
-        self.embeddings = nn.ModuleDict(embeddings)
-        nn.init.normal_(self.embeddings.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.embeddings.position_embedding.weight, std=0.01)
+        tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        nn.init.normal_(tokens.weight, std=0.02)
+        nn.init.normal_(positions.weight, std=0.01)
+        self.embeddings = nn.ModuleDict({"token_embedding": tokens, "position_embedding": positions})
         self.encoder = _transformer(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
@@ -286,10 +286,11 @@ def _tower_table(name: str, config: TowerConfig) -> dict[str, Any]:
 def _read(folder: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A model's config, whose type must be one of `kinds`, and its weights, without the constants 0, 1, 2, ... that
     older files have as `position_ids`."""
-    table, tensors = model_io.read_json(folder / "config.json"), model_io.read_tensors(folder)
+    table = model_io.read_json(folder / "config.json")
     if table.get("model_type", kinds[0]) not in kinds:
         raise UserError(f"{folder} holds a {table['model_type']!r} model; supported here: {', '.join(kinds)}")
-    return table, {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+    tensors = model_io.read_tensors(folder).items()
+    return table, {name: tensor for name, tensor in tensors if not name.endswith("position_ids")}
 
 
 def _build(cls: type, table: dict, folder: Path) -> TowerConfig:
