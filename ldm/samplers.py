@@ -210,7 +210,14 @@ def _corrector(steps: Sequence[Step], i: int, change: Tensor, slope: Tensor) -> 
 
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc, pndm)
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "euler": euler,
+    "euler_a": euler_a,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "unipc": unipc,
+    "pndm": pndm,
 }
 
 

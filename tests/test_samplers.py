@@ -1,6 +1,5 @@
 """Samplers against diffusers' schedulers, against a closed form, and their grids and noise."""
 
-import dataclasses
 import functools
 
 import diffusers
@@ -36,6 +35,10 @@ def model(z_t, t, context=None):
     mix, bias = (w.to(z_t.dtype) for w in weights())
     h = torch.einsum("dc,bchw->bdhw", mix, z_t) + torch.roll(z_t, 1, -1) + bias * (1 + t / 500).to(z_t.dtype)
     return torch.tanh(h)
+
+
+def schedule(prediction, spacing, **options):
+    return ScheduleConfig(prediction_type=prediction, timestep_spacing=spacing, **options)
 
 
 def reference(sampler, config, steps, first, later, eta=0.0):
@@ -76,24 +79,15 @@ def stiff(sampler, config):
     return steep and sampler in ("heun", "pndm")
 
 
-def ours(sampler, config, steps, first, later, **options):
-    grid = make_grid(Schedule(config), sampler, steps)
-    denoiser = Denoiser(model, grid.schedule)
-
-    def noise():
-        return torch.randn(SHAPE, generator=later)
-
-    z = first * grid.initial_scale
-    return SAMPLERS[sampler](lambda z_t, t: denoiser(z_t, t, None), z, grid, noise, **options), grid
-
-
 def compare(sampler, config, steps, **options):
     first = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     first = first.double() if stiff(sampler, config) else first
-    want, timesteps = reference(
-        sampler, config, steps, first, torch.Generator().manual_seed(1), options.get("eta", 0.0)
-    )
-    got, grid = ours(sampler, config, steps, first, torch.Generator().manual_seed(1), **options)
+    ours, theirs = (torch.Generator().manual_seed(1) for _ in range(2))
+    want, timesteps = reference(sampler, config, steps, first, theirs, options.get("eta", 0.0))
+    grid = make_grid(Schedule(config), sampler, steps)
+    denoise = functools.partial(Denoiser(model, grid.schedule), context=None)
+    noise = functools.partial(torch.randn, SHAPE, generator=ours)
+    got = SAMPLERS[sampler](denoise, first * grid.initial_scale, grid, noise, **options)
     asked = timesteps.unique().flip(0)  # Heun names most of them twice
     assert torch.equal(torch.tensor([s.t for s in grid.steps]), asked.float())
     tolerance = 1e-4
@@ -109,20 +103,16 @@ PREDICTIONS.remove(("pndm", "sample"))  # diffusers' PNDM knows it not
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize(("sampler", "prediction"), PREDICTIONS)
 def test_equals_diffusers(sampler, spacing, prediction):
-    for steps, offset, schedule in ((1, 0, "linear"), (2, 1, "scaled_linear"), (5, 0, "scaled_linear")):
-        config = ScheduleConfig(
-            beta_schedule=schedule, prediction_type=prediction, timestep_spacing=spacing, steps_offset=offset
-        )
-        compare(sampler, config, steps)
-    config = dataclasses.replace(config, steps_offset=1)
-    compare(sampler, config, 20)
-    compare(sampler, dataclasses.replace(config, beta_schedule="squaredcos_cap_v2"), 12)
+    for steps, offset, betas in ((1, 0, "linear"), (2, 1, "scaled_linear"), (5, 0, "scaled_linear")):
+        compare(sampler, schedule(prediction, spacing, steps_offset=offset, beta_schedule=betas), steps)
+    compare(sampler, schedule(prediction, spacing), 20)
+    compare(sampler, schedule(prediction, spacing, beta_schedule="squaredcos_cap_v2"), 12)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("to_one", [False, True])
 def test_last_alpha_lengths_of_pndm_and_eta_of_ddim(to_one, spacing):
-    config = ScheduleConfig(timestep_spacing=spacing, set_alpha_to_one=to_one, prediction_type="v_prediction")
+    config = schedule("v_prediction", spacing, set_alpha_to_one=to_one)
     for steps in (3, 4, 7, 25):
         compare("pndm", config, steps)
     for eta in (0.3, 1.0):
@@ -132,7 +122,7 @@ def test_last_alpha_lengths_of_pndm_and_eta_of_ddim(to_one, spacing):
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "pndm"])  # diffusers' has it not
 def test_zero_terminal_snr_equals_diffusers(sampler, prediction):
-    config = ScheduleConfig(rescale_betas_zero_snr=True, prediction_type=prediction, timestep_spacing="trailing")
+    config = schedule(prediction, "trailing", rescale_betas_zero_snr=True)
     for steps in (1, 2, 5, 20):
         compare(sampler, config, steps)
 
@@ -140,21 +130,16 @@ def test_zero_terminal_snr_equals_diffusers(sampler, prediction):
 MU, S = 0.7, 0.5  # the data of the closed forms: every element N(MU, S^2)
 
 
-def gaussian(schedule):
-    """E[z0 | z_t] for that data."""
-
-    def denoise(z_t, t):
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        return MU + alpha * S**2 / (alpha**2 * S**2 + sigma**2) * (z_t - alpha * MU)
-
-    return denoise
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_reproduces_a_gaussian(sampler):
-    config = ScheduleConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    config = schedule("v_prediction", "trailing", rescale_betas_zero_snr=True)
     grid, noise = make_grid(Schedule(config), sampler, 500), ImageNoise([0], (20_000,))
-    z0 = SAMPLERS[sampler](gaussian(grid.schedule), grid.initial_scale * noise().double(), grid, noise)
+
+    def denoise(z_t, t):  # E[z0 | z_t]
+        alpha, sigma = grid.schedule.alpha(t), grid.schedule.sigma(t)
+        return MU + alpha * S**2 / (alpha**2 * S**2 + sigma**2) * (z_t - alpha * MU)
+
+    z0 = SAMPLERS[sampler](denoise, grid.initial_scale * noise().double(), grid, noise)
     assert z0.mean().item() == pytest.approx(MU, abs=0.015)
     assert z0.std().item() == pytest.approx(S, rel=0.025)
 

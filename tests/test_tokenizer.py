@@ -59,6 +59,8 @@ def test_equals_transformers(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     theirs = CLIPTokenizer.from_pretrained(tmp_path)
     assert len(theirs) == len(tokenizer) == 640 and theirs.model_max_length == 32
+    again = Tokenizer.from_pretrained(tmp_path)
+    assert again.vocab == tokenizer.vocab and again.merges == tokenizer.merges
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(tokenizer, name) == getattr(theirs, name)
     rng = random.Random(1)
