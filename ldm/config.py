@@ -4,11 +4,11 @@ TOML files and `key.path=value` overrides are checked against its fields. The co
 its help text.
 """
 
-import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
-import textwrap
+import re
 import tomllib
 import types
 import typing
@@ -34,12 +34,11 @@ def require(condition: bool, key: str, value: Any, allowed: str) -> None:
         raise UserError(f"config key {key!r} is {value!r}; it must be {allowed}")
 
 
-def require_positive(config: Any, *names: str) -> None:
-    """Raises UserError unless these sizes of a config, or all entries of those that are tuples, are 1 or more."""
-    for name in names:
-        value = getattr(config, name)
-        sizes = value if isinstance(value, tuple) else (value,)
-        if not sizes or min(sizes) < 1:
+def require_positive(config: Any, *exempt: str) -> None:
+    """Raises UserError unless all whole numbers in a config, but those of the fields `exempt`, are 1 or more."""
+    for name, value in vars(config).items():
+        entries = value if isinstance(value, tuple) else (value,)
+        if name not in exempt and (not entries or any(type(entry) is int and entry < 1 for entry in entries)):
             raise UserError(f"{type(config).__name__}: {name} is {value!r}; it must be 1 or more")
 
 
@@ -55,20 +54,17 @@ def load(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise UserError(f"config file {str(path)!r} is not valid TOML: {error}") from None
     for override in overrides:
-        _apply(table, override)
+        key, equals, text = override.partition("=")
+        *parents, last = (part.strip() for part in key.split("."))
+        if not equals or not all([*parents, last]):
+            raise UserError(f"override {override!r} is not of the form key.path=value, e.g. train.steps=1000")
+        parent = table
+        for name in parents:
+            parent = parent.setdefault(name, {})
+            if not isinstance(parent, dict):
+                raise UserError(f"override {override!r}: {name!r} is a value, not a table")
+        parent[last] = Typed(text.strip())
     return build(cls, table)
-
-
-def _apply(table: dict, override: str) -> None:
-    key, equals, text = override.partition("=")
-    *parents, last = (part.strip() for part in key.split("."))
-    if not equals or not all([*parents, last]):
-        raise UserError(f"override {override!r} is not of the form key.path=value, e.g. train.steps=1000")
-    for name in parents:
-        table = table.setdefault(name, {})
-        if not isinstance(table, dict):
-            raise UserError(f"override {override!r}: {name!r} is a value, not a table")
-    table[last] = Typed(text.strip())
 
 
 def build(cls: type[T], table: dict, where: str = "") -> T:
@@ -92,49 +88,38 @@ def convert(kind: Any, value: Any, key: str, label: str = "config key {!r}") -> 
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         for option in sorted(options, key=lambda option: option is not types.NoneType):
-            try:
+            with contextlib.suppress(UserError):
                 return convert(option, value, key, label)
-            except UserError:
-                continue
     elif isinstance(value, Typed):
         return convert(kind, _read(kind, value), key, label)
-    elif dataclasses.is_dataclass(kind):
-        if isinstance(value, dict):
-            return build(kind, value, key + ".")
-        raise UserError(f"{label.format(key)} is {value!r}; it must be a table, set it as {key}.NAME=value")
-    elif origin is typing.Literal:
-        if value in options and not isinstance(value, bool):
-            return value
-        raise UserError(f"{label.format(key)} is {value!r}; allowed: {', '.join(map(repr, options))}")
+    elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return build(kind, value, key + ".")
     elif origin is tuple and isinstance(value, list | tuple):
-        inner = [options[0]] * len(value) if options[-1] is ... else list(options)
-        if len(inner) == len(value):
-            items = enumerate(zip(inner, value, strict=True))
-            return tuple(convert(k, v, f"{key}[{i}]", label) for i, (k, v) in items)
-    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif kind is types.NoneType and value is None:
-        return None
+        kinds = options[:1] * len(value) if options[-1] is ... else options
+        if len(kinds) == len(value):
+            items = enumerate(zip(kinds, value, strict=True))
+            return tuple(convert(item_kind, item, f"{key}[{i}]", label) for i, (item_kind, item) in items)
     elif kind is Path and isinstance(value, str):
         return Path(value)
-    elif isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+    elif isinstance(value, bool) and kind is not bool:
+        pass  # an int to Python
+    elif kind is float and isinstance(value, int):
+        return float(value)
+    elif origin is typing.Literal and value in options or isinstance(kind, type) and isinstance(value, kind):
         return value
-    kind_given = "" if isinstance(value, Typed) else f" ({type(value).__name__})"
-    raise UserError(f"{label.format(key)} is {value!r}{kind_given}; it must be {type_name(kind)}")
+    raise UserError(f"{label.format(key)} is {value!r}; it must be {type_name(kind)}")
 
 
 def _read(kind: Any, text: str) -> Any:
-    """The value that was typed for a field of type `kind`: TOML, where that is of no other type than asked for."""
+    """The value typed for a field of type `kind`, which is TOML, or plain text where TOML has another type."""
     if kind is types.NoneType:
         return None if text.lower() == "none" else str(text)
-    for source in (text, f"[{text}]") if typing.get_origin(kind) is tuple else (text,):
-        try:
+    many = typing.get_origin(kind) is tuple
+    for source in (text, f"[{text}]") if many else (text,):  # one item needs no brackets
+        with contextlib.suppress(ValueError, RecursionError):
             value = tomllib.loads(f"value = {source}")["value"]
-        except (ValueError, RecursionError):
-            continue
-        if typing.get_origin(kind) is tuple and not isinstance(value, list):
-            continue  # one item, without brackets
-        return value if isinstance(value, str) or kind not in (str, Path) else str(text)
+            if isinstance(value, list if many else str) or not many and kind not in (str, Path):
+                return value
     return str(text)
 
 
@@ -142,15 +127,17 @@ def type_name(kind: Any) -> str:
     """How a type is written in messages."""
     if kind == tuple[float, ...]:
         return "numbers with commas, e.g. 1,7.5"
-    return kind.__name__ if isinstance(kind, type) and not typing.get_origin(kind) else str(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    if dataclasses.is_dataclass(kind):
+        return "a table, set as KEY.NAME=value"
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def comments(cls: type) -> dict[str, str]:
     """The comment at the end of each field's line of a dataclass, "" where there is none."""
-    lines = textwrap.dedent(inspect.getsource(cls))
-    fields = [node for node in ast.parse(lines).body[0].body if isinstance(node, ast.AnnAssign)]
-    rest = {node.target.id: lines.splitlines()[node.end_lineno - 1][node.end_col_offset :] for node in fields}
-    return {name: text.partition("#")[2].strip() for name, text in rest.items()}
+    texts = dict(re.findall(r"^ +(\w+): .*  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+    return {field.name: texts.get(field.name, "") for field in dataclasses.fields(cls)}
 
 
 def to_dict(config: Any) -> dict:

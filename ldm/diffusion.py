@@ -38,9 +38,8 @@ class ScheduleConfig:
     sampler: str = "dpmpp_2m"
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            betas = f"beta_start {self.beta_start} and beta_end {self.beta_end}"
-            raise UserError(f"{betas} are out of range; allowed: 0 < beta_start <= beta_end < 1")
+        betas = self.beta_start, self.beta_end
+        require(0 < betas[0] <= betas[1] < 1, "beta_start, beta_end", betas, "above 0, in order and below 1")
         require(self.num_train_timesteps >= 2, "num_train_timesteps", self.num_train_timesteps, "at least 2")
         require(self.steps_offset >= 0, "steps_offset", self.steps_offset, "at least 0")
         if self.prediction_type == "epsilon" and self.rescale_betas_zero_snr:
@@ -48,24 +47,6 @@ class ScheduleConfig:
                 "prediction 'epsilon' is undefined with rescale_betas_zero_snr: at the last timestep z_t is pure noise,"
                 " which does not determine z0; use 'v_prediction' or 'sample', or turn the rescaling off"
             )
-
-
-def _betas(config: ScheduleConfig) -> Tensor:
-    count = config.num_train_timesteps
-    if config.beta_schedule == "linear":
-        return torch.linspace(config.beta_start, config.beta_end, count, dtype=torch.float64)
-    if config.beta_schedule == "scaled_linear":
-        return torch.linspace(config.beta_start**0.5, config.beta_end**0.5, count, dtype=torch.float64) ** 2
-    # Nichol & Dhariwal 2021, eq. 17: alpha^2 falls as a squared cosine, no beta above 0.999.
-    edges = torch.arange(count + 1, dtype=torch.float64) / count
-    alpha2 = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - alpha2[1:] / alpha2[:-1]).clamp(max=0.999)
-
-
-def _zero_terminal_snr(alpha2: Tensor) -> Tensor:
-    """Lin et al. 2023, algorithm 1: shifts and scales alpha so that the last is 0 and the first stays."""
-    alpha = alpha2.sqrt()
-    return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
 
 
 class Schedule:
@@ -77,10 +58,21 @@ class Schedule:
     """
 
     def __init__(self, config: ScheduleConfig, finite: bool = False):
-        self.config = config
-        self.alphas_cumprod = torch.cumprod(1 - _betas(config), 0)
+        self.config, total = config, config.num_train_timesteps
+        if config.beta_schedule == "squaredcos_cap_v2":
+            # Nichol & Dhariwal 2021, eq. 17: alpha^2 falls as a squared cosine, no beta above 0.999.
+            edges = torch.arange(total + 1, dtype=torch.float64) / total
+            alpha2 = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - alpha2[1:] / alpha2[:-1]).clamp(max=0.999)
+        else:
+            power = 0.5 if config.beta_schedule == "scaled_linear" else 1
+            ends = config.beta_start**power, config.beta_end**power
+            betas = torch.linspace(*ends, total, dtype=torch.float64) ** (1 / power)
+        self.alphas_cumprod = torch.cumprod(1 - betas, 0)
         if config.rescale_betas_zero_snr:
-            self.alphas_cumprod = _zero_terminal_snr(self.alphas_cumprod)
+            # Lin et al. 2023, algorithm 1: shifts and scales alpha so that the last is 0 and the first stays.
+            alpha = self.alphas_cumprod.sqrt()
+            self.alphas_cumprod = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
             if finite:
                 self.alphas_cumprod[-1] = TINY_ALPHA2
         self.ratio = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
@@ -93,9 +85,7 @@ class Schedule:
         which not all have float64. Infinite where alpha_t is 0."""
         t = torch.as_tensor(t)
         ratio = self.ratio if t.device.type == "cpu" else self.ratio.to(t.device, torch.float32)
-        if not t.is_floating_point():
-            return ratio[t]
-        low = t.floor().long().clamp(0, len(self) - 1)
+        low = t.long().clamp(max=len(self) - 1)
         weight = (t - low).to(ratio.dtype)
         high = (low + 1).clamp(max=len(self) - 1)
         return torch.where(weight == 0, ratio[low], ratio[low] + weight * (ratio[high] - ratio[low]))
@@ -170,18 +160,18 @@ def loss_weight(schedule: Schedule, t: Tensor, prediction: str, min_snr_gamma: f
 def sample_timesteps(
     count: int,
     total: int,
-    density: Density = "uniform",
-    generator: torch.Generator | None = None,
+    density: Density,
+    generator: torch.Generator,
     mean: float = 0.0,
     std: float = 1.0,
 ) -> Tensor:
-    """Training timesteps (count,), int64 in [0, total - 1], on the generator's device (CPU without one).
+    """Training timesteps (count,), int64 in [0, total - 1], on the generator's device.
 
     "uniform": independent; "stratified": one shared offset and equal strides, each still uniform (Kingma et al. 2021,
     appendix I.1); "logit_normal": the sigmoid of a normal with `mean` and `std`, more in the middle (Esser et al. 2024,
     eq. 19), stratified in the normal's quantiles.
     """
-    device = generator.device if generator is not None else torch.device("cpu")
+    device = generator.device
     if density == "uniform":
         return torch.randint(total, (count,), generator=generator, device=device)
     offset = torch.rand((), generator=generator, device=device)
@@ -189,14 +179,6 @@ def sample_timesteps(
     if density == "logit_normal":
         quantiles = (mean + std * torch.special.ndtri(quantiles)).sigmoid()
     return (quantiles * total).long().clamp(max=total - 1)
-
-
-def rescale_guidance(guided: Tensor, conditional: Tensor, rescale: float) -> Tensor:
-    """Scales the guided prediction (B, ...) to the conditional one's standard deviation per image, and mixes the result
-    in by `rescale` in [0, 1] (Lin et al. 2023, eq. 15-16)."""
-    axes = tuple(range(1, guided.ndim))
-    matched = guided * (conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
-    return rescale * matched + (1 - rescale) * guided
 
 
 def guided(
@@ -209,20 +191,22 @@ def guided(
 ) -> Denoise:
     """`denoise(z_t (B,C,h,w), t) -> z0` with classifier-free guidance (Ho & Salimans 2022, eq. 6); t is a scalar.
 
-    context, negative: (B, L, D). guidance: 1 is none. interval: the t, ends included, where guidance acts (Kynkaanniemi
-    et al. 2024). Each step is one model call, of batch 2B where guidance acts, else of batch B.
+    context, negative: (B, L, D). guidance: 1 is none. rescale, in [0, 1]: the share of the guided prediction scaled to
+    the conditional one's standard deviation per image (Lin et al. 2023, eq. 15-16). interval: the t, ends included,
+    where guidance acts (Kynkaanniemi et al. 2024). Each step is one model call, of batch 2B where guidance acts, else
+    of batch B.
     """
-    if guidance == 1:
-        return lambda z_t, t: denoiser(z_t, t, context)
     both = torch.cat([negative, context])
 
     def denoise(z_t: Tensor, t: Tensor) -> Tensor:
-        if not interval[0] <= float(t) <= interval[1]:
+        if guidance == 1 or not interval[0] <= float(t) <= interval[1]:
             return denoiser(z_t, t, context)
         unconditional, conditional = denoiser.predict(torch.cat([z_t, z_t]), t, both).chunk(2)
         prediction = unconditional + guidance * (conditional - unconditional)
         if rescale:
-            prediction = rescale_guidance(prediction, conditional, rescale)
+            axes = tuple(range(1, prediction.ndim))
+            matched = prediction * (conditional.std(axes, keepdim=True) / prediction.std(axes, keepdim=True))
+            prediction = rescale * matched + (1 - rescale) * prediction
         return denoiser.to_z0(z_t, t, prediction)
 
     return denoise

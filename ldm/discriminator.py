@@ -18,38 +18,26 @@ class PatchDiscriminator(nn.Module):
     Raises UserError unless `channels` is a positive multiple of 4 and `layers` at least 1.
     """
 
-    def __init__(self, channels: int = 64, layers: int = 3, in_channels: int = 3) -> None:
+    def __init__(self, channels: int = 64, layers: int = 3) -> None:
         super().__init__()
         if channels < 4 or channels % 4 or layers < 1:
             allowed = "channels must be a positive multiple of 4 (8 groups on twice as many), layers at least 1"
             raise UserError(f"discriminator of {channels} channels and {layers} layers: {allowed}")
-        self.smallest = 3 * 2**layers
+        self.smallest = 3 * 2**layers  # pixels of a side that has a logit
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]
-        self.net = nn.Sequential(nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2))
+        self.net = nn.Sequential(nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2))
         for i, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
-            stride = 2 if i < layers else 1
             # GroupNorm has its own shift, so the convolution needs no bias
-            self.net.append(nn.Conv2d(fan_in, fan_out, 4, stride, 1, bias=False))
+            self.net.append(nn.Conv2d(fan_in, fan_out, 4, 2 if i < layers else 1, 1, bias=False))
             self.net.append(nn.GroupNorm(8, fan_out))
             self.net.append(nn.LeakyReLU(0.2))
         self.net.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
-        self.apply(_initialize)
+        for parameter in self.net.parameters():  # Isola et al. 2017, section 6.2
+            if parameter.ndim == 4:
+                nn.init.normal_(parameter, 0.0, 0.02)
+        nn.init.zeros_(self.net[0].bias)
+        nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) in [-1, 1] -> logits (B, 1, H/2^layers - 2, W/2^layers - 2).
-
-        High logits mean real. Raises UserError where the image is too small for a single logit.
-        """
-        if min(x.shape[-2:]) < self.smallest:
-            height, width = x.shape[-2:]
-            need = f"this discriminator needs {self.smallest} a side, or fewer layers"
-            raise UserError(f"{width}x{height} pixels are too few: {need}")
+        """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1, H/2^layers - 2, W/2^layers - 2); high means real."""
         return self.net(x)
-
-
-def _initialize(module: nn.Module) -> None:
-    """N(0, 0.02) weights and zero biases, as in Isola et al. 2017, section 6.2."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

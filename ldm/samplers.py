@@ -12,7 +12,7 @@ noise level sigma / alpha; the same steps are written here for z_t, so that all 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +23,10 @@ from ldm.diffusion import Denoise, Schedule
 Noise = Callable[[], Tensor]  # draws a standard normal of z's shape
 OnStep = Callable[[int, float, Tensor, Tensor], None]  # (step, t, z_t, z0)
 ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
-SPACINGS = ("leading", "trailing", "linspace")
-DEFAULT_SPACING = {"ddpm": "leading", "ddim": "leading", "pndm": "leading"}  # as in diffusers; others: linspace
+EULER = ("euler", "euler_a", "heun")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
+class Step(NamedTuple):
     """One step: the model is evaluated at t, where z_t has (alpha, sigma); the step ends at (to_alpha, to_sigma)."""
 
     t: float
@@ -36,16 +34,6 @@ class Step:
     sigma: float
     to_alpha: float
     to_sigma: float
-
-    @property
-    def half_log_snr(self) -> float:
-        """lambda = log(alpha / sigma), the time of the DPM-Solver papers."""
-        return math.log(self.alpha / self.sigma)
-
-    @property
-    def half_log_snr_to(self) -> float:
-        """lambda at the end of the step; infinite at sigma 0."""
-        return math.log(self.to_alpha / self.to_sigma) if self.to_sigma else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +84,8 @@ def ddim(
 
 
 def euler(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
-    """Euler's method on Karras et al. 2022, eq. 1 (algorithm 2 with no churn and no second order)."""
-    for i, s in enumerate(grid.steps):
-        z0, eps = _evaluate(denoise, z, s, i, on_step)
-        z = s.to_alpha * z0 + s.to_sigma * eps
-    return z
+    """Euler's method on Karras et al. 2022, eq. 1 (algorithm 2 with no churn and no second order): the step of DDIM."""
+    return ddim(denoise, z, grid, noise, on_step)
 
 
 def euler_a(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
@@ -144,7 +129,7 @@ def unipc(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep
     start = last_z0 = slope = None
     for i, s in enumerate(grid.steps):
         z0, _ = _evaluate(denoise, z, s, i, on_step)
-        if start is not None:
+        if i:
             z = _exponential_step(start, last_z0, grid.steps[i - 1], _corrector(grid.steps, i, z0 - last_z0, slope))
         slope = _slope(grid.steps, i, z0, last_z0)
         start, last_z0 = z, z0
@@ -155,7 +140,8 @@ def unipc(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep
 def pndm(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
     """Pseudo linear multistep of order 4 (Liu et al. 2022, eq. 9 and 12-13; "PLMS"), which begins with Heun's rule: one
     model call more than steps. As in diffusers, the model's predictions are averaged: v of a v model, else eps."""
-    v, past = grid.schedule.config.prediction_type == "v_prediction", []
+    schedule, past = grid.schedule, []
+    v = schedule.config.prediction_type == "v_prediction"
 
     def predict(z: Tensor, s: Step, *report: Any) -> Tensor:
         z0, eps = _evaluate(denoise, z, s, *report)
@@ -171,17 +157,13 @@ def pndm(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep 
         if i == 0 and len(grid.steps) > 1:
             there = grid.steps[1]
             again = predict(move(z, past[0], s), there)
-            z = move(z, (past[0] + again) / 2, _backwards(grid, there))
+            # The step of usual length that ends where `there` starts; with leading spacing it is this one.
+            t = there.t + grid.stride
+            s = Step(t, schedule.alpha(t).item(), schedule.sigma(t).item(), there.alpha, there.sigma)
+            z = move(z, (past[0] + again) / 2, s)
         else:
             z = move(z, sum(w * output for w, output in zip(ADAMS_BASHFORTH[min(i, 3)], past, strict=True)), s)
     return z
-
-
-def _backwards(grid: Grid, there: Step) -> Step:
-    """The step of usual length that ends where `there` starts; with leading spacing it is the one before."""
-    t = there.t + grid.stride
-    alpha, sigma = grid.schedule.alpha(t).item(), grid.schedule.sigma(t).item()
-    return Step(t=t, alpha=alpha, sigma=sigma, to_alpha=there.alpha, to_sigma=there.sigma)
 
 
 def _evaluate(denoise: Denoise, z: Tensor, s: Step, i: int = 0, on_step: OnStep | None = None) -> tuple[Tensor, Tensor]:
@@ -192,20 +174,24 @@ def _evaluate(denoise: Denoise, z: Tensor, s: Step, i: int = 0, on_step: OnStep 
     return z0, (z - s.alpha * z0) / s.sigma
 
 
-def _exponential_step(z: Tensor, z0: Tensor, s: Step, correction: Tensor) -> Tensor:
+def _exponential_step(z: Tensor, z0: Tensor, s: Step, correction: Tensor | float) -> Tensor:
     """Exact step for a z0 that is constant in lambda (Lu et al. 2022, eq. 3.7), with `correction` added."""
     shrink = s.to_sigma / s.sigma
     return shrink * z + (s.to_alpha - shrink * s.alpha) * (z0 + correction)
 
 
-def _slope(steps: Sequence[Step], i: int, z0: Tensor, last_z0: Tensor | None) -> Tensor:
+def _half_log_snrs(steps: Sequence[Step]) -> list[float]:
+    """lambda = log(alpha / sigma) at the start of each step, the time of the DPM-Solver papers."""
+    return [math.log(s.alpha / s.sigma) for s in steps]
+
+
+def _slope(steps: Sequence[Step], i: int, z0: Tensor, last_z0: Tensor | None) -> Tensor | float:
     """Change of z0 over step i, extrapolated from the step before; 0 where order 1 is due: at the first step, and at
     the last, which ends at infinite lambda."""
-    if last_z0 is None or i + 1 == len(steps):
-        return torch.zeros_like(z0)
-    s = steps[i]
-    here = s.half_log_snr
-    return (z0 - last_z0) * ((s.half_log_snr_to - here) / (here - steps[i - 1].half_log_snr))
+    if i == 0 or i + 1 == len(steps):
+        return 0.0
+    before, here, after = _half_log_snrs(steps[i - 1 : i + 2])
+    return (z0 - last_z0) * ((after - here) / (here - before))
 
 
 def _corrector(steps: Sequence[Step], i: int, change: Tensor, slope: Tensor) -> Tensor:
@@ -213,19 +199,25 @@ def _corrector(steps: Sequence[Step], i: int, change: Tensor, slope: Tensor) -> 
     2023, eq. 5: two equations for two weights, solved by hand)."""
     if i == 1:
         return change / 2
-    s = steps[i - 1]
-    h = s.half_log_snr_to - s.half_log_snr
-    r = (steps[i - 2].half_log_snr - s.half_log_snr) / h
+    before, here, after = _half_log_snrs(steps[i - 2 : i + 1])
+    h = after - here
     b_h = math.expm1(-h)
     phi_2 = b_h / -h - 1
     phi_3 = phi_2 / -h - 1 / 2
     b_1, b_2 = phi_2 / b_h, 2 * phi_3 / b_h
-    weight = (b_1 - b_2) / (1 - r)
+    weight = (b_1 - b_2) / (1 - (before - here) / h)
     return weight * slope + (b_1 - weight) * change
 
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc, pndm)
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "euler": euler,
+    "euler_a": euler_a,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "unipc": unipc,
+    "pndm": pndm,
 }
 
 
@@ -238,56 +230,40 @@ def get_sampler(name: str) -> Callable[..., Tensor]:
 
 def make_grid(schedule: Schedule, sampler: str, steps: int, spacing: str | None = None) -> Grid:
     """The timesteps of diffusers' scheduler for `sampler`, with `spacing` (Lin et al. 2023, table 2; default: the
-    config's).
+    config's). They are whole numbers, but for the Euler family with linspace.
 
     Where alpha ends at exactly 0, samplers that divide by it get the finite schedule. Raises UserError for an unknown
     sampler or spacing, or more steps than the timesteps allow.
     """
     get_sampler(sampler)
-    spacing = spacing or schedule.config.timestep_spacing or DEFAULT_SPACING.get(sampler, "linspace")
-    if sampler not in ("ddpm", "ddim"):
-        schedule = Schedule(schedule.config, finite=True)
-    t = _timesteps(schedule, sampler, steps, spacing)
-    placed = tuple(_steps(schedule, sampler, t))
-    # diffusers starts its Euler family at x = ratio * noise; for leading, at sqrt(ratio^2 + 1) * noise.
-    scaled = sampler in ("euler", "euler_a", "heun") and spacing != "leading"
-    scale, stride = placed[0].sigma if scaled else 1.0, len(schedule) // steps
-    return Grid(schedule=schedule, steps=placed, initial_scale=scale, stride=stride)
-
-
-def _timesteps(schedule: Schedule, sampler: str, steps: int, spacing: str) -> Tensor:
-    """Descending timesteps (steps,), float32: whole numbers, but for the Euler family with linspace."""
-    total, offset = len(schedule), schedule.config.steps_offset
-    if spacing not in SPACINGS:
-        raise UserError(f"timestep spacing {spacing!r} is unknown; allowed: {', '.join(SPACINGS)}")
+    config, total, stride = schedule.config, len(schedule), len(schedule) // max(steps, 1)
+    default = "leading" if sampler in ("ddpm", "ddim", "pndm") else "linspace"  # as in diffusers
+    spacing = spacing or config.timestep_spacing or default
     if not 1 <= steps <= total:
         raise UserError(f"steps {steps} is out of range; allowed: 1 to {total}")
-    # The multistep samplers place one timestep more and drop the last.
-    extra = sampler in ("dpmpp_2m", "unipc")
+    count = steps + (sampler in ("dpmpp_2m", "unipc"))  # these place one timestep more and drop the last
     if spacing == "trailing":
         t = (total - torch.arange(steps, dtype=torch.float64) * (total / steps)).round() - 1
     elif spacing == "leading":
-        t = torch.arange(steps + extra).flip(0)[:steps] * (total // (steps + extra)) + offset
+        t = torch.arange(count).flip(0)[:steps] * (total // count) + config.steps_offset
+    elif spacing == "linspace":
+        t = torch.linspace(0, total - 1, count, dtype=torch.float64).flip(0)[:steps]
+        t = t if sampler in EULER else t.round()
     else:
-        t = torch.linspace(0, total - 1, steps + extra, dtype=torch.float64).flip(0)[:steps]
-        t = t if sampler in ("euler", "euler_a", "heun") else t.round()
+        raise UserError(f"timestep spacing {spacing!r} is unknown; allowed: leading, trailing, linspace")
     if t[0] > total - 1 or (t.diff() >= 0).any():
         raise UserError(f"{sampler} with {spacing} spacing cannot place {steps} steps on {total} timesteps; use fewer")
-    return t.float()
-
-
-def _steps(schedule: Schedule, sampler: str, t: Tensor) -> list[Step]:
-    """Each step ends where the next starts, the last at alpha 1; diffusers' DDIM and PNDM go to t - T // steps."""
+    schedule, t = Schedule(config, finite=sampler not in ("ddpm", "ddim")), t.float()
     alpha, sigma = schedule.alpha(t).tolist(), schedule.sigma(t).tolist()
-    to = list(zip(alpha[1:] + [1.0], sigma[1:] + [0.0], strict=True))
+    # Each step ends where the next starts, the last at alpha 1; diffusers' DDIM and PNDM go to t - T // steps.
+    ends = [*zip(alpha[1:], sigma[1:], strict=True), (1.0, 0.0)]
     if sampler in ("ddim", "pndm"):
-        clean = (1.0, 0.0)
-        to_one = schedule.config.set_alpha_to_one
-        if not (sampler == "ddim" if to_one is None else to_one):
-            clean = schedule.alpha(0).item(), schedule.sigma(0).item()
-        before = [int(x) - len(schedule) // len(t) for x in t]
-        to = [(schedule.alpha(b).item(), schedule.sigma(b).item()) if b >= 0 else clean for b in before]
-    return [
-        Step(t=x, alpha=a, sigma=s, to_alpha=to_a, to_sigma=to_s)
-        for x, a, s, (to_a, to_s) in zip(t.tolist(), alpha, sigma, to, strict=True)
-    ]
+        before = t.long() - stride
+        ends = torch.stack([schedule.alpha(before.clamp(min=0)), schedule.sigma(before.clamp(min=0))], 1).tolist()
+        to_one = sampler == "ddim" if config.set_alpha_to_one is None else config.set_alpha_to_one
+        if to_one and before[-1] < 0:
+            ends[-1] = (1.0, 0.0)
+    placed = tuple(Step(*start, *end) for *start, end in zip(t.tolist(), alpha, sigma, ends, strict=True))
+    # diffusers starts its Euler family at x = ratio * noise; for leading, at sqrt(ratio^2 + 1) * noise.
+    scale = sigma[0] if sampler in EULER and spacing != "leading" else 1.0
+    return Grid(schedule=schedule, steps=placed, initial_scale=scale, stride=stride)

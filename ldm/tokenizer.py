@@ -5,7 +5,6 @@ import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 import torch
@@ -25,8 +24,8 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 class Tokenizer:
     """`vocab` maps token -> id, `merges` are in order of rank, `context_length` is L.
 
-    `added` tokens are found in a text before it is split. Special ones (always start, end and padding) are left
-    out by `decode`.
+    `added` tokens are found in a text before it is split; start, end and padding are always among them. Special ones,
+    as those three by default, are left out by `decode`.
     """
 
     def __init__(
@@ -47,10 +46,7 @@ class Tokenizer:
         self.vocab, self.merges, self.context_length = vocab, merges, context_length
         self.pad_token, self.pad_token_id = pad_token, vocab[pad_token]
         self.bos_token_id, self.eos_token_id = vocab[START], vocab[END]
-        model = models.BPE(vocab=vocab, merges=merges, unk_token=END, end_of_word_suffix=WORD_END)
-        self._backend = tokenizers.Tokenizer(model)
-        self._backend.normalizer, self._backend.pre_tokenizer = _normalizer(), _pre_tokenizer()
-        self._backend.decoder = decoders.ByteLevel()
+        self._backend = _backend(models.BPE(vocab=vocab, merges=merges, unk_token=END, end_of_word_suffix=WORD_END))
         self._backend.add_tokens(self.added)
 
     @classmethod
@@ -64,19 +60,20 @@ class Tokenizer:
         # The trainer numbers tokens with a suffix in no fixed order, and breaks ties by number. Hence the last byte of
         # a word is spelled with letters of its own here.
         last = {letter: chr(0x4E00 + i) for i, letter in enumerate(letters)}
-        normalizer, pre_tokenizer = _normalizer(), _pre_tokenizer()
+        backend = _backend(models.BPE())
         words = (
             word[:-1] + last[word[-1]]
-            for caption in captions
-            for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(_valid(caption)))
+            for text in map(_valid, captions)
+            for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
         )
-        backend, alphabet = tokenizers.Tokenizer(models.BPE()), [*letters, *last.values()]
         options = {"vocab_size": vocab_size - 2, "min_frequency": 2, "show_progress": False}
-        backend.train_from_iterator(words, trainers.BpeTrainer(**options, initial_alphabet=alphabet))
+        trainer = trainers.BpeTrainer(**options, initial_alphabet=[*letters, *last.values()])
+        trained = tokenizers.Tokenizer(models.BPE())
+        trained.train_from_iterator(words, trainer)
         spelled = str.maketrans({spelling: letter + WORD_END for letter, spelling in last.items()})
-        pairs = json.loads(backend.to_str())["model"]["merges"]
+        pairs = json.loads(trained.to_str())["model"]["merges"]
         merges = [(a.translate(spelled), b.translate(spelled)) for a, b in pairs]
-        tokens = dict.fromkeys([*base, *("".join(pair) for pair in merges), START, END])
+        tokens = dict.fromkeys([*base, *map("".join, merges), START, END])
         return cls({token: i for i, token in enumerate(tokens)}, merges, context_length)
 
     def __len__(self) -> int:
@@ -88,18 +85,16 @@ class Tokenizer:
         a warning unless `warn` is False."""
         if isinstance(texts, str):
             raise TypeError("the tokenizer takes a list of texts, not a single string")
-        length = self.context_length
-        rows = torch.full((len(texts), length), self.pad_token_id, dtype=torch.long)
-        for row, text in zip(rows, texts, strict=True):
-            ids = self.encode(text)
-            if len(ids) > length:
-                if warn:
-                    cut = self.decode(ids[length - 1 :])[-100:]
-                    message = f"the text {text[:100]!r} has more than {length - 2} tokens; this was cut off: {cut!r}"
-                    warnings.warn(message, stacklevel=2)
-                ids = [*ids[: length - 1], self.eos_token_id]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
+        length, rows = self.context_length, []
+        for text in texts:
+            *ids, end = self.encode(text)
+            if warn and len(ids) >= length:
+                cut = self.decode(ids[length - 1 :])[-100:]
+                message = f"the text {text[:100]!r} has more than {length - 2} tokens; this was cut off: {cut!r}"
+                warnings.warn(message, stacklevel=2)
+            ids = [*ids[: length - 1], end]
+            rows.append(ids + [self.pad_token_id] * (length - len(ids)))
+        return torch.tensor(rows, dtype=torch.long).view(len(texts), length)
 
     def encode(self, text: str) -> list[int]:
         """Start, the ids of the whole text, end; neither cut nor padded."""
@@ -114,89 +109,59 @@ class Tokenizer:
         """Writes `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        self._backend.model.save(str(folder))
         named = ROLES | {"pad_token": self.pad_token}
-        added = {
-            str(self.vocab[token.content]): {"content": token.content} | {flag: getattr(token, flag) for flag in FLAGS}
-            for token in self.added
-        }
-        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length}
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
-        with model_io.atomic_write(folder / "merges.txt") as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        model_io.write_json(folder / "vocab.json", dict(sorted(self.vocab.items(), key=lambda item: item[1])))
         model_io.write_json(folder / "special_tokens_map.json", named)
+        added = {self.vocab[t.content]: {key: getattr(t, key) for key in ("content", *FLAGS)} for t in self.added}
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length}
         model_io.write_json(folder / "tokenizer_config.json", config | named | {"added_tokens_decoder": added})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
         """The tokenizer in a folder, or in `tokenizer/` within it: `tokenizer.json`, or `vocab.json` and `merges.txt`.
         Raises UserError where there is none or it is not CLIP's."""
-        root = model_io.find_root(folder)
-        for path in (root / "tokenizer", root):
-            if (path / "vocab.json").is_file() or (path / "tokenizer.json").is_file():
-                break
-        else:
-            raise UserError(f"no tokenizer in {str(folder)!r}: neither vocab.json nor tokenizer.json is there")
+        path = model_io.find_root(folder)
+        path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
         try:
-            return cls(**_read(path))
+            return cls(*_read(path))
         except UserError:
             raise
         except Exception as error:  # values of other types raise nearly anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"the files of the tokenizer in {str(path)!r} are broken ({reason})") from None
+            raise UserError(f"the files of the tokenizer in {str(path)!r} are missing or broken ({reason})") from None
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """The arguments of `Tokenizer`, by transformers' rules: `tokenizer.json` precedes the two files, and where the
-    config has no `added_tokens_decoder`, `special_tokens_map.json` and `added_tokens.json` complete it."""
-
-    def read(name: str) -> dict:
-        return model_io.read_json(folder / name) if (folder / name).is_file() else {}
-
-    config, table = read("tokenizer_config.json"), read("tokenizer.json")
-    if table:
-        model = table["model"]
-        if model.get("end_of_word_suffix") != WORD_END:
-            raise UserError(f"{folder}/tokenizer.json is no CLIP tokenizer: BPE with {WORD_END!r} at word ends")
-        vocab, lines, listed = model["vocab"], model["merges"], table.get("added_tokens", [])
+def _read(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], int, str, list[AddedToken]]:
+    """The arguments of `Tokenizer`."""
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    tables = (model_io.read_json(folder / name) if (folder / name).is_file() else {} for name in names)
+    complete, config, special, added = tables
+    config |= special
+    if complete:
+        vocab, merges = complete["model"]["vocab"], [tuple(pair) for pair in complete["model"]["merges"]]
     else:
-        if not (folder / "merges.txt").is_file():
-            raise UserError(f"{str(folder / 'merges.txt')!r} does not exist; vocab.json is incomplete without it")
-        text = (folder / "merges.txt").read_text(encoding="utf-8-sig")
-        lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#version")]
-        vocab, listed = model_io.read_json(folder / "vocab.json"), []
-    if "added_tokens_decoder" in config:
-        listed = [{"id": int(i)} | token for i, token in config["added_tokens_decoder"].items()]
-    else:
-        config |= read("special_tokens_map.json")
-        listed += [{"content": t, "id": i, "normalized": True} for t, i in read("added_tokens.json").items()]
-    known = {token["content"]: token for token in listed}
-    tokens = dict(known)
-    for role, default in ROLES.items():
-        token = config.get(role) or default
-        token = token if isinstance(token, dict) else {"content": token, "normalized": False}
-        content = token["content"]  # in the end that of the last role, padding
-        tokens[content] = known.get(content, token) | {"special": True}
-        if role in ("bos_token", "eos_token") and content != default:
-            raise UserError(f"{folder}: {role} {content!r} is not supported; CLIP's is {default!r}")
-    length = config.get("model_max_length", CONTEXT_LENGTH)
-    return {
-        "vocab": {token["content"]: token["id"] for token in tokens.values() if "id" in token} | vocab,
-        "merges": [tuple(line.split() if isinstance(line, str) else line) for line in lines],
-        "context_length": int(length) if length < 1e6 else CONTEXT_LENGTH,  # 1e30 there means "not known"
-        "pad_token": content,
-        "added": [AddedToken(t, **{f: flags[f] for f in FLAGS if f in flags}) for t, flags in tokens.items()],
-    }
+        vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokens = [config.get(role) or default for role, default in ROLES.items()]
+    tokens = [(token if isinstance(token, dict) else {"content": token}) | {"special": True} for token in tokens]
+    pad, length = tokens[-1]["content"], config.get("model_max_length", CONTEXT_LENGTH)
+    tokens += [{"content": token, "id": i, "normalized": True} for token, i in added.items()]
+    tokens += complete.get("added_tokens", [])
+    tokens += [{"id": int(i)} | token for i, token in config.get("added_tokens_decoder", {}).items()]
+    vocab = {token["content"]: token["id"] for token in tokens if "id" in token} | vocab
+    length = int(length) if length < 1e6 else CONTEXT_LENGTH  # 1e30 there means "not known"
+    listed = [AddedToken(t["content"], **{flag: t[flag] for flag in FLAGS if flag in t}) for t in tokens]
+    return vocab, merges, length, pad, listed
 
 
-def _normalizer() -> normalizers.Normalizer:
+def _backend(model: models.Model) -> tokenizers.Tokenizer:
+    """Splits texts as CLIP does, and `model` splits the words."""
+    backend = tokenizers.Tokenizer(model)
     steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    return normalizers.Sequence(steps)
-
-
-def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     split = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 def _valid(text: str) -> str:

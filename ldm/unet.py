@@ -2,8 +2,9 @@
 parameter names (Rombach et al. 2022; Ho et al. 2020)."""
 
 import math
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm import model_io
 from ldm.config import UserError, require_positive
-from ldm.layers import Downsample, ResnetBlock, SpatialTransformer, Upsample
+from ldm.layers import ResnetBlock, SpatialTransformer, downsample, upsample
 
 # Keys of diffusers' config that are no fields of UNetConfig, and the values that are supported.
 SUPPORTED: dict[str, tuple] = {
@@ -31,6 +32,7 @@ SUPPORTED: dict[str, tuple] = {
     "addition_embed_type_num_heads": (64,),  # of an embedding that is switched off
     "upcast_attention": (True, False, None),  # attention runs in the weights' precision, float32 by default
 }
+PER_LEVEL = ("attention_head_dim", "transformer_layers_per_block")
 DownBlock, UpBlock = Literal["DownBlock2D", "CrossAttnDownBlock2D"], Literal["UpBlock2D", "CrossAttnUpBlock2D"]
 
 
@@ -55,20 +57,18 @@ class UNetConfig:
     freq_shift: int = 0
 
     def __post_init__(self) -> None:
-        sizes = "sample_size", "in_channels", "out_channels", "layers_per_block", "cross_attention_dim"
-        per_level = "attention_head_dim", "transformer_layers_per_block"
-        require_positive(self, "block_out_channels", "norm_num_groups", *sizes, *per_level)
-        levels = len(self.block_out_channels)
-        for name in ("down_block_types", "up_block_types", *per_level):
+        require_positive(self, "freq_shift")
+        widths, levels = self.block_out_channels, len(self.block_out_channels)
+        for name in ("down_block_types", "up_block_types", *PER_LEVEL):
             entries = len(self.per_level(name))
             if entries != levels:
                 raise UserError(f"U-Net {name} has {entries} entries for the {levels} levels of block_out_channels")
-        for width, heads in zip(self.block_out_channels, self.per_level("attention_head_dim"), strict=True):
+        for width, heads in zip(widths, self.per_level("attention_head_dim"), strict=True):
             if width % heads or width % self.norm_num_groups:
                 divisors = f"its {heads} heads (attention_head_dim) and of norm_num_groups {self.norm_num_groups}"
                 raise UserError(f"U-Net width {width} must be a multiple of {divisors}")
-        if self.block_out_channels[0] % 2:
-            raise UserError(f"U-Net width {self.block_out_channels[0]} must be even: the timestep's sines and cosines")
+        if widths[0] % 2:
+            raise UserError(f"U-Net width {widths[0]} must be even: the timestep's sines and cosines")
 
     def per_level(self, name: str) -> tuple:
         """The field `name`, one value per level, where it may be one value for all."""
@@ -76,7 +76,7 @@ class UNetConfig:
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
 
-def timestep_embedding(t: Tensor, channels: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Tensor:
+def timestep_embedding(t: Tensor, channels: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
     """Sinusoids of the timesteps t (B,) -> (B, channels) (Vaswani et al. 2017, section 3.5; Ho et al. 2020)."""
     half = channels // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
@@ -85,98 +85,36 @@ def timestep_embedding(t: Tensor, channels: int, *, flip_sin_to_cos: bool = True
     return torch.cat(pair, dim=-1)
 
 
-class TimestepMLP(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int):
+class Level(nn.Module):
+    """Residual blocks of the given input widths at one resolution, the first `attentions` of them followed by a
+    transformer; then a step "down" or "up", or none."""
+
+    def __init__(self, config: UNetConfig, level: int, inputs: list[int], attentions: int, step: str = ""):
         super().__init__()
-        self.linear_1 = nn.Linear(in_channels, out_channels)
-        self.linear_2 = nn.Linear(out_channels, out_channels)
+        width, groups = config.block_out_channels[level], config.norm_num_groups
+        resnet = {"groups": groups, "eps": config.norm_eps, "temb_channels": 4 * config.block_out_channels[0]}
+        heads, depth = (config.per_level(name)[level] for name in PER_LEVEL)
+        transformer = {"depth": depth, "groups": groups, "linear": config.use_linear_projection}
+        self.resnets = nn.ModuleList(ResnetBlock(channels, width, **resnet) for channels in inputs)
+        self.attentions = nn.ModuleList(
+            SpatialTransformer(width, heads, config.cross_attention_dim, **transformer) for _ in range(attentions)
+        )
+        self.downsamplers = nn.ModuleList([downsample(width)] if step == "down" else [])
+        self.upsamplers = nn.ModuleList([upsample(width)] if step == "up" else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Timestep sinusoids (B, in) -> time embedding (B, out)."""
-        return self.linear_2(F.silu(self.linear_1(x)))
+    def forward(self, h: Tensor, temb: Tensor, context: Tensor, skips: list[Tensor] | tuple = ()) -> list[Tensor]:
+        """h (B, C, H, W), temb (B, T), context (B, L, D) -> the output of each block and step, (B, width, H', W').
 
-
-def _resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:
-    groups, eps, temb_channels = config.norm_num_groups, config.norm_eps, 4 * config.block_out_channels[0]
-    return ResnetBlock(in_channels, out_channels, groups=groups, eps=eps, temb_channels=temb_channels)
-
-
-def _transformer(config: UNetConfig, level: int) -> SpatialTransformer:
-    return SpatialTransformer(
-        config.block_out_channels[level],
-        config.per_level("attention_head_dim")[level],
-        config.cross_attention_dim,
-        depth=config.per_level("transformer_layers_per_block")[level],
-        groups=config.norm_num_groups,
-        linear=config.use_linear_projection,
-    )
-
-
-class DownLevel(nn.Module):
-    """Residual blocks, each followed by a transformer where the level has cross-attention, then a step down except at
-    the last level."""
-
-    def __init__(self, config: UNetConfig, level: int):
-        super().__init__()
-        width, last = config.block_out_channels[level], level == len(config.block_out_channels) - 1
-        widths = [config.block_out_channels[max(level - 1, 0)]] + [width] * config.layers_per_block
-        count = config.layers_per_block if config.down_block_types[level].startswith("CrossAttn") else 0
-        self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in pairwise(widths))
-        self.attentions = nn.ModuleList(_transformer(config, level) for _ in range(count))
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(width)])
-
-    def forward(self, h: Tensor, temb: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """h (B, above, H, W), temb (B, T), context (B, L, D) -> (B, width, H/2, W/2), at the last level (B, width, H,
-        W); and the output of each block and step, for the skip connections."""
+        Each block also takes a skip connection (B, C', H, W), the last of `skips` first, where there are any.
+        """
         outputs = []
-        for resnet, attention in zip_longest(self.resnets, self.attentions):
-            h = resnet(h, temb)
-            h = h if attention is None else attention(h, context)
-            outputs.append(h)
-        for downsample in self.downsamplers:
-            h = downsample(h)
-            outputs.append(h)
-        return h, outputs
-
-
-class MidBlock(nn.Module):
-    """Residual block, transformer, residual block at the lowest resolution."""
-
-    def __init__(self, config: UNetConfig):
-        super().__init__()
-        width = config.block_out_channels[-1]
-        self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(2))
-        self.attentions = nn.ModuleList([_transformer(config, len(config.block_out_channels) - 1)])
-
-    def forward(self, h: Tensor, temb: Tensor, context: Tensor) -> Tensor:
-        """h (B, width, H, W), temb (B, T), context (B, L, D) -> (B, width, H, W)."""
-        h = self.attentions[0](self.resnets[0](h, temb), context)
-        return self.resnets[1](h, temb)
-
-
-class UpLevel(nn.Module):
-    """Mirror of DownLevel with one residual block more; each takes a skip connection beside its input."""
-
-    def __init__(self, config: UNetConfig, index: int):
-        super().__init__()
-        widths, level = config.block_out_channels, len(config.block_out_channels) - 1 - index
-        width, below, above = widths[level], widths[min(level + 1, len(widths) - 1)], widths[max(level - 1, 0)]
-        inputs = [below] + [width] * config.layers_per_block
-        skips = [width] * config.layers_per_block + [above]
-        count = len(inputs) if config.up_block_types[index].startswith("CrossAttn") else 0
-        self.resnets = nn.ModuleList(_resnet(config, a + b, width) for a, b in zip(inputs, skips, strict=True))
-        self.attentions = nn.ModuleList(_transformer(config, level) for _ in range(count))
-        self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(width)])
-
-    def forward(self, h: Tensor, temb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
-        """h (B, below, H, W), temb (B, T), context (B, L, D), skips in the order of DownLevel's outputs, the last taken
-        first -> (B, width, 2H, 2W), at the first level (B, width, H, W)."""
         for resnet, attention, skip in zip_longest(self.resnets, self.attentions, reversed(skips)):
-            h = resnet(torch.cat([h, skip], dim=1), temb)
+            h = resnet(h if skip is None else torch.cat([h, skip], dim=1), temb)
             h = h if attention is None else attention(h, context)
-        for upsample in self.upsamplers:
-            h = upsample(h)
-        return h
+            outputs.append(h)
+        for step in (*self.downsamplers, *self.upsamplers):
+            outputs.append(step(h))
+        return outputs
 
 
 class UNet(nn.Module):
@@ -185,12 +123,23 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        widths = config.block_out_channels
+        widths, layers, last = config.block_out_channels, config.layers_per_block, len(config.block_out_channels) - 1
+        temb = 4 * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepMLP(widths[0], 4 * widths[0])
-        self.down_blocks = nn.ModuleList(DownLevel(config, i) for i in range(len(widths)))
-        self.mid_block = MidBlock(config)
-        self.up_blocks = nn.ModuleList(UpLevel(config, i) for i in range(len(widths)))
+        time = OrderedDict(linear_1=nn.Linear(widths[0], temb), act=nn.SiLU(), linear_2=nn.Linear(temb, temb))
+        self.time_embedding = nn.Sequential(time)
+        self.down_blocks = nn.ModuleList()
+        for i, kind in enumerate(config.down_block_types):
+            inputs = [widths[max(i - 1, 0)]] + [widths[i]] * (layers - 1)
+            attentions = layers if kind.startswith("CrossAttn") else 0
+            self.down_blocks.append(Level(config, i, inputs, attentions, "down" if i < last else ""))
+        self.mid_block = Level(config, last, [widths[-1]] * 2, 1)
+        self.up_blocks = nn.ModuleList()
+        for i, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
+            below, above = widths[min(i + 1, last)], widths[max(i - 1, 0)]
+            inputs = [below + widths[i]] + [2 * widths[i]] * (layers - 1) + [widths[i] + above]
+            attentions = layers + 1 if kind.startswith("CrossAttn") else 0
+            self.up_blocks.append(Level(config, i, inputs, attentions, "up" if i else ""))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
@@ -202,22 +151,16 @@ class UNet(nn.Module):
         config, smallest = self.config, 2 ** (len(self.down_blocks) - 1)
         if z_t.shape[-2] % smallest or z_t.shape[-1] % smallest:
             raise UserError(f"latent size {tuple(z_t.shape[-2:])} must be a multiple of {smallest} both ways")
-        sinusoids = timestep_embedding(
-            t.reshape(-1),
-            config.block_out_channels[0],
-            flip_sin_to_cos=config.flip_sin_to_cos,
-            freq_shift=config.freq_shift,
-        )
+        options = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
+        sinusoids = timestep_embedding(t.reshape(-1), config.block_out_channels[0], **options)
         temb = self.time_embedding(sinusoids.to(z_t.dtype))  # (B, T), or (1, T) for a scalar t
-        h = self.conv_in(z_t)
-        skips = [h]
+        skips = [self.conv_in(z_t)]
         for level in self.down_blocks:
-            h, outputs = level(h, temb, context)
-            skips += outputs
-        h = self.mid_block(h, temb, context)
+            skips += level(skips[-1], temb, context)
+        h = self.mid_block(skips[-1], temb, context)[-1]
         for level in self.up_blocks:
             count = len(level.resnets)
-            h, skips = level(h, temb, context, skips[-count:]), skips[:-count]
+            h, skips = level(h, temb, context, skips[-count:])[-1], skips[:-count]
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
     def save_pretrained(self, folder: str | Path) -> None:

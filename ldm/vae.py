@@ -5,18 +5,19 @@ It alone knows the latent shift and scale: `encode` returns raw moments, `normal
 
 import copy
 import re
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ldm import model_io
 from ldm.config import UserError, require_positive
-from ldm.layers import Attention, Downsample, ResnetBlock, Upsample
+from ldm.layers import Attention, ResnetBlock, downsample, upsample
 
 # Keys of diffusers' config that are no fields of VAEConfig, and the values that are supported.
 SUPPORTED: dict[str, tuple] = {
@@ -27,7 +28,7 @@ SUPPORTED: dict[str, tuple] = {
     "use_post_quant_conv": (True,),
     "force_upcast": (True, False),  # decoding is always in float32
 }
-# Names of the attention's layers before diffusers 0.17.
+# Names of the attention's layers before diffusers 0.17, which Stable Diffusion's files have.
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 EPS = 1e-6  # of the group norms
 
@@ -48,8 +49,7 @@ class VAEConfig:
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
-        sizes = "in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"
-        require_positive(self, "block_out_channels", "sample_size", *sizes)
+        require_positive(self)
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise UserError(f"VAE width {width} must be a multiple of norm_num_groups {self.norm_num_groups}")
@@ -91,64 +91,48 @@ class MidBlock(nn.Module):
         return self.resnets[1](x)
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution, then a step "down" or "up", or none."""
-
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, step: str):
-        super().__init__()
-        widths = [in_channels] + [out_channels] * blocks
-        self.resnets = nn.ModuleList(ResnetBlock(a, b, groups=groups, eps=EPS) for a, b in pairwise(widths))
-        self.downsamplers = nn.ModuleList([Downsample(out_channels, asymmetric=True)] if step == "down" else [])
-        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if step == "up" else [])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in, H, W) -> (B, out, H', W'), where H' is H / 2, 2 H or H."""
-        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            x = layer(x)
-        return x
+def _levels(
+    widths: tuple[int, ...], blocks: int, groups: int, name: str, step: Callable[[int], nn.Module]
+) -> nn.Sequential:
+    """Residual blocks at each width's resolution; after all but the last, under `name`, a `step` to the next one."""
+    levels = []
+    for i, width in enumerate(widths):
+        inputs = [widths[max(i - 1, 0)]] + [width] * (blocks - 1)
+        resnets = [ResnetBlock(channels, width, groups=groups, eps=EPS) for channels in inputs]
+        level = OrderedDict(resnets=nn.Sequential(*resnets))
+        if i + 1 < len(widths):
+            level[name] = nn.Sequential(step(width))
+        levels.append(nn.Sequential(level))
+    return nn.Sequential(*levels)
 
 
-def _levels(widths: tuple[int, ...], blocks: int, groups: int, step: str) -> nn.ModuleList:
-    """A level per width; all but the last end with `step`."""
-    inputs, steps = (widths[0], *widths[:-1]), [step] * (len(widths) - 1) + [""]
-    levels = zip(inputs, widths, steps, strict=True)
-    return nn.ModuleList(Level(a, b, blocks, groups, step) for a, b, step in levels)
+def _encoder(config: VAEConfig) -> nn.Sequential:
+    """x (B, 3, H, W) -> hidden moments (B, 2C, H/f, W/f)."""
+    widths, groups = config.block_out_channels, config.norm_num_groups
+    down = partial(downsample, asymmetric=True)
+    layers = OrderedDict(
+        conv_in=nn.Conv2d(config.in_channels, widths[0], 3, padding=1),
+        down_blocks=_levels(widths, config.layers_per_block, groups, "downsamplers", down),
+        mid_block=MidBlock(widths[-1], config),
+        conv_norm_out=nn.GroupNorm(groups, widths[-1], EPS),
+        conv_act=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1),
+    )
+    return nn.Sequential(layers)
 
 
-class Encoder(nn.Module):
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = _levels(widths, config.layers_per_block, groups, "down")
-        self.mid_block = MidBlock(widths[-1], config)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) -> hidden moments (B, 2C, H/f, W/f)."""
-        h = self.conv_in(x)
-        for level in self.down_blocks:
-            h = level(h)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h))))
-
-
-class Decoder(nn.Module):
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], config)
-        self.up_blocks = _levels(widths, config.layers_per_block + 1, groups, "up")
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """z (B, C, h, w) -> x (B, 3, h*f, w*f)."""
-        h = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
-            h = level(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+def _decoder(config: VAEConfig) -> nn.Sequential:
+    """z (B, C, h, w) -> x (B, 3, h*f, w*f)."""
+    widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+    layers = OrderedDict(
+        conv_in=nn.Conv2d(config.latent_channels, widths[0], 3, padding=1),
+        mid_block=MidBlock(widths[0], config),
+        up_blocks=_levels(widths, config.layers_per_block + 1, groups, "upsamplers", upsample),
+        conv_norm_out=nn.GroupNorm(groups, widths[-1], EPS),
+        conv_act=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], config.out_channels, 3, padding=1),
+    )
+    return nn.Sequential(layers)
 
 
 class VAE(nn.Module):
@@ -157,7 +141,7 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = _encoder(config), _decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
@@ -223,9 +207,7 @@ class VAE(nn.Module):
         """The VAE in a folder, in `vae/` within it, or of a shipped model. Raises UserError where there is none."""
         folder = model_io.find_part(folder, "vae")
         config = model_io.read_config(folder, VAEConfig, "AutoencoderKL", SUPPORTED)
-        tensors = {_renamed(name): tensor for name, tensor in model_io.read_tensors(folder).items()}
+        old = "|".join(RENAMED)
+        tensors = model_io.read_tensors(folder)
+        tensors = {re.sub(old, lambda match: RENAMED[match[0]], name): tensor for name, tensor in tensors.items()}
         return model_io.load_model(lambda: cls(config), folder, tensors, config)
-
-
-def _renamed(name: str) -> str:
-    return re.sub(r"(?<=attentions\.0\.)(\w+)(?=\.)", lambda match: RENAMED.get(match[0], match[0]), name)

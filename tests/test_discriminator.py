@@ -34,7 +34,5 @@ def test_receptive_field_is_70_pixels():
 
 
 def test_refusals_name_the_value():
-    with pytest.raises(UserError, match="16x20 pixels"):
-        PatchDiscriminator(channels=8)(torch.zeros(1, 3, 20, 16))
     with pytest.raises(UserError, match="6 channels"):
         PatchDiscriminator(channels=6)

@@ -1,6 +1,7 @@
 """Feature networks and judges by name, each against the library it comes from."""
 
 import hashlib
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_judge_is_the_clip_of_the_folder_and_opens_in_transformers(judge):
 def test_published_clip_is_transformers_own(tmp_path):
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    sizes = {"text_config": text_config().to_dict(), "vision_config": vision_config().to_dict()}
+    sizes = {"text_config": asdict(text_config()), "vision_config": asdict(vision_config())}
     model = randomize(CLIPModel(CLIPConfig(**sizes, projection_dim=20))).eval()
     model.save_pretrained(tmp_path)
     processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
