@@ -5,7 +5,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,8 +23,15 @@ from ldm.data.latents import data_hash
 from ldm.data.shapes import MIN_SIZE, render, sample_scene
 from ldm.distributed import find_device
 from ldm.evaluate.config import LARGEST, SMALLEST, AutoencoderEvaluation
-from ldm.evaluate.features import judge_name, open_networks
-from ldm.evaluate.pictures import Pictures, claim, data_config, held_out_indices, sample_indices
+from ldm.evaluate.features import TAUGHT, judge_name, open_networks
+from ldm.evaluate.pictures import (
+    claim,
+    data_config,
+    held_out_indices,
+    of_dataset,
+    perceptual_teacher,
+    sample_indices,
+)
 from ldm.evaluate.records import Record, blank_record, distance_records, headlines, left_out, mean_record, record
 from ldm.evaluate.report import Row, write_results
 from ldm.images import to_float, to_uint8
@@ -35,7 +42,7 @@ from ldm.metrics.intervals import mean_interval, resampled_interval
 from ldm.metrics.reconstruction import discretized_logistic
 from ldm.metrics.representation import agreement, clusters
 from ldm.model_io import module_hash
-from ldm.perceptual import PerceptualDistance, perceptual_network
+from ldm.perceptual import perceptual_network
 from ldm.vae import VAE
 
 FITTED = 256  # training images to which the scale of the likelihood is fitted
@@ -73,10 +80,9 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
     dataset, train = (open_dataset(data, split, need_captions=False) for split in (config.split, "train"))
     indices = held_out_indices(dataset, config)
     fitted = readable(train, sample_indices(len(train), FITTED, config.seed))
-    distance = perceptual_network(config.perceptual).to(device)
+    distance, teacher = perceptual_network(config.perceptual).to(device), perceptual_teacher(config.autoencoder)
     feature_name = judged_by(config.features, judge_name("", config.data))
-    features, _ = open_networks(feature_name, "none", config.out, device, batch_size)
-    side = size // vae.factor
+    features, _ = open_networks(feature_name, "none", teacher, config.out, device, batch_size)
     settings = {
         "autoencoder": config.autoencoder,
         "autoencoder_sha256": module_hash(vae),
@@ -86,21 +92,43 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
         "split": config.split,
         "num": len(indices),
         "size": size,
-        "latent": f"{vae.config.latent_channels}x{side}x{side}",
+        "latent": "x".join(map(str, (vae.config.latent_channels, size // vae.factor, size // vae.factor))),
         "seed": config.seed,
+        "features": feature_name,
+        "perceptual_net_of_vae": teacher,
+        "device": str(device),
     }
     claim(config.out, {key: settings[key] for key in CLAIMED})
     training = code(vae, train, fitted, batch_size, "fitting the likelihood")
     scale = min(SCALES, key=lambda scale: float(training.nll(scale).mean()))  # before held-out images are seen
     coded = code(vae, dataset, indices, batch_size, "autoencoder")
     compressed = decode_8_bits(vae, coded.mean[:CODED], batch_size)
+    real = of_dataset("real held-out", dataset, indices).rows(range(len(indices)), read=coded.pixels.__getitem__)
+    decoded = real.rows(range(len(indices)), of=OF, read=coded.decoded.__getitem__)
 
-    results = [*quality(coded, distance, config.perceptual, batch_size), *bits(coded, scale), latent_record(coded)]
-    real, decoded = (
-        Pictures(of=of, count=len(x), read=x.__getitem__)
-        for of, x in (("real held-out", coded.pixels), (OF, coded.decoded))
-    )
-    results += [blank_record(source, batch_size) for source in (real, decoded)] + left_out(dataset, train)
+    # metric -> its value per picture, and further fields of its record
+    smallest, pairs = getattr(distance, "smallest", 0), batch_size
+    network = {"extractor": config.perceptual, "extractor_sha256": module_hash(distance)}
+    network |= {"resize": f"none; sides under {smallest} px doubled" if smallest else "none"}
+    network |= TAUGHT if config.perceptual == teacher else {}
+    nll, kl = coded.nll(scale), reduce(coded.kl, "n c h w -> n", "sum")
+    bits = partial(bits_per_dimension, dimensions=math.prod(coded.pixels.shape[1:]))
+    assumed = {"assumes": ASSUMPTIONS, "scale": scale, "latent": "one sample"}
+    values = {
+        "psnr_db": (coded.compare(psnr, device, batch_size), {}),
+        "ssim": (coded.compare(ssim, device, batch_size), {}),
+        "sharpness": (coded.compare(sharpness, device, batch_size), {}),
+        "perceptual_distance": (
+            coded.compare(partial(perceptual_distance, network=distance), device, batch_size),
+            network,
+        ),
+        "bits_per_dimension": (bits(nll, kl), assumed),
+        "bits_of_latent": (bits(0 * nll, kl), assumed),
+        "bits_of_rest": (bits(nll, 0 * kl), assumed),
+    }
+    results = [mean_record(name, each, decoded, **{"latent": "mean"} | more) for name, (each, more) in values.items()]
+    results += [latent_record(coded), *(blank_record(source, batch_size) for source in (real, decoded))]
+    results += left_out(dataset, train)
     results += distance_records(features, decoded, real, config.seed) if features else []
     results.append(rates(coded, compressed))
     if find_spec("sklearn"):
@@ -122,11 +150,17 @@ class Coded:
     decoded: Tensor  # from the mean, uint8
     sampled: Tensor  # from one sample of the latent, in [-1, 1]
 
+    def compare(self, metric: Any, device: torch.device, batch_size: int) -> Tensor:
+        """`metric` of each image and its reconstruction from the mean (N,)."""
+        pairs = zip(self.pixels.split(batch_size), self.decoded.split(batch_size), strict=True)
+        return torch.cat([metric(*(to_float(x).to(device) for x in pair)).cpu() for pair in pairs])
+
     def nll(self, scale: float) -> Tensor:
         """Nats of the images around the decoded sample (N,)."""
         pairs = zip(self.pixels.split(16), self.sampled.split(16), strict=True)
         return torch.cat([reduce(discretized_logistic(*pair, scale), "b c h w -> b", "sum") for pair in pairs])
 
+    @cached_property
     def kl(self) -> Tensor:
         """KL of each posterior from the standard normal in nats, float64 (N, C, h, w); of the latents as diffusion sees
         them, whatever the autoencoder's own scale, so that the rates of several compare."""
@@ -150,41 +184,6 @@ def code(vae: VAE, dataset: Any, indices: list[int], batch_size: int, text: str)
     return Coded(pixels=pixels, mean=mean, std=std, decoded=decoded, sampled=sampled)
 
 
-def quality(coded: Coded, network: PerceptualDistance, name: str, batch_size: int) -> Iterator[Record]:
-    """How near reconstructions from the mean of the latent are."""
-    device, smallest = next(network.buffers()).device, getattr(network, "smallest", 0)
-    resize = f"none; sides under {smallest} px doubled" if smallest else "none"
-    network_fields = {"extractor": name, "extractor_sha256": module_hash(network), "resize": resize}
-    for metric, function, fields in (
-        ("psnr_db", psnr, {}),
-        ("ssim", ssim, {}),
-        ("sharpness", sharpness, {}),
-        ("perceptual_distance", partial(perceptual_distance, network=network), network_fields),
-    ):
-        pairs = zip(coded.pixels.split(batch_size), coded.decoded.split(batch_size), strict=True)
-        values = torch.cat([function(*(to_float(x).to(device) for x in pair)).cpu() for pair in pairs])
-        yield mean_record(metric, values, of=OF, latent="mean", **fields)
-
-
-def bits(coded: Coded, scale: float) -> Iterator[Record]:
-    """The negative evidence lower bound in bits per dimension, and its two parts."""
-    nll, kl = coded.nll(scale), reduce(coded.kl(), "n c h w -> n", "sum")
-    fields = {"of": OF, "assumes": ASSUMPTIONS, "scale": scale, "latent": "one sample"}
-    parts = {"bits_per_dimension": (nll, kl), "bits_of_latent": (0 * nll, kl), "bits_of_rest": (nll, 0 * kl)}
-    for metric, pair in parts.items():
-        yield mean_record(metric, bits_per_dimension(*pair, math.prod(coded.pixels.shape[1:])), **fields)
-
-
-def latent_record(coded: Coded) -> Record:
-    """Each channel of the latents as diffusion sees it: mean, deviation, the posterior's share of the variance, KL."""
-    z, noise, kl = coded.mean.double(), coded.std.double().square().mean((0, 2, 3)), coded.kl().mean((0, 2, 3))
-    variance = z.var((0, 2, 3))
-    channels = torch.stack([z.mean((0, 2, 3)), variance.sqrt(), noise / (noise + variance), kl], 1)
-    names = ("mean", "std", "noise_share", "kl_nats")
-    value = [dict(zip(names, channel, strict=True)) for channel in channels.tolist()]
-    return record("latent_channels", value, of="latents", n=len(z))
-
-
 @torch.no_grad()
 def decode_8_bits(vae: VAE, z: Tensor, batch_size: int) -> Tensor:
     """uint8 images decoded from latents in 256 levels over four deviations to both sides."""
@@ -193,14 +192,24 @@ def decode_8_bits(vae: VAE, z: Tensor, batch_size: int) -> Tensor:
     return torch.cat([to_uint8(vae.decode(part.to(device))).cpu() for part in levels.split(batch_size)])
 
 
+def latent_record(coded: Coded) -> Record:
+    """Each channel of the latents as diffusion sees it: mean, deviation, the posterior's share of the variance, KL."""
+    z, noise, over = coded.mean.double(), coded.std.double().square().mean((0, 2, 3)), (0, 2, 3)
+    variance = z.var(over)
+    channels = torch.stack([z.mean(over), variance.sqrt(), noise / (noise + variance), coded.kl.mean(over)], 1)
+    names = ("mean", "std", "noise_share", "kl_nats")
+    value = [dict(zip(names, channel, strict=True)) for channel in channels.tolist()]
+    return record("latent_channels", value, "latents", n=len(z))
+
+
 def rates(coded: Coded, compressed: Tensor) -> Record:
     """(bytes, PSNR) per image of latents in 8 bits, of latents at the rate of their KL, which bits-back coding reaches,
     and of other codecs at several qualities."""
-    pixels, nats = coded.pixels[:CODED], reduce(coded.kl()[:CODED], "n c h w -> n", "sum").mean()
+    pixels, nats = coded.pixels[:CODED], reduce(coded.kl[:CODED], "n c h w -> n", "sum").mean()
     levels = [float(levels_of(pixels, y).mean()) for y in (compressed, to_uint8(coded.sampled[:CODED]))]
     stored, by_kl = float(math.prod(coded.mean.shape[1:])), float(nats / math.log(2) / 8)
     value = {"latents, 8 bits": [(stored, levels[0])], "latents, KL": [(by_kl, levels[1])]}
-    return record("rate_distortion", value | {c: curve(pixels, c) for c in CODECS}, of=OF, n=len(pixels))
+    return record("rate_distortion", value | {c: curve(pixels, c) for c in CODECS}, OF, n=len(pixels))
 
 
 def levels_of(x: Tensor, y: Tensor) -> Tensor:
@@ -218,12 +227,12 @@ def representation(vae: VAE, dataset: Any, train: Any, name: str, seed: int) -> 
     cut = len(codes) * 2 // 3
     yield from _label_records((codes[:cut], labels[:cut]), (codes[cut:], labels[cut:]), FACTORS, seed)
     numbers = np.stack([np.unique(column, return_inverse=True)[1] for column in labels.T], 1)
-    fields = {"of": "latents", "n": len(codes), "factors": list(FACTORS)}
+    fields = {"n": len(codes), "factors": list(FACTORS)}
     gap = mig(codes, numbers)
     interval = _interval(lambda rows: mig(codes[rows], numbers[rows]), len(codes), gap, seed, few=True)
-    yield record("mig", gap, interval, **fields)
+    yield record("mig", gap, "latents", interval, **fields)
     # without intervals, for which trees would have to grow anew many times
-    yield from (record(f"dci_{key}", value, **fields) for key, value in dci(codes, numbers, seed).items())
+    yield from (record(f"dci_{key}", value, "latents", **fields) for key, value in dci(codes, numbers, seed).items())
 
 
 def _interval(statistic: Any, count: int, value: float, seed: int, few: bool = False) -> tuple[float, float]:
@@ -245,7 +254,7 @@ def _scenes(vae: VAE, seed: int) -> Split:
 
 
 def _emoji(vae: VAE, dataset: Any, seed: int) -> Split:
-    indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:LABELLED].tolist()
+    indices = sample_indices(len(dataset), LABELLED, seed)
     pixels = torch.stack([dataset[i]["image"] for i in indices])
     return encode_means(vae, pixels), np.array([[dataset.records[i][label] for label in EMOJI] for i in indices])
 
@@ -265,14 +274,14 @@ def _label_records(train: Split, test: Split, names: tuple[str, ...], seed: int)
     for i, name in enumerate(names):
         labels = test[1][:, i]
         counts = np.unique(labels, return_counts=True)[1]
-        fields = {"of": "latents", "label": name, "classes": len(counts), "n": len(labels)}
+        fields = {"label": name, "classes": len(counts), "n": len(labels)}
         code = clusters(test[0], len(counts), seed)
         for key, value in agreement(labels, code).items():
             interval = _interval(lambda r, k=key, y=labels, c=code: agreement(y[r], c[r])[k], len(labels), value, seed)
-            yield record(key, value, interval, **fields)
+            yield record(key, value, "latents", interval, **fields)
         probe = linear_probe(train[0], train[1][:, i], test[0], labels)
         interval = mean_interval(np.arange(len(labels)) < round(probe * len(labels)), seed)
-        yield record("linear_probe", probe, interval, chance=float(counts.max() / counts.sum()), **fields)
+        yield record("linear_probe", probe, "latents", interval, chance=float(counts.max() / counts.sum()), **fields)
 
 
 def galleries(coded: Coded, compressed: Tensor) -> dict[str, list[Row]]:

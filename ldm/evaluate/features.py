@@ -20,6 +20,7 @@ from ldm.model_io import load_tensors, save_tensors
 
 SAVED = 20  # batches between two writes of the file
 HASH = 16  # bytes of SHA-256
+TAUGHT = {"trained_the_vae": True}  # field of distances by the very network that the VAE was trained to please
 
 
 class Features:
@@ -88,10 +89,11 @@ def judge_name(judge: str, data: str) -> str:
     return judge or (data if (JUDGES / data).is_dir() else "none")
 
 
-def open_networks(features: str, judge: str, *options: Any) -> tuple[Features | None, Features | None]:
-    """The feature network, where "judge" is the image tower of `judge`, and the image-text model; None for "none"."""
+def open_networks(features: str, judge: str, teacher: str, *options: Any) -> tuple[Features | None, Features | None]:
+    """The feature network, where "judge" is the image tower of `judge`, and the image-text model; None for "none".
+    Records of the network that trained the measured VAE (`teacher`) are marked."""
     features = judged_by(features, judge)
-    return (
-        None if features == "none" else Features(feature_extractor(features), *options),
-        None if judge == "none" else Features(image_text_model(judge), *options),
-    )
+    network = None if features == "none" else Features(feature_extractor(features), *options)
+    if network and network.network.name == teacher:
+        network.metadata |= TAUGHT
+    return network, None if judge == "none" else Features(image_text_model(judge), *options)
