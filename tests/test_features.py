@@ -14,7 +14,7 @@ from ldm.config import UserError
 from ldm.images import to_uint8
 from ldm.metrics.features import feature_extractor
 from ldm.metrics.judges import image_text_model
-from ldm.metrics.preprocess import resized
+from ldm.metrics.inputs import resized
 from ldm.tokenizer import Tokenizer
 
 

@@ -16,7 +16,7 @@ from ldm import metrics
 from ldm.config import UserError
 from ldm.metrics import clip_score, cosine, psnr, retrieval, sharpness, ssim
 from ldm.metrics.alignment import chance, retrieval_hits
-from ldm.metrics.codecs import curve, encoded, nearest_to
+from ldm.metrics.codecs import curve, encoded
 from ldm.metrics.reconstruction import ROUNDING, discretized_logistic
 
 
@@ -93,11 +93,8 @@ def test_codecs_trade_bytes_for_quality(codec):
     pixels = ((pictures(3, 48) + 1) * 127.5).to(torch.uint8)
     points = curve(pixels, codec, (5, 50, 95))
     assert points == sorted(points) and points[0][1] < points[1][1] < points[2][1]
-    sizes = [encoded(pixels[0], codec, quality)[0] for quality in range(1, 101)]
-    used, decoded = nearest_to(pixels[0], codec, sorted(sizes)[50])
-    assert used == sorted(sizes)[50] and (decoded.shape, decoded.dtype) == ((3, 48, 48), torch.uint8)
-    assert psnr(decoded / 127.5 - 1, pixels[0] / 127.5 - 1).mean() > 20
-    assert nearest_to(pixels[0], codec, 1)[0] == min(sizes)
+    size, decoded = encoded(pixels[0], codec, 95)
+    assert (decoded.shape, decoded.dtype) == ((3, 48, 48), torch.uint8) and size > encoded(pixels[0], codec, 5)[0]
 
 
 def test_cosine_and_clip_score():

@@ -133,11 +133,12 @@ def curves(path: Path) -> dict[str, Lines]:
     for title, (metric, factor) in GUIDED.items():
         values = [(r, r["value"]) for r in records if r["metric"] == metric and r["value"] is not None]
         values = [(r, factor * (v["mean"]["all"] if isinstance(v, dict) else v)) for r, v in values]
-        samples = sorted((r["guidance"], value) for r, value in values if r["of"] == "samples")
+        curve = "validation samples" if any(r["of"] == "validation samples" for r, _ in values) else "samples"
+        samples = sorted((r["guidance"], value) for r, value in values if r["of"] == curve)
         if samples:
             levels = {r["of"]: value for r, value in values if r["of"] in ("real held-out", "real train")}
             ends = (samples[0][0], samples[-1][0])
-            plots[title] = {"samples": samples} | {of: [(x, value) for x in ends] for of, value in levels.items()}
+            plots[title] = {curve: samples} | {of: [(x, value) for x in ends] for of, value in levels.items()}
     if not plots:
         raise UserError(f"{str(path)!r} is no evaluation of a model")
     return plots

@@ -5,8 +5,7 @@ import json
 import random
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -52,29 +51,49 @@ class Questions:
 
     of: str  # the name of the samples in records
     folder: str  # of the samples, in --out
-    dataset: Any
-    indices: list[int]  # of the real images
     captions: list[str]  # those of all real images once, or several times over with other captions and noise
-    same: Tensor  # (N, N) bool: which captions are right for each other's images too
-    real: Pictures
-    cases: list[Case]  # for the exact checker, of shapes alone
+    same: Tensor | None = None  # (N, N) bool: which captions are right for each other's images too
+    dataset: Any = None
+    indices: list[int] = field(default_factory=list)  # of the real images
+    real: Pictures | None = None
+    cases: list[Case] = field(default_factory=list)  # for the exact checker, of shapes alone
+
+    @property
+    def times(self) -> int:
+        """How often each real image's captions are asked for."""
+        return len(self.captions) // max(len(self.indices), 1)
 
     @property
     def kinds(self) -> list[str]:
         """Of each real image; "all" where the data set names no kinds."""
         return [getattr(self.dataset, "kind", lambda index: "all")(i) for i in self.indices]
 
+    @property
+    def about_cases(self) -> "Questions":
+        """The captions of the cases."""
+        folder = self.folder.replace("pictures", "cases")
+        return Questions(of=self.of, folder=folder, captions=[case.caption for case in self.cases])
+
 
 def pose(
-    dataset: Any, indices: list[int], seed: int, of: str, real: str, folder: str = "", times: int = 1, posed: Any = ()
+    dataset: Any, indices: list[int], seed: int, of: str, real: str, folder: str, times: int = 1, **fields: Any
 ) -> Questions:
     """Questions on some images of a data set, one of the captions of each, `times` over."""
-    alternatives = [dataset.captions(i) for i in indices]
+    alternatives = times * [dataset.captions(i) for i in indices]
     keys = [f"{seed}/{i}" + (f"/{k}" if k else "") for k in range(times) for i in indices]
-    captions = [random.Random(key).choice(texts) for key, texts in zip(keys, times * alternatives, strict=True)]
-    pictures, same = of_dataset(real, dataset, indices), sharing(times * alternatives)
-    named = {"of": of, "folder": folder, "dataset": dataset, "indices": indices, "cases": list(posed)}
-    return Questions(captions=captions, same=same, real=pictures, **named)
+    captions = [random.Random(key).choice(texts) for key, texts in zip(keys, alternatives, strict=True)]
+    fields |= {"dataset": dataset, "indices": indices, "real": of_dataset(real, dataset, indices)}
+    return Questions(of=of, folder=folder, captions=captions, same=sharing(alternatives), **fields)
+
+
+def pose_validation(dataset: Any, config: EvaluateConfig) -> Questions:
+    """About as many questions as on the test split: captions of a small validation split are asked for several times
+    over. Raises UserError where it is too small."""
+    num = config.num or USUAL
+    indices = held_out_indices(dataset, replace(config, split="val", num=max(min(num, len(dataset)), 1)))
+    posed = pose_cases(num, config.seed + 1) if config.data == "shapes" else []
+    names = ("validation samples", "real validation", "validation/pictures")
+    return pose(dataset, indices, config.seed, *names, max(1, num // len(dataset)), cases=posed)
 
 
 class Evaluation:
@@ -85,7 +104,7 @@ class Evaluation:
         self.results: list[Record] = []
         self.galleries: dict[str, list[Row]] = defaultdict(list)
         self.made: dict[tuple[str, float], Pictures] = {}
-        with warnings.catch_warnings(record=True) as notes:
+        with warnings.catch_warnings(record=True) as notes:  # such as of a sampler that takes another's place
             self.pipe = pipe = Pipeline.from_pretrained(config.model, find_device(config.device))
         for note in notes:
             warnings.warn_explicit(note.message, note.category, note.filename, note.lineno)
@@ -94,10 +113,11 @@ class Evaluation:
         if size < SMALLEST:
             raise UserError(f"the model makes {size} px pictures; they can be measured from {SMALLEST} px on")
         data = data_config(config.model, config.data, config.data_path, size)
-        dataset, self.train, self.bank, self.train_note = open_dataset(data, config.split), None, [], ""
-        indices, is_shapes = held_out_indices(dataset, config), config.data == "shapes"
-        posed = pose_cases(len(indices), seed) if is_shapes else []
-        self.test = pose(dataset, indices, seed, "samples", "real held-out", posed=posed)
+        dataset = open_dataset(data, config.split)
+        indices = held_out_indices(dataset, config)
+        n = len(indices)
+        posed = pose_cases(n, seed) if config.data == "shapes" else []
+        self.test = pose(dataset, indices, seed, "samples", "real held-out", "pictures", cases=posed)
         self.validation, self.validation_note = None, ""
         if config.choose_on == "val" != config.split and len(config.guidance) > 1:
             try:
@@ -105,18 +125,20 @@ class Evaluation:
             except UserError as error:
                 self.validation_note = f"chosen on the reported captions themselves, as {error}"
                 warnings.warn(f"the guidance is {self.validation_note}", stacklevel=2)
-        n = len(indices)
+        self.train, self.bank, self.train_note = None, [], ""
         try:
             self.train = open_dataset(data, "train")
-            tried = sample_indices(len(self.train), max(config.train_num, n), seed)
-            self.bank = readable(self.train, tried)  # the training images that samples are compared with
-            if len(self.bank) < n:
-                raise UserError(f"only {len(self.bank)} training pictures can be read, and {n} are needed")
+            bank = readable(self.train, sample_indices(len(self.train), max(config.train_num, n), seed))
+            if len(bank) < n:
+                raise UserError(f"only {len(bank)} training pictures can be read, and {n} are needed")
+            self.bank = bank  # the training images that samples are compared with
         except UserError as error:
-            self.bank, self.train_note = [], str(error)
-        judge, options = judge_name(config.judge, config.data), (config.out, pipe.device, config.batch_size)
-        teacher = perceptual_teacher(config.model)
-        self.features, self.judge = open_networks(config.features, judge, teacher, *options)
+            self.train_note = str(error)
+        self.searched = of_dataset("training set", self.train, self.bank)
+        self.real_train = of_dataset("real train", self.train, self.bank[:n])
+        judge, teacher = judge_name(config.judge, config.data), perceptual_teacher(config.model)
+        options = (teacher, config.out, pipe.device, config.batch_size)
+        self.features, self.judge = open_networks(config.features, judge, *options)
         if self.judge:
             _check_judge(self.judge, config, pipe)
         modules = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "unet")}
@@ -144,9 +166,6 @@ class Evaluation:
             "intervals_over": "concepts" if self.test.real.concepts else "pictures",
             "notes": [str(note.message) for note in notes],
         }
-        # training images, as many as held-out ones; and all that near-duplicates of samples are searched for among
-        self.searched = of_dataset("training set", self.train, self.bank)
-        self.real_train = of_dataset("real train", self.train, self.bank[:n])
 
     def add(self, *records: Record) -> None:
         self.results += records
@@ -155,54 +174,37 @@ class Evaluation:
         """Adds a row of images, each with its label, to a gallery of the report."""
         self.galleries[gallery].append(Row(caption=caption, pictures=pictures, note=note))
 
-    def sample(
-        self,
-        name: str,
-        captions: list[str],
-        g: float,
-        of: str = "samples",
-        concepts: Sequence[str] = (),
-        pipe: Pipeline | None = None,
-    ) -> Pictures:
-        """One image per caption at guidance `g`, kept in the folder `name`; missing ones are sampled, image i with the
-        seed `config.seed` + i.
+    def sample(self, asked: Questions, g: float, pipe: Pipeline | None = None) -> Pictures:
+        """One image per caption at guidance `g`, kept in a folder; missing ones are sampled, image i with the seed
+        `config.seed` + i.
 
         A batch is made where one of its images is missing; several processes share the batches.
         """
-        if (name, g) in self.made:
-            return self.made[name, g]
+        if (asked.folder, g) in self.made:
+            return self.made[asked.folder, g]
         group, pipe, sampling = processes(), pipe or self.pipe, {key: self.settings[key] for key in SAMPLING}
-        size, folder = self.config.batch_size, self.config.out / name / f"g{g:g}"
-        paths = [folder / f"{i:05d}.png" for i in range(len(captions))]
+        size, folder = self.config.batch_size, self.config.out / asked.folder / f"g{g:g}"
+        paths = [folder / f"{i:05d}.png" for i in range(len(asked.captions))]
         missing = [i for i in range(0, len(paths), size) if not all(path.is_file() for path in paths[i : i + size])]
         group.wait_for_everyone()  # all processes have seen what is missing before one of them makes it
         if group.is_main_process:
-            write_captions(folder, captions)
+            write_captions(folder, asked.captions)
         group.wait_for_everyone()
         starts = missing[group.process_index :: group.num_processes]
         quiet = not (starts and group.is_main_process)
-        for start in tqdm(starts, desc=f"sampling, {of} at {g:g}", unit="batch", disable=quiet):
+        for start in tqdm(starts, desc=f"sampling, {asked.of} at {g:g}", unit="batch", disable=quiet):
             options = sampling | {"guidance": g, "seed": self.config.seed + start}
-            prompts = captions[start : start + size]
+            prompts = asked.captions[start : start + size]
             for i, image in enumerate(pipe(prompts, batch_size=size, **options)):
-                path, metadata = paths[start + i], {"model": self.config.model, "prompt": prompts[i], **options}
-                if not path.is_file():
-                    metadata["seed"] += i
-                    with atomic_write(path) as temporary:
-                        save_png(image, temporary, {key: str(value) for key, value in metadata.items()})
+                text = {"model": self.config.model, "prompt": prompts[i], **options, "seed": options["seed"] + i}
+                if not paths[start + i].is_file():
+                    with atomic_write(paths[start + i]) as temporary:
+                        save_png(image, temporary, {key: str(value) for key, value in text.items()})
         group.wait_for_everyone()
-        labels = {"guidance": g, **sampling}
-        self.made[name, g] = of_files(of, paths, self.settings["size"], labels=labels, concepts=concepts)
-        return self.made[name, g]
-
-    def samples(self, asked: Questions, g: float) -> Pictures:
-        """One image per caption."""
-        concepts = [*asked.real.concepts] * (len(asked.captions) // len(asked.indices))
-        return self.sample(f"{asked.folder}pictures", asked.captions, g, asked.of, concepts)
-
-    def case_samples(self, asked: Questions, g: float) -> Pictures:
-        """One image per case."""
-        return self.sample(f"{asked.folder}cases", [case.caption for case in asked.cases], g, asked.of)
+        concepts = asked.times * [*asked.real.concepts] if asked.real else ()
+        fields = {"labels": {"guidance": g, **sampling}, "concepts": concepts}
+        self.made[asked.folder, g] = of_files(asked.of, paths, self.settings["size"], **fields)
+        return self.made[asked.folder, g]
 
     @cached_property
     def untrained(self) -> Pictures:
@@ -211,8 +213,8 @@ class Evaluation:
             torch.manual_seed(self.config.seed)
             unet = UNet(self.pipe.unet.config)
         model = Pipeline(Parts(*self.pipe.parts[:3], unet, self.pipe.schedule)).to(self.pipe.device)
-        asked = (self.test.captions, UNTRAINED, "untrained", self.test.real.concepts)
-        return replace(self.sample("untrained", *asked, model), labels={})
+        asked = replace(self.test, of="untrained", folder="untrained")
+        return replace(self.sample(asked, UNTRAINED, model), labels={})
 
     @cached_property
     def reconstructions(self) -> Pictures:
@@ -220,18 +222,6 @@ class Evaluation:
         batches = self.test.real.batches(self.config.batch_size)
         pixels = torch.cat([reconstruct(self.pipe, to_float(x)) for x in batches])
         return replace(self.test.real, of="reconstructions", read=pixels.__getitem__)
-
-
-def pose_validation(dataset: Any, config: EvaluateConfig) -> Questions:
-    """About as many questions as on the test split: captions of a small validation split are asked for several times
-    over. Raises UserError where it is too small."""
-    num = config.num or USUAL
-    part = replace(config, split="val", num=min(num, len(dataset)) or 1)
-    indices = held_out_indices(dataset, part)
-    posed = pose_cases(num, config.seed + 1) if config.data == "shapes" else []
-    times = max(1, num // len(indices)) if len(indices) == len(dataset) else 1
-    names = ("validation samples", "real validation", "validation/")
-    return pose(dataset, indices, config.seed, *names, times, posed)
 
 
 @torch.no_grad()
@@ -250,13 +240,10 @@ def pose_cases(num: int, seed: int) -> list[Case]:
 
 def _check_judge(judge: Features, config: EvaluateConfig, pipe: Pipeline) -> None:
     """Raises UserError for a judge that learned from the held-out split, or that is the model's own text encoder."""
-    model = judge.network
-    if model.learned_val and config.split == "val":
+    name, network = judge.network.name, judge.network.network
+    if judge.network.learned_val and config.split == "val":
         way_out = "take --split test, --judge none or a clip:FOLDER"
-        raise UserError(f"judge {model.name!r} learned from the validation split, and cannot judge it; {way_out}")
-    tower = getattr(model.network, "text_model", None)
-    if tower is not None and module_hash(tower) == module_hash(pipe.text_encoder.text_model):
+        raise UserError(f"judge {name!r} learned from the validation split, and cannot judge it; {way_out}")
+    if module_hash(getattr(network, "text_model", network)) == module_hash(pipe.text_encoder.text_model):
         way_out = "train another with judge=true"
-        raise UserError(
-            f"judge {model.name!r} is the text encoder of {config.model!r}: it would judge itself; {way_out}"
-        )
+        raise UserError(f"judge {name!r} is the text encoder of {config.model!r}: it would judge itself; {way_out}")

@@ -33,7 +33,7 @@ class Features:
         self.path = out / "features" / f"{name}-{network.sha256[:8]}.safetensors"
         self.rows: dict[bytes, Tensor] = {}
         with suppress(UserError, KeyError):  # a missing or damaged file is computed again
-            tensors = load_tensors(self.path) if self.path.is_file() else {}
+            tensors = load_tensors(self.path)
             self.rows = dict(zip(map(bytes, tensors["names"].tolist()), tensors["features"], strict=True))
         self.hashes: dict[Pictures, list[bytes]] = {}
         self.known_texts: dict[str, Tensor] = {}
@@ -41,8 +41,26 @@ class Features:
     def __call__(self, pictures: Pictures) -> Tensor:
         """Features (N, D) of the images, float32 on the CPU. Several processes compute a batch each."""
         if pictures not in self.hashes:
-            self.hashes[pictures] = self._compute(pictures)
+            self.hashes[pictures], size, main = [], self.batch_size, processes().is_main_process
+            starts, text = range(0, pictures.count, size), f"{self.network.name}: {pictures.of}"
+            for first in tqdm(range(0, len(starts), SAVED), desc=text, leave=False, disable=not main):
+                batches = map_over_processes(lambda n: self._batch(pictures.batch(n, size)), starts[first:][:SAVED])
+                new = {name: row for _, rows in batches for name, row in rows.items()}
+                self.hashes[pictures] += [name for names, _ in batches for name in names]
+                self.rows |= new
+                if main and new:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    names = torch.frombuffer(bytearray(b"".join(self.rows)), dtype=torch.uint8).view(-1, HASH)
+                    save_tensors(self.path, {"names": names, "features": torch.stack([*self.rows.values()])})
         return torch.stack([self.rows[name] for name in self.hashes[pictures]])
+
+    def _batch(self, pixels: Tensor) -> tuple[list[bytes], dict[bytes, Tensor]]:
+        """The hashes of uint8 images (B, 3, H, W), and the features of those that are not known yet."""
+        texts = [str(tuple(picture.shape)).encode() + picture.numpy().tobytes() for picture in pixels]
+        names = [hashlib.sha256(text).digest()[:HASH] for text in texts]
+        new = [i for i, name in enumerate(names) if name not in self.rows]
+        rows = self.network(to_float(pixels[new]).to(self.device)).float().cpu() if new else ()
+        return names, {names[i]: row.clone() for i, row in zip(new, rows, strict=True)}
 
     def texts(self, captions: list[str]) -> Tensor:
         """An image-text model's embeddings (N, D) of captions, on the CPU."""
@@ -51,37 +69,6 @@ class Features:
             part = new[start : start + 64]
             self.known_texts |= zip(part, self.network.texts(part).cpu(), strict=True)
         return torch.stack([self.known_texts[caption] for caption in captions])
-
-    def _compute(self, pictures: Pictures) -> list[bytes]:
-        """The hashes of the images, whose features are then in `rows`."""
-        names: list[bytes] = []
-        main, step, text = processes().is_main_process, SAVED * self.batch_size, f"{self.network.name}: {pictures.of}"
-        for first in tqdm(range(0, pictures.count, step), desc=text, leave=False, disable=not main):
-            starts, new = range(first, min(first + step, pictures.count), self.batch_size), {}
-            for hashes, rows in map_over_processes(lambda n: self._batch(pictures.batch(n, self.batch_size)), starts):
-                names, new = names + hashes, new | rows
-            self.rows |= new
-            if main and new:
-                self._write()
-        return names
-
-    def _batch(self, pixels: Tensor) -> tuple[list[bytes], dict[bytes, Tensor]]:
-        """The hashes of uint8 images (B, 3, H, W), and the features of those that are not known yet."""
-        hashes = [_hash(picture) for picture in pixels]
-        new = [i for i, name in enumerate(hashes) if name not in self.rows]
-        rows = self.network(to_float(pixels[new]).to(self.device)).float().cpu() if new else ()
-        return hashes, {hashes[i]: row.clone() for i, row in zip(new, rows, strict=True)}
-
-    def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        names = torch.frombuffer(bytearray(b"".join(self.rows)), dtype=torch.uint8).view(-1, HASH)
-        save_tensors(self.path, {"names": names, "features": torch.stack(list(self.rows.values()))})
-
-
-def _hash(picture: Tensor) -> bytes:
-    digest = hashlib.sha256(str(tuple(picture.shape)).encode())
-    digest.update(picture.contiguous().numpy())
-    return digest.digest()[:HASH]
 
 
 def judge_name(judge: str, data: str) -> str:

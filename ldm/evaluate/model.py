@@ -16,7 +16,7 @@ from ldm.distributed import processes
 from ldm.evaluate.config import EvaluateConfig
 from ldm.evaluate.evaluation import Evaluation, Questions
 from ldm.evaluate.pictures import Pictures, claim
-from ldm.evaluate.probes import SHOWN, by_kind, combinations, groups, memorization, robustness
+from ldm.evaluate.probes import PROBES, SHOWN, memorization
 from ldm.evaluate.records import (
     SHUFFLED,
     Record,
@@ -71,16 +71,15 @@ def evaluate(config: EvaluateConfig) -> list[str]:
     if not find(e.results, "blank_pictures", "samples"):
         measure_samples(e, e.test, best)
     for r in e.results:
-        if r["of"] == "validation samples" or (r["of"] in ("samples", SHUFFLED) and r["guidance"] != best):
-            r["curve"] = True
+        if r["of"] == "validation samples" or r.get("guidance", best) != best:
+            r["curve"] = True  # no result, but a point of the curve over guidance
     measure_best(e, best)
     if baseline:
         e.add(*compare(baseline, e.results, best))
     show_samples(e, best)
     if processes().is_main_process:
         e.add(*cost_records(e, best), *left_out(e.test.dataset, e.train))
-    settings = e.settings | e.choices | {"guidance_choice": choice}
-    write_results("model", config.out, settings, e.results, e.galleries)
+    write_results("model", config.out, e.settings | e.choices | {"guidance_choice": choice}, e.results, e.galleries)
     sources = ("real held-out", "real held-out, shuffled captions", "real train", f"samples at {best:g}")
     chosen = f", chosen on {choice['split']} by {choice['criterion'].replace('_', ' ')}" if choice["split"] else ""
     return [f"best guidance: {best:g}{chosen}", *headlines(e.results, sources, HEADLINES)]
@@ -103,39 +102,37 @@ def measure_real(e: Evaluation) -> None:
 
 def measure_bounds(e: Evaluation) -> None:
     """What bounds samples: reconstructions, an untrained model, training images."""
-    sources = (e.test.real, e.reconstructions)
-    x, y = (to_float(torch.cat([*source.batches(e.config.batch_size)])) for source in sources)
-    for metric, values in (("psnr_db", psnr(x, y)), ("ssim", ssim(x, y))):
-        e.add(mean_record(metric, values, e.reconstructions, latent="mean"))
-    for source in (e.reconstructions, e.untrained, *([e.real_train] if e.bank else [])):
+    real, decoded = e.test.real, e.reconstructions
+    x, y = (to_float(source.batch(0, source.count)) for source in (real, decoded))
+    e.add(*(mean_record(name, f(x, y), decoded, latent="mean") for name, f in (("psnr_db", psnr), ("ssim", ssim))))
+    for source in (decoded, e.untrained, *([e.real_train] if e.bank else [])):
         measure_source(e, e.test, source)
     if e.test.cases:
         scenes = [e.test.dataset.scene(i) for i in e.test.indices]
-        e.add(scene_record(e.test.real, scenes), scene_record(e.reconstructions, scenes))
+        e.add(*(scene_record(source, scenes) for source in (real, decoded)))
         e.add(compositional_record(e.untrained, e.test.cases))
 
 
 def choose_guidance(e: Evaluation) -> dict[str, Any]:
     """The guidance to report, and how it was chosen: among several by the first criterion that is measured, on the
     validation split, or on the reported captions where that was asked for or there is no other split."""
-    values, choose_on = list(e.config.guidance), e.config.choose_on
+    values = list(e.config.guidance)
     asked, split = (e.validation, "val") if e.validation else (e.test, e.config.split)
     choice = {"values": values, "value": values[0], "split": None, "note": e.validation_note}
     for g in values if len(values) > 1 else ():
         measure_samples(e, asked, g)
-    if len(values) == 1 or choose_on == "none":
+    if len(values) == 1 or e.config.choose_on == "none":
         return choice
-    criterion, ranked = ranking(e.results, asked.of)
-    (r,) = find(e.results, criterion, asked.of, guidance=min(ranked)[1])
-    times = len(asked.captions) // len(asked.indices)
-    return choice | {"value": r["guidance"], "split": split, "criterion": criterion, "n": r["n"], "seeds": times}
+    criterion, value = ranking(e.results, asked.of)[0], best_guidance(e.results, asked.of)
+    (r,) = find(e.results, criterion, asked.of, guidance=value)
+    return choice | {"value": value, "split": split, "criterion": criterion, "n": r["n"], "times": asked.times}
 
 
 def measure_samples(e: Evaluation, asked: Questions, g: float) -> None:
     """Samples at one guidance: of captions, and of cases for the exact checker."""
-    measure_source(e, asked, e.samples(asked, g))
-    if asked.cases:
-        source, cases = e.case_samples(asked, g), asked.cases
+    measure_source(e, asked, e.sample(asked, g))
+    if cases := asked.cases:
+        source = e.sample(asked.about_cases, g)
         e.add(compositional_record(source, cases))
         if asked is e.test:
             e.add(compositional_record(source, cases[1:] + cases[:1], of=SHUFFLED))
@@ -169,10 +166,10 @@ def measure_best(e: Evaluation, g: float) -> None:
     """At the reported guidance: captions of other images, and the probes."""
     if e.judge:
         texts, same = e.judge.texts(e.test.captions).roll(1, 0), e.test.same.roll((1, 1), (0, 1))
-        for source in (e.test.real, e.samples(e.test, g)):
+        for source in (e.test.real, e.sample(e.test, g)):
             of = {"of": f"{source.of}, shuffled captions"}
             e.add(*alignment_records(e.judge(source), texts, same, source, **of, **e.judge.metadata))
-        for probe in (by_kind, robustness, groups, combinations):
+        for probe in PROBES:
             probe(e, g)
     if e.features and e.bank:
         memorization(e, g)
@@ -195,25 +192,24 @@ def scene_record(source: Pictures, scenes: list[Scene]) -> Record:
     return record("scene_accuracy", {a: float(np.mean(each)) for a, each in right.items()}, source, interval)
 
 
-def arrays(source: Pictures) -> list[np.ndarray]:
-    """Images as the exact checker reads them, (H, W, 3)."""
-    return [source.read(i).permute(1, 2, 0).numpy() for i in range(source.count)]
+def arrays(source: Pictures) -> np.ndarray:
+    """Images as the exact checker reads them, (N, H, W, 3)."""
+    return source.batch(0, source.count).permute(0, 2, 3, 1).numpy()
 
 
 def show_samples(e: Evaluation, g: float) -> None:
     """The first prompts at every guidance, reconstructions, and the cases that failed, with what the checker sees."""
-    sources = [(r["guidance"], e.samples(e.test, r["guidance"])) for r in find(e.results, "blank_pictures", "samples")]
+    scales = [r["guidance"] for r in find(e.results, "blank_pictures", "samples")]
     for i, caption in enumerate(e.test.captions[:SHOWN]):
         real = ("real", e.test.real.read(i))
-        e.show("prompts", [real, *((f"{scale:g}", source.read(i)) for scale, source in sources)], caption)
+        e.show("prompts", [real, *((f"{scale:g}", e.sample(e.test, scale).read(i)) for scale in scales)], caption)
         e.show("reconstructions", [real, ("decoded", e.reconstructions.read(i))])
-    for i, case in enumerate(e.test.cases):
-        pixels = e.case_samples(e.test, g).read(i)
-        image = pixels.permute(1, 2, 0).numpy()
+    images = arrays(e.sample(e.test.about_cases, g)) if e.test.cases else ()
+    for image, case in zip(images, e.test.cases, strict=True):
         if not check(image, case.required):
             things = [" ".join(filter(None, (t.size, t.colour, t.shape))) for t in parse(image)]
             note = f"{case.task}{', held-out' if case.held_out else ''}; seen: {', '.join(things) or 'nothing'}"
-            e.show("failures", [("", pixels)], case.caption, note)
+            e.show("failures", [("", torch.from_numpy(image).permute(2, 0, 1))], case.caption, note)
 
 
 def read_baseline(folder: str, e: Evaluation) -> dict:
@@ -225,10 +221,9 @@ def read_baseline(folder: str, e: Evaluation) -> dict:
         best_guidance(table["results"])
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{folder!r} holds no evaluation of a model by this version") from None
-    for metadata in (each.metadata for each in (e.features, e.judge) if each):
-        sha256 = metadata["extractor_sha256"]
-        name = f"pictures for {metadata['extractor']} {sha256[:8]}"
-        pairs.append((name, resizes.get(sha256, "not measured"), metadata["resize"]))
+    for m in (each.metadata for each in (e.features, e.judge) if each):
+        old = resizes.get(m["extractor_sha256"], "not measured")
+        pairs.append((f"pictures for {m['extractor']} {m['extractor_sha256'][:8]}", old, m["resize"]))
     for key, old, new in pairs:
         if old != new:
             raise UserError(f"{folder!r} does not compare: {key} {old}, here {new}; measure both alike")
@@ -237,22 +232,17 @@ def read_baseline(folder: str, e: Evaluation) -> dict:
 
 def compare(baseline: dict, results: list[Record], g: float) -> list[Record]:
     """For each number of the samples at the reported guidance: the baseline's at its own, `ours`, and the ratio."""
-    settings = baseline["settings"]
-    chosen = (
-        settings["guidance_choice"]["value"] if "guidance_choice" in settings else best_guidance(baseline["results"])
-    )
-    ours, others = _comparable(results, g), _comparable(baseline["results"], chosen)
+    settings, theirs = baseline["settings"], baseline["results"]
+    choice = settings.get("guidance_choice") or {"value": best_guidance(theirs)}  # older ones have none
+    ours, theirs = _comparable(results, g), _comparable(theirs, choice["value"])
     fields = {"of": "baseline", "model": settings["model"]}
-    return [
-        others[metric] | fields | {"ours": r["value"], "ratio": ratio(r, others[metric])}
-        for metric, r in ours.items()
-        if metric in others
-    ]
+    pairs = [(ours[metric], r) for metric, r in theirs.items() if metric in ours]
+    return [r | fields | {"ours": mine["value"], "ratio": ratio(mine, r)} for mine, r in pairs]
 
 
 def _comparable(results: list[Record], g: float) -> dict[str, Record]:
     """By metric, the numbers of features of all samples at one guidance."""
-    samples = [r for r in results if r["of"] == "samples" and r.get("guidance") == g and "extractor" in r]
+    samples = [r for r in results if (r["of"], r.get("guidance")) == ("samples", g) and "extractor" in r]
     parts = {"group", "bank", "kind"}
     return {r["metric"]: r for r in samples if isinstance(r["value"], float) and not parts & {*r}}
 
@@ -263,18 +253,19 @@ def cost_records(e: Evaluation, g: float) -> list[Record]:
     Memory is what the batch takes on a GPU beyond weights and all else, shared by its images, and None on a CPU;
     `peak` is the most that torch held on the GPU, on a CPU what the process holds.
     """
-    captions, device, source = e.test.captions[:TIMED], e.pipe.device, e.samples(e.test, g)
-    sample, gpu = partial(e.pipe, captions, batch_size=len(captions), **source.labels), device.type == "cuda"
+    captions, device, source = e.test.captions[:TIMED], e.pipe.device, e.sample(e.test, g)
+    sample, memory = partial(e.pipe, captions, batch_size=len(captions), **source.labels), None
     sample()
-    before = torch.cuda.memory_allocated(device) if gpu else None
+    gpu, n = device.type == "cuda", len(captions)
+    before = torch.cuda.memory_allocated(device) if gpu else 0
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     sample()
-    seconds = (time.perf_counter() - start) / len(captions)
+    seconds = (time.perf_counter() - start) / n
     peak = torch.cuda.max_memory_allocated(device) if gpu else psutil.Process().memory_info().rss
-    fields = {"n": len(captions), "device": str(device), "threads": torch.get_num_threads()}
-    memory = (peak - before) / len(captions) if gpu else None
+    memory = (peak - before) / n if gpu else None
+    fields = {"n": n, "device": str(device), "threads": torch.get_num_threads()}
     return [
         record("seconds_per_picture", seconds, source, **fields),
         record("parameters", sum(e.settings["parameters"].values()), source, **fields),

@@ -68,13 +68,10 @@ def perceptual_teacher(model: str) -> str:
     """The network whose perceptual loss trained the VAE of a model: as its config.json names it, or the config.json of
     the run beside it, or that of the VAE which a run of the U-Net was given; "unknown" where none does."""
     folder, run = find_part(model, "vae"), run_config(model)
-    for path in (folder / "config.json", folder.parent / "config.json"):
-        config = read_json(path) if path.is_file() else {}
-        if name := config.get("_perceptual_net"):
+    files = [path for path in (folder / "config.json", folder.parent / "config.json") if path.is_file()]
+    for config in [*map(read_json, files), run]:
+        if name := config.get("_perceptual_net") or config.get("loss", {}).get("perceptual_net"):
             return name
-        run = config if "loss" in config else run
-    if name := run.get("loss", {}).get("perceptual_net"):
-        return name
     with suppress(UserError):
         return perceptual_teacher(run["vae"]) if run.get("vae") not in (None, "", model) else "unknown"
     return "unknown"

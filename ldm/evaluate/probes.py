@@ -34,31 +34,31 @@ NONE = "none named"
 PLACES = r"\b(?:above|below|left|right|over|under|on top of)\b"
 
 
-def by_kind(e: Evaluation, g: float) -> None:
+def kinds(e: Evaluation, g: float) -> None:
     """Retrieval within each kind of picture, of real images and of samples: of held-out captions where the data set
     names kinds, and of training captions, of which a model that cannot draw them has learned too little."""
     asked = [e.test] if hasattr(e.test.dataset, "kind") else []
     if e.bank and e.config.train_captions:
-        indices = training_indices(e)
-        asked.append(pose(e.train, indices, e.config.seed, "training samples", "real training", "training/"))
+        names = ("training samples", "real training", "training/pictures")
+        asked.append(pose(e.train, training_indices(e), e.config.seed, *names))
     for questions in asked:
-        for source in (questions.real, e.samples(questions, g)):
+        for source in (questions.real, e.sample(questions, g)):
             e.add(*kind_records(e, questions, source))
 
 
 def training_indices(e: Evaluation) -> list[int]:
     """`train_captions` random training images per kind, in turn: fewer are the beginning of more."""
-    kinds, kind_of = defaultdict(list), getattr(e.train, "kind", lambda index: "all")
+    members, kind_of = defaultdict(list), getattr(e.train, "kind", lambda index: "all")
     for i in sample_indices(len(e.train), len(e.train), e.config.seed):
-        kinds[kind_of(i)].append(i)
-    turns = zip_longest(*(indices[: e.config.train_captions] for indices in kinds.values()))
+        members[kind_of(i)].append(i)
+    turns = zip_longest(*(indices[: e.config.train_captions] for indices in members.values()))
     return readable(e.train, [i for turn in turns for i in turn if i is not None])
 
 
 def kind_records(e: Evaluation, asked: Questions, source: Pictures) -> Iterator[Record]:
     """Of each kind how many images lead to their caption first among the kind's captions, and captions to their image;
     then the unweighted means over the kinds of AVERAGED images or more."""
-    images, texts, averaged = e.judge(source), e.judge.texts(asked.captions), defaultdict(list)
+    images, texts, averaged = e.judge(source), e.judge.texts(asked.captions), defaultdict(dict)
     for kind in dict.fromkeys(asked.kinds):
         rows = [i for i, name in enumerate(asked.kinds) if name == kind]
         same, part = asked.same[rows][:, rows], source.rows(rows)
@@ -66,12 +66,11 @@ def kind_records(e: Evaluation, asked: Questions, source: Pictures) -> Iterator[
         for metric, hits in retrieval_hits(images[rows], texts[rows], (1,), same).items():
             yield mean_record(f"kind_{metric}", hits, part, **fields)
             if len(rows) >= AVERAGED:
-                averaged[metric].append((kind, hits, part.concepts))
+                averaged[metric][kind] = (hits, part.concepts)
     for metric, parts in averaged.items():
-        value = sum(float(hits.mean()) for _, hits, _ in parts) / len(parts)
-        interval = mean_of_means_interval([(hits, concepts) for _, hits, concepts in parts])
-        fields = {"kinds": [kind for kind, *_ in parts], "n": sum(len(hits) for _, hits, _ in parts)}
-        yield record(f"mean_kind_{metric}", value, source, interval, **fields, **e.judge.metadata)
+        value = sum(float(hits.mean()) for hits, _ in parts.values()) / len(parts)
+        fields = {"kinds": list(parts), "n": sum(len(hits) for hits, _ in parts.values()), **e.judge.metadata}
+        yield record(f"mean_kind_{metric}", value, source, mean_of_means_interval([*parts.values()]), **fields)
 
 
 def memorization(e: Evaluation, g: float) -> None:
@@ -80,7 +79,7 @@ def memorization(e: Evaluation, g: float) -> None:
     "memorized" is the share of samples nearer than the nearest 5% of held-out images, `nearer_than_any` than all of
     them. Real held-out images have 5% and 0% by definition. Warns where some of these are training images.
     """
-    samples, real, bank = e.samples(e.test, g), e.features(e.test.real), e.features(e.searched)
+    samples, real, bank = e.sample(e.test, g), e.features(e.test.real), e.features(e.searched)
     held_out, _ = nearest(real, bank)
     distances, which = nearest(e.features(samples), bank)
     if shared := int((held_out <= SAME * real.norm(dim=1)).sum()):
@@ -106,27 +105,29 @@ def memorization(e: Evaluation, g: float) -> None:
         e.show("copies", pictures, e.test.captions[i], note)
 
 
-def robustness(e: Evaluation, g: float) -> None:
+def wording(e: Evaluation, g: float) -> None:
     """The change of each image's cosine with the caption as first worded, where the model was asked in other words, in
     upper case or with a typo, from the same noise. Captions that cannot be changed so do not count."""
-    first, plain = e.test.captions[:WORDED], e.samples(e.test, g)
-    texts = e.judge.texts(first)
-    kinds = {
+    first, plain = e.test.captions[:WORDED], e.sample(e.test, g)
+    texts, rows = e.judge.texts(first), [[("as asked", plain.read(i))] for i in range(min(SHOWN, len(first)))]
+    before, notes = cosine(e.judge(plain)[: len(first)], texts), defaultdict(list)
+    for kind, captions in {
         "other wording": [_other_wording(e, i) for i in range(len(first))],
         "upper case": [caption.upper() for caption in first],
         "typos": [typos(caption, e.config.seed) for caption in first],
-    }
-    kinds = {kind: captions for kind, captions in kinds.items() if captions != first}
-    rows: list[list] = [[("as asked", plain.read(i))] for i in range(min(SHOWN, len(first)))]
-    for kind, captions in kinds.items():
-        source = e.sample(f"wording/{kind.replace(' ', '-')}", captions, g, kind, e.test.real.concepts[:WORDED])
-        change = cosine(e.judge(source), texts) - cosine(e.judge(plain)[: len(first)], texts)
+    }.items():
         other = [i for i, (a, b) in enumerate(zip(captions, first, strict=True)) if a != b]
-        e.add(mean_record("clip_cosine_change", change[other], source.rows(other), **e.judge.metadata))
-        for i, row in enumerate(rows):
-            row.append((kind, source.read(i)))
-    for i, row in enumerate(rows if kinds else []):
-        e.show("wording", row, first[i], "; ".join(captions[i] for captions in kinds.values()))
+        if other:
+            asked = Questions(of=kind, folder=f"wording/{kind.replace(' ', '-')}", captions=captions)
+            source = e.sample(asked, g)
+            change = (cosine(e.judge(source), texts) - before)[other]
+            part = source.rows(other, concepts=plain.rows(other).concepts)
+            e.add(mean_record("clip_cosine_change", change, part, **e.judge.metadata))
+            for i, row in enumerate(rows):
+                row.append((kind, source.read(i)))
+                notes[i].append(captions[i])
+    for i, note in notes.items():
+        e.show("wording", rows[i], first[i], "; ".join(note))
 
 
 def _other_wording(e: Evaluation, i: int) -> str:
@@ -150,20 +151,20 @@ def groups(e: Evaluation, g: float) -> None:
         named = [attribute.named(caption) for caption in e.test.captions]
         for value in attribute.values:
             rows = [i for i, name in enumerate(named) if name == value]
-            for source in (e.test.real, e.samples(e.test, g)) if len(rows) > 1 else ():
-                e.add(*_group(e, source, rows, attribute, {"attribute": attribute.name, "group": value}))
+            for source in (e.test.real, e.sample(e.test, g)) if len(rows) > 1 else ():
+                records = _group(e, source, rows, attribute)
+                e.add(*(r | {"attribute": attribute.name, "group": value} for r in records))
 
 
-def _group(e: Evaluation, source: Pictures, rows: list[int], attribute: Attribute, fields: dict) -> Iterator[Record]:
+def _group(e: Evaluation, source: Pictures, rows: list[int], attribute: Attribute) -> Iterator[Record]:
     """Of the images in the given rows, whose captions name one value of the attribute."""
-    captions, network, part = [e.test.captions[i] for i in rows], e.features or e.judge, source.rows(rows)
-    images, features = e.judge(source)[rows], network(source)[rows]
-    judged = fields | e.judge.metadata
+    captions, network, judged = [e.test.captions[i] for i in rows], e.features or e.judge, e.judge.metadata
+    images, features, part = e.judge(source)[rows], network(source)[rows], source.rows(rows)
     yield mean_record("group_clip_cosine", cosine(images, e.judge.texts(captions)), part, **judged)
     yield mean_record("group_paired", paired(images, captions, e.judge.texts, attribute)[0], part, chance=0.5, **judged)
     value = _spread(features)
     interval = resampled_interval(_spread, (features,), value, e.config.seed)
-    yield record("group_diversity", value, part, interval, **fields, **network.metadata)
+    yield record("group_diversity", value, part, interval, **network.metadata)
 
 
 def _spread(features: Tensor) -> float:
@@ -177,7 +178,7 @@ def combinations(e: Evaluation, g: float) -> None:
     which the right one is preferred, and in `every` how often to all."""
     is_new = getattr(e.test.dataset, "new_combination", lambda index: False)
     rows = [i for i, index in enumerate(e.test.indices) if is_new(index)]
-    for source in (e.test.real, e.samples(e.test, g)):
+    for source in (e.test.real, e.sample(e.test, g)):
         captions = [e.test.captions[i] for i in rows]
         shares, used = paired(e.judge(source)[rows], captions, e.judge.texts, *PERSON)
         if len(shares) > 1:
@@ -194,12 +195,16 @@ def left_open(e: Evaluation, g: float, attribute: Attribute) -> None:
     if not captions:
         return
     name, values, seen = attribute.name, [*attribute.values, NONE], []
-    source = e.sample(f"open/{name.replace(' ', '-')}", captions, g)
+    source = e.sample(Questions(of="samples", folder=f"open/{name.replace(' ', '-')}", captions=captions), g)
     for i, (image, caption) in enumerate(zip(e.judge(source), captions, strict=True)):
         options = [*(attribute.exchanged(named[caption], value) for value in attribute.values), caption]
         seen.append(values[int((e.judge.texts(options) @ image).argmax())])
         if i < 2 * SHOWN:
             e.show(name, [("", source.read(i))], caption, f"judged: {seen[i]}")
-    value = {each: Counter(seen)[each] / len(seen) for each in values}
+    counts = Counter(seen)
     interval = {each: mean_interval([s == each for s in seen]) for each in values}
+    value = {each: counts[each] / len(seen) for each in values}
     e.add(record("left_open", value, source, interval, attribute=name, **e.judge.metadata))
+
+
+PROBES = (kinds, wording, groups, combinations)  # which need a judge

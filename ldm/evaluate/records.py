@@ -85,13 +85,12 @@ def frechet_records(
     if n <= dimensions:
         size["note"] = f"needs {dimensions + 1} pictures on both sides, one more than features, for less bias"
     yield record(metric, value, source, (max(low, 0.0), max(high, 0.0)), **fields, **size)
-    if n < 2 * max(dimensions, 2):
-        note = f"needs {2 * dimensions} pictures, twice the features"
-        yield record(f"{metric}_infinite", None, source, note=note, **fields)
-        return
-    extrapolated = partial(frechet_distance_infinite, seed=seed)
-    value = extrapolated(fake, real)
-    yield record(f"{metric}_infinite", value, source, resampled(extrapolated, value=value, few=True), **fields)
+    value, interval, note = None, None, {"note": f"needs {2 * dimensions} pictures, twice the features"}
+    if n >= 2 * max(dimensions, 2):
+        extrapolated, note = partial(frechet_distance_infinite, seed=seed), {}
+        value = extrapolated(fake, real)
+        interval = resampled(extrapolated, value=value, few=True)
+    yield record(f"{metric}_infinite", value, source, interval, **fields, **note)
 
 
 def class_records(features: Features, source: Pictures, seed: int) -> Iterator[Record]:
@@ -107,8 +106,7 @@ def class_records(features: Features, source: Pictures, seed: int) -> Iterator[R
 def cmmd_record(fake: Tensor, real: Tensor, source: Pictures, against: Pictures, seed: int, **fields: Any) -> Record:
     """CMMD of image embeddings (N, D) and (M, D), with an interval of as many images on both sides."""
     value, n = cmmd(fake, real), min(len(fake), len(real))
-    interval = kernel_interval(fake[:n], real[:n], "cmmd", value, seed, source.concepts[:n])
-    low, high = interval
+    low, high = kernel_interval(fake[:n], real[:n], "cmmd", value, seed, source.concepts[:n])
     return record("cmmd", value, source, (max(low, 0.0), max(high, 0.0)), **fields | {"against": against.of, "n": n})
 
 

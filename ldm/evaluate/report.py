@@ -85,8 +85,8 @@ def image(pixels: Tensor) -> str:
 
 def at_size(points: Sequence[tuple[float, float]], size: float) -> str:
     """A codec's PSNR at `size` bytes, interpolated between its (bytes, PSNR) over the logarithm of bytes."""
-    points = sorted(points)
-    for (least, level), outside in ((points[0], size < points[0][0]), (points[-1], size > points[-1][0])):
-        if outside:
-            return f"none; {level:.2f} at {least:.0f}"
-    return f"{np.interp(math.log(size), *zip(*((math.log(s), level) for s, level in points), strict=True)):.2f}"
+    sizes, levels = zip(*sorted(points), strict=True)
+    if sizes[0] <= size <= sizes[-1]:
+        return f"{np.interp(math.log(size), np.log(sizes), levels):.2f}"
+    nearest = 0 if size < sizes[0] else -1
+    return f"none; {levels[nearest]:.2f} at {sizes[nearest]:.0f}"

@@ -21,9 +21,9 @@ from torch import nn
 from ldm.config import UserError
 from ldm.images import to_uint8
 from ldm.metrics.extractor import FeatureExtractor, preparation, pretrained
+from ldm.metrics.inputs import resized
 from ldm.metrics.judges import published_clip, trained_judge
 from ldm.metrics.libraries import library
-from ldm.metrics.preprocess import resized
 from ldm.perceptual import EFFNET_MEAN, EFFNET_STD, effnet_lite0_file, effnet_lite0_network, effnet_lite0_stages
 
 KNOWN = "effnet-lite0, inception, inception:FILE, clip:FOLDER, dinov2:FOLDER, judge:FOLDER"

@@ -1,5 +1,5 @@
-"""95% intervals: how far a number would move on other captions of the same kind. Percentile bootstrap (Efron 1979), over
-rows or, where rows of one group (a concept) are alike, over whole groups."""
+"""How far a number would move on other captions of the same kind: 95% intervals by percentile bootstrap (Efron 1979),
+over rows or, where rows of one group (a concept) are alike, over whole groups."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
