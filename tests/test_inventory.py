@@ -67,8 +67,9 @@ OPTIONS = {
     "train_diffusion": TRAINING,
     "sample": "model prompt prompts out steps guidance guidance-rescale sampler seed negative-prompt image mask"
     " resample strength interpolate seed-to height width batch-size compile grid device",
-    "evaluate": "model autoencoder images reference data data-path split num guidance choose-on guidance-rescale steps sampler"
-    " features judge train-num train-captions baseline size without-frechet perceptual seed batch-size out device",
+    "evaluate": "model autoencoder images reference data data-path split num guidance choose-on guidance-rescale steps"
+    " sampler features judge train-num train-captions baseline size without-frechet perceptual seed batch-size out"
+    " device",
     "app": "model port host out device seed",
     "benchmark": "only rounds threads device quick compile out",
     "compare_diffusers": "prompt steps guidance seed",
