@@ -263,7 +263,8 @@ def _factor_records(codes: np.ndarray, labels: np.ndarray, seed: int) -> Iterato
     numbers = np.stack([np.unique(column, return_inverse=True)[1] for column in labels.T], 1)
     fields = {"n": len(codes), "factors": list(FACTORS)}
     gap = mig(codes, numbers)
-    interval = _interval(lambda rows: mig(codes[rows], numbers[rows]), len(codes), gap, seed, few=True)
+    rows, unit = (torch.arange(len(codes)),), {"seed": seed, "least": 0.0, "most": 1.0}
+    interval = resampled_interval(lambda rows: mig(codes[rows], numbers[rows]), rows, gap, few=True, **unit)
     yield record("mig", gap, "latents", interval, **fields)
     # without intervals, for which trees would have to grow anew many times
     yield from (record(f"dci_{key}", value, "latents", **fields) for key, value in dci(codes, numbers, seed).items())
@@ -276,16 +277,11 @@ def _label_records(train: Split, test: Split, names: tuple[str, ...], seed: int)
         labels = test[1][:, i]
         counts = np.unique(labels, return_counts=True)[1]
         fields = {"label": name, "classes": len(counts), "n": len(labels)}
-        code = clusters(test[0], len(counts), seed)
+        code, rows = clusters(test[0], len(counts), seed), (torch.arange(len(labels)),)
         for key, value in agreement(labels, code).items():
-            interval = _interval(lambda r, k=key, y=labels, c=code: agreement(y[r], c[r])[k], len(labels), value, seed)
+            score = lambda r, k=key, y=labels, c=code: agreement(y[r], c[r])[k]  # noqa: E731
+            interval = resampled_interval(score, rows, value, seed, least=0.0, most=1.0)
             yield record(key, value, "latents", interval, **fields)
         probe = linear_probe(train[0], train[1][:, i], test[0], labels)
         interval = mean_interval(np.arange(len(labels)) < round(probe * len(labels)), seed)
         yield record("linear_probe", probe, "latents", interval, chance=float(counts.max() / counts.sum()), **fields)
-
-
-def _interval(statistic: Any, count: int, value: float, seed: int, few: bool = False) -> tuple[float, float]:
-    """Of a statistic in [0, 1] of row numbers."""
-    low, high = resampled_interval(statistic, (torch.arange(count),), value, seed, few)
-    return max(low, 0.0), min(high, 1.0)

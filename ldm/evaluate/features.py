@@ -1,8 +1,7 @@
-"""Features of images by one network, kept under the hash of the pixels: nothing is computed twice, in any run."""
+"""Features of images by one network, kept under the hash of their pixels: no set is computed twice, in any run."""
 
 import hashlib
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +17,46 @@ from ldm.metrics.features import feature_extractor, judged_by
 from ldm.metrics.judges import JUDGES, image_text_model
 from ldm.model_io import load_tensors, save_tensors
 
-SAVED = 20  # batches between two writes of the file
-HASH = 16  # bytes of SHA-256
 TAUGHT = {"trained_the_vae": True}  # field of distances by the very network that the VAE was trained to please
 
 
 class Features:
-    """Features of a network that has `name` and `sha256`, kept in `out/features/<network>.safetensors`."""
+    """Features of a network that has `name` and `sha256`, a file per set of images in `out/features/`."""
 
     def __init__(self, network: nn.Module, out: Path, device: torch.device, batch_size: int):
         self.network, self.device, self.batch_size = network.to(device), device, batch_size
         self.metadata: dict[str, Any] = network.metadata  # the fields that every record of these features carries
         name = re.sub(r"[^\w-]", "-", network.name)
-        self.path = out / "features" / f"{name}-{network.sha256[:8]}.safetensors"
-        self.rows: dict[bytes, Tensor] = {}
-        with suppress(UserError, KeyError):  # a missing or damaged file is computed again
-            tensors = load_tensors(self.path)
-            self.rows = dict(zip(map(bytes, tensors["names"].tolist()), tensors["features"], strict=True))
-        self.hashes: dict[Pictures, list[bytes]] = {}
+        self.folder = out / "features" / f"{name}-{network.sha256[:8]}"
+        self.rows: dict[Pictures, Tensor] = {}
         self.known_texts: dict[str, Tensor] = {}
 
     def __call__(self, pictures: Pictures) -> Tensor:
         """Features (N, D) of the images, float32 on the CPU. Several processes compute a batch each."""
-        if pictures not in self.hashes:
-            self.hashes[pictures], size, main = [], self.batch_size, processes().is_main_process
-            starts, text = range(0, pictures.count, size), f"{self.network.name}: {pictures.of}"
-            for first in tqdm(range(0, len(starts), SAVED), desc=text, leave=False, disable=not main):
-                batches = map_over_processes(lambda n: self._batch(pictures.batch(n, size)), starts[first:][:SAVED])
-                new = {name: row for _, rows in batches for name, row in rows.items()}
-                self.hashes[pictures] += [name for names, _ in batches for name in names]
-                self.rows |= new
-                if main and new:
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
-                    names = torch.frombuffer(bytearray(b"".join(self.rows)), dtype=torch.uint8).view(-1, HASH)
-                    save_tensors(self.path, {"names": names, "features": torch.stack([*self.rows.values()])})
-        return torch.stack([self.rows[name] for name in self.hashes[pictures]])
+        if pictures not in self.rows:
+            digest = hashlib.sha256()
+            for x in map(pictures.read, range(pictures.count)):
+                digest.update(f"{tuple(x.shape)}".encode() + x.numpy().tobytes())
+            path = self.folder / f"{digest.hexdigest()[:32]}.safetensors"
+            try:
+                self.rows[pictures] = load_tensors(path)["features"]
+            except (UserError, KeyError):  # a missing or damaged file is computed again
+                self.rows[pictures] = self._compute(pictures)
+                if processes().is_main_process:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    save_tensors(path, {"features": self.rows[pictures]})
+        return self.rows[pictures]
 
-    def _batch(self, pixels: Tensor) -> tuple[list[bytes], dict[bytes, Tensor]]:
-        """The hashes of uint8 images (B, 3, H, W), and the features of those that are not known yet."""
-        texts = [str(tuple(picture.shape)).encode() + picture.numpy().tobytes() for picture in pixels]
-        names = [hashlib.sha256(text).digest()[:HASH] for text in texts]
-        new = [i for i, name in enumerate(names) if name not in self.rows]
-        rows = self.network(to_float(pixels[new]).to(self.device)).float().cpu() if new else ()
-        return names, {names[i]: row.clone() for i, row in zip(new, rows, strict=True)}
+    def _compute(self, pictures: Pictures) -> Tensor:
+        def batch(start: int) -> Tensor:
+            progress.update()
+            x = to_float(pictures.batch(start, self.batch_size)).to(self.device)
+            return self.network(x).float().cpu()
+
+        starts, quiet = range(0, pictures.count, self.batch_size), not processes().is_main_process
+        text = f"{self.network.name}: {pictures.of}"
+        with tqdm(desc=text, total=len(starts), leave=False, disable=quiet) as progress:
+            return torch.cat(map_over_processes(batch, starts))
 
     def texts(self, captions: list[str]) -> Tensor:
         """An image-text model's embeddings (N, D) of captions, on the CPU."""

@@ -58,7 +58,8 @@ def evaluate(config: EvaluateConfig) -> list[str]:
     """
     e, new = Evaluation(config), not config.out.exists()
     baseline = read_baseline(config.baseline, e) if config.baseline else None
-    claim(config.out, e.settings)
+    # the same weights under another path are the same model
+    claim(config.out, {key: e.settings[key] for key in e.settings if key not in ("model", "parameters")})
     try:
         measure_real(e)
     except UserError:

@@ -110,10 +110,8 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         if not path.is_file():
             out.mkdir(parents=True, exist_ok=True)
             write_json(path, settings)
-    old = {"guidance_rescale": 0.0} | read_json(path)  # older ones had none
-    # the same weights under another path are the same model
-    keys = [key for key in settings if key not in ("model", "parameters") and old.get(key) != settings[key]]
-    if keys:
+    old = read_json(path)
+    if keys := [key for key, value in settings.items() if old.get(key) != value]:
         changes = "; ".join(f"{key} {str(old.get(key))[:16]}, not {str(settings[key])[:16]}" for key in keys)
         raise UserError(f"{str(out)!r} has pictures made with {changes}; use another --out, or delete that folder")
 

@@ -81,10 +81,10 @@ def frechet_records(
     metric, fields = f"{prefix}frechet_distance", fields | {"against": against.of, "n": n}
     resampled = partial(resampled_interval, sets=(fake, real), seed=seed, groups=(source.concepts, against.concepts))
     value, size = frechet_distance(fake, real), {"dimensions": dimensions, "biased": n <= dimensions}
-    low, high = resampled(frechet_distance, value=value)
+    interval = resampled(frechet_distance, value=value, least=0.0)
     if n <= dimensions:
         size["note"] = f"needs {dimensions + 1} pictures on both sides, one more than features, for less bias"
-    yield record(metric, value, source, (max(low, 0.0), max(high, 0.0)), **fields, **size)
+    yield record(metric, value, source, interval, **fields, **size)
     value, interval, note = None, None, {"note": f"needs {2 * dimensions} pictures, twice the features"}
     if n >= 2 * max(dimensions, 2):
         extrapolated, note = partial(frechet_distance_infinite, seed=seed), {}

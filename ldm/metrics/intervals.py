@@ -1,6 +1,7 @@
 """How far a number would move on other captions of the same kind: 95% intervals by percentile bootstrap (Efron 1979),
 over rows or, where rows of one group (a concept) are alike, over whole groups."""
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
@@ -40,9 +41,11 @@ def resampled_interval(
     seed: int = 0,
     few: bool = False,
     groups: Sequence[Groups] = (),
+    least: float = -math.inf,
+    most: float = math.inf,
 ) -> Interval:
-    """95% interval of a statistic of one or more sets of rows, (N, D) or (N,), each drawn with replacement, by `groups`
-    where each set has some, around the `value` of all rows.
+    """95% interval of a statistic, in [least, most], of one or more sets of rows, (N, D) or (N,), each drawn with
+    replacement, by `groups` where each set has some, around the `value` of all rows.
 
     Repeated rows bias a distance up as fewer rows do, so only the spread of the replicates is used, laid around
     `value`: the interval is of the statistic at this N, bias included. 100 replicates; for large sets, and with `few`
@@ -54,8 +57,10 @@ def resampled_interval(
     values = np.array([statistic(*(rows[d] for rows, d in zip(sets, draw, strict=True))) for draw in draws])
     if few:
         half = 1.96 * float(values.std(ddof=1))
-        return value - half, value + half
-    return _bounds(values - values.mean() + value)
+        low, high = value - half, value + half
+    else:
+        low, high = _bounds(values - values.mean() + value)
+    return max(low, least), min(max(high, least), most)
 
 
 def kernel_interval(x: Tensor, y: Tensor, kind: str, value: float, seed: int = 0, groups: Groups = ()) -> Interval:
