@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from ldm.config import UserError
 
+FEATURES = "effnet-lite0"  # network of the distances by default
 FEWEST = 16  # images; fewer measure nothing
 SMALLEST, LARGEST = 11, 4000  # pixels per side: SSIM's window, and the largest image that is read
 ALLOWED = (
@@ -49,7 +50,7 @@ class EvaluateConfig:
     guidance_rescale: float = 0.0  # in [0, 1], for every guidance scale
     steps: int = 30  # sampling steps
     sampler: str = ""  # ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc or pndm; empty: the model's own
-    features: str = "effnet-lite0"  # or inception[:FILE], clip:FOLDER, dinov2:FOLDER, judge[:FOLDER], none
+    features: str = FEATURES  # or inception[:FILE], clip:FOLDER, dinov2:FOLDER, judge[:FOLDER], none
     judge: str = ""  # emoji, shapes, clip:FOLDER, folder of train_clip (judge=true), none; empty: the data's own
     train_num: int = 10_000  # training images searched for near-duplicates of samples
     train_captions: int = 48  # training captions per kind of image that are sampled too; 0: none
@@ -72,7 +73,7 @@ class AutoencoderEvaluation:
     split: Literal["test", "val"] = "test"  # held-out split
     num: int = 0  # held-out images, 16 or more; 0: 480, or all of a smaller split
     size: int = 0  # pixels per side; 0: the autoencoder's own
-    features: str = "effnet-lite0"  # network of the distances; see --model
+    features: str = FEATURES  # network of the distances; see --model
     perceptual: str = "effnet-lite0"  # effnet-lite0, lpips-vgg or lpips-alex
     seed: int = 0  # chooses the images
     batch_size: int = 32  # images per batch
@@ -89,7 +90,7 @@ class FolderEvaluation:
     images: Path  # folder of images
     reference: Path  # folder of images that they are compared with
     size: int = 0  # pixels per side to which all are resized; 0: none is, and all must be squares of one size
-    features: str = "effnet-lite0"  # network of the distances; see --model
+    features: str = FEATURES  # network of the distances; see --model
     judge: str = ""  # image-text model for CMMD and, where images have captions, alignment; empty: none
     without_frechet: bool = False  # no Frechet distance, which needs more images than features
     seed: int = 0  # order of the images, and bootstrap
