@@ -77,6 +77,7 @@ def test_training_captions_are_sampled_too(chosen):
     for of in ("training samples", "real training"):
         assert one(chosen, "kind_image_to_text@1", of, kind="all")["n"] == 20
     assert not find(results(chosen), "kind_image_to_text@1", "samples")  # shapes have no kinds
+    assert not any(r["metric"].startswith("mean_kind") for r in results(chosen))
     text = report(chosen)
     assert ">Training captions</h2>" in text and ">By kind</h2>" not in text
 

@@ -255,13 +255,12 @@ def cost_records(e: Evaluation, g: float) -> list[Record]:
     `peak` is the most that torch held on the GPU, on a CPU what the process holds.
     """
     captions, device, source = e.test.captions[:TIMED], e.pipe.device, e.sample(e.test, g)
-    sample, memory = partial(e.pipe, captions, batch_size=len(captions), **source.labels), None
+    n, gpu = len(captions), device.type == "cuda"
+    sample = partial(e.pipe, captions, batch_size=n, **source.labels)
     sample()
-    gpu, n = device.type == "cuda", len(captions)
-    before = torch.cuda.memory_allocated(device) if gpu else 0
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
+    before, start = torch.cuda.memory_allocated(device) if gpu else 0, time.perf_counter()
     sample()
     seconds = (time.perf_counter() - start) / n
     peak = torch.cuda.max_memory_allocated(device) if gpu else psutil.Process().memory_info().rss

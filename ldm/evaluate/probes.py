@@ -65,7 +65,7 @@ def kind_records(e: Evaluation, asked: Questions, source: Pictures) -> Iterator[
         fields = {"kind": kind, "chance": chance(same, 1), **e.judge.metadata}
         for metric, hits in retrieval_hits(images[rows], texts[rows], (1,), same).items():
             yield mean_record(f"kind_{metric}", hits, part, **fields)
-            if len(rows) >= AVERAGED:
+            if len(rows) >= AVERAGED and kind != "all":
                 averaged[metric][kind] = (hits, part.concepts)
     for metric, parts in averaged.items():
         value = sum(float(hits.mean()) for hits, _ in parts.values()) / len(parts)

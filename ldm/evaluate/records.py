@@ -37,7 +37,7 @@ def record(metric: str, value: Any, source: Pictures | str, interval: Any = None
 def mean_record(metric: str, values: Any, source: Pictures | str, **fields: Any) -> Record:
     """The mean of one value per image; the interval over concepts where the images have them."""
     values = torch.as_tensor(values).double()
-    groups = "" if isinstance(source, str) or source.count != len(values) else source.concepts
+    groups = source.concepts if isinstance(source, Pictures) and source.count == len(values) else ()
     interval = mean_interval(values, groups=groups)
     return record(metric, float(values.mean()), source, interval, **{"n": len(values)} | fields)
 
