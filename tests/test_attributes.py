@@ -14,15 +14,14 @@ TONES = list(TONE.values)
     "attribute, caption, value",
     [
         (TONE, "a woman with medium-dark skin tone, 3D", "medium-dark"),
-        (TONE, "woman frowning, frowning woman, light skin tone", "light"),
         (TONE, "a dark horse", None),
         (TONE, "men holding hands with dark skin tone and light skin tone", None),
         (GENDER, "a man and a woman", None),
         (GENDER, "a snowman, a merman and a postman", None),
+        (GENDER, "female mechanic", "woman"),
         (STYLE, "a 3D emoji of a dog", "3D"),
         (STYLE, "a flat tyre, flat", "flat"),
         (STYLE, "a house with a flat roof", None),
-        (GENDER, "female mechanic", "woman"),
     ],
 )
 def test_the_value_that_a_caption_names(attribute, caption, value):
@@ -31,57 +30,42 @@ def test_the_value_that_a_caption_names(attribute, caption, value):
 
 def test_exchanging_and_leaving_open():
     assert TONE.exchanged("a man with light skin tone, 3D", "medium") == "a man with medium skin tone, 3D"
-    assert GENDER.exchanged("woman frowning, frowning woman", "man") == "man frowning, frowning man"
-    assert GENDER.exchanged("a dog", "man") == "a dog"
     assert GENDER.exchanged("woman mechanic, female mechanic", "man") == "man mechanic, male mechanic"
     assert STYLE.exchanged("a 3D emoji of a dog", "flat") == "a flat emoji of a dog"
+    assert GENDER.exchanged("a dog", "man") == "a dog"
     assert TONE.open("a man with light skin tone, 3D") == "a man, 3D"
-    assert TONE.open("man frowning, light skin tone") == "man frowning"
-    assert TONE.open("a man") is None and TONE.open("dark skin tone hands") is None
     assert GENDER.open("a woman with light skin tone") == "a person with light skin tone"
-    assert GENDER.open("woman mechanic, female mechanic") is None and STYLE.open("dog, flat") is None
+    assert TONE.open("a man") is TONE.open("dark skin tone hands") is STYLE.open("dog, flat") is None
+    assert GENDER.open("woman mechanic, female mechanic") is None
 
 
-def test_every_tone_of_the_emoji_is_read_from_its_captions():
-    records = [r for r in Emoji(64, "test").records if r["skin_tone"] in TONES]
-    assert len(records) > 300
-    for record in records:
-        assert {TONE.named(caption) for caption in record["captions"]} == {record["skin_tone"]}
-        opened = [TONE.open(caption) for caption in record["captions"]]
-        assert not any(caption and "skin tone" in caption for caption in opened)
-        assert any(opened)
+def test_tones_and_new_combinations_of_the_emoji_are_those_of_their_records():
+    keys, test = ("role", "skin_tone", "gender"), Emoji(64, "test")
+    shown = {tuple(record[key] for key in keys) for record in Emoji(64, "train").records}
+    new = [test.new_combination(i) for i in range(len(test))]
+    assert sum(new) == 288 and sum(record["skin_tone"] in TONES for record in test.records) > 300
+    for record, is_new in zip(test.records, new, strict=True):
+        assert is_new != (record["role"] == "" or tuple(record[key] for key in keys) in shown)
+        if record["skin_tone"] in TONES:
+            assert {TONE.named(caption) for caption in record["captions"]} == {record["skin_tone"]}
+            opened = [TONE.open(caption) for caption in record["captions"]]
+            assert any(opened) and not any(caption and "skin tone" in caption for caption in opened)
 
 
-def test_paired_counts_the_wrong_values_that_lose():
-    captions = ["light skin tone", "a dog", "dark skin tone"]
-    axes = torch.eye(5)
-    texts = lambda asked: torch.stack([axes[TONES.index(TONE.named(c))] for c in asked])  # noqa: E731
-    half = torch.tensor([0.0, 0.9, 0.9, 0.3, 0.5])  # dark loses to two of the four others
-    shares, asked = paired(torch.stack([axes[0], axes[1], half]), captions, texts, TONE)
-    assert asked == [0, 2] and shares.tolist() == [1.0, 0.5]
-
-
-def test_several_attributes_count_the_wrong_combinations_that_lose():
+def test_paired_counts_the_wrong_combinations_that_lose():
     captions = ["man with light skin tone", "hands", "woman with dark skin tone", "hands with dark skin tone"]
     pairs = [(tone, gender) for tone in TONES for gender in ("man", "woman")]
     axes = torch.eye(len(pairs))
-    place = lambda c: pairs.index((TONE.named(c), GENDER.named(c) or "man"))  # noqa: E731
+    place = lambda c: pairs.index((TONE.named(c) or "light", GENDER.named(c) or "man"))  # noqa: E731
     texts = lambda asked: torch.stack([axes[place(caption)] for caption in asked])  # noqa: E731
     between = torch.linspace(0, 0.9, 10)  # the last, of a dark woman, beats them all
     between[[0, 3, 5]] = 1.0  # all but three of the nine
-    shares, asked = paired(torch.stack([axes[0], axes[1], between, between]), captions, texts, TONE, GENDER)
+    images = torch.stack([axes[0], axes[1], between, between])
+    shares, asked = paired(images, captions, texts, TONE, GENDER)
     expected = torch.tensor([1.0, 6 / 9, 3 / 4], dtype=torch.float64)  # of hands, all lighter ones but that at 0
     assert asked == [0, 2, 3] and torch.allclose(shares, expected)
-
-
-def test_new_combinations_of_the_emoji_are_those_that_training_does_not_show():
-    keys = ("role", "skin_tone", "gender")
-    shown = {tuple(record[key] for key in keys) for record in Emoji(64, "train").records}
-    test = Emoji(64, "test")
-    new = [test.new_combination(i) for i in range(len(test))]
-    assert sum(new) == 288
-    for record, is_new in zip(test.records, new, strict=True):
-        assert is_new != (record["role"] == "" or tuple(record[key] for key in keys) in shown)
+    shares, asked = paired(images[[0, 1, 3]], [captions[i] for i in (0, 1, 3)], texts, TONE)
+    assert asked == [0, 2] and shares.tolist() == [1.0, 0.75]
 
 
 def test_typos_exchange_two_letters_of_a_longer_word():

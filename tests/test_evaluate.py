@@ -196,22 +196,21 @@ def test_the_report_shows_all_of_it_and_names_only_inceptions_distance_fid(done,
     wrong = sum(not check(image, case.required) for image, case in cases)
     # prompts beside real pictures, reconstructions, nearest training pictures, three other wordings, wrong cases
     assert len(pictures) == 12 * (1 + len(GUIDANCE)) + 12 * 2 + 12 * 2 + 12 * 4 + wrong
-    assert all(source.startswith("data:image/png;base64,") for source in pictures)
     titles = "Between floor and ceiling|Guidance|What the captions ask for|Link by link|Autoencoder|Does it copy?"
     titles += "|Other wording|Cost|Prompts|Reconstructions|Nearest to the training set|What went wrong|Settings"
     assert set(titles.split("|")) <= set(re.findall(r"<h2[^>]*>(.*?)</h2>", text)) and ">Groups<" not in text
     assert sum(tag == "svg" for tag, _ in Tags(text).seen) == 4 and captions(done / "pictures/g1")[0] in text
-    assert "prefers-color-scheme: dark" in text and f"{wrong} of {2 * len(TASKS)} pictures at guidance" in text
+    assert f"{wrong} of {2 * len(TASKS)} pictures at guidance" in text and "chosen on these same captions" in text
     plain = re.sub('base64,[^"]+', "", text)
     assert "KID" not in plain and "<td>FID" not in plain and "It is not FID" in text
     table = json.loads((done / "metrics.json").read_text())
     as_inception = [r | {"extractor": "inception"} if r.get("extractor") == "stub" else r for r in table["results"]]
-    write_results("model", tmp_path, table["settings"] | {"model": "<b>&"}, as_inception, {})
-    text = report(tmp_path)
-    assert "<td>FID</td>" in text and "<td>KID x 1000</td>" in text and "FID, N = 16" in text
-    assert "<h1>Evaluation of &lt;b&gt;&amp; on shapes</h1>" in text
-    write_results("model", tmp_path, table["settings"] | {"model": "<b>&"}, as_inception, {})
-    assert text == report(tmp_path)  # the same numbers are the same page
+    pages = []
+    for _ in range(2):
+        write_results("model", tmp_path, table["settings"] | {"model": "<b>&"}, as_inception, {})
+        pages.append(report(tmp_path))
+    assert pages[0] == pages[1]  # the same numbers are the same page
+    assert all(t in pages[0] for t in ("<td>FID</td>", "<td>KID x 1000</td>", "FID, N = 16", "of &lt;b&gt;&amp; on"))
 
 
 def test_only_what_is_missing_is_sampled_and_numbers_stay_the_same(done, copy, model, prompts):
@@ -255,7 +254,7 @@ def test_a_right_picture_counts_and_so_does_a_blank_one(copy, model):
     lines = evaluate(config_for(model, copy, features="none", judge="none"))
     single = one(copy, "compositional_score", "samples", guidance=2.0)["value"]["single object"]
     assert (single["seen"], single["held_out"], single["n"]) == (1.0, 0.0, 2)
-    assert best_guidance(results(copy)) == 2.0 and lines[0] == "best guidance: 2"
+    assert best_guidance(results(copy)) == 2.0 and lines[0].startswith("best guidance: 2, chosen on test by")
     assert any(line.startswith(f"compositional score of samples at 2 (N={2 * len(TASKS)}): ") for line in lines)
     assert "blank pictures of samples at 2 (N=16): 1" in lines
     assert one(copy, "blank_pictures", "samples", guidance=2.0)["value"] == 1

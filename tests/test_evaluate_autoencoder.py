@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tiny_evaluation import fill, one, refusal, report, results, stub_extractor, tiny_vae
 
 from ldm.data.shapes import Shapes
-from ldm.evaluate.autoencoder import SCALES, code, evaluate_autoencoder
+from ldm.evaluate.autoencoder import SCALES, code, evaluate_autoencoder, in_batches
 from ldm.evaluate.config import AutoencoderEvaluation
 from ldm.evaluate.pictures import sample_indices
 from ldm.evaluate.report import at_size
@@ -78,7 +79,8 @@ def test_its_numbers_are_those_of_its_reconstructions(measured, vae):
 
 def test_the_scale_of_the_likelihood_comes_from_training_images_alone(measured, vae):
     train = Shapes(32, "train")
-    coded = code(VAE.from_pretrained(vae), train, sample_indices(len(train), 32, 0), 32, "")
+    run = partial(in_batches, device=torch.device("cpu"), size=32)
+    coded = code(VAE.from_pretrained(vae), train, sample_indices(len(train), 32, 0), run)
     chosen = one(measured, "bits_per_dimension", "reconstructions")["scale"]
     costs = {scale: coded.nll(scale).mean().item() for scale in SCALES}
     assert chosen == min(costs, key=costs.get) and min(SCALES) < chosen < max(SCALES)
@@ -97,8 +99,8 @@ def test_probes_of_the_latents_have_intervals_and_the_report_is_complete(measure
     }
     text = report(measured)
     titles = "Reconstruction|Latents|Rate and distortion|What the latents say|Reconstructions|Furthest off"
-    assert {*titles.split("|"), "Beside JPEG and WebP"} <= set(re.findall(r"<h2[^>]*>(.*?)</h2>", text))
-    assert "stub, weights 555555555555" in text and text.count("data:image/png") == 20 * 2 + 12 * 2 + 12 * 4
+    assert {*titles.split("|")} <= set(re.findall(r"<h2[^>]*>(.*?)</h2>", text))
+    assert "stub, weights 555555555555" in text and text.count("data:image/png") == 20 * 2 + 12 * 2
 
 
 def test_images_that_cannot_be_read_are_left_out_and_judges_features_taken_by_name(vae, tmp_path, monkeypatch):

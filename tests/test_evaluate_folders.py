@@ -125,8 +125,9 @@ def test_features_are_computed_once_for_the_same_pixels(tmp_path):
     assert network.seen == 10
     pixels[4] = 0
     again = compute(pixels, 5)
-    assert network.seen == 11 and torch.allclose(again[4], torch.full((3,), -1.0))
-    (file,) = (tmp_path / "features").iterdir()
-    assert file.name == "net-work-1-55555555.safetensors"
-    file.write_bytes(b"damaged")
-    assert torch.equal(compute(pixels, 5), again) and network.seen == 21
+    assert network.seen == 20 and torch.allclose(again[4], torch.full((3,), -1.0))
+    files = sorted((tmp_path / "features/net-work-1-55555555").iterdir())
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(b"damaged")
+    assert torch.equal(compute(pixels, 5), again) and network.seen == 30

@@ -14,8 +14,8 @@ from ldm.clip import CLIP
 from ldm.config import UserError
 from ldm.images import to_uint8
 from ldm.metrics.features import feature_extractor
+from ldm.metrics.inputs import resized
 from ldm.metrics.judges import image_text_model
-from ldm.metrics.preprocess import resized
 from ldm.tokenizer import Tokenizer
 
 
@@ -70,17 +70,15 @@ def test_effnet_lite0_has_features_of_any_size_and_names_a_cat(effnet):
 
 
 @pytest.mark.parametrize(
-    "x, words",
-    [
-        (torch.full((1, 3, 8, 8), 255.0), r"\[-1, 1\], not up to 255"),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "not torch.uint8; ldm.images.to_float"),
-        (torch.zeros(3, 8, 8), r"must be \(B, C, H, W\)"),
-    ],
+    "scale, dtype, words",
+    [(255, torch.float32, r"\[-1, 1\], not up to 255"), (1, torch.uint8, "not torch.uint8; ldm.images.to_float")],
 )
-def test_networks_refuse_other_ranges_and_shapes(effnet, judge, x, words):
+def test_networks_refuse_other_ranges_and_shapes(effnet, judge, scale, dtype, words):
     for network in (effnet, image_text_model(str(judge)).images):
         with pytest.raises(ValueError, match=words):
-            network(x)
+            network(torch.full((1, 3, 8, 8), scale, dtype=dtype))
+        with pytest.raises(ValueError, match=r"must be \(B, C, H, W\)"):
+            network(torch.zeros(3, 8, 8))
 
 
 def test_judge_is_the_clip_of_the_folder_and_opens_in_transformers(judge):
@@ -116,38 +114,27 @@ def test_published_clip_is_transformers_own(tmp_path):
     assert torch.allclose(feature_extractor(f"clip:{tmp_path}")(x), expected, atol=1e-5)
 
 
-@pytest.fixture
-def dinov2(tmp_path):
-    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+def test_dinov2_is_transformers_own_and_missing_weights_are_not_initialized_in_silence(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoImageProcessor, BitImageProcessor, Dinov2Config, Dinov2Model
 
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     randomize(Dinov2Model(Dinov2Config(**sizes))).save_pretrained(tmp_path)
     BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(tmp_path)
-    return tmp_path
-
-
-def test_dinov2_is_transformers_own(dinov2):
-    from transformers import AutoImageProcessor, Dinov2Model
-
     x, pixels = picture_and_pixels(28)
-    values = AutoImageProcessor.from_pretrained(dinov2)(Image.fromarray(pixels), return_tensors="pt").pixel_values
-    extractor = feature_extractor(f"dinov2:{dinov2}")
-    expected = Dinov2Model.from_pretrained(dinov2).eval()(values).pooler_output
+    values = AutoImageProcessor.from_pretrained(tmp_path)(Image.fromarray(pixels), return_tensors="pt").pixel_values
+    extractor = feature_extractor(f"dinov2:{tmp_path}")
+    expected = Dinov2Model.from_pretrained(tmp_path).eval()(values).pooler_output
     assert torch.allclose(extractor(x), expected, atol=1e-5)
-    assert extractor.metadata["extractor"] == f"dinov2:{dinov2}" and len(extractor.sha256) == 64
+    assert extractor.metadata["extractor"] == f"dinov2:{tmp_path}" and len(extractor.sha256) == 64
 
-
-def test_missing_weights_are_not_initialized_in_silence(dinov2):
-    from safetensors.torch import load_file, save_file
-    from transformers import BitImageProcessor
-
-    BitImageProcessor(size={"shortest_edge": 28}, crop_size=None, do_center_crop=False).save_pretrained(dinov2)
+    BitImageProcessor(size={"shortest_edge": 28}, crop_size=None, do_center_crop=False).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="names no square crop_size"):
-        feature_extractor(f"dinov2:{dinov2}")
-    tensors = load_file(dinov2 / "model.safetensors")
-    save_file({k: v for k, v in tensors.items() if k != "layernorm.weight"}, dinov2 / "model.safetensors")
+        feature_extractor(f"dinov2:{tmp_path}")
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "layernorm.weight"}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="not all weights of a Dinov2Model: 'layernorm.weight' is missing"):
-        feature_extractor(f"dinov2:{dinov2}")
+        feature_extractor(f"dinov2:{tmp_path}")
 
 
 @pytest.fixture(scope="module")

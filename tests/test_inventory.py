@@ -67,8 +67,9 @@ OPTIONS = {
     "train_diffusion": TRAINING,
     "sample": "model prompt prompts out steps guidance guidance-rescale sampler seed negative-prompt image mask"
     " resample strength interpolate seed-to height width batch-size compile grid device",
-    "evaluate": "model autoencoder images reference data data-path split num guidance guidance-rescale steps sampler"
-    " features judge train-num baseline size without-frechet perceptual seed batch-size out device",
+    "evaluate": "model autoencoder images reference data data-path split num guidance choose-on guidance-rescale steps"
+    " sampler features judge train-num train-captions baseline size without-frechet perceptual seed batch-size out"
+    " device",
     "app": "model port host out device seed",
     "benchmark": "only rounds threads device quick compile out",
     "compare_diffusers": "prompt steps guidance seed",
@@ -319,7 +320,7 @@ def test_evaluation_of_a_model(run):
     options = ["--model", "model", *EVALUATION, "--features", "judge", "--sampler", "euler", "--seed", 3]
     settings, found = evaluation(run, "eval", *options, "--guidance", "1,3", "--guidance-rescale", 0.5)
     assert settings.items() >= {"model": "model", "split": "test", "num": 16, "steps": 2, "sampler": "euler"}.items()
-    assert len(files(run.cwd / "eval/pictures")) >= 2 * 17
+    assert len(files(run.cwd / "eval/pictures")) >= 17 <= len(files(run.cwd / "eval/validation/pictures")) // 2
     for metric in ("clip_cosine", "clip_score", "image_to_text@1", "text_to_image@1", "cmmd"):
         record = found[metric, "samples"]
         assert record["n"] > 0 and len(record["interval"]) == 2 and record["guidance"] in (1, 3), record

@@ -16,7 +16,7 @@ from ldm import metrics
 from ldm.config import UserError
 from ldm.metrics import clip_score, cosine, psnr, retrieval, sharpness, ssim
 from ldm.metrics.alignment import chance, retrieval_hits
-from ldm.metrics.codecs import curve, encoded, nearest_to
+from ldm.metrics.codecs import curve, encoded
 from ldm.metrics.reconstruction import ROUNDING, discretized_logistic
 
 
@@ -93,11 +93,8 @@ def test_codecs_trade_bytes_for_quality(codec):
     pixels = ((pictures(3, 48) + 1) * 127.5).to(torch.uint8)
     points = curve(pixels, codec, (5, 50, 95))
     assert points == sorted(points) and points[0][1] < points[1][1] < points[2][1]
-    sizes = [encoded(pixels[0], codec, quality)[0] for quality in range(1, 101)]
-    used, decoded = nearest_to(pixels[0], codec, sorted(sizes)[50])
-    assert used == sorted(sizes)[50] and (decoded.shape, decoded.dtype) == ((3, 48, 48), torch.uint8)
-    assert psnr(decoded / 127.5 - 1, pixels[0] / 127.5 - 1).mean() > 20
-    assert nearest_to(pixels[0], codec, 1)[0] == min(sizes)
+    size, decoded = encoded(pixels[0], codec, 95)
+    assert (decoded.shape, decoded.dtype) == ((3, 48, 48), torch.uint8) and size > encoded(pixels[0], codec, 5)[0]
 
 
 def test_cosine_and_clip_score():
@@ -127,19 +124,15 @@ def test_chance_is_the_share_of_all_orders_and_the_score_of_equal_embeddings(k):
     same[:3, :3] = True
     drawn = list(itertools.combinations(range(6), min(k, 6)))
     want = np.mean([any(row[i] for i in first) for row in same for first in drawn])
-    assert chance(same, k) == pytest.approx(want)
     scores = retrieval(torch.ones(6, 4), torch.ones(6, 4), k=(k,), same=same)
     assert set(scores) == {f"image_to_text@{k}", f"text_to_image@{k}", f"chance@{k}"}
-    assert all(value == pytest.approx(want) for value in scores.values())
-
-
-def test_a_tie_of_right_and_wrong_is_shared_by_its_orders():
+    assert chance(same, k) == pytest.approx(want) and all(value == pytest.approx(want) for value in scores.values())
     texts = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0]])
     images = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 1], [0, 1, 0]])
     same = torch.eye(4) > 0
     same[0, 1] = same[1, 0] = True  # two of the three equal captions are right for picture 0
-    hits = retrieval_hits(images, texts, (1, 2), same)
-    assert [hits[f"image_to_text@{k}"][0].item() for k in (1, 2)] == pytest.approx([2 / 3, 1])
+    hit = retrieval_hits(images, texts, (k,), same)[f"image_to_text@{k}"][0].item()
+    assert hit == pytest.approx(2 / 3 if k == 1 else 1)
 
 
 X, Y = (rows[:60, :8] for rows in two_sets())
@@ -185,12 +178,9 @@ def plain(result) -> list[float]:
 def test_arrays_and_tensors_with_gradients_measure_as_tensors_do(name):
     call, *inputs = CALLS[name]
     want = plain(call(*inputs))
+    assert CALLS.keys() == set(metrics.__all__)
     assert plain(call(*(x.numpy() for x in inputs))) == want
     assert plain(call(*(x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs))) == want
-
-
-def test_every_public_metric_is_called_here():
-    assert CALLS.keys() == set(metrics.__all__)
 
 
 @pytest.mark.parametrize("metric", PAIRWISE.values(), ids=PAIRWISE)

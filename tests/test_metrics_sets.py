@@ -5,16 +5,10 @@ import pytest
 import torch
 from test_metrics import two_sets
 
-from ldm.metrics import (
-    cmmd,
-    frechet_distance,
-    frechet_distance_infinite,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from ldm import metrics
+from ldm.metrics import cmmd, frechet_distance, frechet_distance_infinite, inception_score, kernel_distance
 from ldm.metrics.diversity import nearest, neighbourhoods
-from ldm.metrics.intervals import kernel_interval, mean_interval, resampled_interval
+from ldm.metrics.intervals import kernel_interval, mean_interval, mean_of_means_interval, resampled_interval
 
 
 def normal(count: int, dimensions: int, seed: int, mean: float = 0.0, deviation: float = 1.0) -> torch.Tensor:
@@ -44,7 +38,7 @@ def test_infinite_frechet_distance_is_nearer_to_the_truth():
     assert np.isfinite(frechet_distance_infinite(x[:4, :1], y[:4, :1]))
 
 
-def test_kernel_distance_vectors_and_torch_fidelity():
+def test_kernel_distance_is_torch_fidelitys_unbiased_and_seeded():
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     assert kernel_distance(torch.zeros(6, 4), torch.ones(6, 4), 1, 6) == (7.0, 0.0)
@@ -53,14 +47,10 @@ def test_kernel_distance_vectors_and_torch_fidelity():
     assert value == pytest.approx(0.1731452052726, abs=1e-12) and deviation == 0
     options = {"kid_subsets": 1, "kid_subset_size": 500, "verbose": False}
     assert value == pytest.approx(kid_features_to_metric(x, y, **options)["kernel_inception_distance_mean"], abs=1e-9)
-
-
-def test_kernel_distance_of_subsets_is_unbiased_and_seeded():
     x, y = normal(400, 8, 0), normal(400, 8, 1)
     many = [kernel_distance(x, y, subsets=40, subset_size=100, seed=s)[0] for s in range(5)]
     assert abs(np.mean(many)) < 0.02 and len(set(many)) == 5
     assert kernel_distance(x, y, 7, 50, seed=3) == kernel_distance(x, y, 7, 50, seed=3)
-    assert kernel_distance(x, y + 0.5, 10, 100)[0] > 0.2
 
 
 def test_cmmd_vectors_and_direct_sum():
@@ -93,7 +83,7 @@ def test_precision_recall_equals_prdc_and_torch_fidelity(k):
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     real, fake = normal(300, 6, 0), normal(1100, 6, 1, 0.3, 0.8)  # more than one chunk
-    ours = precision_recall(real, fake, k)
+    ours = metrics.precision_recall(real, fake, k)
     assert 0.3 < ours["recall"] < ours["precision"] < 1
     assert ours == pytest.approx(compute_prdc(real.numpy(), fake.numpy(), k), abs=1e-12)
     theirs = prc_features_to_metric(fake, real, prc_neighborhood=k, verbose=False)
@@ -120,6 +110,21 @@ def test_mean_interval_is_scipys_and_covers_the_mean():
     assert mean_interval([True]) == (1.0, 1.0) and mean_interval([0.5] * 9) == (0.5, 0.5)
     bounds = [mean_interval(normal(60, 1, seed)[:, 0], seed) for seed in range(100)]
     assert 87 <= sum(low < 0 < high for low, high in bounds) <= 99
+
+
+def test_rows_of_one_group_count_once_and_means_are_averaged():
+    x = normal(60, 1, 0)[:, 0]
+    four, names = x.repeat(4), np.arange(60).repeat(4).reshape(60, 4).T.ravel()
+    assert mean_interval(four, groups=names) == pytest.approx(mean_interval(x))
+    narrow = mean_interval(four)
+    assert narrow[1] - narrow[0] < 0.6 * (mean_interval(x)[1] - mean_interval(x)[0])
+    few, many = x[:6] + 10, x  # a mean of means moves with the smaller part
+    low, high = mean_of_means_interval([(few, ()), (many, ())])
+    assert low < (few.mean() + many.mean()) / 2 < high and high - low > 0.8 * float(few.std()) / 6**0.5
+    sets = (normal(80, 3, 0).repeat(2, 1), normal(80, 3, 1, 0.5))
+    value, groups = frechet_distance(*sets), (np.arange(160) % 80, ())
+    low, high = resampled_interval(frechet_distance, sets, value, groups=groups)
+    assert low < value < high and resampled_interval(frechet_distance, sets, value) != (low, high)
 
 
 def whole_kernel_distance(x: torch.Tensor, y: torch.Tensor) -> float:

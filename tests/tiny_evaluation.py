@@ -27,7 +27,7 @@ from ldm.evaluate.pictures import sample_indices
 from ldm.evaluate.records import find
 from ldm.metrics import features, judges
 from ldm.metrics.extractor import FeatureExtractor
-from ldm.metrics.preprocess import resized
+from ldm.metrics.inputs import resized
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts
 from ldm.tokenizer import Tokenizer
@@ -173,5 +173,5 @@ def networks():
 
 def config_for(model: Path, out: Path, **changes) -> EvaluateConfig:
     base = {"data": "shapes", "num": N, "guidance": GUIDANCE, "guidance_rescale": 0.5, "steps": 2, "device": "cpu"}
-    base |= {"features": "stub", "judge": "knows-shapes", "train_num": 40}
+    base |= {"features": "stub", "judge": "knows-shapes", "train_num": 40, "choose_on": "test", "train_captions": 0}
     return EvaluateConfig(model=str(model), out=out, **base | changes)

@@ -4,6 +4,7 @@
     an autoencoder  --autoencoder runs/mine/autoencoder --data folder --data-path photos --out DIR
     two folders     --images DIR --reference DIR --out DIR
 
+Of several guidance scales one is chosen on the validation split, and the test split is reported at that one alone.
 What it made is kept in --out: a run that was stopped continues there, and more captions or further guidance scales only
 add what is missing. `accelerate launch scripts/evaluate.py ...` shares the work between processes.
 """

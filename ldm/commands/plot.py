@@ -18,6 +18,7 @@ from ldm.config import UserError
 
 METRICS_FILES = ("metrics.jsonl", "metrics.json")  # of a run, of an evaluation
 GUIDED = ("frechet_distance", "image_to_text@1", "clip_score_100", "precision", "recall", "compositional_score")
+SOURCES = ("samples", "validation samples", "real held-out", "real train")
 RESULTS = (  # plots of `ldm results`: title, file, curves of that file
     ("Decoder: PSNR on validation, dB", "decoder.jsonl", ("val/psnr",)),
     ("Decoder: perceptual distance on validation", "decoder.jsonl", ("val/perceptual",)),
@@ -104,7 +105,7 @@ def curves(path: Path) -> dict[str, Lines]:
         return plots
     for record in read(path, "of"):
         metric, of, value = record["metric"], record["of"], record["value"]
-        if metric in GUIDED and value is not None and of in ("samples", "real held-out", "real train"):
+        if metric in GUIDED and value is not None and of in SOURCES:
             value = value["mean"]["all"] if isinstance(value, dict) else value
             plots[f"{metric} over guidance"][of].append((record.get("guidance"), value))
     return plots

@@ -26,6 +26,12 @@ from ldm.data.splits import check_split
 from ldm.images import read_image
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "data" / "emoji64"
+KINDS = {
+    **dict.fromkeys(("People & Body", "Smileys & Emotion"), "faces and hands"),
+    **dict.fromkeys(("Animals & Nature", "Food & Drink"), "animals and food"),
+    **dict.fromkeys(("Objects", "Activities", "Travel & Places"), "objects"),
+    **{"Flags": "flags", "Symbols": "symbols", "Component": "symbols"},
+}
 
 
 class Emoji:
@@ -69,6 +75,12 @@ class Emoji:
     def new_combination(self, index: int) -> bool:
         """Whether training shows the role of picture `index` in no style with its skin tone and gender."""
         return self.records[index]["held_out"] == "combination"
+
+    def kind(self, index: int) -> str:
+        """One of six kinds of picture, by which evaluations report. Of People & Body, those with a gender (which every
+        person has, "person" where it is open) are "people", the others (hands, ears, brain) "faces and hands"."""
+        record = self.records[index]
+        return "people" if record["gender"] else KINDS[record["group"]]
 
 
 def _read(folder: Path, split: str) -> tuple[list[dict[str, Any]], list[bytes]]:

@@ -3,8 +3,8 @@
 import math
 import random
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -23,19 +23,26 @@ from ldm.data.latents import data_hash
 from ldm.data.shapes import MIN_SIZE, render, sample_scene
 from ldm.distributed import find_device
 from ldm.evaluate.config import LARGEST, SMALLEST, AutoencoderEvaluation
-from ldm.evaluate.features import judge_name, open_networks
-from ldm.evaluate.pictures import Pictures, claim, data_config, held_out_indices, sample_indices
+from ldm.evaluate.features import TAUGHT, judge_name, open_networks
+from ldm.evaluate.pictures import (
+    claim,
+    data_config,
+    held_out_indices,
+    of_dataset,
+    perceptual_teacher,
+    sample_indices,
+)
 from ldm.evaluate.records import Record, blank_record, distance_records, headlines, left_out, mean_record, record
 from ldm.evaluate.report import Row, write_results
 from ldm.images import to_float, to_uint8
 from ldm.metrics import bits_per_dimension, dci, linear_probe, mig, perceptual_distance, psnr, sharpness, ssim
-from ldm.metrics.codecs import CODECS, curve, nearest_to
+from ldm.metrics.codecs import CODECS, curve
 from ldm.metrics.features import judged_by
 from ldm.metrics.intervals import mean_interval, resampled_interval
 from ldm.metrics.reconstruction import discretized_logistic
 from ldm.metrics.representation import agreement, clusters
 from ldm.model_io import module_hash
-from ldm.perceptual import PerceptualDistance, perceptual_network
+from ldm.perceptual import perceptual_network
 from ldm.vae import VAE
 
 FITTED = 256  # training images to which the scale of the likelihood is fitted
@@ -63,7 +70,7 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
 
     Raises UserError for wrong settings or too few images; nothing is written then.
     """
-    device, batch_size = find_device(config.device), config.batch_size
+    device = find_device(config.device)
     vae = VAE.from_pretrained(config.autoencoder).to(device)
     size = config.size or vae.config.sample_size
     if not SMALLEST <= size <= LARGEST or size % vae.factor:
@@ -73,10 +80,9 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
     dataset, train = (open_dataset(data, split, need_captions=False) for split in (config.split, "train"))
     indices = held_out_indices(dataset, config)
     fitted = readable(train, sample_indices(len(train), FITTED, config.seed))
-    distance = perceptual_network(config.perceptual).to(device)
+    distance, teacher = perceptual_network(config.perceptual).to(device), perceptual_teacher(config.autoencoder)
     feature_name = judged_by(config.features, judge_name("", config.data))
-    features, _ = open_networks(feature_name, "none", config.out, device, batch_size)
-    side = size // vae.factor
+    features, _ = open_networks(feature_name, "none", teacher, config.out, device, config.batch_size)
     settings = {
         "autoencoder": config.autoencoder,
         "autoencoder_sha256": module_hash(vae),
@@ -86,30 +92,66 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
         "split": config.split,
         "num": len(indices),
         "size": size,
-        "latent": f"{vae.config.latent_channels}x{side}x{side}",
+        "latent": f"{vae.config.latent_channels}x{size // vae.factor}x{size // vae.factor}",
         "seed": config.seed,
+        "features": feature_name,
+        "perceptual_net_of_vae": teacher,
+        "device": str(device),
     }
     claim(config.out, {key: settings[key] for key in CLAIMED})
-    training = code(vae, train, fitted, batch_size, "fitting the likelihood")
+    run = partial(in_batches, device=device, size=config.batch_size)
+    training = code(vae, train, fitted, run)
     scale = min(SCALES, key=lambda scale: float(training.nll(scale).mean()))  # before held-out images are seen
-    coded = code(vae, dataset, indices, batch_size, "autoencoder")
-    compressed = decode_8_bits(vae, coded.mean[:CODED], batch_size)
+    coded = code(vae, dataset, indices, run)
+    real = of_dataset("real held-out", dataset, indices)
+    decoded = replace(real, of=OF, read=coded.decoded.__getitem__)
 
-    results = [*quality(coded, distance, config.perceptual, batch_size), *bits(coded, scale), latent_record(coded)]
-    real, decoded = (
-        Pictures(of=of, count=len(x), read=x.__getitem__)
-        for of, x in (("real held-out", coded.pixels), (OF, coded.decoded))
-    )
-    results += [blank_record(source, batch_size) for source in (real, decoded)] + left_out(dataset, train)
+    smallest = getattr(distance, "smallest", 0)
+    network = {"extractor": config.perceptual, "extractor_sha256": module_hash(distance)}
+    network |= {"resize": f"none; sides under {smallest} px doubled" if smallest else "none"}
+    network |= TAUGHT if config.perceptual == teacher else {}
+    nll, kl = coded.nll(scale), reduce(coded.kl(), "n c h w -> n", "sum")
+    bits = partial(bits_per_dimension, dimensions=math.prod(coded.pixels.shape[1:]))
+    mean, sample = {"latent": "mean"}, {"latent": "one sample", "assumes": ASSUMPTIONS, "scale": scale}
+
+    def compare(metric: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return run(lambda x, y: metric(to_float(x), to_float(y)), coded.pixels, coded.decoded)
+
+    levels = compare(psnr)
+    values = {  # by metric, of each picture; and what they depend on
+        "psnr_db": (levels, mean),
+        "ssim": (compare(ssim), mean),
+        "sharpness": (compare(sharpness), mean),
+        "perceptual_distance": (compare(partial(perceptual_distance, network=distance)), mean | network),
+        "bits_per_dimension": (bits(nll, kl), sample),
+        "bits_of_latent": (bits(0 * nll, kl), sample),
+        "bits_of_rest": (bits(nll, 0 * kl), sample),
+    }
+    results = [mean_record(metric, each, decoded, **fields) for metric, (each, fields) in values.items()]
+    results += [latent_record(coded), *(blank_record(source, config.batch_size) for source in (real, decoded))]
+    results += left_out(dataset, train)
     results += distance_records(features, decoded, real, config.seed) if features else []
-    results.append(rates(coded, compressed))
+    results.append(rate_record(vae, coded, run))
     if find_spec("sklearn"):
-        results += representation(vae, dataset, train, config.data, config.seed)
+        results += representation(vae, dataset, train, config, run)
     else:
         missing = "probes of the latents need scikit-learn and are left out: pip install scikit-learn"
         warnings.warn(missing, stacklevel=2)
-    write_results("autoencoder", config.out, settings, results, galleries(coded, compressed))
+    rows = [
+        Row(pictures=[("real", x), ("decoded", y)], note=f"{level:.1f} dB")
+        for x, y, level in zip(coded.pixels, coded.decoded, levels, strict=True)
+    ]
+    shown = {"reconstructions": rows[: 2 * SHOWN], "worst": [rows[i] for i in levels.argsort()[:SHOWN].tolist()]}
+    write_results("autoencoder", config.out, settings, results, shown)
     return headlines(results, [OF], HEADLINES)
+
+
+@torch.no_grad()
+def in_batches(function: Callable[..., Tensor], *rows: Tensor, device: torch.device, size: int) -> Tensor:
+    """`function` of tensors (N, ...), `size` rows at a time on the device; the result (N, ...) on the CPU."""
+    batches = zip(*(x.split(size) for x in rows), strict=True)
+    progress = tqdm(batches, "batches", math.ceil(len(rows[0]) / size), leave=False)
+    return torch.cat([function(*(x.to(device) for x in batch)).cpu() for batch in progress])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,129 +176,98 @@ class Coded:
         return 0.5 * (mean.square() + variance - 1 - variance.log())
 
 
-@torch.no_grad()
-def code(vae: VAE, dataset: Any, indices: list[int], batch_size: int, text: str) -> Coded:
+def code(vae: VAE, dataset: Any, indices: list[int], run: Callable[..., Tensor]) -> Coded:
     """Images through the autoencoder; the sample of latent i of `indices` has the seed i."""
-    device, parts = next(vae.parameters()).device, []
-    for start in tqdm(range(0, len(indices), batch_size), desc=text, unit="batch", leave=False):
-        pixels = torch.stack([dataset[i]["image"] for i in indices[start : start + batch_size]])
-        posterior = vae.encode(to_float(pixels).to(device))
-        seeds = (torch.Generator().manual_seed(start + i) for i in range(len(pixels)))
-        eps = torch.stack([torch.randn(posterior.mean.shape[1:], generator=seed) for seed in seeds]).to(device)
-        sampled, decoded = vae.decode_raw(posterior.mean + posterior.std * eps), vae.decode_raw(posterior.mean)
-        std = posterior.std * vae.config.scaling_factor
-        parts.append([x.cpu() for x in (pixels, vae.normalize(posterior.mean), std, to_uint8(decoded), sampled)])
-    pixels, mean, std, decoded, sampled = map(torch.cat, zip(*parts, strict=True))
-    return Coded(pixels=pixels, mean=mean, std=std, decoded=decoded, sampled=sampled)
+    pixels = torch.stack([dataset[i]["image"] for i in indices])
+    mean, std = run(lambda x: moments(vae, x), pixels).unbind(1)
+    seeds = map(torch.Generator().manual_seed, range(len(indices)))
+    eps = torch.stack([torch.randn(mean.shape[1:], generator=seed) for seed in seeds])
+    return Coded(
+        pixels=pixels,
+        mean=vae.normalize(mean),
+        std=std * vae.config.scaling_factor,
+        decoded=run(lambda z: to_uint8(vae.decode_raw(z)), mean),
+        sampled=run(vae.decode_raw, mean + std * eps),
+    )
 
 
-def quality(coded: Coded, network: PerceptualDistance, name: str, batch_size: int) -> Iterator[Record]:
-    """How near reconstructions from the mean of the latent are."""
-    device, smallest = next(network.buffers()).device, getattr(network, "smallest", 0)
-    resize = f"none; sides under {smallest} px doubled" if smallest else "none"
-    network_fields = {"extractor": name, "extractor_sha256": module_hash(network), "resize": resize}
-    for metric, function, fields in (
-        ("psnr_db", psnr, {}),
-        ("ssim", ssim, {}),
-        ("sharpness", sharpness, {}),
-        ("perceptual_distance", partial(perceptual_distance, network=network), network_fields),
-    ):
-        pairs = zip(coded.pixels.split(batch_size), coded.decoded.split(batch_size), strict=True)
-        values = torch.cat([function(*(to_float(x).to(device) for x in pair)).cpu() for pair in pairs])
-        yield mean_record(metric, values, of=OF, latent="mean", **fields)
-
-
-def bits(coded: Coded, scale: float) -> Iterator[Record]:
-    """The negative evidence lower bound in bits per dimension, and its two parts."""
-    nll, kl = coded.nll(scale), reduce(coded.kl(), "n c h w -> n", "sum")
-    fields = {"of": OF, "assumes": ASSUMPTIONS, "scale": scale, "latent": "one sample"}
-    parts = {"bits_per_dimension": (nll, kl), "bits_of_latent": (0 * nll, kl), "bits_of_rest": (nll, 0 * kl)}
-    for metric, pair in parts.items():
-        yield mean_record(metric, bits_per_dimension(*pair, math.prod(coded.pixels.shape[1:])), **fields)
+def moments(vae: VAE, pixels: Tensor) -> Tensor:
+    """uint8 images (B, 3, H, W) -> mean and deviation of their raw latents (B, 2, C, h, w)."""
+    posterior = vae.encode(to_float(pixels))
+    return torch.stack([posterior.mean, posterior.std], 1)
 
 
 def latent_record(coded: Coded) -> Record:
     """Each channel of the latents as diffusion sees it: mean, deviation, the posterior's share of the variance, KL."""
-    z, noise, kl = coded.mean.double(), coded.std.double().square().mean((0, 2, 3)), coded.kl().mean((0, 2, 3))
-    variance = z.var((0, 2, 3))
-    channels = torch.stack([z.mean((0, 2, 3)), variance.sqrt(), noise / (noise + variance), kl], 1)
+    z, noise, over = coded.mean.double(), coded.std.double().square().mean((0, 2, 3)), (0, 2, 3)
+    variance = z.var(over)
+    channels = torch.stack([z.mean(over), variance.sqrt(), noise / (noise + variance), coded.kl().mean(over)], 1)
     names = ("mean", "std", "noise_share", "kl_nats")
     value = [dict(zip(names, channel, strict=True)) for channel in channels.tolist()]
-    return record("latent_channels", value, of="latents", n=len(z))
+    return record("latent_channels", value, "latents", n=len(z))
 
 
-@torch.no_grad()
-def decode_8_bits(vae: VAE, z: Tensor, batch_size: int) -> Tensor:
-    """uint8 images decoded from latents in 256 levels over four deviations to both sides."""
-    step, device = 8 / 255, next(vae.parameters()).device
-    levels = ((z.clamp(-4, 4) + 4) / step).round() * step - 4
-    return torch.cat([to_uint8(vae.decode(part.to(device))).cpu() for part in levels.split(batch_size)])
+def rate_record(vae: VAE, coded: Coded, run: Callable[..., Tensor]) -> Record:
+    """(bytes, PSNR) per image of latents in 8 bits, in 256 levels over four deviations to both sides, of latents at the
+    rate of their KL, which bits-back coding reaches, and of other codecs at several qualities."""
+    pixels, step = coded.pixels[:CODED], 8 / 255
+    levels = ((coded.mean[:CODED].clamp(-4, 4) + 4) / step).round() * step - 4
+    nats = float(reduce(coded.kl()[:CODED], "n c h w -> n", "sum").mean())
+    value = {
+        "latents, 8 bits": [(float(math.prod(levels.shape[1:])), run(vae.decode, levels))],
+        "latents, KL": [(nats / math.log(2) / 8, coded.sampled[:CODED])],
+    }
+    for name, [(size, x)] in value.items():
+        value[name] = [(size, float(psnr(to_float(pixels), to_float(to_uint8(x))).mean()))]
+    return record("rate_distortion", value | {c: curve(pixels, c) for c in CODECS}, OF, n=len(pixels))
 
 
-def rates(coded: Coded, compressed: Tensor) -> Record:
-    """(bytes, PSNR) per image of latents in 8 bits, of latents at the rate of their KL, which bits-back coding reaches,
-    and of other codecs at several qualities."""
-    pixels, nats = coded.pixels[:CODED], reduce(coded.kl()[:CODED], "n c h w -> n", "sum").mean()
-    levels = [float(levels_of(pixels, y).mean()) for y in (compressed, to_uint8(coded.sampled[:CODED]))]
-    stored, by_kl = float(math.prod(coded.mean.shape[1:])), float(nats / math.log(2) / 8)
-    value = {"latents, 8 bits": [(stored, levels[0])], "latents, KL": [(by_kl, levels[1])]}
-    return record("rate_distortion", value | {c: curve(pixels, c) for c in CODECS}, of=OF, n=len(pixels))
-
-
-def levels_of(x: Tensor, y: Tensor) -> Tensor:
-    """PSNR in dB of each of uint8 images."""
-    return psnr(to_float(x), to_float(y))
-
-
-def representation(vae: VAE, dataset: Any, train: Any, name: str, seed: int) -> Iterator[Record]:
+def representation(
+    vae: VAE, dataset: Any, train: Any, config: AutoencoderEvaluation, run: Callable[..., Tensor]
+) -> Iterator[Record]:
     """k-means and linear probes of the latents against labels; on shapes MIG and DCI too. Empty for other data."""
-    if name == "emoji":
-        yield from _label_records(*(_emoji(vae, data, seed) for data in (train, dataset)), EMOJI, seed)
-    if name != "shapes":
-        return
-    codes, labels = _scenes(vae, seed)
-    cut = len(codes) * 2 // 3
-    yield from _label_records((codes[:cut], labels[:cut]), (codes[cut:], labels[cut:]), FACTORS, seed)
-    numbers = np.stack([np.unique(column, return_inverse=True)[1] for column in labels.T], 1)
-    fields = {"of": "latents", "n": len(codes), "factors": list(FACTORS)}
-    gap = mig(codes, numbers)
-    interval = _interval(lambda rows: mig(codes[rows], numbers[rows]), len(codes), gap, seed, few=True)
-    yield record("mig", gap, interval, **fields)
-    # without intervals, for which trees would have to grow anew many times
-    yield from (record(f"dci_{key}", value, **fields) for key, value in dci(codes, numbers, seed).items())
+
+    def codes(pixels: list[Tensor]) -> np.ndarray:
+        """The normalized means (N, C h w) of uint8 images, averaged to 8x8 positions where there are more."""
+        z = vae.normalize(run(lambda x: moments(vae, x)[:, 0], torch.stack(pixels)))
+        z = F.adaptive_avg_pool2d(z, COARSE) if min(z.shape[-2:]) > COARSE else z
+        return rearrange(z, "n c h w -> n (c h w)").double().numpy()
+
+    if config.data == "emoji":
+        splits = []
+        for data in (train, dataset):
+            rows = sample_indices(len(data), LABELLED, config.seed)
+            labels = np.array([[data.records[i][label] for label in EMOJI] for i in rows])
+            splits.append((codes([data[i]["image"] for i in rows]), labels))
+        yield from _label_records(*splits, EMOJI, config.seed)
+    if config.data == "shapes":
+        pixels, labels = _scenes(max(vae.config.sample_size, MIN_SIZE), config.seed)
+        yield from _factor_records(codes(pixels), labels, config.seed)
 
 
-def _interval(statistic: Any, count: int, value: float, seed: int, few: bool = False) -> tuple[float, float]:
-    """Of a statistic in [0, 1] of row numbers."""
-    low, high = resampled_interval(statistic, (torch.arange(count),), value, seed, few)
-    return max(low, 0.0), min(high, 1.0)
-
-
-def _scenes(vae: VAE, seed: int) -> Split:
+def _scenes(size: int, seed: int) -> tuple[list[Tensor], np.ndarray]:
     """Images of shapes with one thing, and its factors."""
-    size, pixels, labels = max(vae.config.sample_size, MIN_SIZE), [], []
+    pixels, labels = [], []
     for i in range(SCENES):
         scene = sample_scene(random.Random(f"{seed}/factors/{i}"), False, "single")
         (thing,) = scene.things
         position = [str(min(int(THIRDS * value), THIRDS - 1)) for value in (thing.x, thing.y)]
         labels.append([thing.colour, thing.shape, thing.size, *position])
         pixels.append(torch.from_numpy(rearrange(render(scene, size), "h w c -> c h w").copy()))
-    return encode_means(vae, torch.stack(pixels)), np.array(labels)
+    return pixels, np.array(labels)
 
 
-def _emoji(vae: VAE, dataset: Any, seed: int) -> Split:
-    indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:LABELLED].tolist()
-    pixels = torch.stack([dataset[i]["image"] for i in indices])
-    return encode_means(vae, pixels), np.array([[dataset.records[i][label] for label in EMOJI] for i in indices])
-
-
-@torch.no_grad()
-def encode_means(vae: VAE, pixels: Tensor) -> np.ndarray:
-    """The normalized means (N, C h w) of uint8 images, averaged to 8x8 positions where there are more."""
-    device = next(vae.parameters()).device
-    z = torch.cat([vae.normalize(vae.encode(to_float(part).to(device)).mean).cpu() for part in pixels.split(64)])
-    z = F.adaptive_avg_pool2d(z, COARSE) if min(z.shape[-2:]) > COARSE else z
-    return rearrange(z, "n c h w -> n (c h w)").double().numpy()
+def _factor_records(codes: np.ndarray, labels: np.ndarray, seed: int) -> Iterator[Record]:
+    cut = len(codes) * 2 // 3
+    yield from _label_records((codes[:cut], labels[:cut]), (codes[cut:], labels[cut:]), FACTORS, seed)
+    numbers = np.stack([np.unique(column, return_inverse=True)[1] for column in labels.T], 1)
+    fields = {"n": len(codes), "factors": list(FACTORS)}
+    gap = mig(codes, numbers)
+    rows, unit = (torch.arange(len(codes)),), {"seed": seed, "least": 0.0, "most": 1.0}
+    interval = resampled_interval(lambda rows: mig(codes[rows], numbers[rows]), rows, gap, few=True, **unit)
+    yield record("mig", gap, "latents", interval, **fields)
+    # without intervals, for which trees would have to grow anew many times
+    yield from (record(f"dci_{key}", value, "latents", **fields) for key, value in dci(codes, numbers, seed).items())
 
 
 def _label_records(train: Split, test: Split, names: tuple[str, ...], seed: int) -> Iterator[Record]:
@@ -265,28 +276,12 @@ def _label_records(train: Split, test: Split, names: tuple[str, ...], seed: int)
     for i, name in enumerate(names):
         labels = test[1][:, i]
         counts = np.unique(labels, return_counts=True)[1]
-        fields = {"of": "latents", "label": name, "classes": len(counts), "n": len(labels)}
-        code = clusters(test[0], len(counts), seed)
+        fields = {"label": name, "classes": len(counts), "n": len(labels)}
+        code, rows = clusters(test[0], len(counts), seed), (torch.arange(len(labels)),)
         for key, value in agreement(labels, code).items():
-            interval = _interval(lambda r, k=key, y=labels, c=code: agreement(y[r], c[r])[k], len(labels), value, seed)
-            yield record(key, value, interval, **fields)
+            score = lambda r, k=key, y=labels, c=code: agreement(y[r], c[r])[k]  # noqa: E731
+            interval = resampled_interval(score, rows, value, seed, least=0.0, most=1.0)
+            yield record(key, value, "latents", interval, **fields)
         probe = linear_probe(train[0], train[1][:, i], test[0], labels)
         interval = mean_interval(np.arange(len(labels)) < round(probe * len(labels)), seed)
-        yield record("linear_probe", probe, interval, chance=float(counts.max() / counts.sum()), **fields)
-
-
-def galleries(coded: Coded, compressed: Tensor) -> dict[str, list[Row]]:
-    """Reconstructions, those with the lowest PSNR, and images beside other codecs at as many bytes."""
-    levels = levels_of(coded.pixels, coded.decoded)
-    pairs = [
-        Row(pictures=[("real", x), ("decoded", y)], note=f"{level:.1f} dB")
-        for x, y, level in zip(coded.pixels, coded.decoded, levels, strict=True)
-    ]
-    size, rows = math.prod(coded.mean.shape[1:]), []
-    for x, y in zip(coded.pixels[:SHOWN], compressed, strict=False):
-        others = [("latents", size, y), *((codec, *nearest_to(x, codec, size)) for codec in CODECS)]
-        near = ", ".join(f"{float(levels_of(x[None], z[None])):.1f}" for *_, z in others)
-        pictures = [("real", x), *((f"{name}, {used} B", z) for name, used, z in others)]
-        rows.append(Row(pictures=pictures, note=f"{near} dB"))
-    worst = [pairs[i] for i in levels.argsort()[:SHOWN].tolist()]
-    return {"reconstructions": pairs[: 2 * SHOWN], "worst": worst, "codecs": rows}
+        yield record("linear_probe", probe, "latents", interval, chance=float(counts.max() / counts.sum()), **fields)

@@ -6,29 +6,34 @@ from typing import Any, Literal
 
 from ldm.config import UserError
 
+FEATURES = "effnet-lite0"  # network of the distances by default
 FEWEST = 16  # images; fewer measure nothing
 SMALLEST, LARGEST = 11, 4000  # pixels per side: SSIM's window, and the largest image that is read
+ALLOWED = (
+    ("batch_size", "1 or more", lambda value: value >= 1),
+    ("seed", "0 or more, below 2 to the 31st", lambda value: 0 <= value < 2**31),
+    ("num", f"0, or {FEWEST} or more, best 1000", lambda value: value == 0 or value >= FEWEST),
+    ("size", f"1 to {LARGEST}, or 0", lambda value: 0 <= value <= LARGEST),
+    ("train_num", "1 or more", lambda value: value >= 1),
+    ("train_captions", "0 or more", lambda value: value >= 0),
+    ("guidance_rescale", "a number in [0, 1]", lambda value: 0 <= value <= 1),
+    (
+        "guidance",
+        "different numbers of 0 or more, separated by commas",
+        lambda values: (
+            all(0 <= g < float("inf") for g in values) and 0 < len(values) == len({f"{g:g}" for g in values})
+        ),
+    ),
+)
 
 
 def check(config: Any) -> None:
     """Raises UserError, naming the option and the allowed values, for a value that no evaluation can use."""
-    for name, allowed, valid in (
-        ("batch_size", "1 or more", lambda value: value >= 1),
-        ("seed", "0 or more, below 2 to the 31st", lambda value: 0 <= value < 2**31),
-        ("num", f"0, or {FEWEST} or more, best 1000", lambda value: value == 0 or value >= FEWEST),
-        ("size", f"1 to {LARGEST}, or 0", lambda value: 0 <= value <= LARGEST),
-        ("train_num", "1 or more", lambda value: value >= 1),
-        ("guidance_rescale", "a number in [0, 1]", lambda value: 0 <= value <= 1),
-        ("guidance", "different numbers of 0 or more, separated by commas", _are_scales),
-    ):
+    for name, allowed, valid in ALLOWED:
         value = getattr(config, name, None)
         if value is not None and not valid(value):
             shown = ",".join(f"{x:g}" for x in (value if isinstance(value, tuple) else (value,)))
             raise UserError(f"--{name.replace('_', '-')} {shown} is not allowed; use {allowed}")
-
-
-def _are_scales(guidance: tuple[float, ...]) -> bool:
-    return all(0 <= g < float("inf") for g in guidance) and 0 < len(guidance) == len({f"{g:g}" for g in guidance})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +43,17 @@ class EvaluateConfig:
     model: str  # a shipped model's name, a run folder or a Stable Diffusion folder
     data: str  # shapes, emoji, folder or shards
     data_path: str = ""  # where a folder or shards are
-    split: Literal["test", "val"] = "test"  # held-out split
+    split: Literal["test", "val"] = "test"  # held-out split that is reported
     num: int = 0  # held-out captions, 16 or more; 0: 480, or all of a smaller split
-    guidance: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 8.0)  # guidance scales to measure, separated by commas
+    guidance: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 8.0)  # guidance scales, separated by commas; one is reported
+    choose_on: Literal["val", "test", "none"] = "val"  # split that chooses it; test: the reported one; none: the first
     guidance_rescale: float = 0.0  # in [0, 1], for every guidance scale
     steps: int = 30  # sampling steps
     sampler: str = ""  # ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc or pndm; empty: the model's own
-    features: str = "effnet-lite0"  # or inception[:FILE], clip:FOLDER, dinov2:FOLDER, judge[:FOLDER], none
+    features: str = FEATURES  # or inception[:FILE], clip:FOLDER, dinov2:FOLDER, judge[:FOLDER], none
     judge: str = ""  # emoji, shapes, clip:FOLDER, folder of train_clip (judge=true), none; empty: the data's own
     train_num: int = 10_000  # training images searched for near-duplicates of samples
+    train_captions: int = 48  # training captions per kind of image that are sampled too; 0: none
     baseline: str = ""  # folder of another model's evaluation to compare with
     seed: int = 0  # chooses the captions; image i is sampled with seed + i
     batch_size: int = 32  # images per batch
@@ -66,7 +73,7 @@ class AutoencoderEvaluation:
     split: Literal["test", "val"] = "test"  # held-out split
     num: int = 0  # held-out images, 16 or more; 0: 480, or all of a smaller split
     size: int = 0  # pixels per side; 0: the autoencoder's own
-    features: str = "effnet-lite0"  # network of the distances; see --model
+    features: str = FEATURES  # network of the distances; see --model
     perceptual: str = "effnet-lite0"  # effnet-lite0, lpips-vgg or lpips-alex
     seed: int = 0  # chooses the images
     batch_size: int = 32  # images per batch
@@ -83,7 +90,7 @@ class FolderEvaluation:
     images: Path  # folder of images
     reference: Path  # folder of images that they are compared with
     size: int = 0  # pixels per side to which all are resized; 0: none is, and all must be squares of one size
-    features: str = "effnet-lite0"  # network of the distances; see --model
+    features: str = FEATURES  # network of the distances; see --model
     judge: str = ""  # image-text model for CMMD and, where images have captions, alignment; empty: none
     without_frechet: bool = False  # no Frechet distance, which needs more images than features
     seed: int = 0  # order of the images, and bootstrap

@@ -1,8 +1,7 @@
-"""Features of images by one network, kept under the hash of the pixels: nothing is computed twice, in any run."""
+"""Features of images by one network, kept under the hash of their pixels: no set is computed twice, in any run."""
 
 import hashlib
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,46 @@ from ldm.metrics.features import feature_extractor, judged_by
 from ldm.metrics.judges import JUDGES, image_text_model
 from ldm.model_io import load_tensors, save_tensors
 
-SAVED = 20  # batches between two writes of the file
-HASH = 16  # bytes of SHA-256
+TAUGHT = {"trained_the_vae": True}  # field of distances by the very network that the VAE was trained to please
 
 
 class Features:
-    """Features of a network that has `name` and `sha256`, kept in `out/features/<network>.safetensors`."""
+    """Features of a network that has `name` and `sha256`, a file per set of images in `out/features/`."""
 
     def __init__(self, network: nn.Module, out: Path, device: torch.device, batch_size: int):
         self.network, self.device, self.batch_size = network.to(device), device, batch_size
         self.metadata: dict[str, Any] = network.metadata  # the fields that every record of these features carries
         name = re.sub(r"[^\w-]", "-", network.name)
-        self.path = out / "features" / f"{name}-{network.sha256[:8]}.safetensors"
-        self.rows: dict[bytes, Tensor] = {}
-        with suppress(UserError, KeyError):  # a missing or damaged file is computed again
-            tensors = load_tensors(self.path) if self.path.is_file() else {}
-            self.rows = dict(zip(map(bytes, tensors["names"].tolist()), tensors["features"], strict=True))
-        self.hashes: dict[Pictures, list[bytes]] = {}
+        self.folder = out / "features" / f"{name}-{network.sha256[:8]}"
+        self.rows: dict[Pictures, Tensor] = {}
         self.known_texts: dict[str, Tensor] = {}
 
     def __call__(self, pictures: Pictures) -> Tensor:
         """Features (N, D) of the images, float32 on the CPU. Several processes compute a batch each."""
-        if pictures not in self.hashes:
-            self.hashes[pictures] = self._compute(pictures)
-        return torch.stack([self.rows[name] for name in self.hashes[pictures]])
+        if pictures not in self.rows:
+            digest = hashlib.sha256()
+            for x in map(pictures.read, range(pictures.count)):
+                digest.update(f"{tuple(x.shape)}".encode() + x.numpy().tobytes())
+            path = self.folder / f"{digest.hexdigest()[:32]}.safetensors"
+            try:
+                self.rows[pictures] = load_tensors(path)["features"]
+            except (UserError, KeyError):  # a missing or damaged file is computed again
+                self.rows[pictures] = self._compute(pictures)
+                if processes().is_main_process:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    save_tensors(path, {"features": self.rows[pictures]})
+        return self.rows[pictures]
+
+    def _compute(self, pictures: Pictures) -> Tensor:
+        def batch(start: int) -> Tensor:
+            progress.update()
+            x = to_float(pictures.batch(start, self.batch_size)).to(self.device)
+            return self.network(x).float().cpu()
+
+        starts, quiet = range(0, pictures.count, self.batch_size), not processes().is_main_process
+        text = f"{self.network.name}: {pictures.of}"
+        with tqdm(desc=text, total=len(starts), leave=False, disable=quiet) as progress:
+            return torch.cat(map_over_processes(batch, starts))
 
     def texts(self, captions: list[str]) -> Tensor:
         """An image-text model's embeddings (N, D) of captions, on the CPU."""
@@ -51,47 +66,17 @@ class Features:
             self.known_texts |= zip(part, self.network.texts(part).cpu(), strict=True)
         return torch.stack([self.known_texts[caption] for caption in captions])
 
-    def _compute(self, pictures: Pictures) -> list[bytes]:
-        """The hashes of the images, whose features are then in `rows`."""
-        names: list[bytes] = []
-        main, step, text = processes().is_main_process, SAVED * self.batch_size, f"{self.network.name}: {pictures.of}"
-        for first in tqdm(range(0, pictures.count, step), desc=text, leave=False, disable=not main):
-            starts, new = range(first, min(first + step, pictures.count), self.batch_size), {}
-            for hashes, rows in map_over_processes(lambda n: self._batch(pictures.batch(n, self.batch_size)), starts):
-                names, new = names + hashes, new | rows
-            self.rows |= new
-            if main and new:
-                self._write()
-        return names
-
-    def _batch(self, pixels: Tensor) -> tuple[list[bytes], dict[bytes, Tensor]]:
-        """The hashes of uint8 images (B, 3, H, W), and the features of those that are not known yet."""
-        hashes = [_hash(picture) for picture in pixels]
-        new = [i for i, name in enumerate(hashes) if name not in self.rows]
-        rows = self.network(to_float(pixels[new]).to(self.device)).float().cpu() if new else ()
-        return hashes, {hashes[i]: row.clone() for i, row in zip(new, rows, strict=True)}
-
-    def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        names = torch.frombuffer(bytearray(b"".join(self.rows)), dtype=torch.uint8).view(-1, HASH)
-        save_tensors(self.path, {"names": names, "features": torch.stack(list(self.rows.values()))})
-
-
-def _hash(picture: Tensor) -> bytes:
-    digest = hashlib.sha256(str(tuple(picture.shape)).encode())
-    digest.update(picture.contiguous().numpy())
-    return digest.digest()[:HASH]
-
 
 def judge_name(judge: str, data: str) -> str:
     """The judge asked for, else the one that ships for the data, else "none"."""
     return judge or (data if (JUDGES / data).is_dir() else "none")
 
 
-def open_networks(features: str, judge: str, *options: Any) -> tuple[Features | None, Features | None]:
-    """The feature network, where "judge" is the image tower of `judge`, and the image-text model; None for "none"."""
+def open_networks(features: str, judge: str, teacher: str, *options: Any) -> tuple[Features | None, Features | None]:
+    """The feature network, where "judge" is the image tower of `judge`, and the image-text model; None for "none".
+    Records of the network that trained the measured VAE (`teacher`) are marked."""
     features = judged_by(features, judge)
-    return (
-        None if features == "none" else Features(feature_extractor(features), *options),
-        None if judge == "none" else Features(image_text_model(judge), *options),
-    )
+    network = None if features == "none" else Features(feature_extractor(features), *options)
+    if network and network.network.name == teacher:
+        network.metadata |= TAUGHT
+    return network, None if judge == "none" else Features(image_text_model(judge), *options)

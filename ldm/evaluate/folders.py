@@ -40,7 +40,7 @@ def evaluate_folders(config: FolderEvaluation) -> list[str]:
     size = config.size or common_size([*paths["images"], *paths["reference"]])
     fake, real = sources = [of_files(of, files, size) for of, files in paths.items()]
     device = find_device(config.device)
-    features, judge = open_networks(config.features, judge_name, config.out, device, config.batch_size)
+    features, judge = open_networks(config.features, judge_name, "", config.out, device, config.batch_size)
     if features and not config.without_frechet:
         n, (first,) = min(fake.count, real.count), features.network(to_float(fake.batch(0, 1)).to(features.device))
         if n <= len(first):
@@ -57,15 +57,18 @@ def evaluate_folders(config: FolderEvaluation) -> list[str]:
         results += distance_records(features, fake, real, config.seed, not config.without_frechet, **counts)
     if judge:
         pair = judge(fake), judge(real)
-        results.append(cmmd_record(*pair, config.seed, of=fake.of, against=real.of, **judge.metadata))
-        for images, (of, names) in zip(pair, captions.items(), strict=True):
-            if all(names.values()):
-                texts = judge.texts([first for first, *_ in names.values()])
-                results += alignment_records(images, texts, sharing([*names.values()]), of=of, **judge.metadata)
+        results.append(cmmd_record(*pair, fake, real, config.seed, **judge.metadata))
+        for images, source in zip(pair, sources, strict=True):
+            texts = [*captions[source.of].values()]
+            if all(texts):
+                first = judge.texts([text for text, *_ in texts])
+                results += alignment_records(images, first, sharing(texts), source, **judge.metadata)
         for r in find(results, "text_to_image@1", real.of):
             if fault := judge_fault(r):
                 warnings.warn(f"{fault}: its alignment says little", stacklevel=2)
-    settings |= {"number_of_images": fake.count, "number_of_references": real.count}
+    names = {"features": features, "judge": judge}
+    settings |= {name: network.network.name if network else "none" for name, network in names.items()}
+    settings |= {"number_of_images": fake.count, "number_of_references": real.count, "device": str(device)}
     rows = {s.of: [Row(pictures=[("", s.read(i))]) for i in range(min(SHOWN, s.count))] for s in sources}
     write_results("folders", config.out, settings, results, rows)
     return headlines(results, [fake.of])
@@ -91,10 +94,9 @@ def read_captions(of: str, folder: Path, seed: int, all_or_none: bool) -> dict[s
 
 def common_size(paths: list[Path]) -> int:
     """The side of all images. Raises UserError unless they are squares of one size."""
-    side = 0
+    side = image_size(paths[0])[0]
     for path in paths:
         width, height = image_size(path)
-        side = side or width
         if (width, height) != (side, side):
             raise UserError(
                 f"picture {str(path)!r} is {width}x{height} px, not {side}x{side}; numbers compare at one size only:"

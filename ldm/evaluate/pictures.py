@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from ldm.config import UserError
 from ldm.data import DataConfig
 from ldm.data.faults import readable
 from ldm.distributed import processes
-from ldm.evaluate.config import FEWEST, AutoencoderEvaluation, EvaluateConfig
+from ldm.evaluate.config import FEWEST
 from ldm.images import read_image
-from ldm.model_io import atomic_write, find_root, read_json, write_json
+from ldm.model_io import atomic_write, find_part, find_root, read_json, write_json
 
 USUAL = 480  # held-out samples where --num is 0, or all of a smaller split
 KEPT = ("length", "seed", "max_pixels", "max_broken")  # of the data of a run, where the same data are measured
@@ -28,12 +29,14 @@ class Pictures:
     of: str
     count: int
     read: Callable[[int], Tensor]
-    sampling: dict[str, Any] = field(default_factory=dict)  # the settings they were sampled with
+    labels: dict[str, Any] = field(default_factory=dict)  # further fields of their records: how they were sampled
+    concepts: Sequence[str] = ()  # of each image, where the data set names them
 
-    @property
-    def labels(self) -> dict[str, Any]:
-        """The fields that every record of these images carries."""
-        return {"of": self.of, **self.sampling}
+    def rows(self, indices: Sequence[int], **changes: Any) -> "Pictures":
+        """Some of the images."""
+        concepts = [self.concepts[i] for i in indices] if self.concepts else ()
+        part = {"count": len(indices), "read": lambda i: self.read(indices[i]), "concepts": concepts}
+        return replace(self, **part | changes)
 
     def batch(self, start: int, size: int) -> Tensor:
         """Images from `start` on, uint8 (B, 3, H, W), at most `size`."""
@@ -43,22 +46,46 @@ class Pictures:
         return (self.batch(start, size) for start in range(0, self.count, size))
 
 
-def of_files(of: str, paths: Sequence[Path], size: int, **sampling: Any) -> Pictures:
+def of_files(of: str, paths: Sequence[Path], size: int, **fields: Any) -> Pictures:
     """Images from files, at `size` pixels. Reading raises ImageError for a damaged one."""
-    return Pictures(of=of, count=len(paths), read=lambda i: read_image(paths[i], size), sampling=sampling)
+    return Pictures(of=of, count=len(paths), read=lambda i: read_image(paths[i], size), **fields)
+
+
+def of_dataset(of: str, dataset: Any, indices: Sequence[int]) -> Pictures:
+    records = getattr(dataset, "records", ())
+    concepts = [records[i]["concept"] for i in indices] if records and "concept" in records[0] else ()
+    return Pictures(of=of, count=len(indices), read=lambda i: dataset[indices[i]]["image"], concepts=concepts)
+
+
+def run_config(model: str) -> dict[str, Any]:
+    """The config.json of the run that made a model; empty where there is none."""
+    root = find_root(model)
+    file = (root.parent.parent if root.parent.name == "checkpoints" else root) / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def perceptual_teacher(model: str) -> str:
+    """The network whose perceptual loss trained the VAE of a model: as its config.json names it, or the config.json of
+    the run beside it, or that of the VAE which a run of the U-Net was given; "unknown" where none does."""
+    folder, run = find_part(model, "vae"), run_config(model)
+    files = [path for path in (folder / "config.json", folder.parent / "config.json") if path.is_file()]
+    for config in [*map(read_json, files), run]:
+        if name := config.get("_perceptual_net") or config.get("loss", {}).get("perceptual_net"):
+            return name
+    with suppress(UserError):
+        return perceptual_teacher(run["vae"]) if run.get("vae") not in (None, "", model) else "unknown"
+    return "unknown"
 
 
 def data_config(model: str, name: str, path: str, size: int) -> DataConfig:
     """The data `name` at `path`, with the length, seed and limits of the model's run where that was on them."""
-    root = find_root(model)
-    file = (root.parent.parent if root.parent.name == "checkpoints" else root) / "config.json"
-    trained = read_json(file).get("data", {}) if file.is_file() else {}
+    trained = run_config(model).get("data", {})
     kept = {key: trained[key] for key in KEPT if trained.get(key) is not None and trained.get("name") == name}
     return DataConfig(name=name, path=path, size=size, **kept)
 
 
-def held_out_indices(dataset: Any, config: EvaluateConfig | AutoencoderEvaluation) -> list[int]:
-    """Random samples that can be read. Raises UserError where they are too few."""
+def held_out_indices(dataset: Any, config: Any) -> list[int]:
+    """Random samples that can be read, `config.num` of them. Raises UserError where they are too few."""
     num = config.num or min(USUAL, len(dataset))
     if not FEWEST <= num <= len(dataset):
         size = f"split {config.split!r} of {config.data} has {len(dataset)}"
@@ -83,19 +110,21 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         if not path.is_file():
             out.mkdir(parents=True, exist_ok=True)
             write_json(path, settings)
-    old = {"guidance_rescale": 0.0} | read_json(path)  # older ones had none
-    # the same weights under another path are the same model
-    keys = [key for key in settings if key not in ("model", "parameters") and old.get(key) != settings[key]]
-    if keys:
+    old = read_json(path)
+    if keys := [key for key, value in settings.items() if old.get(key) != value]:
         changes = "; ".join(f"{key} {str(old.get(key))[:16]}, not {str(settings[key])[:16]}" for key in keys)
         raise UserError(f"{str(out)!r} has pictures made with {changes}; use another --out, or delete that folder")
 
 
 def write_captions(folder: Path, captions: list[str]) -> None:
-    """Writes metadata.jsonl, which makes a captioned folder; a longer one, of a run with more captions, stays."""
+    """Writes metadata.jsonl, which makes a captioned folder; a longer one, of a run with more captions, stays. Raises
+    UserError where it names others."""
     path = folder / "metadata.jsonl"
-    if not path.is_file() or len(path.read_text().splitlines()) < len(captions):
+    old = path.read_text().splitlines() if path.is_file() else []
+    lines = [json.dumps({"file_name": f"{i:05d}.png", "text": text}) for i, text in enumerate(captions)]
+    if any(a != b for a, b in zip(old, lines, strict=False)):
+        raise UserError(f"{str(folder)!r} has pictures of other captions; use another --out, or delete that folder")
+    if len(old) < len(lines):
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"file_name": f"{i:05d}.png", "text": text}) for i, text in enumerate(captions)]
         with atomic_write(path) as temporary:
             temporary.write_text("\n".join(lines) + "\n")

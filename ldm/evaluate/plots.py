@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-COLOURS = {"#0b5cad": "accent", "#b3470c": "warm", "#2a9d60": "", "#9b59b6": ""}  # of lines, and their names in CSS
-INK, LINE, PAPER = "#656d76", "#d8dee4", "#ffffff"
-VARIABLES = {colour: name for colour, name in COLOURS.items() if name} | {INK: "soft", LINE: "line", PAPER: "paper"}
+# Colours here, and their names in the page's CSS
+VARIABLES = {"#0b5cad": "accent", "#b3470c": "warm", "#2a9d60": "green", "#9b59b6": "violet"}
+VARIABLES |= {"#656d76": "soft", "#d8dee4": "line", "#ffffff": "paper"}
+*COLOURS, INK, LINE, PAPER = VARIABLES
 STYLE = {  # the salt makes the same plot the same text
     **{"svg.hashsalt": "ldm", "svg.fonttype": "none", "font.size": 8, "xtick.major.size": 0, "ytick.major.size": 0},
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
@@ -50,8 +51,7 @@ def plot(
             for mark, point in zip(line.get("marks", ()), line["points"], strict=False):
                 axes.annotate(mark, point, (0, 7), textcoords="offset points", ha="center")
         axes.margins(0.08, 0.15)
-        if zero:
-            axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=0 if zero else None)
         axes.figure.savefig(file, format="svg", metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>| xmlns(:xlink)?=\"[^\"]*\"", "", file.getvalue(), flags=re.DOTALL)
     svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)

@@ -1,4 +1,5 @@
-"""Beyond quality and alignment: does a model copy its training set, does wording matter, are groups alike?
+"""Beyond quality and alignment: is every kind of picture right, has the model learned its training set or does it copy
+it, does wording matter, are groups alike?
 
 A probe adds its records and images to an evaluation, at one guidance.
 """
@@ -6,28 +7,70 @@ A probe adds its records and images to an evaluation, at one guidance.
 import random
 import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from ldm.evaluate.evaluation import Evaluation
-from ldm.evaluate.pictures import Pictures
+from ldm.data.faults import readable
+from ldm.evaluate.evaluation import Evaluation, Questions, pose
+from ldm.evaluate.pictures import Pictures, sample_indices
 from ldm.evaluate.records import Record, mean_record, record
-from ldm.metrics.alignment import cosine
+from ldm.metrics.alignment import chance, cosine, retrieval_hits
 from ldm.metrics.attributes import ATTRIBUTES, PERSON, Attribute, paired, typos
 from ldm.metrics.diversity import nearest
-from ldm.metrics.intervals import mean_interval, resampled_interval
+from ldm.metrics.intervals import mean_interval, mean_of_means_interval, resampled_interval
 
 SHOWN = 12  # rows of a gallery; twice as many where a row is one image
 WORDED = 96  # captions that are asked for in other wording
 OPENED = 48  # captions that leave an attribute open
+AVERAGED = 30  # images of a kind that counts in the mean over kinds
 NEAR = 0.05  # share of real held-out images that lie nearest to the training set
 QUANTILES = 50
 SAME = 1e-4  # of the length of two rows of features: nearer, they are of one image and differ by rounding
 NONE = "none named"
 PLACES = r"\b(?:above|below|left|right|over|under|on top of)\b"
+
+
+def kinds(e: Evaluation, g: float) -> None:
+    """Retrieval within each kind of picture, of real images and of samples: of held-out captions where the data set
+    names kinds, and of training captions, of which a model that cannot draw them has learned too little."""
+    asked = [e.test] if hasattr(e.test.dataset, "kind") else []
+    if e.bank and e.config.train_captions:
+        names = ("training samples", "real training", "training/pictures")
+        asked.append(pose(e.train, training_indices(e), e.config.seed, *names))
+    for questions in asked:
+        for source in (questions.real, e.sample(questions, g)):
+            e.add(*kind_records(e, questions, source))
+
+
+def training_indices(e: Evaluation) -> list[int]:
+    """`train_captions` random training images per kind, in turn: fewer are the beginning of more."""
+    members, kind_of = defaultdict(list), getattr(e.train, "kind", lambda index: "all")
+    for i in sample_indices(len(e.train), len(e.train), e.config.seed):
+        members[kind_of(i)].append(i)
+    turns = zip_longest(*(indices[: e.config.train_captions] for indices in members.values()))
+    return readable(e.train, [i for turn in turns for i in turn if i is not None])
+
+
+def kind_records(e: Evaluation, asked: Questions, source: Pictures) -> Iterator[Record]:
+    """Of each kind how many images lead to their caption first among the kind's captions, and captions to their image;
+    then the unweighted means over the kinds of AVERAGED images or more."""
+    images, texts, averaged = e.judge(source), e.judge.texts(asked.captions), defaultdict(dict)
+    for kind in dict.fromkeys(asked.kinds):
+        rows = [i for i, name in enumerate(asked.kinds) if name == kind]
+        same, part = asked.same[rows][:, rows], source.rows(rows)
+        fields = {"kind": kind, "chance": chance(same, 1), **e.judge.metadata}
+        for metric, hits in retrieval_hits(images[rows], texts[rows], (1,), same).items():
+            yield mean_record(f"kind_{metric}", hits, part, **fields)
+            if len(rows) >= AVERAGED and kind != "all":
+                averaged[metric][kind] = (hits, part.concepts)
+    for metric, parts in averaged.items():
+        value = sum(float(hits.mean()) for hits, _ in parts.values()) / len(parts)
+        fields = {"kinds": list(parts), "n": sum(len(hits) for hits, _ in parts.values()), **e.judge.metadata}
+        yield record(f"mean_kind_{metric}", value, source, mean_of_means_interval([*parts.values()]), **fields)
 
 
 def memorization(e: Evaluation, g: float) -> None:
@@ -36,7 +79,7 @@ def memorization(e: Evaluation, g: float) -> None:
     "memorized" is the share of samples nearer than the nearest 5% of held-out images, `nearer_than_any` than all of
     them. Real held-out images have 5% and 0% by definition. Warns where some of these are training images.
     """
-    samples, real, bank = e.samples[g], e.features(e.real), e.features(e.searched)
+    samples, real, bank = e.sample(e.test, g), e.features(e.test.real), e.features(e.searched)
     held_out, _ = nearest(real, bank)
     distances, which = nearest(e.features(samples), bank)
     if shared := int((held_out <= SAME * real.norm(dim=1)).sum()):
@@ -49,45 +92,48 @@ def memorization(e: Evaluation, g: float) -> None:
     fields = {"bank": len(e.bank), "bank_is_whole": len(e.bank) == len(e.train), "near": NEAR}
     fields |= {"held_out_in_train": shared, **e.features.metadata}
     each_sample = {"nearest": indices, "distances": distances.tolist()}
-    for source, values, extra in ((e.real, held_out, {}), (samples, distances, each_sample)):
+    for source, values, extra in ((e.test.real, held_out, {}), (samples, distances, each_sample)):
         nearer = (values < held_out.min()).double()
-        extra |= {"nearer_than_any": float(nearer.mean()), "nearer_interval": mean_interval(nearer)}
+        extra |= {"nearer_than_any": float(nearer.mean())}
+        extra["nearer_interval"] = mean_interval(nearer, groups=source.concepts)
         extra["quantiles"] = torch.quantile(values, torch.linspace(0, 1, QUANTILES + 1).double()).tolist()
         near = values < torch.quantile(held_out, NEAR)
-        e.add(mean_record("memorized", near, **source.labels, **fields, **extra))
+        e.add(mean_record("memorized", near, source, **fields, **extra))
     for i in distances.argsort()[:SHOWN].tolist():
         pictures = [("sample", samples.read(i)), ("training", e.train[indices[i]]["image"])]
         note = f"distance {distances[i]:.3g}; the training picture: {e.train.captions(indices[i])[0]}"
-        e.show("copies", pictures, e.captions[i], note)
+        e.show("copies", pictures, e.test.captions[i], note)
 
 
-def robustness(e: Evaluation, g: float) -> None:
+def wording(e: Evaluation, g: float) -> None:
     """The change of each image's cosine with the caption as first worded, where the model was asked in other words, in
     upper case or with a typo, from the same noise. Captions that cannot be changed so do not count."""
-    first, plain = e.captions[:WORDED], e.samples[g]
-    texts = e.judge.texts(first)
-    kinds = {
+    first, plain = e.test.captions[:WORDED], e.sample(e.test, g)
+    texts, rows = e.judge.texts(first), [[("as asked", plain.read(i))] for i in range(min(SHOWN, len(first)))]
+    before, notes = cosine(e.judge(plain)[: len(first)], texts), defaultdict(list)
+    for kind, captions in {
         "other wording": [_other_wording(e, i) for i in range(len(first))],
         "upper case": [caption.upper() for caption in first],
         "typos": [typos(caption, e.config.seed) for caption in first],
-    }
-    kinds = {kind: captions for kind, captions in kinds.items() if captions != first}
-    rows: list[list] = [[("as asked", plain.read(i))] for i in range(min(SHOWN, len(first)))]
-    for kind, captions in kinds.items():
-        source = e.sample(f"wording/{kind.replace(' ', '-')}", captions, [g], kind)[g]
-        change = cosine(e.judge(source), texts) - cosine(e.judge(plain)[: len(first)], texts)
-        other = torch.tensor([a != b for a, b in zip(captions, first, strict=True)])
-        e.add(mean_record("clip_cosine_change", change[other], **source.labels, **e.judge.metadata))
-        for i, row in enumerate(rows):
-            row.append((kind, source.read(i)))
-    for i, row in enumerate(rows if kinds else []):
-        e.show("wording", row, first[i], "; ".join(captions[i] for captions in kinds.values()))
+    }.items():
+        other = [i for i, (a, b) in enumerate(zip(captions, first, strict=True)) if a != b]
+        if other:
+            asked = Questions(of=kind, folder=f"wording/{kind.replace(' ', '-')}", captions=captions)
+            source = e.sample(asked, g)
+            change = (cosine(e.judge(source), texts) - before)[other]
+            part = source.rows(other, concepts=plain.rows(other).concepts)
+            e.add(mean_record("clip_cosine_change", change, part, **e.judge.metadata))
+            for i, row in enumerate(rows):
+                row.append((kind, source.read(i)))
+                notes[i].append(captions[i])
+    for i, note in notes.items():
+        e.show("wording", rows[i], first[i], "; ".join(note))
 
 
 def _other_wording(e: Evaluation, i: int) -> str:
     """Another caption of held-out image i that says as much; the same one where there is none."""
-    caption = e.captions[i]
-    others = [c for c in e.dataset.captions(e.indices[i]) if c != caption and _content(c) == _content(caption)]
+    caption, captions = e.test.captions[i], e.test.dataset.captions(e.test.indices[i])
+    others = [c for c in captions if c != caption and _content(c) == _content(caption)]
     return random.Random(f"{e.config.seed}/{i}/other").choice(others) if others else caption
 
 
@@ -102,23 +148,23 @@ def groups(e: Evaluation, g: float) -> None:
     and of real images; and the values in images whose captions leave the group open."""
     for attribute in ATTRIBUTES:
         left_open(e, g, attribute)
-        named = [attribute.named(caption) for caption in e.captions]
+        named = [attribute.named(caption) for caption in e.test.captions]
         for value in attribute.values:
             rows = [i for i, name in enumerate(named) if name == value]
-            for source in (e.real, e.samples[g]) if len(rows) > 1 else ():
-                names = {"attribute": attribute.name, "group": value}
-                e.add(*(r | names for r in _group(e, source, rows, attribute)))
+            for source in (e.test.real, e.sample(e.test, g)) if len(rows) > 1 else ():
+                records = _group(e, source, rows, attribute)
+                e.add(*(r | {"attribute": attribute.name, "group": value} for r in records))
 
 
 def _group(e: Evaluation, source: Pictures, rows: list[int], attribute: Attribute) -> Iterator[Record]:
     """Of the images in the given rows, whose captions name one value of the attribute."""
-    captions, network, fields = [e.captions[i] for i in rows], e.features or e.judge, source.labels | e.judge.metadata
-    images, features = e.judge(source)[rows], network(source)[rows]
-    yield mean_record("group_clip_cosine", cosine(images, e.judge.texts(captions)), **fields)
-    yield mean_record("group_paired", paired(images, captions, e.judge.texts, attribute)[0], chance=0.5, **fields)
+    captions, network, judged = [e.test.captions[i] for i in rows], e.features or e.judge, e.judge.metadata
+    images, features, part = e.judge(source)[rows], network(source)[rows], source.rows(rows)
+    yield mean_record("group_clip_cosine", cosine(images, e.judge.texts(captions)), part, **judged)
+    yield mean_record("group_paired", paired(images, captions, e.judge.texts, attribute)[0], part, chance=0.5, **judged)
     value = _spread(features)
     interval = resampled_interval(_spread, (features,), value, e.config.seed)
-    yield record("group_diversity", value, interval, n=len(rows), **fields | network.metadata)
+    yield record("group_diversity", value, part, interval, **network.metadata)
 
 
 def _spread(features: Tensor) -> float:
@@ -130,30 +176,35 @@ def _spread(features: Tensor) -> float:
 def combinations(e: Evaluation, g: float) -> None:
     """On captions whose combination of skin tone and gender training never has: the share of wrong combinations to
     which the right one is preferred, and in `every` how often to all."""
-    is_new = getattr(e.dataset, "new_combination", lambda index: False)
-    rows = [i for i, index in enumerate(e.indices) if is_new(index)]
-    for source in (e.real, e.samples[g]):
-        shares, _ = paired(e.judge(source)[rows], [e.captions[i] for i in rows], e.judge.texts, *PERSON)
+    is_new = getattr(e.test.dataset, "new_combination", lambda index: False)
+    rows = [i for i, index in enumerate(e.test.indices) if is_new(index)]
+    for source in (e.test.real, e.sample(e.test, g)):
+        captions = [e.test.captions[i] for i in rows]
+        shares, used = paired(e.judge(source)[rows], captions, e.judge.texts, *PERSON)
         if len(shares) > 1:
-            every = (shares == 1).double()
-            fields = {"every": float(every.mean()), "every_interval": mean_interval(every), "chance": 0.5}
-            e.add(mean_record("new_combinations", shares, **fields, **source.labels, **e.judge.metadata))
+            part, every = source.rows([rows[i] for i in used]), (shares == 1).double()
+            interval = mean_interval(every, groups=part.concepts)
+            fields = {"every": float(every.mean()), "every_interval": interval, "chance": 0.5}
+            e.add(mean_record("new_combinations", shares, part, **fields, **e.judge.metadata))
 
 
 def left_open(e: Evaluation, g: float, attribute: Attribute) -> None:
     """Which value the judge sees in images whose captions leave the attribute open: the caption that it prefers."""
-    named = {attribute.open(caption): caption for caption in e.captions}
+    named = {attribute.open(caption): caption for caption in e.test.captions}
     captions = [caption for caption in named if caption][:OPENED]
     if not captions:
         return
     name, values, seen = attribute.name, [*attribute.values, NONE], []
-    source = e.sample(f"open/{name.replace(' ', '-')}", captions, [g])[g]
+    source = e.sample(Questions(of="samples", folder=f"open/{name.replace(' ', '-')}", captions=captions), g)
     for i, (image, caption) in enumerate(zip(e.judge(source), captions, strict=True)):
         options = [*(attribute.exchanged(named[caption], value) for value in attribute.values), caption]
         seen.append(values[int((e.judge.texts(options) @ image).argmax())])
         if i < 2 * SHOWN:
             e.show(name, [("", source.read(i))], caption, f"judged: {seen[i]}")
-    value = {each: Counter(seen)[each] / len(seen) for each in values}
+    counts = Counter(seen)
     interval = {each: mean_interval([s == each for s in seen]) for each in values}
-    fields = {"attribute": name, "n": len(seen), **source.labels, **e.judge.metadata}
-    e.add(record("left_open", value, interval, **fields))
+    value = {each: counts[each] / len(seen) for each in values}
+    e.add(record("left_open", value, source, interval, attribute=name, **e.judge.metadata))
+
+
+PROBES = (kinds, wording, groups, combinations)  # which need a judge

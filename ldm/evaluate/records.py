@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import reduce
 from torch import Tensor
 
 from ldm.evaluate.features import Features
@@ -17,7 +16,7 @@ from ldm.evaluate.pictures import Pictures
 from ldm.metrics.alignment import chance, cosine, retrieval_hits
 from ldm.metrics.distances import cmmd, frechet_distance, frechet_distance_infinite, kernel_distance
 from ldm.metrics.diversity import inception_score, neighbourhoods
-from ldm.metrics.intervals import Interval, kernel_interval, mean_interval, resampled_interval
+from ldm.metrics.intervals import kernel_interval, mean_interval, resampled_interval
 
 Record = dict[str, Any]
 NEIGHBOURS = 5
@@ -25,39 +24,53 @@ SUBSET = 1000  # images per subset of the kernel distance; half of the images wh
 SHUFFLED = "samples, shuffled captions"
 BLANK = 4  # levels of 255; an image that spans no more in any channel is of one plain colour
 FAR, LEAST, MOST = 5.0, 0.1, 0.5  # a judge finds real images with FAR times chance, at least LEAST; MOST is enough
+# What guidance is chosen by, and 1 where less is better: the first that was measured
+CRITERIA = (("compositional_score", -1), ("frechet_distance", 1), ("clip_cosine", -1), ("blank_pictures", 1))
 
 
-def record(metric: str, value: Any, interval: Any = None, **fields: Any) -> Record:
-    """A number with the `fields` "of" and "n" at least; without an interval where there is none."""
-    return {"metric": metric, "value": value} | ({} if interval is None else {"interval": interval}) | fields
+def record(metric: str, value: Any, source: Pictures | str, interval: Any = None, **fields: Any) -> Record:
+    """A number of the images `source`, or of what a text names, which then needs the field "n"."""
+    named = {"of": source} if isinstance(source, str) else {"of": source.of, "n": source.count, **source.labels}
+    return {"metric": metric, "value": value} | ({} if interval is None else {"interval": interval}) | named | fields
 
 
-def mean_record(metric: str, values: Any, **fields: Any) -> Record:
-    """The mean of one value per image."""
+def mean_record(metric: str, values: Any, source: Pictures | str, **fields: Any) -> Record:
+    """The mean of one value per image; the interval over concepts where the images have them."""
     values = torch.as_tensor(values).double()
-    return record(metric, float(values.mean()), mean_interval(values), **{"n": len(values)} | fields)
+    groups = source.concepts if isinstance(source, Pictures) and source.count == len(values) else ()
+    interval = mean_interval(values, groups=groups)
+    return record(metric, float(values.mean()), source, interval, **{"n": len(values)} | fields)
 
 
 def blank_record(source: Pictures, batch_size: int) -> Record:
     """How many images are of one plain colour: failures, which count in every other number all the same."""
-    blank = 0
-    for x in source.batches(batch_size):
-        highest, lowest = (reduce(x.int(), "b c h w -> b c", bound) for bound in ("max", "min"))
-        blank += int(((highest - lowest).amax(1) <= BLANK).sum())
-    return record("blank_pictures", blank, n=source.count, **source.labels)
+    spans = [x.amax((2, 3)).int() - x.amin((2, 3)).int() for x in source.batches(batch_size)]
+    return record("blank_pictures", int((torch.cat(spans).amax(1) <= BLANK).sum()), source)
 
 
 def distance_records(
-    features: Features, source: Pictures, real: Pictures, seed: int, frechet: bool = True, /, **fields: Any
-) -> list[Record]:
-    """All numbers of a feature network on images against real ones."""
+    features: Features, source: Pictures, real: Pictures, seed: int, frechet: bool = True, **fields: Any
+) -> Iterator[Record]:
+    """All numbers of a feature network on images against real ones; the intervals of precision, recall, density and
+    coverage keep the neighbourhoods as they are."""
     x, y = features(source), features(real)
-    fields |= {**source.labels, "against": real.of, **features.metadata}
-    distances = frechet_records(x, y, seed, **fields) if frechet else ()
-    return [*distances, *set_records(x, y, seed, **fields), *class_records(features, source, seed)]
+    n, fields = min(len(x), len(y)), fields | features.metadata
+    if frechet:
+        yield from frechet_records(x, y, source, real, seed, **fields)
+    fields, subset = fields | {"against": real.of, "n": n}, min(SUBSET, n // 2)
+    value, deviation = kernel_distance(x, y, subset_size=subset, seed=seed)
+    interval = kernel_interval(x[:n], y[:n], "kid", value, seed, source.concepts[:n])
+    yield record("kernel_distance", value, source, interval, deviation=deviation, subset_size=subset, **fields)
+    for metric, values in neighbourhoods(y, x, NEIGHBOURS).items():
+        of_real = metric in ("recall", "coverage")
+        interval = mean_interval(values, groups=(real if of_real else source).concepts)
+        yield record(metric, float(values.mean()), source, interval, k=NEIGHBOURS, **fields)
+    yield from class_records(features, source, seed)
 
 
-def frechet_records(fake: Tensor, real: Tensor, seed: int, prefix: str = "", /, **fields: Any) -> Iterator[Record]:
+def frechet_records(
+    fake: Tensor, real: Tensor, source: Pictures, against: Pictures, seed: int, prefix: str = "", **fields: Any
+) -> Iterator[Record]:
     """The Frechet distance of features `fake` (N, D) and `real` (M, D), and extrapolated to N -> infinity.
 
     With no more rows than dimensions the covariance is singular and the distance `biased` up: it compares only at the
@@ -65,33 +78,19 @@ def frechet_records(fake: Tensor, real: Tensor, seed: int, prefix: str = "", /, 
     extrapolation, but a `note`.
     """
     n, dimensions = min(len(fake), len(real)), fake.shape[1]
-    metric, fields = f"{prefix}frechet_distance", fields | {"n": n}
-    value = frechet_distance(fake, real)
-    interval = _positive(resampled_interval(frechet_distance, (fake, real), value, seed))
-    size = {"dimensions": dimensions, "biased": n <= dimensions}
+    metric, fields = f"{prefix}frechet_distance", fields | {"against": against.of, "n": n}
+    resampled = partial(resampled_interval, sets=(fake, real), seed=seed, groups=(source.concepts, against.concepts))
+    value, size = frechet_distance(fake, real), {"dimensions": dimensions, "biased": n <= dimensions}
+    interval = resampled(frechet_distance, value=value, least=0.0)
     if n <= dimensions:
         size["note"] = f"needs {dimensions + 1} pictures on both sides, one more than features, for less bias"
-    yield record(metric, value, interval, **fields, **size)
-    if n < 2 * max(dimensions, 2):
-        note = f"needs {2 * dimensions} pictures, twice the features"
-        yield record(f"{metric}_infinite", None, note=note, **fields)
-        return
-    extrapolated = partial(frechet_distance_infinite, seed=seed)
-    value = extrapolated(fake, real)
-    interval = resampled_interval(extrapolated, (fake, real), value, seed, few=True)
-    yield record(f"{metric}_infinite", value, interval, **fields)
-
-
-def set_records(fake: Tensor, real: Tensor, seed: int, /, **fields: Any) -> Iterator[Record]:
-    """Kernel distance, precision, recall, density and coverage of features `fake` (N, D) against `real` (M, D); the
-    intervals of the latter four keep the neighbourhoods as they are."""
-    n = min(len(fake), len(real))
-    fields, subset = fields | {"n": n}, min(SUBSET, n // 2)
-    value, deviation = kernel_distance(fake, real, subset_size=subset, seed=seed)
-    interval = kernel_interval(fake[:n], real[:n], "kid", value, seed)
-    yield record("kernel_distance", value, interval, deviation=deviation, subset_size=subset, **fields)
-    for metric, values in neighbourhoods(real, fake, NEIGHBOURS).items():
-        yield mean_record(metric, values, k=NEIGHBOURS, **fields)
+    yield record(metric, value, source, interval, **fields, **size)
+    value, interval, note = None, None, {"note": f"needs {2 * dimensions} pictures, twice the features"}
+    if n >= 2 * max(dimensions, 2):
+        extrapolated, note = partial(frechet_distance_infinite, seed=seed), {}
+        value = extrapolated(fake, real)
+        interval = resampled(extrapolated, value=value, few=True)
+    yield record(f"{metric}_infinite", value, source, interval, **fields, **note)
 
 
 def class_records(features: Features, source: Pictures, seed: int) -> Iterator[Record]:
@@ -99,27 +98,27 @@ def class_records(features: Features, source: Pictures, seed: int) -> Iterator[R
     probabilities = features.network.probabilities(features(source).to(features.device))
     if probabilities is not None:
         value, deviation = inception_score(probabilities)
-        interval = resampled_interval(lambda rows: inception_score(rows)[0], (probabilities,), value, seed)
-        fields = {"n": source.count, "deviation": deviation, "splits": 10, **source.labels, **features.metadata}
-        yield record("inception_score", value, interval, **fields)
+        score = lambda rows: inception_score(rows)[0]  # noqa: E731
+        interval = resampled_interval(score, (probabilities,), value, seed, groups=(source.concepts,))
+        yield record("inception_score", value, source, interval, deviation=deviation, splits=10, **features.metadata)
 
 
-def cmmd_record(fake: Tensor, real: Tensor, seed: int, /, **fields: Any) -> Record:
-    """CMMD of image embeddings (N, D) and (M, D), of as many images on both sides."""
+def cmmd_record(fake: Tensor, real: Tensor, source: Pictures, against: Pictures, seed: int, **fields: Any) -> Record:
+    """CMMD of image embeddings (N, D) and (M, D), with an interval of as many images on both sides."""
     value, n = cmmd(fake, real), min(len(fake), len(real))
-    interval = kernel_interval(fake[:n], real[:n], "cmmd", value, seed)
-    return record("cmmd", value, _positive(interval), n=n, **fields)
+    low, high = kernel_interval(fake[:n], real[:n], "cmmd", value, seed, source.concepts[:n])
+    return record("cmmd", value, source, (max(low, 0.0), max(high, 0.0)), **fields | {"against": against.of, "n": n})
 
 
-def alignment_records(images: Tensor, texts: Tensor, same: Tensor, **fields: Any) -> Iterator[Record]:
+def alignment_records(images: Tensor, texts: Tensor, same: Tensor, source: Pictures, **fields: Any) -> Iterator[Record]:
     """Cosines of images with their captions (unit embeddings (N, D)), `each` of them too, and retrieval both ways;
     `same` (N, N) marks the pairs that share a caption."""
     cosines = cosine(images, texts)
-    yield mean_record("clip_cosine", cosines, each=[round(value, 6) for value in cosines.tolist()], **fields)
+    yield mean_record("clip_cosine", cosines, source, each=[round(value, 6) for value in cosines.tolist()], **fields)
     for metric, weight in (("clip_score_100", 100), ("clip_score", 2.5)):
-        yield mean_record(metric, weight * cosines.clamp_min(0), weight=weight, **fields)
+        yield mean_record(metric, weight * cosines.clamp_min(0), source, weight=weight, **fields)
     for metric, hits in retrieval_hits(images, texts, (1, 5), same).items():
-        yield mean_record(metric, hits, chance=chance(same, int(metric[-1])), **fields)
+        yield mean_record(metric, hits, source, chance=chance(same, int(metric[-1])), **fields)
 
 
 def sharing(captions: Sequence[Sequence[str]]) -> Tensor:
@@ -151,12 +150,7 @@ def left_out(*datasets: Any) -> list[Record]:
     faults = [dataset.faults for dataset in datasets if hasattr(dataset, "faults")]
     reasons = {name: why for each in faults for name, why in each.reasons.items()}
     total, note = max((each.total or 0 for each in faults), default=0), next(iter(reasons.values()), "")
-    return [record("left_out", len(reasons), of="data", n=total, note=note)] if reasons else []
-
-
-def _positive(interval: Interval) -> Interval:
-    low, high = interval
-    return max(low, 0.0), max(high, 0.0)
+    return [record("left_out", len(reasons), "data", n=total, note=note)] if reasons else []
 
 
 # --- reading records --------------------------------------------------------------------------------------------------
@@ -168,13 +162,23 @@ def find(results: Sequence[Record], metric: str, of: str, **where: Any) -> list[
     return [r for r in results if r["value"] is not None and all(r.get(key) == value for key, value in where.items())]
 
 
-def best_guidance(results: Sequence[Record]) -> float:
+def ranking(results: Sequence[Record], of: str = "samples") -> tuple[str, list[tuple[float, float]]]:
+    """The first of CRITERIA that was measured, and for each guidance its cost (less is better) and the guidance."""
+    for metric, sign in CRITERIA:
+        if measured := find(results, metric, of):
+            return metric, [(sign * mean(r["value"]), r["guidance"]) for r in measured]
+    raise ValueError(f"nothing was measured of {of!r}")
+
+
+def best_guidance(results: Sequence[Record], of: str = "samples") -> float:
     """The guidance of the highest compositional score; without one, of the lowest Frechet distance; without that, of
     the highest cosine with the captions; else of the fewest blank images."""
-    ranked = [(-r["value"]["mean"]["all"], r["guidance"]) for r in find(results, "compositional_score", "samples")]
-    for metric, sign in (("frechet_distance", 1), ("clip_cosine", -1), ("blank_pictures", 1)):
-        ranked = ranked or [(sign * r["value"], r["guidance"]) for r in find(results, metric, "samples")]
-    return min(ranked)[1]
+    return min(ranking(results, of)[1])[1]
+
+
+def mean(value: Any) -> Any:
+    """A value, of a table of tasks the mean over all."""
+    return value["mean"]["all"] if isinstance(value, dict) and "mean" in value else value
 
 
 def ratio(a: Record, b: Record) -> float | None:
@@ -196,8 +200,8 @@ def headlines(results: Sequence[Record], sources: Sequence[str], metrics: Sequen
         shown = named(r) in sources and r["value"] is not None and (not metrics or r["metric"] in metrics)
         if failed or shown:
             network = f"{r['extractor']}, " if "extractor" in r else ""
-            mean = r | {"value": r["value"]["mean"]["all"]} if isinstance(r["value"], dict) else r
-            text = str(r["value"]) if isinstance(r["value"], int) else number(mean)
+            value = mean(r["value"])
+            text = str(value) if isinstance(value, int) else number(r | {"value": value})
             lines.append(f"{r['metric'].replace('_', ' ')} of {named(r)} ({network}N={r['n']}): {text}")
     notes = dict.fromkeys(r["note"] for r in results if r["metric"] == "frechet_distance" and r.get("biased"))
     return lines + [f"Frechet distance is biased: it {n}; the kernel distance and CMMD need no more" for n in notes]

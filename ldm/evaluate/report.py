@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm.config import UserError
 from ldm.distributed import processes
 from ldm.evaluate.plots import plot
-from ldm.evaluate.records import SHUFFLED, Record, best_guidance, find, named, number, ratio, short
+from ldm.evaluate.records import SHUFFLED, Record, find, named, number, ratio, short
 from ldm.images import data_url
 from ldm.model_io import atomic_write, write_json
 
@@ -63,7 +63,7 @@ def write_results(
     folder, options = FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=folder, autoescape=True, extensions=["jinja2.ext.do"], **options)
     environment.filters |= {"cell": cell, "markup": Markup}
-    functions = (number, named, short, ratio, image, at_size, best_guidance, headings, one, plot)
+    functions = (number, named, short, ratio, image, at_size, headings, one, plot)
     environment.globals |= {function.__name__: function for function in functions}
     environment.globals |= {"find": partial(find, results), "percent": "{:.1%}".format, "SHUFFLED": SHUFFLED}
     values = {"kind": kind, "settings": settings, "results": results, "galleries": galleries}
@@ -85,8 +85,8 @@ def image(pixels: Tensor) -> str:
 
 def at_size(points: Sequence[tuple[float, float]], size: float) -> str:
     """A codec's PSNR at `size` bytes, interpolated between its (bytes, PSNR) over the logarithm of bytes."""
-    points = sorted(points)
-    for (least, level), outside in ((points[0], size < points[0][0]), (points[-1], size > points[-1][0])):
-        if outside:
-            return f"none; {level:.2f} at {least:.0f}"
-    return f"{np.interp(math.log(size), *zip(*((math.log(s), level) for s, level in points), strict=True)):.2f}"
+    sizes, levels = zip(*sorted(points), strict=True)
+    if sizes[0] <= size <= sizes[-1]:
+        return f"{np.interp(math.log(size), np.log(sizes), levels):.2f}"
+    nearest = 0 if size < sizes[0] else -1
+    return f"none; {levels[nearest]:.2f} at {sizes[nearest]:.0f}"

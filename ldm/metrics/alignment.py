@@ -1,12 +1,13 @@
 """Do pictures show what their captions say? From the embeddings of an image-text model, row i with row i."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.metrics.rows import PART, Rows, two_sets
+from ldm.metrics.inputs import PART, Rows, two_sets
 
 
 def cosine(image_embeddings: Rows, text_embeddings: Rows) -> Tensor:
@@ -39,8 +40,7 @@ def retrieval(
 def chance(right: Tensor, k: int) -> float:
     """The share of queries (rows) with one of their right partners, `right` (N, N) bool, among the first k of a random
     order of all N."""
-    partners = right.sum(1).double()
-    return float(_hit(torch.zeros_like(partners), partners, len(right) - partners, k).mean())
+    return float(_hits(torch.zeros(right.shape), right, k).mean())
 
 
 def retrieval_hits(
@@ -49,31 +49,28 @@ def retrieval_hits(
     """The values that `retrieval` averages: each query's 0, 1 or, in a tie, share of a hit; (N,) float64 by name."""
     pairs = two_sets(image_embeddings, text_embeddings, pairs=True)
     images, texts = (F.normalize(rows, dim=1) for rows in pairs)
-    right, hits = _right(len(images), same).to(images.device), {}
+    right, hits = _right(len(images), same).to(images.device), defaultdict(list)
     for name, queries, others, answers in (
         ("image_to_text", images, texts, right),
         ("text_to_image", texts, images, right.T),
     ):
-        parts = zip(queries.split(PART), answers.split(PART), strict=True)
-        ranks = torch.cat([_ranks(part @ others.T, answer) for part, answer in parts], dim=1)
-        hits |= {f"{name}@{top}": _hit(*ranks, top) for top in k}
-    return hits
+        for part, answer in zip(queries.split(PART), answers.split(PART), strict=True):
+            scores = part @ others.T
+            for top in k:
+                hits[f"{name}@{top}"].append(_hits(scores, answer, top))
+    return {name: torch.cat(parts) for name, parts in hits.items()}
 
 
-def _ranks(scores: Tensor, right: Tensor) -> Tensor:
-    """For each row of `scores` (Q, N): how many wrong columns beat its best right one, how many right and how many
-    wrong ones equal it; (3, Q) float64."""
+def _hits(scores: Tensor, right: Tensor, k: int) -> Tensor:
+    """For each row of scores (Q, N) the chance that one of its `right` columns is among the first k, where those that
+    tie with its best right one come in random order after those `ahead`: 1 - C(wrong, k - ahead) / C(tied, k - ahead).
+    """
     best = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
-    tied = (scores - best).abs() < 1e-12  # equal but for round-off
-    return torch.stack([(scores > best) & ~tied, tied & right, tied & ~right]).sum(2).double()
-
-
-def _hit(ahead: Tensor, right: Tensor, wrong: Tensor, k: int) -> Tensor:
-    """The chance (N,) that one of `right` is among the first k, where `ahead` come first and then right and wrong in
-    random order: 1 - C(wrong, k - ahead) / C(wrong + right, k - ahead)."""
+    ties = (scores - best).abs() < 1e-12  # equal but for round-off
+    ahead, tied, wrong = (x.sum(1).double() for x in ((scores > best) & ~ties, ties, ties & ~right))
     missed = torch.ones_like(ahead)
     for i in range(k):
-        miss = (wrong - i).clamp_min(0) / (wrong + right - i).clamp_min(1)
+        miss = (wrong - i).clamp_min(0) / (tied - i).clamp_min(1)
         missed = torch.where(i < k - ahead, missed * miss, missed)
     return 1 - missed
 

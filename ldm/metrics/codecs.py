@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -34,10 +33,3 @@ def curve(pixels: Tensor, codec: str, qualities: Sequence[int] = QUALITIES) -> l
         sizes, decoded = zip(*(encoded(image, codec, quality) for image in pixels), strict=True)
         points.append((float(np.mean(sizes)), float(psnr(to_float(pixels), to_float(torch.stack(decoded))).mean())))
     return points
-
-
-def nearest_to(pixels: Tensor, codec: str, size: int) -> tuple[int, Tensor]:
-    """A uint8 (3, H, W) picture at the most bytes up to `size`, or else at the fewest: bytes and decoded picture."""
-    results = [encoded(pixels, codec, quality) for quality in range(1, 101)]
-    fitting = [result for result in results if result[0] <= size]
-    return max(fitting, key=itemgetter(0)) if fitting else min(results, key=itemgetter(0))

@@ -15,6 +15,7 @@ from ldm.metrics.compositional_parse import parse
 
 TASKS = ("single object", "two objects", "counting", "colours", "position", "attribute binding")
 NEAR = 2 / 32  # a centre may be this far off on each axis, in picture sides, where a scene fixes it
+HALVES = ("seen", "held_out")
 ASPECTS = ("colour", "shape", "size", "place")
 
 
@@ -102,17 +103,18 @@ def tally(right: Sequence[bool], cases: Sequence[Case]) -> dict[str, dict[str, f
     of it, without cases is left out of the dictionaries and of the mean.
     """
     groups = halves(right, cases)
-    means = {task: {name: float(np.mean(oks)) for name, oks in row.items()} for task, row in groups.items()}
-    tasks = [row for task, row in means.items() if task != "mean"]
-    means["mean"] = {name: float(np.mean([row[name] for row in tasks if name in row])) for name in means["mean"]}
-    return {task: row | {"n": len(groups[task]["all"])} for task, row in means.items()}
+    shares = {task: {half: float(np.mean(oks)) for half, oks in row.items()} for task, row in groups.items()}
+    tasks = [row for task, row in shares.items() if task != "mean"]
+    shares["mean"] = {half: float(np.mean([row[half] for row in tasks if half in row])) for half in shares["mean"]}
+    return {task: row | {"n": len(groups[task]["all"])} for task, row in shares.items()}
 
 
 def halves(right: Sequence[bool], cases: Sequence[Case]) -> dict[str, dict[str, list[bool]]]:
     """Which cases are right, by task and in "mean" of all tasks: "seen", "held_out", "all"; none that is empty."""
-    groups = {task: {"seen": [], "held_out": [], "all": []} for task in (*TASKS, "mean")}
-    for case, ok in zip(cases, right, strict=True):
-        for task, half in itertools.product((case.task, "mean"), ("held_out" if case.held_out else "seen", "all")):
-            groups[task][half].append(bool(ok))
-    rows = {task: {half: oks for half, oks in row.items() if oks} for task, row in groups.items()}
-    return {task: row for task, row in rows.items() if row}
+    groups: dict[str, dict[str, list[bool]]] = {}
+    for task, half in itertools.product((*TASKS, "mean"), ("seen", "held_out", "all")):
+        asked = zip(right, cases, strict=True)
+        oks = [bool(ok) for ok, c in asked if task in (c.task, "mean") and half in (HALVES[c.held_out], "all")]
+        if oks:
+            groups.setdefault(task, {})[half] = oks
+    return groups

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.metrics.rows import PART, Rows, two_sets
+from ldm.metrics.inputs import PART, Rows, two_sets
 
 SIZES = 15  # of the samples that a distance is extrapolated from
 SIGMA = 10.0  # of CMMD's kernel, in unit embeddings

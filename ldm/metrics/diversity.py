@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.metrics.rows import PART, Rows, two_sets
+from ldm.metrics.inputs import PART, Rows, two_sets
 
 
 def inception_score(probabilities: Rows, splits: int = 10) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import UserError
-from ldm.metrics.preprocess import RESIZE, checked, resized
+from ldm.metrics.inputs import RESIZE, checked, resized
 from ldm.model_io import module_hash
 
 

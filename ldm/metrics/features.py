@@ -21,12 +21,11 @@ from torch import nn
 from ldm.config import UserError
 from ldm.images import to_uint8
 from ldm.metrics.extractor import FeatureExtractor, preparation, pretrained
+from ldm.metrics.inputs import resized
 from ldm.metrics.judges import published_clip, trained_judge
 from ldm.metrics.libraries import library
-from ldm.metrics.preprocess import resized
 from ldm.perceptual import EFFNET_MEAN, EFFNET_STD, effnet_lite0_file, effnet_lite0_network, effnet_lite0_stages
 
-KNOWN = "effnet-lite0, inception, inception:FILE, clip:FOLDER, dinov2:FOLDER, judge:FOLDER"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 
@@ -35,7 +34,8 @@ def feature_extractor(name: str) -> FeatureExtractor:
     """The extractor `name` ("kind" or "kind:where"), on the CPU. Raises UserError for others and missing weights."""
     kind, _, where = name.partition(":")
     if kind not in EXTRACTORS:
-        raise UserError(f"unknown feature network {name!r}; known: {KNOWN}")
+        known = f"{', '.join(EXTRACTORS)}; all but the first with :FILE or :FOLDER"
+        raise UserError(f"unknown feature network {name!r}; known: {known}")
     return EXTRACTORS[kind](where)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.clip import CLIP
 from ldm.config import UserError
 from ldm.metrics.extractor import FeatureExtractor, preparation, pretrained
-from ldm.metrics.preprocess import resized
+from ldm.metrics.inputs import resized
 from ldm.model_io import ASSETS, find_part
 from ldm.tokenizer import Tokenizer
 

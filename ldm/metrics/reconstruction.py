@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.metrics.preprocess import checked
+from ldm.metrics.inputs import checked
 
 Pictures = Tensor | np.ndarray
 LAPLACIAN = torch.tensor([[0, -1, 0], [-1, 4, -1], [0, -1, 0]])

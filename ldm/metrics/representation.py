@@ -7,8 +7,8 @@ import numpy as np
 from einops import rearrange
 from torch import Tensor
 
+from ldm.metrics.inputs import Rows
 from ldm.metrics.libraries import library
-from ldm.metrics.rows import Rows
 
 Labels = Tensor | np.ndarray | Sequence
 BINS = 20  # of each dimension of a code, for mutual information

@@ -1,0 +1,151 @@
+"""The protocol, from the command to metrics.json: guidance is chosen on validation and reported on test, kinds of
+picture and training captions are measured apart, and a network that trained the VAE is marked."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_evaluation
+import torch
+from tiny_evaluation import OPENED, N, captions, fill, image_text, kept, one, report, results, stub_extractor, to_x
+
+from ldm.commands.evaluate import main
+from ldm.data.emoji import Emoji
+from ldm.data.shapes import Shapes
+from ldm.evaluate.evaluation import pose_cases
+from ldm.evaluate.pictures import sample_indices
+from ldm.evaluate.records import find
+from ldm.metrics import frechet_distance, retrieval
+from ldm.metrics.compositional import TASKS, check, tally
+from ldm.metrics.intervals import mean_interval
+
+model, networks = tiny_evaluation.model, tiny_evaluation.networks
+
+
+def run(out: Path, model: Path, *options: object) -> dict:
+    """The settings in metrics.json after the command."""
+    base = ["--model", model, "--num", N, "--steps", 1, "--features", "stub", "--train-num", 40, "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.evaluate.model.cost_records", lambda e, g: [])
+        patch.setattr(sys, "argv", ["evaluate.py", *map(str, [*base, "--out", out, *options])])
+        main()
+    return json.loads((out / "metrics.json").read_text())["settings"]
+
+
+def guidances(out: Path, of: str) -> set[float]:
+    return {r["guidance"] for r in results(out) if r["of"] == of}
+
+
+@pytest.fixture(scope="module")
+def chosen(model, networks, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("chosen") / "out"
+    options = "--data shapes --judge knows-shapes --guidance 1,2,3 --train-captions 20"
+    run(out, model, *options.split())
+    return out
+
+
+def test_guidance_is_chosen_on_validation_and_one_value_reported_on_test(chosen):
+    settings = json.loads((chosen / "metrics.json").read_text())["settings"]
+    choice, posed = settings["guidance_choice"], pose_cases(N, 1)
+    scores = {}
+    for g in (1, 2, 3):
+        images = ((kept(chosen / f"validation/cases/g{g}") + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        scores[g] = tally([check(x, c.required) for x, c in zip(images, posed, strict=True)], posed)["mean"]["all"]
+        r = one(chosen, "compositional_score", "validation samples", guidance=float(g))
+        assert r["value"]["mean"]["all"] == scores[g] and r["curve"]
+    best = max(scores, key=lambda g: (scores[g], -g))
+    want = {"split": "val", "values": [1, 2, 3], "value": best, "criterion": "compositional_score", "times": 1}
+    assert choice.items() >= want.items() and choice["n"] == 2 * len(TASKS)
+    assert guidances(chosen, "samples") == {best} and guidances(chosen, "validation samples") == {1, 2, 3}
+    assert not any("curve" in r for r in results(chosen) if r["of"] != "validation samples")
+    assert [path.name for path in (chosen / "pictures").iterdir()] == [f"g{best}"]
+    val = Shapes(32, "val")
+    asked = zip(captions(chosen / "validation/pictures/g2"), sample_indices(len(val), N, 0), strict=True)
+    assert all(text in val.captions(i) for text, i in asked)
+    assert {*captions(chosen / "cases" / f"g{best}")} != {*captions(chosen / "validation/cases/g1")}
+    assert settings.items() >= {"device": "cpu", "features": "stub", "judge": "knows-shapes", "notes": []}.items()
+    assert f"Guidance {best} was chosen among 3 by compositional score on 12 cases of split val" in report(chosen)
+
+
+def test_training_captions_are_sampled_too(chosen):
+    train = Shapes(32, "train")
+    (g,) = guidances(chosen, "training samples")
+    texts, indices = captions(chosen / f"training/pictures/g{g:g}"), sample_indices(len(train), 20, 0)
+    assert all(text in train.captions(i) for text, i in zip(texts, indices, strict=True))
+    for of in ("training samples", "real training"):
+        assert one(chosen, "kind_image_to_text@1", of, kind="all")["n"] == 20
+    assert not find(results(chosen), "kind_image_to_text@1", "samples")  # shapes have no kinds
+    assert not any(r["metric"].startswith("mean_kind") for r in results(chosen))
+    text = report(chosen)
+    assert ">Training captions</h2>" in text and ">By kind</h2>" not in text
+
+
+def test_a_small_validation_split_is_asked_several_times_and_none_is_said(model, tmp_path):
+    for split, count in (("train", N), ("val", N), ("test", 2 * N)):
+        fill(tmp_path / "data" / split, count, len(split), text=split)
+    options = ["--data", "folder", "--data-path", tmp_path / "data", "--judge", "none", "--num", 2 * N]
+    choice = run(tmp_path / "out", model, *options, "--guidance", "1,2")["guidance_choice"]
+    assert choice.items() >= {"times": 2, "criterion": "frechet_distance", "n": N, "note": ""}.items()
+    folder = tmp_path / "out/validation/pictures/g1"
+    assert captions(folder)[:N] == captions(folder)[N:] and (kept(folder)[:N] != kept(folder)[N:]).any()
+    real = to_x(tiny_evaluation.read(path) for path in sorted((tmp_path / "data/val").glob("*.png")))
+    real = torch.nn.functional.interpolate(real, size=(32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
+    net, record = stub_extractor(), one(tmp_path / "out", "frechet_distance", "validation samples", guidance=1.0)
+    assert record["value"] == pytest.approx(frechet_distance(net(kept(folder)), net(real)), rel=0.02)
+    for path in (tmp_path / "data/val").iterdir():
+        path.unlink()
+    with pytest.warns(UserWarning, match="the guidance is chosen on the reported captions themselves, as"):
+        choice = run(tmp_path / "test", model, *options, "--guidance", "1,2")["guidance_choice"]
+    assert choice["split"] == "test" and "themselves, as no pictures in" in choice["note"]
+    assert "The guidance is chosen on the reported captions themselves" in report(tmp_path / "test")
+    assert {r["guidance"] for r in results(tmp_path / "test") if "curve" in r} == {1, 2} - {choice["value"]}
+    choice = run(tmp_path / "none", model, *options, "--guidance", "2,1", "--choose-on", "none")["guidance_choice"]
+    assert (choice["split"], choice["value"]) == (None, 2) and guidances(tmp_path / "none", "samples") == {1, 2}
+
+
+def test_emoji_are_reported_by_kind_with_intervals_over_concepts(tmp_path, monkeypatch):
+    tiny_evaluation.tiny_pipeline(size=4).save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    mix = torch.randn(6, 12)
+    words = lambda texts: torch.tensor([[len(t), *np.frombuffer(t.encode()[:5].ljust(5), np.uint8)] for t in texts])  # noqa: E731
+    judge = image_text("any", lambda x: stub_extractor()(x), lambda texts: words(texts).float() @ mix)
+    monkeypatch.setattr(OPENED, lambda name: judge)
+    monkeypatch.setattr("ldm.evaluate.records.MOST", 0.0)
+    monkeypatch.setattr("ldm.evaluate.probes.AVERAGED", 8)
+    out = tmp_path / "out"
+    options = "--data emoji --judge any --num 120 --guidance 2 --train-captions 8 --train-num 120"
+    settings = run(out, tmp_path / "model", *options.split())
+    assert settings["intervals_over"] == "concepts" and settings["guidance_choice"]["split"] is None
+    test, images, texts = Emoji(16, "test"), judge.images(kept(out / "pictures/g2")), captions(out / "pictures/g2")
+    indices, averaged = sample_indices(len(test), 120, 0), []
+    for kind in ("people", "faces and hands", "animals and food", "objects", "flags", "symbols"):
+        rows = [k for k, i in enumerate(indices) if test.kind(i) == kind]
+        same = [[bool({*test.captions(indices[a])} & {*test.captions(indices[b])}) for b in rows] for a in rows]
+        scores = retrieval(images[rows], judge.texts([texts[k] for k in rows]), k=(1,), same=torch.tensor(same))
+        for metric in ("image_to_text@1", "text_to_image@1"):
+            r = one(out, f"kind_{metric}", "samples", kind=kind)
+            assert (r["value"], r["n"]) == (pytest.approx(scores[metric]), len(rows))
+        averaged += [scores["image_to_text@1"]] * (len(rows) >= 8)
+        assert one(out, "kind_image_to_text@1", "real training", kind=kind)["n"] == 8
+    mean = one(out, "mean_kind_image_to_text@1", "samples")
+    assert mean["value"] == pytest.approx(np.mean(averaged)) and len(mean["kinds"]) == len(averaged) < 6
+    assert mean["interval"][0] <= mean["value"] <= mean["interval"][1]
+    cosines, concepts = one(out, "clip_cosine", "samples"), [test.records[i]["concept"] for i in indices]
+    assert cosines["interval"] == pytest.approx(mean_interval(cosines["each"], groups=concepts), abs=1e-5)
+    assert all(title in report(out) for title in (">By kind</h2>", ">Training captions</h2>"))
+
+
+def test_a_network_that_trained_the_vae_is_marked(model, tmp_path):
+    options = ["--data", "shapes", "--judge", "none", "--guidance", 1, "--train-captions", 0]
+    (tmp_path / "run").symlink_to(model)
+    assert run(tmp_path / "out", tmp_path / "run", *options)["perceptual_net_of_vae"] == "unknown"
+    assert not any("trained_the_vae" in r for r in results(tmp_path / "out"))
+    (model / "config.json").write_text('{"loss": {"perceptual_net": "stub"}}')
+    try:
+        assert run(tmp_path / "out", model, *options)["perceptual_net_of_vae"] == "stub"
+    finally:
+        (model / "config.json").unlink()
+    assert one(tmp_path / "out", "frechet_distance", "samples")["trained_the_vae"]
+    assert "trained to please this very network" in report(tmp_path / "out")
