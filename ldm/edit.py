@@ -104,6 +104,8 @@ def read_edit(image: Pictures | None, mask: Pictures | None, strength: float, re
 def _read(name: str, images: Pictures, count: int, mode: str) -> Tensor:
     """The uint8 pixels of `count` pictures of one size."""
     images = [images] * count if isinstance(images, Image.Image) else list(images)
+    if others := [type(image).__name__ for image in images if not isinstance(image, Image.Image)]:
+        raise UserError(f"{name} must be a PIL image or a list of them, not {others[0]}")
     if len(images) != count:
         raise UserError(f"{len(images)} {name}s for {count} prompts; give one for all, or one for each")
     images = [upright_rgb(image).convert(mode) for image in images]

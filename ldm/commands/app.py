@@ -35,6 +35,8 @@ def main() -> None:
     check(options)
     folder = options.out.resolve()
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "served")  # read when gradio is imported
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        del os.environ[name]  # gradio would ask its own page through the proxy, and the page asks nobody else
     from ldm.app.models import Models, find_models
     from ldm.app.page import LOCAL, serve
     from ldm.distributed import find_device
