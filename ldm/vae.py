@@ -140,7 +140,7 @@ class VAE(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.config = config
+        self.config, self.perceptual_net = config, ""  # names of the networks whose distance trained it
         self.encoder, self.decoder = _encoder(config), _decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
@@ -200,6 +200,8 @@ class VAE(nn.Module):
         levels = len(self.config.block_out_channels)
         config = {"_class_name": "AutoencoderKL"} | asdict(self.config)
         config |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+        if self.perceptual_net:
+            config["_perceptual_net"] = self.perceptual_net  # diffusers ignores names with an underscore
         model_io.save_model(folder, self, config, model_io.DIFFUSERS_FILE)
 
     @classmethod
@@ -210,4 +212,6 @@ class VAE(nn.Module):
         old = "|".join(RENAMED)
         tensors = model_io.read_tensors(folder)
         tensors = {re.sub(old, lambda match: RENAMED[match[0]], name): tensor for name, tensor in tensors.items()}
-        return model_io.load_model(lambda: cls(config), folder, tensors, config)
+        vae = model_io.load_model(lambda: cls(config), folder, tensors, config)
+        vae.perceptual_net = str(model_io.read_json(folder / "config.json").get("_perceptual_net", ""))
+        return vae

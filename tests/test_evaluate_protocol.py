@@ -17,6 +17,7 @@ from ldm.data.shapes import Shapes
 from ldm.evaluate.evaluation import pose_cases
 from ldm.evaluate.pictures import sample_indices
 from ldm.evaluate.records import find
+from ldm.pipeline import Pipeline
 from ldm.metrics import frechet_distance, retrieval
 from ldm.metrics.compositional import TASKS, check, tally
 from ldm.metrics.intervals import mean_interval
@@ -142,10 +143,10 @@ def test_a_network_that_trained_the_vae_is_marked(model, tmp_path):
     (tmp_path / "run").symlink_to(model)
     assert run(tmp_path / "out", tmp_path / "run", *options)["perceptual_net_of_vae"] == "unknown"
     assert not any("trained_the_vae" in r for r in results(tmp_path / "out"))
-    (model / "config.json").write_text('{"loss": {"perceptual_net": "stub"}}')
-    try:
-        assert run(tmp_path / "out", model, *options)["perceptual_net_of_vae"] == "stub"
-    finally:
-        (model / "config.json").unlink()
+    taught = Pipeline.from_pretrained(model)
+    taught.vae.perceptual_net = "stub, lpips-vgg"
+    taught.save_pretrained(tmp_path / "taught")
+    settings = run(tmp_path / "out", tmp_path / "taught", *options)
+    assert settings["perceptual_net_of_vae"] == "stub, lpips-vgg"
     assert one(tmp_path / "out", "frechet_distance", "samples")["trained_the_vae"]
     assert "trained to please this very network" in report(tmp_path / "out")

@@ -56,13 +56,20 @@ def test_pictures_are_resized_as_pillow_does():
     assert torch.equal(resized(96, torch.zeros(3), torch.full((3,), 0.5))(x), 2 * x)
 
 
-def test_effnet_lite0_has_features_of_any_size_and_names_a_cat(effnet):
+@pytest.mark.parametrize("version, size, digest", [(0, 224, "57934424"), (1, 240, "77cc7160")])
+def test_effnet_lite_has_features_of_any_size_and_names_a_cat(version, size, digest):
     from skimage import data
 
+    effnet = feature_extractor(f"effnet-lite{version}")
     cat = torch.from_numpy(data.chelsea()[:, 75:375]).permute(2, 0, 1)[None] / 127.5 - 1
     rows = effnet(cat)
-    assert (rows.shape, rows.dtype, effnet.name, effnet.size) == ((1, 1280), torch.float32, "effnet-lite0", 224)
-    assert effnet.sha256.startswith("57934424") and len(effnet.sha256) == 64
+    assert (rows.shape, rows.dtype, effnet.name, effnet.size) == (
+        (1, 1280),
+        torch.float32,
+        f"effnet-lite{version}",
+        size,
+    )
+    assert effnet.sha256.startswith(digest) and len(effnet.sha256) == 64
     classes = effnet.probabilities(rows)
     assert classes.shape == (1, 1000) and classes.sum().item() == pytest.approx(1, abs=1e-5)
     assert classes.argmax().item() in (281, 282, 285)  # tabby, tiger and Egyptian cat

@@ -102,7 +102,7 @@ def test_stages_equal_the_package_network_run_whole(effnet):
     from efficientnet_lite_pytorch import EfficientNet
 
     net = EfficientNet.from_name("efficientnet-lite0", image_size=None).eval()
-    net.load_state_dict(torch.load(perceptual.effnet_lite0_file(), weights_only=True))
+    net.load_state_dict(torch.load(perceptual.effnet_file(0), weights_only=True))
     x = discs(64)
     with torch.no_grad():
         stages = torch.nn.Sequential(*perceptual.effnet_lite0_stages())

@@ -29,7 +29,6 @@ from ldm.evaluate.pictures import (
     data_config,
     held_out_indices,
     of_dataset,
-    perceptual_teacher,
     sample_indices,
 )
 from ldm.evaluate.records import Record, blank_record, distance_records, headlines, left_out, mean_record, record
@@ -80,7 +79,7 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
     dataset, train = (open_dataset(data, split, need_captions=False) for split in (config.split, "train"))
     indices = held_out_indices(dataset, config)
     fitted = readable(train, sample_indices(len(train), FITTED, config.seed))
-    distance, teacher = perceptual_network(config.perceptual).to(device), perceptual_teacher(config.autoencoder)
+    distance, teacher = perceptual_network(config.perceptual).to(device), vae.perceptual_net or "unknown"
     feature_name = judged_by(config.features, judge_name("", config.data))
     features, _ = open_networks(feature_name, "none", teacher, config.out, device, config.batch_size)
     settings = {
@@ -109,7 +108,7 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
     smallest = getattr(distance, "smallest", 0)
     network = {"extractor": config.perceptual, "extractor_sha256": module_hash(distance)}
     network |= {"resize": f"none; sides under {smallest} px doubled" if smallest else "none"}
-    network |= TAUGHT if config.perceptual == teacher else {}
+    network |= TAUGHT if config.perceptual in teacher.split(", ") else {}
     nll, kl = coded.nll(scale), reduce(coded.kl(), "n c h w -> n", "sum")
     bits = partial(bits_per_dimension, dimensions=math.prod(coded.pixels.shape[1:]))
     mean, sample = {"latent": "mean"}, {"latent": "one sample", "assumes": ASSUMPTIONS, "scale": scale}

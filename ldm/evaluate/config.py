@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from ldm.config import UserError
 
-FEATURES = "effnet-lite0"  # network of the distances by default
+FEATURES = "effnet-lite1"  # network of the distances by default
 FEWEST = 16  # images; fewer measure nothing
 SMALLEST, LARGEST = 11, 4000  # pixels per side: SSIM's window, and the largest image that is read
 ALLOWED = (
@@ -44,7 +44,7 @@ class EvaluateConfig:
     data: str  # shapes, emoji, folder or shards
     data_path: str = ""  # where a folder or shards are
     split: Literal["test", "val"] = "test"  # held-out split that is reported
-    num: int = 0  # held-out captions, 16 or more; 0: 480, or all of a smaller split
+    num: int = 0  # held-out captions, 16 or more; 0: 600, or all of a smaller split
     guidance: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 8.0)  # guidance scales, separated by commas; one is reported
     choose_on: Literal["val", "test", "none"] = "val"  # split that chooses it; test: the reported one; none: the first
     guidance_rescale: float = 0.0  # in [0, 1], for every guidance scale
@@ -71,7 +71,7 @@ class AutoencoderEvaluation:
     data: str  # shapes, emoji, folder or shards
     data_path: str = ""  # where a folder or shards are
     split: Literal["test", "val"] = "test"  # held-out split
-    num: int = 0  # held-out images, 16 or more; 0: 480, or all of a smaller split
+    num: int = 0  # held-out images, 16 or more; 0: 600, or all of a smaller split
     size: int = 0  # pixels per side; 0: the autoencoder's own
     features: str = FEATURES  # network of the distances; see --model
     perceptual: str = "effnet-lite0"  # effnet-lite0, lpips-vgg or lpips-alex

@@ -27,7 +27,6 @@ from ldm.evaluate.pictures import (
     held_out_indices,
     of_dataset,
     of_files,
-    perceptual_teacher,
     sample_indices,
     write_captions,
 )
@@ -136,7 +135,7 @@ class Evaluation:
             self.train_note = str(error)
         self.searched = of_dataset("training set", self.train, self.bank)
         self.real_train = of_dataset("real train", self.train, self.bank[:n])
-        judge, teacher = judge_name(config.judge, config.data), perceptual_teacher(config.model)
+        judge, teacher = judge_name(config.judge, config.data), pipe.vae.perceptual_net or "unknown"
         options = (teacher, config.out, pipe.device, config.batch_size)
         self.features, self.judge = open_networks(config.features, judge, *options)
         if self.judge:

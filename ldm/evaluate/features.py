@@ -77,6 +77,6 @@ def open_networks(features: str, judge: str, teacher: str, *options: Any) -> tup
     Records of the network that trained the measured VAE (`teacher`) are marked."""
     features = judged_by(features, judge)
     network = None if features == "none" else Features(feature_extractor(features), *options)
-    if network and network.network.name == teacher:
+    if network and network.network.name in teacher.split(", "):
         network.metadata |= TAUGHT
     return network, None if judge == "none" else Features(image_text_model(judge), *options)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from ldm.data.faults import readable
 from ldm.distributed import processes
 from ldm.evaluate.config import FEWEST
 from ldm.images import read_image
-from ldm.model_io import atomic_write, find_part, find_root, read_json, write_json
+from ldm.model_io import atomic_write, find_root, read_json, write_json
 
-USUAL = 480  # held-out samples where --num is 0, or all of a smaller split
+USUAL = 600  # held-out samples where --num is 0, or all of a smaller split
 KEPT = ("length", "seed", "max_pixels", "max_broken")  # of the data of a run, where the same data are measured
 
 
@@ -62,19 +61,6 @@ def run_config(model: str) -> dict[str, Any]:
     root = find_root(model)
     file = (root.parent.parent if root.parent.name == "checkpoints" else root) / "config.json"
     return read_json(file) if file.is_file() else {}
-
-
-def perceptual_teacher(model: str) -> str:
-    """The network whose perceptual loss trained the VAE of a model: as its config.json names it, or the config.json of
-    the run beside it, or that of the VAE which a run of the U-Net was given; "unknown" where none does."""
-    folder, run = find_part(model, "vae"), run_config(model)
-    files = [path for path in (folder / "config.json", folder.parent / "config.json") if path.is_file()]
-    for config in [*map(read_json, files), run]:
-        if name := config.get("_perceptual_net") or config.get("loss", {}).get("perceptual_net"):
-            return name
-    with suppress(UserError):
-        return perceptual_teacher(run["vae"]) if run.get("vae") not in (None, "", model) else "unknown"
-    return "unknown"
 
 
 def data_config(model: str, name: str, path: str, size: int) -> DataConfig:

@@ -1,6 +1,7 @@
 """Feature networks by name, for distances between sets of pictures.
 
-    effnet-lite0          EfficientNet-Lite0, ImageNet, from an installed package: no download
+    effnet-lite1          EfficientNet-Lite1, ImageNet, from an installed package: no download
+    effnet-lite0          Lite0, which the VAE's default perceptual loss compares by
     inception[:FILE]      FID's own Inception, by torch-fidelity
     clip:FOLDER_OR_NAME   the image tower of a CLIP, by transformers
     dinov2:FOLDER_OR_NAME DINOv2, by transformers
@@ -13,6 +14,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ from ldm.metrics.extractor import FeatureExtractor, preparation, pretrained
 from ldm.metrics.inputs import resized
 from ldm.metrics.judges import published_clip, trained_judge
 from ldm.metrics.libraries import library
-from ldm.perceptual import EFFNET_MEAN, EFFNET_STD, effnet_lite0_file, effnet_lite0_network, effnet_lite0_stages
+from ldm.perceptual import EFFNET_MEAN, EFFNET_STD, effnet_file, effnet_lite
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
@@ -34,7 +36,7 @@ def feature_extractor(name: str) -> FeatureExtractor:
     """The extractor `name` ("kind" or "kind:where"), on the CPU. Raises UserError for others and missing weights."""
     kind, _, where = name.partition(":")
     if kind not in EXTRACTORS:
-        known = f"{', '.join(EXTRACTORS)}; all but the first with :FILE or :FOLDER"
+        known = f"{', '.join(EXTRACTORS)}; those after the first two with :FILE or :FOLDER"
         raise UserError(f"unknown feature network {name!r}; known: {known}")
     return EXTRACTORS[kind](where)
 
@@ -48,14 +50,14 @@ def judged_by(features: str, judge: str) -> str:
     return judge if judge.startswith(("clip:", "judge:")) else f"judge:{judge}"
 
 
-def _effnet_lite0(where: str) -> FeatureExtractor:
-    """EfficientNet-Lite0's pooled last layer, 1280 features, at its own 224 pixels, with ImageNet's classes."""
+def _effnet(version: int, size: int, where: str) -> FeatureExtractor:
+    """The pooled last layer of EfficientNet-Lite, 1280 features, at the pixels of its training; ImageNet's classes."""
+    name = f"effnet-lite{version}"
     if where:
-        raise UserError(f"unknown feature network 'effnet-lite0:{where}': effnet-lite0 is in a package, takes no file")
-    prepare, classifier = resized(224, EFFNET_MEAN, EFFNET_STD), effnet_lite0_network()._fc
-    network = nn.Sequential(*effnet_lite0_stages(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    more = {"classifier": classifier, "sha256": hashlib.sha256(effnet_lite0_file().read_bytes()).hexdigest()}
-    return FeatureExtractor("effnet-lite0", network, 224, lambda x: network(prepare(x)), **more)
+        raise UserError(f"unknown feature network '{name}:{where}': {name} is in a package, takes no file")
+    net, prepare = effnet_lite(version), resized(size, EFFNET_MEAN, EFFNET_STD)
+    more = {"classifier": net._fc, "sha256": hashlib.sha256(effnet_file(version).read_bytes()).hexdigest()}
+    return FeatureExtractor(name, net, size, lambda x: net.extract_features(prepare(x)).mean((2, 3)), **more)
 
 
 def _inception(where: str) -> FeatureExtractor:
@@ -91,7 +93,8 @@ def _dinov2(where: str) -> FeatureExtractor:
 
 
 EXTRACTORS: dict[str, Callable[[str], FeatureExtractor]] = {
-    "effnet-lite0": _effnet_lite0,
+    "effnet-lite1": partial(_effnet, 1, 240),
+    "effnet-lite0": partial(_effnet, 0, 224),
     "inception": _inception,
     "clip": published_clip,
     "dinov2": _dinov2,

@@ -73,6 +73,9 @@ class AutoencoderTask(Task):
         loss, size, smallest = config.loss, config.data.size, 11  # pixels, the window of SSIM
         vae = VAE.from_pretrained(config.vae) if config.vae else VAE(config.model)
         vae.config = replace(vae.config, sample_size=size)
+        if loss.perceptual:
+            names = [*filter(None, vae.perceptual_net.split(", ")), loss.perceptual_net]
+            vae.perceptual_net = ", ".join(dict.fromkeys(names))
         freeze(vae, config.frozen)
         self.modules = {"vae": vae}
         if loss.gan:
