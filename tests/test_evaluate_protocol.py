@@ -17,10 +17,10 @@ from ldm.data.shapes import Shapes
 from ldm.evaluate.evaluation import pose_cases
 from ldm.evaluate.pictures import sample_indices
 from ldm.evaluate.records import find
-from ldm.pipeline import Pipeline
 from ldm.metrics import frechet_distance, retrieval
 from ldm.metrics.compositional import TASKS, check, tally
 from ldm.metrics.intervals import mean_interval
+from ldm.pipeline import Pipeline
 
 model, networks = tiny_evaluation.model, tiny_evaluation.networks
 
