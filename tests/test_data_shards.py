@@ -202,6 +202,9 @@ def test_bad_folders(tmp_path):
     tar(tmp_path / "train-0.tar", [("a.png", png(1)), ("a.txt", b"a")])
     with pytest.raises(UserError, match="split 'test' of .* is empty"):
         Shards(tmp_path, 8, "test")
+    (tmp_path / "train-1.tar").symlink_to("gone")
+    with pytest.raises(UserError, match=r"train-1\.tar' cannot be read: No such file"):
+        Shards(tmp_path, 8)
 
 
 def test_worker_processes_read_what_one_process_reads(tmp_path):

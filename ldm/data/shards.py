@@ -55,7 +55,10 @@ class Shards:
         self.files = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.tar"))
         if not self.files:
             raise UserError(f"shard folder {str(path)!r} {'has no *.tar' if Path(path).exists() else 'does not exist'}")
-        self.stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, self.files)]
+        try:
+            self.stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, self.files)]
+        except OSError as error:  # of a link to nothing
+            raise UserError(f"shard {str(error.filename)!r} cannot be read: {error.strerror}") from None
         self.table = self._find_rows(split, seed)
         if not len(self.table):
             raise UserError(f"split {split!r} of {str(path)!r} is empty; name shards {split}-000000.tar and so on")
