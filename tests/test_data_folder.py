@@ -236,6 +236,9 @@ def test_an_autoencoder_needs_no_captions(tmp_path):
     assert captions.pop("3.png") == ["a dark red square"] and not any(captions.values()) and len(captions) == 39
     with pytest.raises(UserError, match="0.png' has no caption.*39 of 40 samples cannot be used"):
         open_dataset(config, "train")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a"}\n')
+    (reason,) = open_dataset(config, "train", need_captions=False).faults.reasons.values()
+    assert "names 'gone.png', which does not exist" in reason
 
 
 def test_a_disk_that_fails_is_no_fault_of_a_picture(tmp_path, monkeypatch):
