@@ -45,6 +45,16 @@ def test_numbers_are_those_of_the_pictures_whatever_their_order(tmp_path):
         evaluate_folders(replace(config, seed=1))
 
 
+def test_names_of_any_bytes_come_through_to_the_report(tmp_path):
+    odd = tmp_path / "caf\udce9"  # one byte, which is not UTF-8
+    a, b = fill(odd / "a", 16, 0), fill(tmp_path / "b", 16, 1)
+    (a / "000.png").rename(a / "caf\udce9.png")
+    config = FolderEvaluation(images=a, reference=b, features="stub", out=odd / "out")
+    evaluate_folders(config)
+    evaluate_folders(config)
+    assert r"caf\udce9/a against" in report(odd / "out")
+
+
 def knows(*folders: Path):
     """A judge that has seen the pictures of folders, whose captions name them: "a 3" is a/003.png."""
     known = {f"{folder.name} {int(path.stem)}": read(path) for folder in folders for path in folder.glob("*.png")}

@@ -68,7 +68,8 @@ def write_results(
     environment.globals |= {"find": partial(find, results), "percent": "{:.1%}".format, "SHUFFLED": SHUFFLED}
     values = {"kind": kind, "settings": settings, "results": results, "galleries": galleries}
     with atomic_write(out / "report.html") as temporary:
-        temporary.write_text(environment.get_template("report.jinja").render(values), encoding="utf-8")
+        html = environment.get_template("report.jinja").render(values)
+        temporary.write_text(html, encoding="utf-8", errors="backslashreplace")  # file names may be any bytes
 
 
 def headings(html: str) -> list[tuple[str, str]]:
