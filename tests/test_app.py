@@ -261,6 +261,7 @@ def test_a_study_leads_from_its_questions_to_the_results(samples, tmp_path, kind
             if flash:
                 assert not person.answer(right, store)  # before the flash has been seen
                 person.shown_at -= 2
+            assert not person.answer(None, store)  # as another program may send
             assert person.answer(other if wrong else right, store)
         assert "last one" in tab_judge.question_html(person, folder)
         assert (person.exposure or 500) < 500 if flash and not wrong else True

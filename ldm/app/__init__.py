@@ -1,1 +1,1 @@
-"""The page that `ldm app` serves; modules without gradio do the work, `page`, `controls` and `tab_*` show it."""
+"""The page that `ldm app` serves; modules without gradio do the work, `page`, `workspace` and `tab*` show it."""

@@ -34,7 +34,7 @@ class Sample:
 def held_out(models: Models, name: str) -> Any:
     """The held-out part of the data set of a model, from its run's config or a shipped model's name, at the size of its
     pictures. Raises UserError where neither names it."""
-    model, pipe = models.folders[name], models[name]
+    pipe, model = models[name], models.folders[name]
     root = find_root(model)
     file = (root.parent.parent if root.parent.name == "checkpoints" else root) / "config.json"
     config = read_json(file).get("data") if file.is_file() else None

@@ -46,7 +46,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
-            text = getattr(self, name)
+            text = getattr(self, name) or ""
             if len(text) > LONGEST_PROMPT:
                 raise UserError(f"{name} has {len(text):,} characters; at most {LONGEST_PROMPT:,}")
             text = text.replace("\0", " ").encode("utf-8", "replace").decode()

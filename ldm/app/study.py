@@ -59,9 +59,13 @@ class Study:
 
     def answer(self, answer: str, store: JudgementStore) -> bool:
         """Stores the answer and goes on to the next question; returns False, and stores nothing, before the pictures
-        have been seen."""
+        have been seen and for no answer to it."""
         question, exposure = self.question, self.exposure
-        if question is None or (exposure and time.monotonic() < self.shown_at + (FIXATION + exposure) / 1000):
+        if (
+            question is None
+            or answer not in ANSWERS[self.kind]
+            or (exposure and time.monotonic() < self.shown_at + (FIXATION + exposure) / 1000)
+        ):
             return False
         truth, kind = question.extra["truth"], "flash" if self.flash else self.kind
         right = answer == truth if truth else None

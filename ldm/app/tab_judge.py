@@ -70,7 +70,7 @@ def build(ui: Workspace, folder: Path, seed: int) -> None:
 
     @user_errors()
     def answer(text, study):
-        if not study.answer(text, store):
+        if not (study and study.answer(text, store)):
             return {choice: None}
         return ask(study) | ({} if study.question else totals())
 
