@@ -88,13 +88,17 @@ def test_a_small_validation_split_is_asked_several_times_and_none_is_said(model,
         fill(tmp_path / "data" / split, count, len(split), text=split)
     options = ["--data", "folder", "--data-path", tmp_path / "data", "--judge", "none", "--num", 2 * N]
     choice = run(tmp_path / "out", model, *options, "--guidance", "1,2")["guidance_choice"]
-    assert choice.items() >= {"times": 2, "criterion": "frechet_distance", "n": N, "note": ""}.items()
+    assert choice.items() >= {"times": 2, "criterion": "frechet_distance", "n": 2 * N, "note": ""}.items()
     folder = tmp_path / "out/validation/pictures/g1"
     assert captions(folder)[:N] == captions(folder)[N:] and (kept(folder)[:N] != kept(folder)[N:]).any()
     real = to_x(tiny_evaluation.read(path) for path in sorted((tmp_path / "data/val").glob("*.png")))
     real = torch.nn.functional.interpolate(real, size=(32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
     net, record = stub_extractor(), one(tmp_path / "out", "frechet_distance", "validation samples", guidance=1.0)
     assert record["value"] == pytest.approx(frechet_distance(net(kept(folder)), net(real)), rel=0.02)
+    for path in sorted((tmp_path / "data/val").iterdir())[2:]:
+        path.unlink()
+    with pytest.warns(UserWarning, match="themselves, as split 'val' of folder has 1 of the 16 or more"):
+        run(tmp_path / "few", model, *options, "--guidance", "1,2")
     for path in (tmp_path / "data/val").iterdir():
         path.unlink()
     with pytest.warns(UserWarning, match="the guidance is chosen on the reported captions themselves, as"):

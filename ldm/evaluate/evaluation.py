@@ -18,7 +18,7 @@ from ldm.data import open_dataset
 from ldm.data.faults import readable
 from ldm.data.latents import data_hash
 from ldm.distributed import find_device, processes
-from ldm.evaluate.config import SMALLEST, EvaluateConfig
+from ldm.evaluate.config import FEWEST, SMALLEST, EvaluateConfig
 from ldm.evaluate.features import Features, judge_name, open_networks
 from ldm.evaluate.pictures import (
     USUAL,
@@ -89,7 +89,7 @@ def pose_validation(dataset: Any, config: EvaluateConfig) -> Questions:
     """About as many questions as on the test split: captions of a small validation split are asked for several times
     over. Raises UserError where it is too small."""
     num = config.num or USUAL
-    indices = held_out_indices(dataset, replace(config, split="val", num=max(min(num, len(dataset)), 1)))
+    indices = held_out_indices(dataset, replace(config, split="val", num=max(min(num, len(dataset)), FEWEST)))
     posed = pose_cases(num, config.seed + 1) if config.data == "shapes" else []
     names = ("validation samples", "real validation", "validation/pictures")
     return pose(dataset, indices, config.seed, *names, max(1, num // len(dataset)), cases=posed)
@@ -133,6 +133,7 @@ class Evaluation:
             self.bank = bank  # the training images that samples are compared with
         except UserError as error:
             self.train_note = str(error)
+            warnings.warn(f"samples are not compared with training pictures: {error}", stacklevel=2)
         self.searched = of_dataset("training set", self.train, self.bank)
         self.real_train = of_dataset("real train", self.train, self.bank[:n])
         judge, teacher = judge_name(config.judge, config.data), pipe.vae.perceptual_net or "unknown"
@@ -200,7 +201,8 @@ class Evaluation:
                     with atomic_write(paths[start + i]) as temporary:
                         save_png(image, temporary, {key: str(value) for key, value in text.items()})
         group.wait_for_everyone()
-        concepts = asked.times * [*asked.real.concepts] if asked.real else ()
+        # several samples of one image are alike, as the images of a concept are
+        concepts = asked.times * [*(asked.real.concepts or range(asked.real.count))] if asked.real else ()
         fields = {"labels": {"guidance": g, **sampling}, "concepts": concepts}
         self.made[asked.folder, g] = of_files(asked.of, paths, self.settings["size"], **fields)
         return self.made[asked.folder, g]

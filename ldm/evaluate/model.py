@@ -82,8 +82,10 @@ def evaluate(config: EvaluateConfig) -> list[str]:
         e.add(*cost_records(e, best), *left_out(e.test.dataset, e.train))
     write_results("model", config.out, e.settings | e.choices | {"guidance_choice": choice}, e.results, e.galleries)
     sources = ("real held-out", "real held-out, shuffled captions", "real train", f"samples at {best:g}")
-    chosen = f", chosen on {choice['split']} by {choice['criterion'].replace('_', ' ')}" if choice["split"] else ""
-    return [f"best guidance: {best:g}{chosen}", *headlines(e.results, sources, HEADLINES)]
+    line = f"guidance: {best:g}{', the first that was named' if len(choice['values']) > 1 else ''}"
+    if choice["split"]:
+        line = f"best guidance: {best:g}, chosen on {choice['split']} by {choice['criterion'].replace('_', ' ')}"
+    return [line, *headlines(e.results, sources, HEADLINES)]
 
 
 def measure_real(e: Evaluation) -> None:
@@ -125,8 +127,8 @@ def choose_guidance(e: Evaluation) -> dict[str, Any]:
     if len(values) == 1 or e.config.choose_on == "none":
         return choice
     criterion, value = ranking(e.results, asked.of)[0], best_guidance(e.results, asked.of)
-    (r,) = find(e.results, criterion, asked.of, guidance=value)
-    return choice | {"value": value, "split": split, "criterion": criterion, "n": r["n"], "times": asked.times}
+    n = len(asked.cases if criterion == "compositional_score" else asked.captions)
+    return choice | {"value": value, "split": split, "criterion": criterion, "n": n, "times": asked.times}
 
 
 def measure_samples(e: Evaluation, asked: Questions, g: float) -> None:

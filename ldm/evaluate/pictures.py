@@ -72,10 +72,11 @@ def data_config(model: str, name: str, path: str, size: int) -> DataConfig:
 
 def held_out_indices(dataset: Any, config: Any) -> list[int]:
     """Random samples that can be read, `config.num` of them. Raises UserError where they are too few."""
-    num = config.num or min(USUAL, len(dataset))
-    if not FEWEST <= num <= len(dataset):
-        size = f"split {config.split!r} of {config.data} has {len(dataset)}"
-        raise UserError(f"--num {num} is not possible: {size}, and {FEWEST} or more are needed, best 1000")
+    num, size = config.num or min(USUAL, len(dataset)), f"split {config.split!r} of {config.data} has {len(dataset)}"
+    if len(dataset) < FEWEST:
+        raise UserError(f"{size} of the {FEWEST} or more pictures that are needed, best 1000")
+    if num > len(dataset):
+        raise UserError(f"--num {num} is not possible: {size}; use fewer, or 0 for all")
     indices = readable(dataset, sample_indices(len(dataset), num, config.seed))
     if len(indices) < FEWEST:
         raise UserError(f"only {len(indices)} of the held-out pictures can be read; {FEWEST} or more are needed")

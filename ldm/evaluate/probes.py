@@ -163,7 +163,7 @@ def _group(e: Evaluation, source: Pictures, rows: list[int], attribute: Attribut
     yield mean_record("group_clip_cosine", cosine(images, e.judge.texts(captions)), part, **judged)
     yield mean_record("group_paired", paired(images, captions, e.judge.texts, attribute)[0], part, chance=0.5, **judged)
     value = _spread(features)
-    interval = resampled_interval(_spread, (features,), value, e.config.seed)
+    interval = resampled_interval(_spread, (features,), value, e.config.seed, groups=(part.concepts,))
     yield record("group_diversity", value, part, interval, **network.metadata)
 
 

@@ -70,7 +70,7 @@ def _inception(where: str) -> FeatureExtractor:
         problem = f"{where!r} does not exist" if where else f"{INCEPTION_FILES[0]} is not in {str(home)!r}"
         raise UserError(
             f"Inception's weights: {problem}; put the file there (torch-fidelity 0.2.0 releases it), name it as"
-            " inception:FILE, or use effnet-lite0, which needs no download"
+            " inception:FILE, or use effnet-lite1, which needs no download"
         )
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     if sha256 != INCEPTION_SHA256:
