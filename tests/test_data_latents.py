@@ -103,7 +103,9 @@ def test_what_changed_is_encoded_again_and_captions_are_todays(root, tmp_path):
 
 def test_an_unreadable_picture_stays_one(root, tmp_path):
     file = root / "train" / "04.png"
-    file.write_bytes(file.read_bytes()[:45])  # its header is whole
+    whole, stat = file.read_bytes(), file.stat()
+    file.write_bytes(whole[:45].ljust(len(whole)))  # its header is whole
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     data = Folder(root, 16, max_broken=0.2)
     for _ in range(2):
         cached = open_latents(tmp_path / "cache", TinyVAE(), data, 4, CPU)
@@ -111,6 +113,10 @@ def test_an_unreadable_picture_stays_one(root, tmp_path):
             cached[4]
         assert cached[5]["mean"].isfinite().all()
     assert data.faults.reasons.keys() == {"train/04.png"}
+    file.write_bytes(whole)  # repaired from a copy of the same size and time
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(UserError, match="lacks a picture that is readable by now; delete it"):
+        open_latents(tmp_path / "cache", TinyVAE(), Folder(root, 16), 4, CPU)[4]
 
 
 def test_another_vae_other_data_and_older_caches_are_refused(root, tmp_path):

@@ -125,8 +125,9 @@ def test_ctrl_c_reaches_the_loading_processes_too_and_the_run_is_saved(tmp_path)
 
 def test_two_runs_cannot_share_a_folder_and_a_second_signal_ends_a_run_at_once(tmp_path):
     process = start(tmp_path)
-    with pytest.raises(UserError, match="in use by another run"):
-        train(tiny.Toy(), tiny.TRAIN, tmp_path, {})
+    for name, words in ((".", "in use by another run"), ("caf\udce9", "is not UTF-8")):
+        with pytest.raises(UserError, match=words):
+            train(tiny.Toy(), tiny.TRAIN, tmp_path / name, {})
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.05)

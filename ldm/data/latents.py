@@ -69,6 +69,7 @@ class CachedLatents:
             mean, std = file.get_slice("moments")[i].float()
         if not mean.isfinite().all():
             self.dataset[i]  # raises the SampleError again
+            raise UserError(f"latent cache {str(self.path)!r} lacks a picture that is readable by now; {AGAIN}")
         return {"mean": mean, "std": std, "captions": self.dataset.captions(i)}
 
     def open(self) -> Any:

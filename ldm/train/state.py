@@ -284,11 +284,15 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Holds a run folder, which is made where it does not exist. Raises UserError where another process holds it."""
+    """Holds a run folder, which is made where it does not exist. Raises UserError where another process holds it, and
+    for a name that is not UTF-8."""
     try:
+        str(out).encode()
         out.mkdir(parents=True, exist_ok=True)
         file = (out / ".lock").open("a")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except UnicodeEncodeError:
+        raise UserError(f"--out {str(out)!r} is not UTF-8, which files of models need; use another name") from None
     except OSError as error:
         raise UserError(f"--out {str(out)!r} is a file, or in use by another run ({error.strerror})") from None
     with file:
