@@ -58,8 +58,8 @@ class Study:
         return exposures(self.rights)[-1] if self.flash else None
 
     def answer(self, answer: str, store: JudgementStore) -> bool:
-        """Stores one of ANSWERS and goes on to the next question; returns False, and stores nothing, for any other value
-        and before the pictures have been seen."""
+        """Stores one of ANSWERS and goes on to the next question; returns False, and stores nothing, for others and
+        before the pictures have been seen."""
         question, exposure = self.question, self.exposure
         if (
             question is None

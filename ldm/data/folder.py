@@ -1,6 +1,7 @@
 """A user's folder of captioned pictures: whatever lies in it is either used or listed with the reason, once."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -99,9 +100,13 @@ class Folder:
 def captioned(root: Path) -> dict[str, list[str]]:
     """{name relative to `root`: captions, perhaps none} of every picture under a folder, in order of name.
 
-    Raises UserError for no pictures, or one that cannot be read as far as its header tells.
+    Warns of all else in it. Raises UserError for no pictures, or one that cannot be read as far as its header tells.
     """
-    return {name: captions for name, captions, _ in find_samples(root, "", False, Faults(share=0), LIMIT)}
+    faults = Faults(share=0)
+    samples = find_samples(root, "", False, faults, LIMIT)
+    if reasons := [*faults.reasons.values()]:
+        warnings.warn(f"left out of {str(root)!r}: {reasons[0]} ({len(reasons)} in all)", stacklevel=2)
+    return {name: captions for name, captions, _ in samples}
 
 
 def find_samples(root: Path, prefix: str, need_captions: bool, faults: Faults, limit: int) -> list[Sample]:
