@@ -76,7 +76,7 @@ def held_out_indices(dataset: Any, config: Any) -> list[int]:
     if len(dataset) < FEWEST:
         raise UserError(f"{size} of the {FEWEST} or more pictures that are needed, best 1000")
     if num > len(dataset):
-        raise UserError(f"--num {num} is not possible: {size}; use fewer, or 0 for all")
+        raise UserError(f"--num {num} is not possible: {size}; use that or fewer")
     indices = readable(dataset, sample_indices(len(dataset), num, config.seed))
     if len(indices) < FEWEST:
         raise UserError(f"only {len(indices)} of the held-out pictures can be read; {FEWEST} or more are needed")
