@@ -125,6 +125,9 @@ def test_rows_of_one_group_count_once_and_means_are_averaged():
     value, groups = frechet_distance(*sets), (np.arange(160) % 80, ())
     low, high = resampled_interval(frechet_distance, sets, value, groups=groups)
     assert low < value < high and resampled_interval(frechet_distance, sets, value) != (low, high)
+    sets, groups = (normal(16, 8, 0), normal(16, 8, 1)), ([0] * 4 + [*range(12)],) * 2  # groups of unlike sizes
+    low, high = resampled_interval(frechet_distance_infinite, sets, 0.0, groups=groups)  # needs all of 16 rows
+    assert low < 0 < high
 
 
 def whole_kernel_distance(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -79,25 +79,29 @@ def kernel_interval(x: Tensor, y: Tensor, kind: str, value: float, seed: int = 0
         np.fill_diagonal(both, 0)
     draws = _draws([count], [groups[:count]], REPLICATES, seed)
     weights = np.stack([np.bincount(rows, minlength=count) for (rows,) in draws]).astype(float)
-    weights *= count / weights.sum(1, keepdims=True)  # groups differ in size
     values = scale * ((weights @ both) * weights).sum(1) / (count * (count - unbiased))
     return _bounds(shrink * (values - values.mean()) + value)
 
 
 def _draws(sizes: Sequence[int], groups: Sequence[Groups], count: int, seed: int) -> Iterator[list[np.ndarray]]:
-    """Row numbers of `count` bootstrap samples, one array per set of rows."""
+    """Row numbers of `count` bootstrap samples, one array per set of rows and as long as the set: distances depend on
+    N. Groups, which differ in size, are drawn until they fill it, and the last one is cut."""
     rng, sets = np.random.default_rng(seed), []
     for size, names in zip(sizes, groups, strict=True):
         members: dict[Hashable, list[int]] = {}
         for row, name in enumerate(names):
             members.setdefault(name, []).append(row)
-        sets.append(list(members.values()) or range(size))
+        sets.append((size, list(members.values())))
     for _ in range(count):
-        picks = [rng.integers(len(rows), size=len(rows)) for rows in sets]
-        yield [
-            drawn if isinstance(rows, range) else np.concatenate([rows[i] for i in drawn])
-            for rows, drawn in zip(sets, picks, strict=True)
-        ]
+        yield [_draw(rng, size, members) if members else rng.integers(size, size=size) for size, members in sets]
+
+
+def _draw(rng: np.random.Generator, size: int, members: list[list[int]]) -> np.ndarray:
+    drawn = np.empty(0, np.int64)
+    while len(drawn) < size:
+        picks = rng.integers(len(members), size=len(members))
+        drawn = np.concatenate([drawn, *(members[i] for i in picks)])
+    return drawn[:size]
 
 
 def _bounds(values: np.ndarray) -> Interval:
