@@ -236,9 +236,10 @@ def read_baseline(folder: str, e: Evaluation) -> dict:
 def compare(baseline: dict, results: list[Record], g: float) -> list[Record]:
     """For each number of the samples at the reported guidance: the baseline's at its own, `ours`, and the ratio."""
     settings, theirs = baseline["settings"], baseline["results"]
-    choice = settings.get("guidance_choice") or {"value": best_guidance(theirs)}  # older ones have none
+    # older evaluations chose it on the reported split
+    choice = settings.get("guidance_choice") or {"value": best_guidance(theirs), "split": settings["split"]}
     ours, theirs = _comparable(results, g), _comparable(theirs, choice["value"])
-    fields = {"of": "baseline", "model": settings["model"]}
+    fields = {"of": "baseline", "model": settings["model"], "chosen_on": choice["split"]}
     pairs = [(ours[metric], r) for metric, r in theirs.items() if metric in ours]
     return [r | fields | {"ours": mine["value"], "ratio": ratio(mine, r)} for mine, r in pairs]
 
