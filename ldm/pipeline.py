@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.compilation import Precision, compiled
 from ldm.config import UserError
 from ldm.diffusion import Denoiser, guided
 from ldm.edit import Pictures, read_edit
@@ -40,6 +41,7 @@ class Pipeline:
     def __init__(self, parts: Parts):
         self.parts = parts
         self.vae, self.text_encoder, self.tokenizer, self.unet, self.schedule = parts
+        self.predict, self.decode_latents = self.unet, self.vae.decode  # or what `compile` makes of them
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Pipeline":
@@ -65,12 +67,11 @@ class Pipeline:
             model.to(device)
         return self
 
-    def compile(self, backend: str = "inductor") -> "Pipeline":
-        """Compiles the U-Net and the VAE's decoder with torch.compile, at the first call and again for other batches
-        and sizes: about a minute each on a CPU, where later changes of the weights have no effect ("freezing")."""
-        options = {"freezing": True} if backend == "inductor" and self.device.type == "cpu" else None
-        for model in (self.unet, self.vae.decoder):
-            model.compile(fullgraph=True, backend=backend, options=options)
+    def compile(self, backend: str = "", precision: Precision = "float32") -> "Pipeline":
+        """Compiles the U-Net and the VAE's decoder as they are now, at the first call and again for other batches and
+        sizes, by OpenVINO or torch; see `ldm.compilation`. `precision` is the U-Net's."""
+        self.predict = compiled(self.unet, self.unet.forward, backend, precision)
+        self.decode_latents = compiled(self.vae, self.vae.decode, backend)
         return self
 
     @torch.no_grad()
@@ -151,8 +152,9 @@ class Pipeline:
         shape = self.latent_shape(height, width)
         if latents is not None and latents.shape != (count, *shape):
             raise UserError(f"latents are {tuple(latents.shape)}; {count} prompts need {(count, *shape)}")
-        denoiser = Denoiser(self.unet, grid.schedule)
+        denoiser = Denoiser(self.predict, grid.schedule)
         images: list[Image.Image] = []
+        batch_size = -(-count // -(-count // batch_size))  # batches of nearly one size, compiled once
         for start in range(0, count, batch_size):
             part = slice(start, min(start + batch_size, count))
 
@@ -189,7 +191,7 @@ class Pipeline:
         """Normalized latents (B, C, h, w) -> pictures, in float32: half precision overflows in VAE decoders. Raises
         UserError for pixels that are not finite."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            x = self.vae.decode(z.float())
+            x = self.decode_latents(z.float())
         if not x.isfinite().all():
             raise UserError("the picture has values that are NaN or infinite; the weights or options are at fault")
         return to_pil(x)

@@ -66,7 +66,7 @@ OPTIONS = {
     "train_clip": TRAINING,
     "train_diffusion": TRAINING,
     "sample": "model prompt prompts out steps guidance guidance-rescale sampler seed negative-prompt image mask"
-    " resample strength interpolate seed-to height width batch-size compile grid device",
+    " resample strength interpolate seed-to height width batch-size compile precision grid device",
     "evaluate": "model autoencoder images reference data data-path split num guidance choose-on guidance-rescale steps"
     " sampler features judge train-num train-captions baseline size without-frechet perceptual seed batch-size out"
     " device",
@@ -441,7 +441,7 @@ MISTAKES = [
     (wrong("diffusion", *ZERO_SNR), "epsilon", "rescale_betas_zero_snr", "v_prediction"),
     ([*training("clip", "vae", *CLIP, *SHAPES)], "vae", "clip", "--out"),
     (["sample", *NEW, "--model", "emoij", "--prompt", "a"], "emoij", "emoji", "shapes"),
-    (["sample", *NEW, "--model", "emoij", "--prompt", "a", "--compile"], "emoij"),
+    (["sample", *NEW, "--model", "emoij", "--prompt", "a", "--compile", "always"], "emoij"),
     (["sample", *NEW, "--model", "vae", "--prompt", "a"], "vae", "text"),
     ([*CIRCLE, "--sampler", "plms"], "plms", *SAMPLERS),
     ([*CIRCLE, "--height", "40"], "40", "16"),

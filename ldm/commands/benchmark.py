@@ -52,7 +52,7 @@ class Options:
     threads: int = 0  # CPU threads per side; 0: all cores
     device: Literal["cpu", "cuda"] = "cpu"  # device of both sides
     quick: bool = False  # run only the first case of each workload
-    compile: bool = False  # also sample with torch.compile on both sides
+    compile: bool = False  # also sample with compiled models; those of diffusers are compiled on a GPU alone
 
 
 class Case(NamedTuple):

@@ -11,8 +11,10 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
 
 from ldm.commands.cli import read_options
 from ldm.config import UserError
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import Pipeline
 
-RECORDED = ("negative_prompt", "steps", "guidance", "guidance_rescale", "model", "sampler", "height", "width")
+RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale", "model", "sampler", "height", "width"]
+COMPILING, SAVED, PASSES = 8.0, 0.4, 60  # seconds, share of the time that it saves, passes below which it never pays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,8 @@ class Options:
     height: int | None = None  # in pixels; default: the model's own
     width: int | None = None  # in pixels; default: the model's own
     batch_size: int = 16  # pictures per call of the model
-    compile: bool = False  # use torch.compile: takes minutes at first, pays off for hundreds of pictures
+    compile: Literal["auto", "always", "never"] = "auto"  # the models first; auto: by OpenVINO where that saves time
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the U-Net, compiled; bfloat16 needs OpenVINO
     grid: Path | None = None  # PNG with all pictures and their prompts; default: grid.png in --out
     device: str = ""  # cpu or cuda; default: cuda where available
 
@@ -63,22 +67,43 @@ def main() -> None:
     from ldm.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(options.model, find_device(options.device))
-    if options.compile:
-        pipe.compile()
-    given = vars(options) | {"sampler": options.sampler or pipe.schedule.config.sampler}
+    given = vars(options) | {"sampler": options.sampler or pipe.schedule.config.sampler, "compiled": None}
+    if options.compile == "always" or options.precision != "float32" or repays(pipe, options, len(prompts)):
+        pipe.compile(precision=options.precision)
+        given["compiled"] = options.precision
     inputs = {name: given[name] for name in inspect.signature(pipe.__call__).parameters if name in given}
     inputs |= {"prompt": prompts} | read_squares(options, pipe)
     metadata: list[dict[str, Any]] = [{"prompt": text, "seed": options.seed + i} for i, text in enumerate(prompts)]
     if options.interpolate:
         path, metadata = interpolate(pipe, prompts, options)
         inputs |= {"prompt": None} | path
-    names = RECORDED + (("image", "mask", "strength", "resample") if options.image else ())
+    names = [*RECORDED, "compiled", *(("image", "mask", "strength", "resample") if options.image else ())]
     shared = {name: given[name] for name in names if given[name] is not None}
     steps = int(options.steps * options.strength) if options.image else options.steps
     batches = -(-len(metadata) // max(options.batch_size, 1))
     with tqdm(total=batches * steps, unit="step", delay=1e-3) as bar:  # the delay: no bar before an error
         images = pipe(callback=lambda progress: bar.update(), **inputs)
     write(options, images, [{key: str(value) for key, value in (own | shared).items()} for own in metadata])
+
+
+def repays(pipe: Pipeline, options: Options, count: int) -> bool:
+    """Whether OpenVINO would save more time than compiling takes, from the time of one pass of the U-Net."""
+    import torch
+
+    batches = -(-count // max(options.batch_size, 1))
+    passes = batches * options.steps
+    eager = options.compile == "never" or pipe.device.type != "cpu" or not find_spec("openvino")
+    if eager or options.image or passes < PASSES:
+        return False
+    rows = -(-count // batches) * (1 + (options.guidance != 1))
+    z = torch.zeros(rows, *pipe.latent_shape(options.height, options.width))
+    context = torch.zeros(rows, pipe.tokenizer.context_length, pipe.unet.config.cross_attention_dim)
+    with torch.inference_mode():
+        for _ in range(2):  # the first prepares
+            start = perf_counter()
+            pipe.unet(z, torch.tensor(500.0), context)
+            seconds = perf_counter() - start
+    return SAVED * passes * seconds > COMPILING
 
 
 def read_prompts(options: Options) -> list[str]:

@@ -1,0 +1,88 @@
+"""Models compiled by OpenVINO against the models themselves, and what it keeps on disk."""
+
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import arrays, randomize, tiny_parts
+
+from ldm import compilation
+from ldm.commands import sample
+from ldm.config import UserError
+from ldm.images import read_metadata
+from ldm.pipeline import Pipeline
+
+PROMPTS = ["a red circle", "a blue square", "circle", ""]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+openvino = pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO is not installed")
+
+
+@openvino
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
+def test_pictures_are_those_of_the_models_and_compiled_once(sampler, cache, capsys):
+    plain, compiled = Pipeline(tiny_parts()), Pipeline(tiny_parts()).compile("openvino")
+    for count in (4, 3):  # the second batch is padded to the first
+        given = {"steps": 3, "sampler": sampler, "batch_size": count}
+        assert np.abs(arrays(compiled(PROMPTS[:count], **given)) - arrays(plain(PROMPTS[:count], **given))).max() <= 1
+    assert capsys.readouterr().err.count("compiling the") == len(list(cache.glob("*.bin"))) == 2  # U-Net and decoder
+    Pipeline(tiny_parts()).compile("openvino")(PROMPTS, steps=1, sampler=sampler)
+    assert "compiling" not in capsys.readouterr().err
+
+
+@openvino
+def test_damaged_and_foreign_results_are_compiled_again(cache, capsys):
+    expected = arrays(Pipeline(tiny_parts()).compile("openvino")(PROMPTS, steps=1))
+    for file in cache.glob("*.bin"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    assert np.array_equal(arrays(Pipeline(tiny_parts()).compile("openvino")(PROMPTS, steps=1)), expected)
+    other = tiny_parts()
+    randomize(other.unet, seed=9)
+    assert not np.array_equal(arrays(Pipeline(other).compile("openvino")(PROMPTS, steps=1)), expected)
+    assert capsys.readouterr().err.count("compiling the UNet") == 3
+    keep = compilation.LARGEST
+    compilation.LARGEST = 1
+    try:
+        compilation.keep(cache / "new.bin", b"data")
+    finally:
+        compilation.LARGEST = keep
+    assert not list(cache.glob("*.bin"))
+
+
+@openvino
+def test_bfloat16_is_near(cache):
+    z, context = torch.randn(2, 4, 8, 8), torch.randn(2, 12, 24)
+    unet = tiny_parts().unet
+    expected = unet(z, torch.tensor(7), context).detach()
+    difference = (
+        compilation.compiled(unet, unet.forward, "openvino", "bfloat16")(z, torch.tensor(7), context) - expected
+    )
+    assert float(difference.norm() / expected.norm()) < 0.05
+
+
+@openvino
+def test_the_command_compiles_where_that_saves_time(tmp_path, monkeypatch):
+    Pipeline(tiny_parts()).save_pretrained(tmp_path / "model")
+    call = ["sample", "--model", str(tmp_path / "model"), "--prompt", "circle", "--steps", "60", "--guidance", "1"]
+    for compiling, recorded in ((1e9, None), (0, "float32")):
+        monkeypatch.setattr(sample, "COMPILING", compiling)
+        monkeypatch.setattr(sys, "argv", [*call, "--out", str(tmp_path / "out")])
+        sample.main()
+        assert read_metadata(tmp_path / "out/0000-circle.png").get("compiled") == recorded
+
+
+def test_without_openvino_it_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(compilation, "find_spec", lambda name: None)
+    for given in ({"backend": "openvino"}, {"precision": "bfloat16"}):
+        with pytest.raises(UserError, match=r"OpenVINO.*pip install 'ldm\[openvino\]'"):
+            Pipeline(tiny_parts()).compile(**given)
