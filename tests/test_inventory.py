@@ -442,6 +442,10 @@ MISTAKES = [
     ([*training("clip", "vae", *CLIP, *SHAPES)], "vae", "clip", "--out"),
     (["sample", *NEW, "--model", "emoij", "--prompt", "a"], "emoij", "emoji", "shapes"),
     (["sample", *NEW, "--model", "emoij", "--prompt", "a", "--compile", "always"], "emoij"),
+    (
+        ["sample", *NEW, "--model", "shapes", "--prompt", "a", "--compile", "never", "--precision", "bfloat16"],
+        "--precision",
+    ),
     (["sample", *NEW, "--model", "vae", "--prompt", "a"], "vae", "text"),
     ([*CIRCLE, "--sampler", "plms"], "plms", *SAMPLERS),
     ([*CIRCLE, "--height", "40"], "40", "16"),

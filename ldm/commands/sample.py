@@ -67,7 +67,8 @@ def main() -> None:
     from ldm.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(options.model, find_device(options.device))
-    given = vars(options) | {"sampler": options.sampler or pipe.schedule.config.sampler, "compiled": None}
+    given = vars(options) | {"sampler": options.sampler or pipe.schedule.config.sampler}
+    given |= {"device": str(pipe.device), "compiled": None}
     if options.compile == "always" or options.precision != "float32" or repays(pipe, options, len(prompts)):
         pipe.compile(precision=options.precision)
         given["compiled"] = options.precision
@@ -77,7 +78,7 @@ def main() -> None:
     if options.interpolate:
         path, metadata = interpolate(pipe, prompts, options)
         inputs |= {"prompt": None} | path
-    names = [*RECORDED, "compiled", *(("image", "mask", "strength", "resample") if options.image else ())]
+    names = [*RECORDED, "device", "compiled", *(("image", "mask", "strength", "resample") if options.image else ())]
     shared = {name: given[name] for name in names if given[name] is not None}
     steps = int(options.steps * options.strength) if options.image else options.steps
     batches = -(-len(metadata) // max(options.batch_size, 1))
@@ -127,6 +128,8 @@ def read_prompts(options: Options) -> list[str]:
         raise UserError(f"--interpolate {count} with {len(prompts)} prompts; give 2 or more pictures and two prompts")
     if options.seed_to is not None and count is None:
         raise UserError("--seed-to is the last seed of --interpolate; leave it out without that")
+    if options.precision != "float32" and options.compile == "never":
+        raise UserError(f"--precision {options.precision} runs compiled models alone; leave --compile never out")
     if options.image and options.height != options.width:
         raise UserError(f"--image is cut to a square: --height {options.height} and --width {options.width} differ")
     return prompts

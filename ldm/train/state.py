@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ldm import model_io
 from ldm.config import UserError
-from ldm.distributed import from_main, gather_objects
+from ldm.distributed import from_main, gather_objects, processes
 from ldm.train import sharding
 from ldm.train.config import TrainConfig
 from ldm.train.optim import EMA, make_optimizers
@@ -307,7 +307,11 @@ def begin(out: Path, resolved: dict[str, Any], start: int, force: bool) -> None:
     model_io.write_json(out / "config.json", resolved)
     lines = [line for line in whole_lines(out / "metrics.jsonl") if json.loads(line)["step"] <= start]
     write_lines(out / "metrics.jsonl", lines)
-    entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv}
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "device": str(processes().device),
+    }
     entry |= {"packages": {name: version(name) for name in PACKAGES}, "commit": commit()}
     with (out / "starts.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")
