@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ldm import model_io
-from ldm.config import UserError, build, require_positive
+from ldm.config import UserError, build, convert, require_positive
 from ldm.layers import attend
 
 HALF = (0.5, 0.5, 0.5)
@@ -273,11 +273,10 @@ class CLIP(nn.Module):
         table, tensors = _read(folder, "clip")
         pixels = model_io.read_json(folder / "preprocessor_config.json")
         width = {"projection_dim": table.get("projection_dim", 512)}
-        text = _build(TextConfig, table.get("text_config", {}) | width, folder)
-        vision = _build(VisionConfig, table.get("vision_config", {}) | width, folder)
-        mean, std = pixels.get("image_mean"), pixels.get("image_std")
-        if not mean or not std:
-            raise UserError(f"{folder}/preprocessor_config.json has no image_mean and image_std")
+        text = _build(TextConfig, table.get("text_config"), folder, **width)
+        vision = _build(VisionConfig, table.get("vision_config"), folder, **width)
+        where, kind = f"{folder}/preprocessor_config.json: ", tuple[float, float, float]
+        mean, std = (convert(kind, pixels.get(key), where + key) for key in ("image_mean", "image_std"))
         return model_io.load_model(lambda: cls(text, vision, mean, std), folder, tensors, text, vision)
 
 
@@ -295,8 +294,11 @@ def _read(folder: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]
     return table, {name: tensor for name, tensor in tensors if not name.endswith("position_ids")}
 
 
-def _build(cls: type, table: dict, folder: Path) -> TowerConfig:
-    """The fields of `cls` in transformers' table. Its other keys change no result without other weights, which are
-    then refused for their names or shapes."""
+def _build(cls: type, table: dict, folder: Path, **sizes: int) -> TowerConfig:
+    """The fields of `cls` in transformers' table, and `sizes`. Its other keys change no result without other weights,
+    which are then refused for their names or shapes."""
+    where = f"{folder}/config.json: "
+    if not isinstance(table, dict):
+        raise UserError(f"{where}the table of {cls.__name__} is {table!r}; it must be an object")
     known = {key: value for key, value in table.items() if key in cls.__dataclass_fields__}
-    return build(cls, known, f"{folder}/config.json: ")
+    return build(cls, known | sizes, where)

@@ -74,7 +74,13 @@ def perceptual_network(name: str, path: str | Path | None = None, depth: int | N
     depth = default if depth is None else depth
     if not 1 <= depth <= stages:
         raise UserError(f"perceptual depth {depth} is out of range; {name} has stages 1 to {stages}")
-    return build(path, depth)
+    try:
+        return build(path, depth)
+    except UserError:
+        raise
+    except Exception as error:  # a file of something else makes the unpickler raise nearly anything
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"weights file {str(path)!r} is damaged or holds no weights of {name}: {reason}") from None
 
 
 def _lpips(name: str, linear: str, ends: tuple[int, ...], path: str | Path | None, depth: int) -> PerceptualDistance:

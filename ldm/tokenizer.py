@@ -109,7 +109,9 @@ class Tokenizer:
         """Writes `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._backend.model.save(str(folder))
+        with model_io.atomic_write(folder / "merges.txt") as temporary:  # not `model.save`, which hides a full disk
+            temporary.write_text("\n".join(["#version: 0.2", *map(" ".join, self.merges), ""]), encoding="utf-8")
+        model_io.write_json(folder / "vocab.json", dict(sorted(self.vocab.items(), key=lambda item: item[1])))
         named = ROLES | {"pad_token": self.pad_token}
         model_io.write_json(folder / "special_tokens_map.json", named)
         added = {self.vocab[t.content]: {key: getattr(t, key) for key in ("content", *FLAGS)} for t in self.added}
@@ -138,7 +140,8 @@ def _read(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], int, str
     complete, config, special, added = tables
     config |= special
     if complete:
-        vocab, merges = complete["model"]["vocab"], [tuple(pair) for pair in complete["model"]["merges"]]
+        vocab, merges = complete["model"]["vocab"], complete["model"]["merges"]
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]  # strings: older files
     else:
         vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     tokens = [config.get(role) or default for role, default in ROLES.items()]

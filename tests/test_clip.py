@@ -82,6 +82,9 @@ def test_processor_config_gives_our_input(tmp_path):
     x = processor(Image.fromarray(pixels), return_tensors="pt").pixel_values[0]
     close(x, torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
     assert processor(Image.new("RGB", (50, 20)), return_tensors="pt").pixel_values.shape == (1, 3, 16, 16)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": ["a", "b", "c"]}')
+    with pytest.raises(UserError, match="image_mean.* is 'a'; it must be float"):
+        CLIP.from_pretrained(tmp_path)
 
 
 def test_folder_written_by_transformers_opens_here(tmp_path):
@@ -124,6 +127,7 @@ def test_text_folders_of_every_age(tmp_path, prefix):
         ({"num_attention_heads": 5}, "multiple of num_attention_heads 5"),
         ({"hidden_size": "24"}, "hidden_size.*int"),
         ({"model_type": "t5"}, "'t5' model"),
+        ({"model_type": "clip", "text_config": None}, "TextConfig is None"),
     ],
 )
 def test_config_values_that_are_not_supported_are_named(tmp_path, change, message):

@@ -463,6 +463,8 @@ MISTAKES = [
     ([*CIRCLE, "--image", "blank.txt"], "blank.txt"),
     ([*CIRCLE, "--wrong"], "--wrong"),
     ([*IMAGE, "--strength", "2"], "2", "strength"),
+    ([*IMAGE, "--strength", "nan"], "nan", "strength"),
+    ([*IMAGE, "--height", "1000000", "--width", "1000000"], "1000000", "16384"),
     ([*IMAGE, "--height", "32"], "--height", "--width"),
     ([*IMAGE, "--mask", "tall.png"], "40x50", "50x40"),
     ([*IMAGE, "--mask", "black.png", "--resample", "0"], "resample", "0"),

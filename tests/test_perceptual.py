@@ -116,6 +116,7 @@ def test_refusals(tmp_path, monkeypatch):
         (("vgg",), "effnet-lite0, lpips-vgg, lpips-alex"),
         (("effnet-lite0", None, 9), "depth 9"),
         (("lpips-vgg", tmp_path / "none.pth"), "does not exist"),
+        (("effnet-lite0", __file__), "holds no weights of effnet-lite0"),
     ):
         with pytest.raises(UserError, match=message):
             perceptual_network(*arguments)

@@ -58,6 +58,7 @@ def test_broken_results_are_named(capsys, monkeypatch, tmp_path, broken):
         ("a.jsonl", '{"step": 1, "loss": 2}\nnonsense', "'a.jsonl' holds no results"),
         ("a.jsonl", "[1]", "'a.jsonl' holds no results"),
         ("a.json", '{"results": 3}', "'a.json' holds no results"),
+        ("a.json", '{"results": [{"of": "samples"}]}', "'a.json' holds no results"),
         ("a.json", '{"results": [{"metric": "ssim", "of": "reconstructions", "value": 0.9}]}', "there are no curves"),
         (".", None, "'.' holds no results"),
     ],

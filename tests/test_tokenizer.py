@@ -94,8 +94,12 @@ def test_stable_diffusion_folders(tokenizer, tmp_path, pad_token):
     CLIPTokenizer.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "theirs")
     shutil.copytree(tmp_path / "theirs", tmp_path / "alone")
     (tmp_path / "alone" / "tokenizer_config.json").unlink()
+    shutil.copytree(tmp_path / "theirs", tmp_path / "older")
+    table = json.loads((tmp_path / "older" / "tokenizer.json").read_text())
+    table["model"]["merges"] = [" ".join(pair) for pair in table["model"]["merges"]]  # before tokenizers 0.20
+    (tmp_path / "older" / "tokenizer.json").write_text(json.dumps(table))
     assert not (tmp_path / "theirs" / "vocab.json").exists()
-    for name in ("tokenizer", "again", "theirs", "alone"):
+    for name in ("tokenizer", "again", "theirs", "alone", "older"):
         ours, theirs = Tokenizer.from_pretrained(tmp_path / name), CLIPTokenizer.from_pretrained(tmp_path / name)
         assert (ours.context_length, ours.pad_token) == ((77, END) if name == "alone" else (32, pad_token))
         assert_same(ours, theirs, TEXTS)

@@ -81,13 +81,13 @@ def results() -> None:
     print(f"{tables}curves in {options.out}")
 
 
-def read(path: Path, key: str) -> list[Record]:
-    """The lines of a metrics.jsonl, or the records of a metrics.json. Raises UserError unless all have that key."""
+def read(path: Path, *keys: str) -> list[Record]:
+    """The lines of a metrics.jsonl, or the records of a metrics.json. Raises UserError unless all have these keys."""
     try:
         text = path.read_text(encoding="utf-8")
         records = json.loads(text)["results"] if path.suffix == ".json" else [*map(json.loads, text.splitlines())]
-        if not records or not all(key in record for record in records):
-            raise ValueError(f"lines with a {key} are missing")
+        if not records or not all(key in record for record in records for key in keys):
+            raise ValueError(f"lines with {', '.join(keys)} are missing")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} holds no results: {type(error).__name__} {error}") from None
     return records
@@ -103,7 +103,7 @@ def curves(path: Path) -> dict[str, Lines]:
                 plots[name][""].append((record["step"], record[name]))
         del plots["step"]
         return plots
-    for record in read(path, "of"):
+    for record in read(path, "of", "metric", "value"):
         metric, of, value = record["metric"], record["of"], record["value"]
         if metric in GUIDED and value is not None and of in SOURCES:
             value = value["mean"]["all"] if isinstance(value, dict) else value
@@ -139,7 +139,7 @@ def table(folder: Path) -> str:
     """The autoencoders' evaluations in a folder as a Markdown table, a row each; "" where there are none."""
     rows = [["arm", *RECONSTRUCTED], ["---"] * (1 + len(RECONSTRUCTED))]
     for path in sorted(folder.glob("*.json")):
-        records = [record for record in read(path, "of") if record["metric"] in RECONSTRUCTED]
+        records = [record for record in read(path, "metric", "value") if record["metric"] in RECONSTRUCTED]
         cells = {r["metric"]: "{value:.4g} [{interval[0]:.4g}, {interval[1]:.4g}]".format(**r) for r in records}
         rows.append([path.stem, *(cells.get(metric, "-") for metric in RECONSTRUCTED)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows) if len(rows) > 2 else ""

@@ -22,7 +22,7 @@ from ldm.config import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ldm.pipeline import Pipeline
+    from ldm.pipeline import Pipeline, Progress
 
 RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale", "model", "sampler", "height", "width"]
 COMPILING, SAVED, PASSES = 8.0, 0.4, 60  # seconds, share of the time that it saves, passes below which it never pays
@@ -80,10 +80,14 @@ def main() -> None:
         inputs |= {"prompt": None} | path
     names = [*RECORDED, "device", "compiled", *(("image", "mask", "strength", "resample") if options.image else ())]
     shared = {name: given[name] for name in names if given[name] is not None}
-    steps = int(options.steps * options.strength) if options.image else options.steps
     batches = -(-len(metadata) // max(options.batch_size, 1))
-    with tqdm(total=batches * steps, unit="step", delay=1e-3) as bar:  # the delay: no bar before an error
-        images = pipe(callback=lambda progress: bar.update(), **inputs)
+    with tqdm(unit="step", delay=1e-3) as bar:  # the delay: no bar before an error
+
+        def advance(progress: Progress) -> None:
+            bar.total = batches * progress.steps
+            bar.update()
+
+        images = pipe(callback=advance, **inputs)
     write(options, images, [{key: str(value) for key, value in (own | shared).items()} for own in metadata])
 
 
@@ -143,7 +147,7 @@ def read_squares(options: Options, pipe: Pipeline) -> dict[str, Image.Image]:
 
     paths = {"image": options.image, "mask": options.mask}
     images = {name: open_image(path) for name, path in paths.items() if path}
-    side = max(options.height or pipe.unet.config.sample_size * pipe.vae.factor, 1) if images else 0
+    side = pipe.latent_shape(options.height, options.width)[1] * pipe.vae.factor
     sizes = sorted({f"{image.width}x{image.height}" for image in images.values()})
     if len(sizes) > 1:
         raise UserError(f"the image and its mask must have one size; they have {' and '.join(sizes)}")
