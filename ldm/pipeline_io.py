@@ -106,11 +106,17 @@ def load_parts(folder: str | Path) -> Parts:
         sizes = f"{c.in_channels} channels in, {c.out_channels} out, contexts of width {c.cross_attention_dim}"
         others = f"the VAE (latents of {latent} channels) or the text encoder (width {text.hidden_size})"
         raise UserError(f"the U-Net in {str(root)!r} ({sizes}) does not fit {others}")
+    check_tokenizer(tokenizer, text_encoder)
+    return Parts(vae, text_encoder, tokenizer, unet, schedule)
+
+
+def check_tokenizer(tokenizer: Tokenizer, text_encoder: TextEncoder) -> None:
+    """Raises UserError for tokens or lengths that the text encoder does not have."""
+    text = text_encoder.config
     if len(tokenizer) > text.vocab_size or tokenizer.context_length > text.max_position_embeddings:
         sizes = f"{len(tokenizer)} tokens, context length {tokenizer.context_length}"
         others = f"the text encoder ({text.vocab_size} tokens, length {text.max_position_embeddings})"
-        raise UserError(f"the tokenizer in {str(root)!r} ({sizes}) does not fit {others}")
-    return Parts(vae, text_encoder, tokenizer, unet, schedule)
+        raise UserError(f"the tokenizer ({sizes}) does not fit {others}")
 
 
 def save_schedule(folder: Path, config: ScheduleConfig) -> None:

@@ -141,11 +141,15 @@ def _read(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], int, str
     config |= special
     if complete:
         vocab, merges = complete["model"]["vocab"], complete["model"]["merges"]
+        if complete["model"].get("end_of_word_suffix") != WORD_END:
+            raise UserError(f"{folder}/tokenizer.json is no CLIP tokenizer: BPE with {WORD_END!r} at word ends")
         merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]  # strings: older files
     else:
         vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     tokens = [config.get(role) or default for role, default in ROLES.items()]
     tokens = [(token if isinstance(token, dict) else {"content": token}) | {"special": True} for token in tokens]
+    if [token["content"] for token in tokens[:2]] != [START, END]:
+        raise UserError(f"the tokenizer in {str(folder)!r} has other ends of a text than CLIP's {START!r} and {END!r}")
     pad, length = tokens[-1]["content"], config.get("model_max_length", CONTEXT_LENGTH)
     tokens += [{"content": token, "id": i, "normalized": True} for token, i in added.items()]
     tokens += complete.get("added_tokens", [])

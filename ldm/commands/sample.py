@@ -127,6 +127,8 @@ def read_prompts(options: Options) -> list[str]:
             raise UserError(f"prompt {text!r} is not valid UTF-8")
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {str(options.out)!r} is a file; give a folder, which may be new")
+    if options.grid and options.grid.is_dir():
+        raise UserError(f"--grid {str(options.grid)!r} is a folder; name a PNG in it")
     count = options.interpolate
     if count is not None and (count < 2 or len(prompts) != 2):
         raise UserError(f"--interpolate {count} with {len(prompts)} prompts; give 2 or more pictures and two prompts")

@@ -17,7 +17,7 @@ from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weig
 from ldm.distributed import Draws
 from ldm.images import captioned_grid
 from ldm.pipeline import Pipeline
-from ldm.pipeline_io import Parts, read_schedule, save_parts
+from ldm.pipeline_io import Parts, check_tokenizer, read_schedule, save_parts
 from ldm.samplers import make_grid
 from ldm.tokenizer import Tokenizer
 from ldm.train.config import TrainConfig, require_above_zero, require_least
@@ -88,6 +88,7 @@ class DiffusionTask(Task):
         text_encoder = TextEncoder.from_pretrained(config.text_encoder).to(self.device)
         self.text_encoder = text_encoder.requires_grad_(config.train_text_encoder)
         self.tokenizer = Tokenizer.from_pretrained(config.text_encoder)
+        check_tokenizer(self.tokenizer, text_encoder)
         self.schedule = Schedule(config.schedule)
         make_grid(self.schedule, config.schedule.sampler, config.preview.steps)  # refuses an unknown sampler now
         self.modules = {"unet": self.make_unet()}
