@@ -20,7 +20,6 @@ from tiny_evaluation import (
     kept,
     knows_shapes,
     one,
-    refusal,
     report,
     results,
     stub_extractor,
@@ -283,22 +282,3 @@ def test_another_evaluation_is_compared_with_where_it_may_be(done, copy, model, 
         with pytest.raises(UserError, match=words):
             evaluate(replace(config, out=tmp_path / "new", **changes))
         assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ("--num 3000", "has 2000"),
-        ("--guidance 1,-1", "0 or more"),
-        ("--guidance nan", "0 or more"),
-        ("--size 64", "with --model: unrecognized arguments: --size"),
-        ("--steps 0", "steps"),
-        ("--data folder --data-path nowhere", "nowhere"),
-        ("--device magic", "--device"),
-        ("--model nowhere", "nowhere"),
-    ],
-)
-def test_a_users_mistake_is_one_line(model, tmp_path, monkeypatch, capsys, changes, words):
-    options = f"--data shapes --num 16 --device cpu --features stub --judge none --out {tmp_path / 'out'} {changes}"
-    assert words in refusal(monkeypatch, capsys, "--model", model, *options.split())
-    assert not (tmp_path / "out").exists()

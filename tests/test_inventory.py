@@ -44,7 +44,9 @@ def run(tmp_path_factory) -> Iterator[Scripts]:
     folder = tmp_path_factory.mktemp("inventory")
     scripts = Scripts(folder, tmp_path_factory.mktemp("logs"))
     own_images(folder / "photos")
-    Image.new("RGB", (50, 40), "red").save(folder / "red.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera's picture on its side, 50x40 upright
+    Image.new("RGB", (40, 50), "red").save(folder / "red.png", exif=exif)
     Image.new("L", (50, 40), "black").save(folder / "black.png")
     Image.new("L", (40, 50), "black").save(folder / "tall.png")
     (folder / "prompts.txt").write_text("a red circle\n\nzwei Grün\n", encoding="utf-8")
@@ -395,6 +397,7 @@ MODEL = ["sample", *NEW, "--model", "model"]
 CIRCLE = [*MODEL, "--prompt", "a red circle"]
 IMAGE = [*CIRCLE, "--image", "red.png"]
 EVALUATE = ["evaluate", *NEW, "--model", "model", *EVALUATION]
+CODES = ["evaluate", *NEW, "--autoencoder", "vae", "--data", "shapes"]
 FOLDERS = ["evaluate", *NEW, "--images", "photos/test", "--reference", "photos/train"]
 COMPARE = ["compare_diffusers", "model"]
 PLAN = ["plan_training", "--family", str(CONFIGS / "sd15")]
@@ -471,6 +474,14 @@ MISTAKES = [
     (["evaluate", *NEW, "--model", "model"], "--data"),
     ([*EVALUATE, "--split", "train"], "train", "test", "val"),
     ([*EVALUATE, "--num", "3"], "3", "16"),
+    ([*EVALUATE, "--num", "3000"], "has 2000"),
+    ([*EVALUATE, "--size", "64"], "--model", "--size"),
+    ([*EVALUATE, "--steps", "0"], "steps", "0"),
+    ([*EVALUATE, "--device", "magic"], "--device", "magic"),
+    ([*EVALUATE, "--guidance", "1,-1"], "-1", "0 or more"),
+    ([*EVALUATE, "--guidance", "nan"], "nan", "0 or more"),
+    ([*EVALUATE, "--model", "nowhere"], "nowhere", "emoji"),
+    ([*EVALUATE, "--data", "folder", "--data-path", "nowhere"], "nowhere"),
     ([*EVALUATE, "--guidance", "1,a"], "1,a"),
     ([*EVALUATE, "--guidance", "1,1"], "1,1"),
     ([*EVALUATE, "--guidance-rescale", "2"], "2", "[0, 1]"),
@@ -485,8 +496,11 @@ MISTAKES = [
     ([*EVALUATE, "--baseline", "empty"], "empty"),
     ([*EVALUATE, "--without-frechet"], "--without-frechet", "--model"),
     ([*EVALUATE, "--data", "folder"], "folder", "--data-path"),
-    (["evaluate", *NEW, "--autoencoder", "vae", "--data", "shapes", "--size", "36"], "--size", "36", "8"),
-    (["evaluate", *NEW, "--autoencoder", "vae", "--data", "shapes", "--judge", "shapes"], "--judge", "--autoencoder"),
+    ([*CODES, "--size", "36"], "--size", "36", "8"),
+    ([*CODES, "--size", "5000"], "--size", "5000", "4000"),
+    ([*CODES, "--judge", "shapes"], "--judge", "--autoencoder"),
+    ([*CODES, "--perceptual", "magic"], "magic", "lpips-vgg"),
+    ([*CODES, "--autoencoder", "nowhere"], "nowhere"),
     (["evaluate", *NEW, "--images", "photos/test"], "--reference"),
     ([*FOLDERS, "--features", "none"], "--features", "--judge"),
     ([*FOLDERS, "--reference", "empty"], "empty"),

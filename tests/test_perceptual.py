@@ -1,11 +1,8 @@
 """Perceptual distances: LPIPS against its package, gradients, ordering of distortions, refusals."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 import torchvision
-from torchvision.transforms.v2 import functional as TF
 
 from ldm import perceptual
 from ldm.config import UserError
@@ -78,16 +75,6 @@ def test_gradient_reaches_the_picture_but_no_weight(effnet, size):
     effnet(x, discs(size)).sum().backward()
     assert x.grad.isfinite().all() and (x.grad.flatten(1).abs().sum(1) > 0).all()
     assert all(p.grad is None and not p.requires_grad for p in effnet.parameters())
-
-
-@pytest.mark.parametrize("size", [32, 64])
-def test_orders_distortions(effnet, size):
-    x = discs(size)
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    blurs = [effnet(x, TF.gaussian_blur(x, [9, 9], [s, s])) for s in (0.5, 1.0, 2.0, 4.0)]
-    noises = [effnet(x, x + s * noise) for s in (0.05, 0.1, 0.2, 0.4)]
-    assert all((a < b).all() for distances in (blurs, noises) for a, b in pairwise(distances))
-    assert (effnet(x, x + 0.05) < effnet(x, x.roll(1, 0))).all()  # a touch brighter, against another picture
 
 
 def test_is_a_symmetric_distance_per_picture(effnet):

@@ -13,7 +13,6 @@ from PIL import Image
 
 from ldm.__main__ import COMMANDS
 from ldm.commands.cli import positional, read_options
-from ldm.config import UserError
 from ldm.images import read_metadata
 
 ROOT = Path(__file__).parents[1]
@@ -54,17 +53,6 @@ def test_a_file_of_prompts(capsys, monkeypatch, tmp_path, data):
     assert [read_metadata(tmp_path / "out" / name)["prompt"] for name in names] == ["a red circle", "a star"]
     with Image.open(tmp_path / "g/g.png") as grid:
         assert grid.text == {"grid": "2 pictures"}
-
-
-def test_an_image_and_its_mask_are_compared_upright(capsys, monkeypatch, tmp_path):
-    """A camera's picture lies on its side, as its EXIF data say; a mask drawn over it stands upright."""
-    exif, camera = Image.Exif(), Image.new("RGB", (40, 30), "red")
-    exif[0x0112] = 6  # turned by a quarter
-    camera.save(tmp_path / "image.jpg", exif=exif)
-    Image.new("L", (30, 40), "white").save(tmp_path / "mask.png")
-    line = (*SAMPLE, "--prompt", "a", "--image", "image.jpg", "--mask", "mask.png")
-    code, _, err = in_process(capsys, monkeypatch, "sample.py", *line, cwd=tmp_path)
-    assert code == 0, err
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if not name.startswith("train")])
@@ -110,18 +98,3 @@ def test_options_of_a_dataclass(capsys):
         read_options(Options, "Says.", ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "Says." in shown and "50% of them" in shown and "some; default: 1,2.5" in shown and "--out OUT" in shown
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("--out o", "the following arguments are required: PATHS; see --help"),
-        ("a", "required: --out"),
-        ("a --out o --count x", "--count is 'x'"),
-        ("a --out o --sizes x", "numbers with commas, e.g. 1,7.5"),
-        ("a --out o --wrong", "unrecognized arguments: --wrong"),
-    ],
-)
-def test_wrong_options(line, message):
-    with pytest.raises(UserError, match=message):
-        read_options(Options, "", line.split())
