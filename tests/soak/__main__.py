@@ -20,7 +20,6 @@ GROUPS = {
     "damage": files.damage,
     "disk": interrupts.disk,
     "stop": interrupts.stop,
-    "payloads": files.payloads,
     "fuzz": fuzz.run,
     "pair": interrupts.pair,
 }
