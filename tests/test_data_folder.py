@@ -186,6 +186,7 @@ LINES = {
     "deep json": ("[" * 100_000, "line 2 is not valid JSON"),
     "no object": ("[1]", "line 2 must be a JSON object"),
     "back slash": ('{"file_name": "..\\\\good.png", "text": "x"}', "which does not exist in the folder"),
+    "absolute": ('{"file_name": "/etc/passwd", "text": "x"}', "which does not exist in the folder"),
     "nul": ('{"file_name": "good.png\\u0000", "text": "x"}', "does not exist"),
     "no name": ('{"text": "x"}', "line 2 needs a 'file_name'"),
     "no text": ('{"file_name": "good.png"}', "line 2 needs a 'file_name' and a 'text'"),

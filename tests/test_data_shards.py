@@ -3,17 +3,14 @@
 import gzip
 import io
 import json
-import pickle
 import re
 import tarfile
 from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, features
 from test_data_folder import bomb
-from torch.utils.data import DataLoader
 
 from ldm.config import UserError
 from ldm.data import order
@@ -202,18 +199,6 @@ def test_bad_folders(tmp_path):
     tar(tmp_path / "train-0.tar", [("a.png", png(1)), ("a.txt", b"a")])
     with pytest.raises(UserError, match="split 'test' of .* is empty"):
         Shards(tmp_path, 8, "test")
-
-
-def test_worker_processes_read_what_one_process_reads(tmp_path):
-    write_shards(samples(12), tmp_path, "train", per_shard=9)
-    shards = Shards(tmp_path, 8)
-    batches = EpochBatches(12, 4, seed=0, steps=3, blocks=shards.lengths)
-    copy = pickle.loads(pickle.dumps(shards))  # as a spawned worker gets it
-    for batch, indices in zip(
-        DataLoader(copy, batch_sampler=batches, num_workers=2, collate_fn=list), batches, strict=True
-    ):
-        for sample, i in zip(batch, indices, strict=True):
-            assert sample["key"] == shards[i]["key"] and torch.equal(sample["image"], shards[i]["image"])
 
 
 @pytest.mark.parametrize("blocks", [None, [7, 1, 12, 5, 9, 3]])

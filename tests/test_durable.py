@@ -30,6 +30,12 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
+def name_in_manifest(checkpoint: Path, name: str) -> None:
+    table = model_io.read_json(checkpoint / "manifest.json")
+    table["files"][name] = "0"
+    model_io.write_json(checkpoint / "manifest.json", table)
+
+
 def same_runs(a: Path, b: Path) -> bool:
     return tiny.same(state_of(a, 6), state_of(b, 6)) and metrics(a) == metrics(b)
 
@@ -40,6 +46,7 @@ def same_runs(a: Path, b: Path) -> bool:
         (lambda f: flip_a_bit(f / "state/first.safetensors"), "state/first.safetensors was changed since"),
         (lambda f: (f / "state/first-optimizer.safetensors").unlink(), "No such file.*first-optimizer.safetensors"),
         (lambda f: (f / "manifest.json").write_text("{}"), "files"),
+        (lambda f: name_in_manifest(f, "../../../../outside"), "outside"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage, words):

@@ -63,12 +63,8 @@ def test_effnet_lite_has_features_of_any_size_and_names_a_cat(version, size, dig
     effnet = feature_extractor(f"effnet-lite{version}")
     cat = torch.from_numpy(data.chelsea()[:, 75:375]).permute(2, 0, 1)[None] / 127.5 - 1
     rows = effnet(cat)
-    assert (rows.shape, rows.dtype, effnet.name, effnet.size) == (
-        (1, 1280),
-        torch.float32,
-        f"effnet-lite{version}",
-        size,
-    )
+    assert rows.shape == (1, 1280) and rows.dtype == torch.float32
+    assert (effnet.name, effnet.size) == (f"effnet-lite{version}", size)
     assert effnet.sha256.startswith(digest) and len(effnet.sha256) == 64
     classes = effnet.probabilities(rows)
     assert classes.shape == (1, 1000) and classes.sum().item() == pytest.approx(1, abs=1e-5)

@@ -16,7 +16,6 @@ from ldm import metrics
 from ldm.config import UserError
 from ldm.metrics import clip_score, cosine, psnr, retrieval, sharpness, ssim
 from ldm.metrics.alignment import chance, retrieval_hits
-from ldm.metrics.codecs import curve, encoded
 from ldm.metrics.reconstruction import ROUNDING, discretized_logistic
 
 
@@ -86,15 +85,6 @@ def test_discretized_logistic_is_scipys_on_256_levels(mean, scale):
     mass = np.diff(logistic(np.float32(mean), scale).cdf(edges))
     probable = mass > 1e-8
     assert torch.exp(-nll)[probable].numpy() == pytest.approx(mass[probable], rel=1e-5)
-
-
-@pytest.mark.parametrize("codec", ["JPEG", "WEBP"])
-def test_codecs_trade_bytes_for_quality(codec):
-    pixels = ((pictures(3, 48) + 1) * 127.5).to(torch.uint8)
-    points = curve(pixels, codec, (5, 50, 95))
-    assert points == sorted(points) and points[0][1] < points[1][1] < points[2][1]
-    size, decoded = encoded(pixels[0], codec, 95)
-    assert (decoded.shape, decoded.dtype) == ((3, 48, 48), torch.uint8) and size > encoded(pixels[0], codec, 5)[0]
 
 
 def test_cosine_and_clip_score():

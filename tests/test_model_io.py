@@ -83,8 +83,9 @@ def refused(folder, message: str) -> None:
 
 def test_a_bin_runs_nothing(tmp_path):
     path, mark = tmp_path / "pytorch_model.bin", tmp_path / "mark"
-    for content in ({"0.bias": Trap(mark)}, [torch.zeros(1)], {"0.bias": 3}):
-        torch.save(content, path)
+    contents = ({"0.bias": Trap(mark)}, [torch.zeros(1)], {"0.bias": 3})
+    for content, zipped in itertools.product(contents, (True, False)):  # torch's old format is a plain pickle
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
         refused(tmp_path, "more than tensors")
         assert not mark.exists()
     torch.save(model().state_dict(), path)

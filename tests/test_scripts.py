@@ -1,18 +1,16 @@
-"""Commands end to end, from any folder, and the command line. What each command refuses is in test_inventory.py."""
+"""Commands end to end, from any folder. Their options, and what each refuses, are in test_inventory.py."""
 
 import os
 import runpy
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from ldm.__main__ import COMMANDS
-from ldm.commands.cli import positional, read_options
 from ldm.images import read_metadata
 
 ROOT = Path(__file__).parents[1]
@@ -67,34 +65,9 @@ def test_help_comes_before_heavy_imports(name):
 
 
 def test_the_list_of_commands(tmp_path):
-    assert all(name in run(cwd=tmp_path).stdout for name in COMMANDS)
+    listed = run(cwd=tmp_path).stdout
+    assert all(name in listed for name in COMMANDS)
     done = run("smaple", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: unknown command 'smaple'; known: train autoencoder")
     done = run("train", "clip", "--help", cwd=tmp_path)
     assert "train.steps = " in done.stdout and "usage: ldm train clip" in done.stdout
-
-
-# --- the command line
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    paths: tuple[Path, ...] = positional()  # files
-    out: Path  # 50% of them
-    name: str | None = None
-    text: str = ""  # as typed
-    sizes: tuple[float, ...] = (1, 2.5)  # some
-    words: tuple[str, ...] = ()  # may be repeated
-    count: int = 3  # of them
-    quick: bool = False  # faster
-
-
-def test_options_of_a_dataclass(capsys):
-    line = 'a b --out 7 --name none --text "x" --sizes 3,4 --words 1 --words b --count -1 --quick'
-    changed = {"text": '"x"', "sizes": (3, 4), "words": ("1", "b"), "count": -1, "quick": True}
-    assert read_options(Options, "", line.split()) == Options(paths=(Path("a"), Path("b")), out=Path("7"), **changed)
-    assert read_options(Options, "", ["a", "--out", "o"]) == Options(paths=(Path("a"),), out=Path("o"))
-    with pytest.raises(SystemExit):
-        read_options(Options, "Says.", ["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "Says." in shown and "50% of them" in shown and "some; default: 1,2.5" in shown and "--out OUT" in shown

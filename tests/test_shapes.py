@@ -3,15 +3,13 @@
 import hashlib
 import itertools
 import re
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
 from ldm.config import UserError
-from ldm.data import shapes
-from ldm.data.shapes import COLOURS, HELD_OUT, SHAPES, SIZES, Scene, Shapes, Thing, captions, coverage, is_held_out
+from ldm.data.shapes import COLOURS, SHAPES, SIZES, Scene, Shapes, Thing, captions, coverage
 
 WORD = re.compile(rf"(a|one|two|three) (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:e?s)?$")
 RELATION = re.compile(r" (?:to the )?(left of|right of|above|below) (?:the )?")
@@ -81,27 +79,6 @@ def test_every_caption_is_true_complete_and_short(scenes):
         assert max(len(re.findall(r"\w+", text)) for text in texts) <= 20
     words = {word for scene in scenes for text in captions(scene) for word in re.findall(r"\w+", text)}
     assert len(words) <= 45
-
-
-def held_out_way(scene: Scene) -> str:
-    """In which way a scene is held out, or ""."""
-    kinds = Counter((thing.colour, thing.shape) for thing in scene.things)
-    if {" ".join(kind) for kind in kinds} & HELD_OUT:
-        return "thing"
-    if len(kinds) == 1:
-        (((colour, shape), n),) = kinds.items()
-        return "count" if {f"{n} {colour}", f"{n} {shape}"} & HELD_OUT else ""
-    pairs = itertools.permutations(scene.things, 2)
-    seen = {f"{a.shape} {r} {b.shape}" for a, b in pairs for r in shapes.RELATIONS if lies(r, a, b)}
-    return "relation" if seen & HELD_OUT else ""
-
-
-def test_every_second_test_item_alone_is_held_out_in_each_of_three_ways(scenes):
-    ways = [held_out_way(scene) for scene in scenes]
-    assert [is_held_out(scene) for scene in scenes] == [way != "" for way in ways]
-    assert not any(ways[:3000])  # train and val
-    assert [way != "" for way in ways[3000:]] == [i % 2 == 1 for i in range(1500)]
-    assert all(ways.count(way) > 50 for way in ("thing", "count", "relation"))
 
 
 AREAS = {  # of a shape of diameter 2, in closed form

@@ -1,14 +1,19 @@
 """The smallest trainings that still have every part; shared by the tests of the loop, the tasks and the scripts."""
 
 import io
+import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from inventory_tools import flat
 from PIL import Image
 from torch import Tensor, nn
 
 from ldm.clip import TextConfig, VisionConfig
+from ldm.config import to_dict
 from ldm.data import DataConfig, open_dataset
 from ldm.diffusion import ScheduleConfig
 from ldm.distributed import Draws
@@ -35,6 +40,7 @@ TRAIN = TrainConfig(
 )
 LOSS = LossConfig(perceptual_depth=1, gan_start=0, gan_ramp=0, discriminator_channels=4, discriminator_layers=2)
 NO_READERS, READERS = GroundingConfig(), GroundingConfig(words=1.0, picture=10.0, window=3, layers=1)
+EMPTY = ("--config", os.devnull)
 TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -72,6 +78,11 @@ def diffusion(vae: Path | str, text_encoder: Path | str, train: TrainConfig = TR
     fixed = {"data": DATA, "model": model, "train": train, "held_out": 4, "preview": PreviewConfig(count=2, steps=2)}
     fixed["schedule"] = ScheduleConfig(timestep_spacing="trailing", sampler="ddim")
     return DiffusionConfig(**{"vae": str(vae), "text_encoder": str(text_encoder)} | fixed | changes)
+
+
+def overrides(config: Any) -> list[str]:
+    """Every value of a config as `key=value`."""
+    return [f"{key}={json.dumps(value)}" for key, value in flat(to_dict(config)).items() if value is not None]
 
 
 def samples(count: int) -> list[dict]:
