@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ldm.config import UserError
 from ldm.data import shapes
 from ldm.data.shapes import COLOURS, RELATIONS, SHAPES, SIZES, Scene, Shapes, Thing, render
 from ldm.metrics.compositional import TASKS, by_aspect, cases, check, tally
@@ -145,9 +144,3 @@ def test_the_tally_weighs_tasks_alike_and_leaves_out_what_is_empty():
     assert result["mean"]["all"] == pytest.approx((5 + 0.75) / 6)
     result = tally([True], [case for case in posed if case.task == "position" and not case.held_out][:1])
     assert list(result) == ["position", "mean"] and "held_out" not in result["mean"]
-
-
-@pytest.mark.parametrize("shape, words", [((32, 32, 3), "uint8"), ((3, 32, 32), r"\(3, 32, 32\)")])
-def test_other_arrays_are_refused(shape, words):
-    with pytest.raises(UserError, match=words):
-        parse(np.zeros(shape, float if words == "uint8" else np.uint8))

@@ -228,17 +228,6 @@ def test_bad_folders(tmp_path):
         open_dataset(DataConfig(name="folder"), "train")
 
 
-def test_an_autoencoder_needs_no_captions(tmp_path):
-    for i in range(40):
-        picture(tmp_path, f"{i}.png", color=(6 * i, 0, 0))
-    (tmp_path / "3.txt").write_text("a dark red square")
-    config = DataConfig(name="folder", path=str(tmp_path), size=8)
-    captions = captions_of(*(open_dataset(config, split, need_captions=False) for split in SPLITS))
-    assert captions.pop("3.png") == ["a dark red square"] and not any(captions.values()) and len(captions) == 39
-    with pytest.raises(UserError, match="0.png' has no caption.*39 of 40 samples cannot be used"):
-        open_dataset(config, "train")
-
-
 def test_a_disk_that_fails_is_no_fault_of_a_picture(tmp_path, monkeypatch):
     picture(tmp_path, "train/a.png", "a")
     data = Folder(tmp_path, 8)

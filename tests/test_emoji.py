@@ -83,12 +83,9 @@ def test_pictures_are_centred_on_white_without_fringes(size):
 def test_encoding_is_lossless_and_the_compact_one_near():
     x = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     x[:4] = 255
-
-    exact, compact = (
-        np.asarray(Image.open(io.BytesIO(emoji_build.encode(x, compact))).convert("RGB")) for compact in (False, True)
-    )
+    files = [io.BytesIO(emoji_build.encode(x, compact)) for compact in (False, True)]
+    exact, compact = (np.asarray(Image.open(file).convert("RGB")).astype(int) for file in files)
     assert np.array_equal(exact, x)
-    compact = compact.astype(int)
     assert np.abs(compact - x).max() <= emoji_build.STEP // 2 + 1 and (compact[:4] == 255).all()
 
 

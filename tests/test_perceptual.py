@@ -69,10 +69,9 @@ def test_gradient_is_finite_where_features_are_all_zero(tmp_path):
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("size", [32, 64])
-def test_gradient_reaches_the_picture_but_no_weight(effnet, size):
-    x = discs(size).add(0.1).requires_grad_()
-    effnet(x, discs(size)).sum().backward()
+def test_gradient_reaches_the_picture_but_no_weight(effnet):
+    x = discs(32).add(0.1).requires_grad_()
+    effnet(x, discs(32)).sum().backward()
     assert x.grad.isfinite().all() and (x.grad.flatten(1).abs().sum(1) > 0).all()
     assert all(p.grad is None and not p.requires_grad for p in effnet.parameters())
 

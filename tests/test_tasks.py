@@ -88,8 +88,7 @@ def test_previews_change_no_bit_and_resuming_is_exact(name, muon, tmp_path, one_
             changes = {"validate_every": every, "preview_every": every, "save_every": stop}
             with nullcontext() if stop == 6 else pytest.raises(KeyboardInterrupt):
                 train(task, replace(config, **changes), tmp_path / case, {})
-        files = (tmp_path / case / "checkpoints" / "step-00000006").rglob("*.safetensors")
-        states.append({f"{f.parent.name}/{f.name}/{k}": v for f in files for k, v in model_io.load_tensors(f).items()})
+        states.append(tiny.tensors(tmp_path / case / "checkpoints" / "step-00000006"))
     assert len(states[0]) > 100 and tiny.same(states[0], states[1]) and tiny.same(states[0], states[2])
     assert all(module.training for module in task.modules.values())
 
@@ -240,15 +239,6 @@ def test_dropped_captions_are_empty_at_the_right_rate(unet_task, monkeypatch):
     seen.clear()
     next(losses_of(unet_task, batch))
     assert set(seen) == {""}
-
-
-def test_cached_and_fresh_latents_have_the_same_moments(unet_task, vae_run, clip_run, tmp_path):
-    cached, means = DiffusionTask(tiny.diffusion(vae_run, clip_run, cache=str(tmp_path / "c.safetensors"))), []
-    for task in (unet_task, cached):
-        batch = task.collate([task.dataset[i] for i in range(4)])
-        means.append(torch.stack([task.latents(batch, tiny.draws(step)) for step in range(64)]))
-    torch.testing.assert_close(means[0].mean((0, 3, 4)), means[1].mean((0, 3, 4)), rtol=0, atol=0.05)
-    assert not torch.equal(means[1][0], means[1][1])  # sampled anew
 
 
 def test_latents_far_from_unit_variance_are_refused():

@@ -22,8 +22,7 @@ CONFIG = replace(tiny.TRAIN, steps=6, save_every=3, log_every=1, ema_decay=0.9)
 
 def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint's training state."""
-    folder = run / "checkpoints" / f"step-{step:08d}" / "state"
-    return {f"{file.stem}/{k}": v for file in folder.glob("*.safetensors") for k, v in load_tensors(file).items()}
+    return tiny.tensors(run / "checkpoints" / f"step-{step:08d}" / "state")
 
 
 def test_learning_rate_warms_up_then_falls_as_a_cosine():

@@ -18,7 +18,7 @@ from ldm.data import DataConfig, open_dataset
 from ldm.diffusion import ScheduleConfig
 from ldm.distributed import Draws
 from ldm.images import to_float, to_pil
-from ldm.model_io import save_tensors, write_json
+from ldm.model_io import load_tensors, save_tensors, write_json
 from ldm.train.autoencoder import AutoencoderConfig, LossConfig
 from ldm.train.auxiliary import GroundingConfig
 from ldm.train.clip import CLIPConfig
@@ -112,6 +112,12 @@ def draws(step: int = 0) -> Draws:
 def copied(module: nn.Module) -> dict[str, Tensor]:
     """A module's state as it is now."""
     return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the safetensors below a folder."""
+    files = {file.relative_to(folder).with_suffix(""): load_tensors(file) for file in folder.rglob("*.safetensors")}
+    return {f"{name}/{key}": tensor for name, tensors in files.items() for key, tensor in tensors.items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -17,7 +17,6 @@ import torch.utils.tensorboard  # noqa: F401
 from inventory_tools import metrics
 
 from ldm.commands.cli import run_command
-from ldm.model_io import load_tensors
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
 from ldm.train.config import TrainConfig
@@ -152,12 +151,8 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*"))
 
 
-def state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint."""
-    return {f"{f.name}/{k}": v for f in checkpoint.rglob("*.safetensors") for k, v in load_tensors(f).items()}
-
-
 def identical(a: Path, b: Path) -> bool:
     """Whether two finished runs have the same last state and log, and no half-written files."""
     hidden = [p for p in a.rglob("*") if p.name.startswith(".step-") or p.suffix in (".tmp", ".part")]
-    return not hidden and metrics(a) == metrics(b) and tiny.same(state(checkpoints(a)[-1]), state(checkpoints(b)[-1]))
+    last = (tiny.tensors(checkpoints(run)[-1]) for run in (a, b))
+    return not hidden and metrics(a) == metrics(b) and tiny.same(*last)
