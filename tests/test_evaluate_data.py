@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_evaluation import OPENED, N, captions, config_for, fill, image_text, one, report, results
 
 from ldm.clip import CLIP, VisionConfig
+from ldm.commands.evaluate import main
 from ldm.config import UserError, comments
 from ldm.data.emoji import Emoji
 from ldm.evaluate.config import AutoencoderEvaluation, EvaluateConfig, FolderEvaluation
@@ -147,10 +148,11 @@ def test_data_are_those_of_the_models_run_and_fewer_begin_more(model, tmp_path):
     assert few == many[:24] and all(kinds.count((task, half)) == 6 for task in TASKS for half in (False, True))
 
 
-def test_reports_need_two_packages(model, tmp_path, monkeypatch):
+def test_reports_need_two_packages(monkeypatch):
     monkeypatch.setattr("ldm.evaluate.report.find_spec", lambda name: None if name == "matplotlib" else name)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", "shapes", "--data", "shapes"])
     with pytest.raises(UserError, match="pip install matplotlib"):
-        evaluate(config_for(model, tmp_path / "out"))
+        main()
 
 
 @pytest.mark.parametrize("options", [EvaluateConfig, AutoencoderEvaluation, FolderEvaluation])
