@@ -452,7 +452,7 @@ MISTAKES = [
     (wrong("clip", "text_encoder=clip", "tokenizer=clip"), "tokenizer"),
     (wrong("clip", "text_encoder=clip", "judge=true"), "judge"),
     (wrong("diffusion", "caption_dropout=1.5"), "caption_dropout", "1.5"),
-    (wrong("diffusion", "unet=emoji"), "16", "4"),
+    (wrong("diffusion", "unet=emoji"), "16", "3"),
     (wrong("diffusion", "model.attention_head_dim=3"), "16", "3", "heads"),
     (wrong("diffusion", "model.attention_head_dim=0"), "attention_head_dim", "0"),
     (wrong("diffusion", "model.attention_head_dim=[2,2,2]"), "attention_head_dim", "3"),
