@@ -150,7 +150,7 @@ def test_data_are_those_of_the_models_run_and_fewer_begin_more(model, tmp_path):
 
 def test_reports_need_two_packages(monkeypatch):
     monkeypatch.setattr("ldm.evaluate.report.find_spec", lambda name: None if name == "matplotlib" else name)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", "shapes", "--data", "shapes"])
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", "shapes", "--data", "shapes", "--out", "new"])
     with pytest.raises(UserError, match="pip install matplotlib"):
         main()
 
