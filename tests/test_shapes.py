@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm.config import UserError
-from ldm.data.shapes import COLOURS, SHAPES, SIZES, Scene, Shapes, Thing, captions, coverage
+from ldm.data.shapes import COLOURS, SHAPES, SIZES, Scene, Shapes, Thing, captions, coverage, is_held_out
 
 WORD = re.compile(rf"(a|one|two|three) (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:e?s)?$")
 RELATION = re.compile(r" (?:to the )?(left of|right of|above|below) (?:the )?")
@@ -79,6 +79,14 @@ def test_every_caption_is_true_complete_and_short(scenes):
         assert max(len(re.findall(r"\w+", text)) for text in texts) <= 20
     words = {word for scene in scenes for text in captions(scene) for word in re.findall(r"\w+", text)}
     assert len(words) <= 45
+
+
+def test_a_relation_is_held_out_in_either_wording():
+    a, b = Thing(colour="blue", shape="circle"), Thing(colour="blue", shape="star")
+    assert is_held_out(Scene(things=(a, b), relation="left of"))
+    assert is_held_out(Scene(things=(b, a), relation="right of"))
+    assert not is_held_out(Scene(things=(a, b), relation="right of"))
+    assert not is_held_out(Scene(things=(a, b)))
 
 
 AREAS = {  # of a shape of diameter 2, in closed form

@@ -93,6 +93,6 @@ def test_through_here_and_back_every_tensor_is_the_same(tmp_path, generation, sa
     with no_complaints():
         again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "ours")
     ours, opened = (UNet.from_pretrained(tmp_path / folder).config for folder in ("ours", "pipe"))
-    assert ours == opened
+    assert ours == opened and (generation == 1 or opened.attention_head_dim == (2, 4))
     tokens = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
     assert again.tokenizer(PROMPTS, **tokens).input_ids == theirs.tokenizer(PROMPTS, **tokens).input_ids
