@@ -21,9 +21,8 @@ TOKENS = torch.tensor([[1, 7, 8, 59, 59, 59], [1, 59, 0, 0, 0, 0], [1, 5, 6, 7, 
 
 def text_config(**changes) -> TextConfig:
     ids = {"bos_token_id": 1, "eos_token_id": 59, "pad_token_id": 59}
-    return TextConfig(
-        **{"vocab_size": 60, "num_attention_heads": 3, "max_position_embeddings": 6} | SIZES | ids | changes
-    )
+    sizes = SIZES | {"vocab_size": 60, "num_attention_heads": 3, "max_position_embeddings": 6}
+    return TextConfig(**sizes | ids | changes)
 
 
 def vision_config(**changes) -> VisionConfig:

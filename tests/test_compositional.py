@@ -116,9 +116,8 @@ def test_cases_require_what_their_captions_say():
         required = case.required
         assert case.caption in shapes.wordings(required) and shapes.is_held_out(required) == case.held_out
         scene = tuple(replace(t, size=t.size or "small", x=0.5, y=0.5) for t in required.things)
-        assert case.caption in shapes.captions(
-            Scene(things=scene, relation=required.relation)
-        )  # training could show it
+        shown = Scene(things=scene, relation=required.relation)
+        assert case.caption in shapes.captions(shown)  # training could show it
         colours, outlines, sizes = ({getattr(t, name) for t in required.things} for name in ("colour", "shape", "size"))
         n = len(required.things)
         assert {

@@ -113,7 +113,8 @@ def test_guidance_acts_in_its_interval_only():
     z_t = normal(3, 2, 4, 4)
     for t in (199.0, 200.0, 800.0, 801.0):
         denoise(z_t, torch.tensor(t))
-    assert model.batches == [3, 6, 6, 3]
+    guided(denoiser, context, negative, guidance=1.0)(z_t, torch.tensor(400.0))
+    assert model.batches == [3, 6, 6, 3, 3]
     half = Denoiser(lambda z_t, t, context: z_t.bfloat16(), schedule("sample"))
     assert half(z_t, torch.tensor(5), None).dtype == torch.float32
     assert torch.equal(denoise(z_t, torch.tensor(900.0)), denoiser(z_t, torch.tensor(900.0), context))

@@ -98,9 +98,8 @@ def train_diffusion(run: Scripts, *overrides: str) -> Outcome:
 
 def test_interpolation_by_the_script(run):
     ends = ["--prompt", PROMPTS["shapes"][0], "--prompt", PROMPTS["shapes"][1], "--seed", 1, "--seed-to", 2]
-    succeed(
-        run("sample", "--model", "shapes", *ends, "--steps", 10, "--guidance", 3, "--interpolate", 4, "--out", "way")
-    )
+    ends += ["--interpolate", 4, "--steps", 10, "--guidance", 3]
+    succeed(run("sample", "--model", "shapes", *ends, "--out", "way"))
     now = np.concatenate([np.asarray(Image.open(path)) for path in sorted((run.cwd / "way").glob("0*.png"))], 1)
     with Image.open(KEPT / "interpolation.png") as image:
         assert np.abs(now.astype(int) - np.asarray(image)).max() <= 1

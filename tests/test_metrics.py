@@ -2,7 +2,6 @@
 the inputs that every public metric takes or refuses."""
 
 import itertools
-import math
 import sys
 from functools import partial
 
@@ -64,13 +63,6 @@ def test_sharpness_equals_scipy_and_falls_with_blur():
     assert sharpness(plain, plain + 0.5).tolist() == [1.0]
     levels = 127.5 * torch.rand(1, 1, 512, 512, dtype=torch.float64)
     assert sharpness(0 * levels, (levels.round() - levels) / 127.5).item() == pytest.approx(2, rel=0.03)  # rounding
-
-
-def test_bits_per_dimension_vectors():
-    zero = torch.zeros(2)
-    uniform = metrics.bits_per_dimension(torch.full((2,), 12 * math.log(256)), zero, 12)
-    assert uniform.tolist() == pytest.approx([8.0, 8.0], abs=1e-6)
-    assert metrics.bits_per_dimension(zero, zero + 12 * math.log(2), 12).tolist() == pytest.approx([1, 1], abs=1e-6)
 
 
 @pytest.mark.parametrize("mean, scale", [(0.3, 0.01), (0.999, 1e-4), (-1.2, 0.05), (-0.2, 0.3), (0.0, 50.0)])

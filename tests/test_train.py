@@ -57,9 +57,8 @@ def test_the_average_moves_and_is_exported_instead_of_the_weights(tmp_path):
     toy = tiny.Toy()
     start = tiny.copied(toy.modules["first"])
     train(toy, CONFIG, tmp_path, {})
-    average, now = (
-        load_tensors(tmp_path / f"checkpoints/step-00000006/state/first{x}.safetensors") for x in ("-ema", "")
-    )
+    folder = tmp_path / "checkpoints/step-00000006/state"
+    average, now = (load_tensors(folder / f"first{x}.safetensors") for x in ("-ema", ""))
     assert tiny.same(now, toy.modules["first"].state_dict())
     assert not tiny.same(average, now) and not tiny.same(average, start)
     assert tiny.same(load_tensors(tmp_path / "first" / "model.safetensors"), average)

@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +127,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 class Toy(Task):
     """Two linear maps on noisy points: a task for the loop alone. `wrong` is added to the loss at a step, and `events`
-    are called at the start of one, once."""
+    are called at the start of one, once; both by step."""
 
-    def __init__(
-        self, noise: float = 0.1, wrong: dict[int, float] | None = None, events: dict[int, Callable] | None = None
-    ):
+    def __init__(self, noise: float = 0.1, wrong: dict | None = None, events: dict | None = None):
         torch.manual_seed(0)
         self.modules = {"first": nn.Linear(3, 2), "second": nn.Linear(2, 1)}
         points = torch.randn(11, 3)
