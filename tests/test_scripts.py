@@ -41,9 +41,14 @@ def in_process(capsys, monkeypatch, script: str, *arguments: object, cwd: Path) 
     "data", [b"a red circle\na star", b"\xef\xbb\xbfa red circle\r\n\r\na star\r\n", b"a red circle\n a star \n"]
 )
 def test_a_file_of_prompts(capsys, monkeypatch, tmp_path, data):
-    """With and without a byte order mark, CRLF and a final newline."""
+    """With and without a byte order mark, CRLF and a final newline; from a camera's picture, which lies on its side as
+    its EXIF data say, with a mask drawn over it upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "image.jpg", exif=exif)
+    Image.new("L", (30, 40), "white").save(tmp_path / "mask.png")
     (tmp_path / "prompts.txt").write_bytes(data)
-    line = (*SAMPLE, "--prompts", "prompts.txt", "--grid", "g/g.png")
+    line = (*SAMPLE, "--prompts", "prompts.txt", "--grid", "g/g.png", "--image", "image.jpg", "--mask", "mask.png")
     code, _, err = in_process(capsys, monkeypatch, "sample.py", *line, cwd=tmp_path)
     assert code == 0, err
     names = ["0000-a-red-circle.png", "0001-a-star.png"]
