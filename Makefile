@@ -18,7 +18,7 @@ test: .venv/.ready
 test-all: .venv/.ready
 	$(RUN) -m pytest -m ""
 
-# The long check: kills, full disks, damaged and malicious files; some 15 minutes. GROUPS="kill disk" runs some of it.
+# The long check: kills, full disks, damaged files; some 15 minutes. GROUPS="kill disk" runs some of it.
 soak: .venv/.ready
 	PYTHONPATH=tests $(RUN) -m soak $(GROUPS)
 

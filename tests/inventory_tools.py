@@ -108,11 +108,13 @@ def files(folder: Path) -> set[str]:
 
 
 def metrics(folder: Path) -> list[dict]:
+    """The lines of a run's log."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def checkpoints(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(path.name for path in (folder / "checkpoints").glob("[!.]*"))
 
 
 def flat(table: dict, prefix: str = "") -> dict[str, object]:

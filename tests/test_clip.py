@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny_models import assert_same_gradients, open_cleanly, randomize, shapes
+from tiny_models import assert_same_gradients, open_cleanly, randomize
 
 from ldm.clip import CLIP, TextConfig, TextEncoder, VisionConfig
 from ldm.config import UserError
@@ -21,9 +21,8 @@ TOKENS = torch.tensor([[1, 7, 8, 59, 59, 59], [1, 59, 0, 0, 0, 0], [1, 5, 6, 7, 
 
 def text_config(**changes) -> TextConfig:
     ids = {"bos_token_id": 1, "eos_token_id": 59, "pad_token_id": 59}
-    return TextConfig(
-        **{"vocab_size": 60, "num_attention_heads": 3, "max_position_embeddings": 6} | SIZES | ids | changes
-    )
+    sizes = SIZES | {"vocab_size": 60, "num_attention_heads": 3, "max_position_embeddings": 6}
+    return TextConfig(**sizes | ids | changes)
 
 
 def vision_config(**changes) -> VisionConfig:
@@ -73,15 +72,8 @@ def test_clip_equals_transformers(tmp_path, hidden_act):
     assert_same_gradients(clip, theirs)
 
 
-def test_processor_config_gives_our_input(tmp_path):
-    from transformers import CLIPImageProcessor
-
+def test_a_broken_processor_config_is_one_line(tmp_path):
     CLIP(text_config(), vision_config()).save_pretrained(tmp_path)
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    processor = CLIPImageProcessor.from_pretrained(tmp_path)
-    x = processor(Image.fromarray(pixels), return_tensors="pt").pixel_values[0]
-    close(x, torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
-    assert processor(Image.new("RGB", (50, 20)), return_tensors="pt").pixel_values.shape == (1, 3, 16, 16)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": ["a", "b", "c"]}')
     with pytest.raises(UserError, match="image_mean.* is 'a'; it must be float"):
         CLIP.from_pretrained(tmp_path)
@@ -145,16 +137,6 @@ def test_configs_of_transformers_are_read_whole():
 
     for ours, theirs in ((TextConfig(), CLIPTextConfig()), (VisionConfig(), CLIPVisionConfig())):
         assert {name: value for name, value in theirs.to_dict().items() if hasattr(ours, name)} == asdict(ours)
-
-
-def test_stable_diffusion_2_text_encoder_has_transformers_keys():
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23}
-    with torch.device("meta"):
-        ours, theirs = TextEncoder(TextConfig(**sizes)), CLIPTextModel(CLIPTextConfig(**sizes))
-    expected = {"text_model." + name.removeprefix("text_model."): shape for name, shape in shapes(theirs).items()}
-    assert shapes(ours) == expected
 
 
 def test_initialization_is_clips():

@@ -147,9 +147,8 @@ def test_a_failed_write_keeps_the_old_file(root, tmp_path, monkeypatch):
         patch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(UserError, match="cannot write the latent cache .* No space left"):
             open_latents(path, vae, Folder(root, 16), 4, CPU)
-    vae.encode = lambda x: SimpleNamespace(
-        mean=torch.full((len(x), 4, 4, 4), torch.nan), std=torch.ones(len(x), 4, 4, 4)
-    )
+    nan = torch.full((13, 4, 4, 4), torch.nan)
+    vae.encode = lambda x: SimpleNamespace(mean=nan[: len(x)], std=nan[: len(x)])
     with pytest.raises(UserError, match="not finite"):
         open_latents(path, vae, Folder(root, 16), 4, CPU)
     with pytest.raises(UserError, match="no samples"):

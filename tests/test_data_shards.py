@@ -3,17 +3,13 @@
 import gzip
 import io
 import json
-import pickle
 import re
 import tarfile
 from collections import Counter
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image, features
+from PIL import Image
 from test_data_folder import bomb
-from torch.utils.data import DataLoader
 
 from ldm.config import UserError
 from ldm.data import order
@@ -94,7 +90,7 @@ def test_webdataset_convention_from_elsewhere(tmp_path):
         ("d/._c.png", b"what a file manager leaves behind"),
         ("c.gif", png(3, "GIF")),
         ("c.json", b'{"url": "x"}'),
-        ("c.txt", "vier, fünf".encode()),
+        ("c.TXT", "vier, fünf".encode()),
         ("d/long-" + "n" * 150 + ".tif", png(4, "TIFF")),
         ("d/long-" + "n" * 150 + ".txt", b"six"),
     ]
@@ -104,16 +100,6 @@ def test_webdataset_convention_from_elsewhere(tmp_path):
     read = [(s["key"], s["captions"], int(s["image"][0, 0, 0])) for s in Shards(file, 8)]
     assert read[0] == ("d/a", ["one", "two"], 1) and read[1] == ("d/b", ["three"], 2)
     assert read[2] == ("c", ["vier, fünf"], 3) and read[3][1:] == (["six"], 4) and len(read) == 4
-
-
-def test_every_kind_of_picture_is_read_whatever_the_case_of_its_suffix(tmp_path):
-    kinds = {"jpg": "JPEG", "jpeg": "JPEG", "jfif": "JPEG", "tif": "TIFF"}
-    kinds |= {kind: kind for kind in ("png", "webp", "gif", "bmp", "tiff", "ppm")}
-    kinds |= {"avif": "AVIF"} if features.check("avif") else {}
-    members = [(f"{name}.{name}", png(7, kind)) for suffix, kind in kinds.items() for name in (suffix, suffix.upper())]
-    tar(tmp_path / "train-0.tar", [*members, *((f"{name.split('.')[0]}.TXT", b"x") for name, _ in members)])
-    data = Shards(tmp_path, 8)
-    assert len(readable(data, range(len(data)))) == 2 * len(kinds) and not data.faults.reasons
 
 
 def test_shards_without_a_split_in_their_name_are_split_by_captions(tmp_path):
@@ -207,18 +193,6 @@ def test_bad_folders(tmp_path):
         Shards(tmp_path, 8)
 
 
-def test_worker_processes_read_what_one_process_reads(tmp_path):
-    write_shards(samples(12), tmp_path, "train", per_shard=9)
-    shards = Shards(tmp_path, 8)
-    batches = EpochBatches(12, 4, seed=0, steps=3, blocks=shards.lengths)
-    copy = pickle.loads(pickle.dumps(shards))  # as a spawned worker gets it
-    for batch, indices in zip(
-        DataLoader(copy, batch_sampler=batches, num_workers=2, collate_fn=list), batches, strict=True
-    ):
-        for sample, i in zip(batch, indices, strict=True):
-            assert sample["key"] == shards[i]["key"] and torch.equal(sample["image"], shards[i]["image"])
-
-
 @pytest.mark.parametrize("blocks", [None, [7, 1, 12, 5, 9, 3]])
 @pytest.mark.parametrize(("batch", "world"), [(4, 1), (3, 4), (50, 2), (37, 1)])
 def test_ranks_together_cover_each_epoch_once(batch, world, blocks):
@@ -238,12 +212,6 @@ def test_resume_and_world_size_do_not_change_the_order():
     halves = [list(EpochBatches(37, 3, 1, rank, 2, steps=40)) for rank in range(2)]
     assert [a + b for a, b in zip(*halves, strict=True)] == whole
     assert list(EpochBatches(37, 6, 2, steps=40)) != whole
-
-
-def test_shuffle_is_fair():
-    places = np.array([EpochBatches(10, 1, 0).permutation(epoch) for epoch in range(4000)])
-    counts = np.array([np.bincount(places[:, i], minlength=10) for i in range(10)])
-    assert abs(counts - 400).max() < 100  # 5 standard deviations
 
 
 def test_blocks_keep_reading_local(monkeypatch):

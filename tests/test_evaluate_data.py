@@ -8,23 +8,10 @@ import pytest
 import tiny_evaluation
 import torch
 from PIL import Image
-from tiny_evaluation import (
-    OPENED,
-    N,
-    captions,
-    config_for,
-    fill,
-    image_text,
-    knows_shapes,
-    one,
-    refusal,
-    report,
-    results,
-    stub_extractor,
-    tiny_pipeline,
-)
+from tiny_evaluation import OPENED, N, captions, config_for, fill, image_text, one, report, results
 
 from ldm.clip import CLIP, VisionConfig
+from ldm.commands.evaluate import main
 from ldm.config import UserError, comments
 from ldm.data.emoji import Emoji
 from ldm.evaluate.config import AutoencoderEvaluation, EvaluateConfig, FolderEvaluation
@@ -42,7 +29,8 @@ model, networks = tiny_evaluation.model, tiny_evaluation.networks
 
 def test_a_judge_must_know_the_pictures_and_not_be_the_models_own(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        ignorant = image_text("ignorant", knows_shapes().images, lambda texts: torch.ones(len(texts), 192))
+        knowing = tiny_evaluation.knows_shapes()
+        ignorant = image_text("ignorant", knowing.images, lambda texts: torch.ones(len(texts), 192))
         patch.setattr(OPENED, lambda name: ignorant)
         with pytest.raises(UserError, match="'ignorant' finds the right one of 16 real pictures .* --judge none"):
             evaluate(config_for(model, tmp_path / "out"))
@@ -76,7 +64,7 @@ def test_groups_that_captions_name_are_reported_apart(tmp_path, monkeypatch):
     def texts(captions: list[str]) -> torch.Tensor:
         return embed(torch.tensor([tones.index(ATTRIBUTES[0].named(c) or "light") for c in captions]) / -5)
 
-    tiny_pipeline(size=4).save_pretrained(tmp_path / "model")
+    tiny_evaluation.tiny_pipeline(size=4).save_pretrained(tmp_path / "model")
     sees_dark = image_text("sees-dark", lambda x: embed(x.mean((1, 2, 3))), texts)
     monkeypatch.setattr(OPENED, lambda name: sees_dark)
     monkeypatch.setattr("ldm.evaluate.records.MOST", 0.0)
@@ -132,7 +120,7 @@ def test_training_pictures_may_be_missing_broken_or_held_out_ones(model, tmp_pat
 
 
 def test_held_out_pictures_may_be_broken_and_too_few_for_the_features(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(features.EXTRACTORS, "stub", lambda where: stub_extractor(6))  # 108 features
+    monkeypatch.setitem(features.EXTRACTORS, "stub", lambda where: tiny_evaluation.stub_extractor(6))  # 108 features
     data, out = noise(tmp_path / "data", count=101), tmp_path / "out"
     (data / "test/007.png").write_bytes((data / "test/007.png").read_bytes()[:600])
     Image.new("RGB", (24, 24), "red").save(data / "test/009.png")
@@ -160,10 +148,11 @@ def test_data_are_those_of_the_models_run_and_fewer_begin_more(model, tmp_path):
     assert few == many[:24] and all(kinds.count((task, half)) == 6 for task in TASKS for half in (False, True))
 
 
-def test_reports_need_two_packages(model, tmp_path, monkeypatch, capsys):
+def test_reports_need_two_packages(monkeypatch):
     monkeypatch.setattr("ldm.evaluate.report.find_spec", lambda name: None if name == "matplotlib" else name)
-    options = ["--model", model, "--data", "shapes", "--out", tmp_path / "out"]
-    assert "pip install matplotlib" in refusal(monkeypatch, capsys, *options)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", "shapes", "--data", "shapes", "--out", "new"])
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        main()
 
 
 @pytest.mark.parametrize("options", [EvaluateConfig, AutoencoderEvaluation, FolderEvaluation])

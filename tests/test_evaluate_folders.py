@@ -3,25 +3,23 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny_evaluation
 import torch
 from PIL import Image
-from tiny_evaluation import OPENED, fill, image_text, kept, one, read, refusal, report, results, stub_extractor, to_x
+from tiny_evaluation import OPENED, fill, image_text, kept, one, read, report, results, stub_extractor, to_x
 
 from ldm.config import UserError
 from ldm.evaluate.config import FolderEvaluation
-from ldm.evaluate.features import Features
 from ldm.evaluate.folders import evaluate_folders
-from ldm.evaluate.pictures import Pictures
 from ldm.metrics import frechet_distance, kernel_distance, precision_recall
+from ldm.metrics.features import EXTRACTORS
 
 networks = tiny_evaluation.networks
 
 
 @torch.no_grad()
-def test_numbers_are_those_of_the_pictures_whatever_their_order(tmp_path):
+def test_numbers_are_those_of_the_pictures_whatever_their_order(tmp_path, monkeypatch):
     a, b, net, out = fill(tmp_path / "a", 20, 0), fill(tmp_path / "b", 18, 1), stub_extractor(), tmp_path / "out"
     config = FolderEvaluation(images=a, reference=b, features="stub", out=out)
     lines = evaluate_folders(config)
@@ -39,8 +37,16 @@ def test_numbers_are_those_of_the_pictures_whatever_their_order(tmp_path):
     text = report(out)
     assert text.count("data:image/png") == 38 and "The folders differ in number" in text
     before = (out / "metrics.json").read_bytes()
+    seen, kept_features = [], [*(out / "features").rglob("*.*")]
+    network = stub_extractor()
+    network.network.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setitem(EXTRACTORS, "stub", lambda where: network)
     evaluate_folders(config)
-    assert (out / "metrics.json").read_bytes() == before
+    assert seen == [1] and (out / "metrics.json").read_bytes() == before  # one picture, to see how many features
+    for file in kept_features:
+        file.write_bytes(b"damaged")
+    evaluate_folders(config)
+    assert sum(seen[1:]) == 39 and len(kept_features) == 2 and (out / "metrics.json").read_bytes() == before
     with pytest.raises(UserError, match="seed 0, not 1; use another --out"):
         evaluate_folders(replace(config, seed=1))
 
@@ -89,55 +95,11 @@ def test_alignment_is_of_each_folder_with_its_own_captions(tmp_path, monkeypatch
 def test_other_sizes_are_resized_on_request_and_blank_pictures_counted(tmp_path):
     a, b, out = fill(tmp_path / "a", 16, 0), fill(tmp_path / "b", 16, 1, size=40), tmp_path / "out"
     Image.new("RGB", (24, 24), "red").save(a / "003.png")
-    evaluate_folders(FolderEvaluation(images=a, reference=b, size=32, features="stub", without_frechet=True, out=out))
+    config = FolderEvaluation(images=a, reference=b, size=32, features="stub", without_frechet=True, out=out)
+    evaluate_folders(config)
     assert one(out, "blank_pictures", "images")["value"] == 1
     assert not any(r["metric"].startswith("frechet") for r in results(out))
     assert "count in every number: 1 of 16 images." in report(out)
-
-
-def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
-    a, b, c = (fill(tmp_path / name, 16, seed) for seed, name in enumerate("abc"))
-    Image.new("RGB", (30, 24)).save(b / "007.png")
-    (c / "009.png").write_bytes(b"no picture")
-    for changes, words in (
-        (["--reference", tmp_path / "d"], "does not exist"),
-        ([], "007.png' is 30x24 px, not 24x24"),
-        (["--reference", c], "009.png' is no image file"),
-        (["--reference", c, "--size", 16], "009.png"),
-        (["--size", -5], "--size -5 is not allowed"),
-        (["--size", 100_000], "--size 100000 is not allowed; use 1 to 4000, or 0"),
-    ):
-        options = ["--images", a, "--reference", b, "--features", "stub", "--out", tmp_path / "out"]
-        assert words in refusal(monkeypatch, capsys, *options, *changes)
-        assert not (tmp_path / "out").exists()
-
-
-class Means(torch.nn.Module):
-    """A network that counts the pictures that it saw."""
-
-    name, sha256, metadata, seen = "net/work:1", "5" * 64, {}, 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen += len(x)
-        return x.mean((2, 3))
-
-
-def test_features_are_computed_once_for_the_same_pixels(tmp_path):
-    network = Means()
-
-    def compute(pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
-        pictures = Pictures(of="noise", count=len(pixels), read=pixels.__getitem__)
-        return Features(network, tmp_path, torch.device("cpu"), batch_size)(pictures)
-
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (10, 3, 8, 8), dtype=np.uint8))
-    for size in (10, 7, 1):
-        assert torch.allclose(compute(pixels, size), (pixels / 127.5 - 1).mean((2, 3)), atol=1e-6)
-    assert network.seen == 10
-    pixels[4] = 0
-    again = compute(pixels, 5)
-    assert network.seen == 20 and torch.allclose(again[4], torch.full((3,), -1.0))
-    files = sorted((tmp_path / "features/net-work-1-55555555").iterdir())
-    assert len(files) == 2
-    for file in files:
-        file.write_bytes(b"damaged")
-    assert torch.equal(compute(pixels, 5), again) and network.seen == 30
+    Image.new("RGB", (30, 24)).save(a / "007.png")
+    with pytest.raises(UserError, match="007.png' is 30x24 px, not 24x24"):
+        evaluate_folders(replace(config, size=0, out=tmp_path / "new"))

@@ -16,7 +16,6 @@ from ldm.data.emoji import Emoji
 from ldm.data.shapes import Shapes
 from ldm.evaluate.evaluation import pose_cases
 from ldm.evaluate.pictures import sample_indices
-from ldm.evaluate.records import find
 from ldm.metrics import frechet_distance, retrieval
 from ldm.metrics.compositional import TASKS, check, tally
 from ldm.metrics.intervals import mean_interval
@@ -67,20 +66,9 @@ def test_guidance_is_chosen_on_validation_and_one_value_reported_on_test(chosen)
     assert all(text in val.captions(i) for text, i in asked)
     assert {*captions(chosen / "cases" / f"g{best}")} != {*captions(chosen / "validation/cases/g1")}
     assert settings.items() >= {"device": "cpu", "features": "stub", "judge": "knows-shapes", "notes": []}.items()
+    train, training = Shapes(32, "train"), captions(chosen / f"training/pictures/g{best}")
+    assert all(t in train.captions(i) for t, i in zip(training, sample_indices(len(train), 20, 0), strict=True))
     assert f"Guidance {best} was chosen among 3 by compositional score on 12 cases of split val" in report(chosen)
-
-
-def test_training_captions_are_sampled_too(chosen):
-    train = Shapes(32, "train")
-    (g,) = guidances(chosen, "training samples")
-    texts, indices = captions(chosen / f"training/pictures/g{g:g}"), sample_indices(len(train), 20, 0)
-    assert all(text in train.captions(i) for text, i in zip(texts, indices, strict=True))
-    for of in ("training samples", "real training"):
-        assert one(chosen, "kind_image_to_text@1", of, kind="all")["n"] == 20
-    assert not find(results(chosen), "kind_image_to_text@1", "samples")  # shapes have no kinds
-    assert not any(r["metric"].startswith("mean_kind") for r in results(chosen))
-    text = report(chosen)
-    assert ">Training captions</h2>" in text and ">By kind</h2>" not in text
 
 
 def test_a_small_validation_split_is_asked_several_times_and_none_is_said(model, tmp_path):

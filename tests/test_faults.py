@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 from test_data_folder import bomb, picture
 from test_data_shards import png, tar
 
@@ -121,6 +122,9 @@ def test_nothing_readable_ends_in_one_line(workers):
 
 def test_trainings_share_the_rest_of_a_spoiled_folder(folder, tmp_path):
     wrong = {f"train/{name}" for name in spoil(folder)}
+    for i, (mode, size) in enumerate({"I;16": (40, 40), "CMYK": (40, 40), "LA": (1, 1), "P": (1, 9999)}.items(), 40):
+        Image.new(mode, size).save(folder / f"{i:03d}.png", "TIFF")  # unusual, but no faults
+    (folder / "044.txt").write_text("long " * 2_000 + "a\0b \u202eدائرة حمراء 🟥")
     folder.parent.joinpath("val").symlink_to(folder)
     data = DataConfig(name="folder", path=str(folder.parent), max_broken=0.15)
     vae = replace(tiny.autoencoder(), data=data)

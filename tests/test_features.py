@@ -63,29 +63,13 @@ def test_effnet_lite_has_features_of_any_size_and_names_a_cat(version, size, dig
     effnet = feature_extractor(f"effnet-lite{version}")
     cat = torch.from_numpy(data.chelsea()[:, 75:375]).permute(2, 0, 1)[None] / 127.5 - 1
     rows = effnet(cat)
-    assert (rows.shape, rows.dtype, effnet.name, effnet.size) == (
-        (1, 1280),
-        torch.float32,
-        f"effnet-lite{version}",
-        size,
-    )
+    assert rows.shape == (1, 1280) and rows.dtype == torch.float32
+    assert (effnet.name, effnet.size) == (f"effnet-lite{version}", size)
     assert effnet.sha256.startswith(digest) and len(effnet.sha256) == 64
     classes = effnet.probabilities(rows)
     assert classes.shape == (1, 1000) and classes.sum().item() == pytest.approx(1, abs=1e-5)
     assert classes.argmax().item() in (281, 282, 285)  # tabby, tiger and Egyptian cat
     assert effnet(pictures(size=32)).shape == (2, 1280)
-
-
-@pytest.mark.parametrize(
-    "scale, dtype, words",
-    [(255, torch.float32, r"\[-1, 1\], not up to 255"), (1, torch.uint8, "not torch.uint8; ldm.images.to_float")],
-)
-def test_networks_refuse_other_ranges_and_shapes(effnet, judge, scale, dtype, words):
-    for network in (effnet, image_text_model(str(judge)).images):
-        with pytest.raises(ValueError, match=words):
-            network(torch.full((1, 3, 8, 8), scale, dtype=dtype))
-        with pytest.raises(ValueError, match=r"must be \(B, C, H, W\)"):
-            network(torch.zeros(3, 8, 8))
 
 
 def test_judge_is_the_clip_of_the_folder_and_opens_in_transformers(judge):
@@ -95,6 +79,8 @@ def test_judge_is_the_clip_of_the_folder_and_opens_in_transformers(judge):
     clip, tokenizer = CLIP.from_pretrained(judge / "judge"), Tokenizer.from_pretrained(judge / "judge")
     x = pictures(size=16)
     assert torch.allclose(model.images(x), clip.encode_image(x))
+    with pytest.raises(ValueError, match="not torch.uint8; ldm.images.to_float"):
+        model.images(x.byte())
     captions = ["a red circle", "two blue stars " * 20]  # the second is cut, without a warning
     assert torch.allclose(model.texts(captions), clip.encode_text(tokenizer(captions, warn=False)))
     extractor = feature_extractor(f"judge:{judge}")

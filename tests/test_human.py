@@ -1,12 +1,9 @@
 """People judging pictures: statistics against scipy and simulated judges, balanced questions, the file of answers."""
 
 import json
-import math
-import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, multimode
 
 import pytest
 
@@ -22,18 +19,6 @@ def test_staircase_is_hypes():
     answers = [True, True, True, True, True, False, True, True, True, False, False]
     assert r.exposures(answers) == [500, 500, 500, 470, 470, 470, 480, 480, 480, 450, 460, 470]
     assert (r.exposures([True] * 140)[-1], r.exposures([False] * 140)[-1]) == (100, 1000)
-
-
-def test_a_simulated_judges_threshold_is_where_they_are_right_63_percent_of_the_time():
-    rng, thresholds = random.Random(0), []
-    for _ in range(150):
-        answers: list[bool] = []
-        for _ in range(150):  # right with probability 1/2 + logistic((exposure - 250) / 40) / 2
-            seen = 1 / (1 + math.exp((250 - r.exposures(answers)[-1]) / 40))
-            answers.append(rng.random() < (1 + seen) / 2)
-        thresholds.append(min(multimode(r.exposures(answers)[:-1])))
-    level = 0.25 ** (1 / 3)
-    assert mean(thresholds) == pytest.approx(250 + 40 * math.log((2 * level - 1) / (2 - 2 * level)), abs=12)
 
 
 def answered(kind: str, truth: str, answer: str, **values) -> Judgement:

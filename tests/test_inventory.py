@@ -395,10 +395,12 @@ MODEL = ["sample", *NEW, "--model", "model"]
 CIRCLE = [*MODEL, "--prompt", "a red circle"]
 IMAGE = [*CIRCLE, "--image", "red.png"]
 EVALUATE = ["evaluate", *NEW, "--model", "model", *EVALUATION]
+CODES = ["evaluate", *NEW, "--autoencoder", "vae", "--data", "shapes"]
 FOLDERS = ["evaluate", *NEW, "--images", "photos/test", "--reference", "photos/train"]
 COMPARE = ["compare_diffusers", "model"]
 PLAN = ["plan_training", "--family", str(CONFIGS / "sd15")]
 OWN = ["data.name=folder"]
+ODD = ["model.block_out_channels=[15,30]", "model.norm_num_groups=5", "model.attention_head_dim=3"]
 ZERO_SNR = ["schedule.prediction_type=epsilon", "schedule.rescale_betas_zero_snr=true"]
 
 
@@ -438,6 +440,26 @@ MISTAKES = [
     (wrong("diffusion", "schedule.sampler=plms"), "plms", *SAMPLERS),
     (wrong("diffusion", "cache=x.safetensors", "data.flip=true"), "cache", "data.flip"),
     (wrong("diffusion", "timesteps=even"), "timesteps", "even", "uniform", "stratified", "logit_normal"),
+    (wrong("autoencoder", "loss.perceptual_depth=9"), "depth", "9"),
+    (wrong("autoencoder", "loss.perceptual_net=lpips-vgg", "loss.perceptual_path=none.pth"), "none.pth"),
+    (wrong("autoencoder", "loss.discriminator_layers=4"), "48"),
+    (wrong("autoencoder", "loss.discriminator_channels=6"), "6"),
+    (wrong("clip", 'frozen=["*"]'), "parameter"),
+    (wrong("clip", *READERS, "grounding.window=0"), "grounding.window", "0"),
+    (wrong("clip", "train.optimizer.betas=[0.9,1.0]"), "optimizer.betas", "1.0"),
+    (wrong("clip", "text_encoder=clip", "tokenizer=clip"), "tokenizer"),
+    (wrong("clip", "text_encoder=clip", "judge=true"), "judge"),
+    (wrong("diffusion", "caption_dropout=1.5"), "caption_dropout", "1.5"),
+    (wrong("diffusion", "unet=emoji"), "16", "3"),
+    (wrong("diffusion", "model.attention_head_dim=3"), "16", "3", "heads"),
+    (wrong("diffusion", "model.attention_head_dim=[2,2,2]"), "attention_head_dim", "3"),
+    (wrong("diffusion", "model.transformer_layers_per_block=[1]"), "transformer_layers_per_block"),
+    (wrong("diffusion", "model.norm_num_groups=5"), "norm_num_groups", "5"),
+    (wrong("diffusion", 'model.down_block_types=["DownBlock2D"]'), "down_block_types"),
+    (wrong("diffusion", *ODD), "15", "even"),
+    (wrong("diffusion", "schedule.beta_start=0.02"), "beta_start"),
+    (wrong("diffusion", "schedule.beta_end=1.0"), "beta_end"),
+    (wrong("diffusion", "schedule.num_train_timesteps=1"), "num_train_timesteps"),
     (wrong("diffusion", *ZERO_SNR), "epsilon", "rescale_betas_zero_snr", "v_prediction"),
     ([*training("clip", "vae", *CLIP, *SHAPES)], "vae", "clip", "--out"),
     (["sample", *NEW, "--model", "emoij", "--prompt", "a"], "emoij", "emoji", "shapes"),
@@ -452,10 +474,12 @@ MISTAKES = [
     ([*CIRCLE, "--steps", "0"], "0", "1", "1000"),
     ([*CIRCLE, "--steps", "ten"], "--steps", "ten"),
     ([*CIRCLE, "--guidance", "-1"], "-1", "0"),
+    ([*CIRCLE, "--guidance", "nan"], "nan"),
     ([*CIRCLE, "--guidance-rescale", "2"], "2", "[0, 1]"),
     ([*CIRCLE, "--batch-size", "0"], "0", "1"),
     ([*CIRCLE, "--device", "gpu"], "gpu", "--device"),
     ([*CIRCLE, "--seed", "-1"], "-1", "0"),
+    ([*CIRCLE, "--seed", str(2**64)], str(2**64)),
     ([*CIRCLE, "--seed-to", "1"], "--seed-to", "--interpolate"),
     ([*CIRCLE, "--interpolate", "4"], "--interpolate", "4", "1"),
     ([*CIRCLE, "--mask", "red.png"], "mask", "image"),
@@ -477,6 +501,14 @@ MISTAKES = [
     (["evaluate", *NEW, "--model", "model"], "--data"),
     ([*EVALUATE, "--split", "train"], "train", "test", "val"),
     ([*EVALUATE, "--num", "3"], "3", "16"),
+    ([*EVALUATE, "--num", "3000"], "has 2000"),
+    ([*EVALUATE, "--size", "64"], "--model", "--size"),
+    ([*EVALUATE, "--steps", "0"], "steps", "0"),
+    ([*EVALUATE, "--device", "magic"], "--device", "magic"),
+    ([*EVALUATE, "--guidance", "1,-1"], "-1", "0 or more"),
+    ([*EVALUATE, "--guidance", "nan"], "nan", "0 or more"),
+    ([*EVALUATE, "--model", "nowhere"], "nowhere", "emoji"),
+    ([*EVALUATE, "--data", "folder", "--data-path", "nowhere"], "nowhere"),
     ([*EVALUATE, "--guidance", "1,a"], "1,a"),
     ([*EVALUATE, "--guidance", "1,1"], "1,1"),
     ([*EVALUATE, "--guidance-rescale", "2"], "2", "[0, 1]"),
@@ -491,11 +523,18 @@ MISTAKES = [
     ([*EVALUATE, "--baseline", "empty"], "empty"),
     ([*EVALUATE, "--without-frechet"], "--without-frechet", "--model"),
     ([*EVALUATE, "--data", "folder"], "folder", "--data-path"),
-    (["evaluate", *NEW, "--autoencoder", "vae", "--data", "shapes", "--size", "36"], "--size", "36", "8"),
-    (["evaluate", *NEW, "--autoencoder", "vae", "--data", "shapes", "--judge", "shapes"], "--judge", "--autoencoder"),
+    ([*CODES, "--size", "36"], "--size", "36", "8"),
+    ([*CODES, "--size", "5000"], "--size", "5000", "4000"),
+    ([*CODES, "--judge", "shapes"], "--judge", "--autoencoder"),
+    ([*CODES, "--perceptual", "magic"], "magic", "lpips-vgg"),
+    ([*CODES, "--autoencoder", "nowhere"], "nowhere"),
     (["evaluate", *NEW, "--images", "photos/test"], "--reference"),
     ([*FOLDERS, "--features", "none"], "--features", "--judge"),
     ([*FOLDERS, "--reference", "empty"], "empty"),
+    ([*FOLDERS, "--reference", "nowhere"], "nowhere"),
+    ([*FOLDERS, "--without-frechet", "--size", "32"], "0.jpg"),
+    ([*FOLDERS, "--size", "-5"], "--size", "-5"),
+    ([*FOLDERS, "--size", "100000"], "--size", "100000", "4000"),
     ([*FOLDERS, "--reference", "photos/val"], "photos/val", "4", "16"),
     ([*FOLDERS, "--reference", "photos/test", "--without-frechet"], "40x36", "--size"),
     ([*COMPARE, "--guidance", "a"], "a", "1,7.5"),

@@ -13,7 +13,7 @@ import torch
 from inventory_tools import Outcome, Scripts, refuse, succeed
 from PIL import Image
 
-from ldm import VAE, Pipeline, TextEncoder, UNet
+from ldm import Pipeline
 
 KEPT = Path(__file__).parent / "kept"
 PROMPTS = {
@@ -82,14 +82,6 @@ def test_a_sample_says_how_to_make_it_again(path):
     assert np.abs(np.asarray(again) - then).max() <= 1
 
 
-def test_parts_of_a_kept_model_open_alone_and_are_saved_alike(tmp_path):
-    for kind, name in ((VAE, "vae"), (TextEncoder, "text_encoder"), (UNet, "unet")):
-        part = kind.from_pretrained(KEPT / "model" / name)
-        part.save_pretrained(tmp_path / name)
-        again = kind.from_pretrained(tmp_path / name)
-        assert all(torch.equal(a, b) for a, b in zip(part.parameters(), again.parameters(), strict=True))
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Iterator[Scripts]:
     """Runs scripts beside a copy of the kept files."""
@@ -106,9 +98,8 @@ def train_diffusion(run: Scripts, *overrides: str) -> Outcome:
 
 def test_interpolation_by_the_script(run):
     ends = ["--prompt", PROMPTS["shapes"][0], "--prompt", PROMPTS["shapes"][1], "--seed", 1, "--seed-to", 2]
-    succeed(
-        run("sample", "--model", "shapes", *ends, "--steps", 10, "--guidance", 3, "--interpolate", 4, "--out", "way")
-    )
+    ends += ["--interpolate", 4, "--steps", 10, "--guidance", 3]
+    succeed(run("sample", "--model", "shapes", *ends, "--out", "way"))
     now = np.concatenate([np.asarray(Image.open(path)) for path in sorted((run.cwd / "way").glob("0*.png"))], 1)
     with Image.open(KEPT / "interpolation.png") as image:
         assert np.abs(now.astype(int) - np.asarray(image)).max() <= 1

@@ -1,22 +1,33 @@
 """The three trainings in two processes, with DDP and with FSDP, through the real launcher and scripts, against one."""
 
-import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from launching import CONFIGS, EMPTY, EXAMPLES, launch, overrides, train_here
+from inventory_tools import metrics
 
-from ldm.config import UserError
+from ldm.config import UserError, load, to_dict
 from ldm.data.latents import open_latents
 from ldm.data.shards import Shards, write_shards
 from ldm.distributed import check_launch
 from ldm.model_io import load_tensors, read_json
+from ldm.train.autoencoder import AutoencoderTask
+from ldm.train.clip import CLIPTask
+from ldm.train.diffusion import DiffusionTask
+from ldm.train.loop import train
 
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "configs" / "accelerate"
+TWO_CPUS = EXAMPLES / "two-cpus.yaml"
+TASKS = {"autoencoder": AutoencoderTask, "clip": CLIPTask, "diffusion": DiffusionTask}
+CONFIGS = {"autoencoder": tiny.autoencoder(), "clip": tiny.clip(), "diffusion": tiny.diffusion("vae", "clip")}
 FSDP = ("--config_file", str(EXAMPLES / "fsdp.yaml"), "--num_processes", "2")
 # Sums over two halves are rounded in another order, by 1e-7 of them per step. AdamW divides by the gradient's own size,
 # which would amplify that where a gradient is zero but for rounding: a larger eps keeps such weights where they are.
@@ -37,16 +48,34 @@ OWN = {
 }
 
 
+def train_here(name: str, given: list[str], out: str, cwd: Path, force: bool = False) -> None:
+    """One of the trainings in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        config = load(type(CONFIGS[name]), None, given)
+        train(TASKS[name](config), config.train, out, to_dict(config), force)
+
+
+def launch(script: Path | str, *arguments: object, cwd: Path, options: tuple = ("--config_file", str(TWO_CPUS))):
+    """`accelerate launch` with the example file for two processes on CPU cores, or other options; to its end."""
+    environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options]
+    command += ["--main_process_port", "0", str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=1800)
+
+
 def given(kind: str, name: str, batch: int, *more: str) -> list[str]:
     parts = [f"vae=../{kind}/autoencoder", f"text_encoder=../{kind}/clip"] if name == "diffusion" else []
-    return [*overrides(CONFIGS[name]), *SETTINGS, *OWN[kind][name], *parts, f"train.batch_size={batch}", *more]
+    return [*tiny.overrides(CONFIGS[name]), *SETTINGS, *OWN[kind][name], *parts, f"train.batch_size={batch}", *more]
 
 
 def launched(kind: str, name: str, *more: str, cwd: Path, out: str = "") -> None:
     """A training run in two processes of batches of 4, to its end."""
     options = {"options": FSDP} if kind == "fsdp" else {}
     arguments = ["--out", out or name, *given(kind, name, 4), *more]
-    done = launch(f"scripts/train_{name}.py", *EMPTY, *arguments, cwd=cwd, **options)
+    done = launch(f"scripts/train_{name}.py", *tiny.EMPTY, *arguments, cwd=cwd, **options)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -70,7 +99,7 @@ def runs(folder: Path, kind: str, name: str) -> tuple[Path, Path]:
 
 def check_same_lines(one: Path, two: Path, count: int, tolerance: float = 1e-4) -> None:
     """Every logged number: losses, gradient norms, the adaptive weight, validation."""
-    one, two = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two))
+    one, two = metrics(one), metrics(two)
     assert [line.keys() for line in one] == [line.keys() for line in two] and len(one) == count
     for a, b in zip(one, two, strict=True):
         for key in a.keys() - {"z_std"}:  # a deviation is no mean over samples

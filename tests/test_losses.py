@@ -9,12 +9,6 @@ import torch.nn.functional as F
 from ldm import losses
 
 
-def test_reconstruction_is_a_mean_over_elements():
-    for x in (torch.zeros(2, 3, 4, 4), torch.zeros(7, 3, 16, 16)):
-        assert losses.reconstruction(x + 0.5, x).item() == pytest.approx(0.5)
-        assert losses.reconstruction(x + 0.5, x, l2_weight=2.0).item() == pytest.approx(0.5 + 2 * 0.25)
-
-
 def test_kl_matches_torch_and_the_vector():
     mean, logvar = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     normal = torch.distributions.Normal
@@ -23,16 +17,6 @@ def test_kl_matches_torch_and_the_vector():
     half = torch.full((5,), 0.5, dtype=torch.float64)
     assert losses.kl(half, half.square().log()).item() == pytest.approx(0.44314718056, abs=1e-10)
     assert losses.kl(torch.zeros(3), torch.zeros(3)).item() == 0
-
-
-def test_hinge_terms_and_their_gradients():
-    real, fake = torch.tensor([2.0, 0.5], requires_grad=True), torch.tensor([-3.0, 0.0], requires_grad=True)
-    loss = losses.hinge_discriminator(real, fake)
-    assert loss.item() == pytest.approx(0.5 * (0.25 + 0.5))
-    loss.backward()
-    assert real.grad.tolist() == [0.0, -0.25] and fake.grad.tolist() == [0.0, 0.25]
-    assert losses.hinge_generator(torch.tensor([1.0, -3.0])).item() == 1.0
-    assert losses.hinge_discriminator(torch.zeros(4), torch.zeros(4)).item() == 1.0
 
 
 def test_adaptive_weight_is_the_ratio_of_gradient_norms_and_is_clamped():
@@ -44,11 +28,6 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms_and_is_clamped():
     assert losses.adaptive_weight(reconstruction, 0 * gan, weight, maximum=50.0).item() == 50.0
     (reconstruction + found * gan).backward()  # the graphs are still there
     assert weight.grad is not None
-
-
-def test_ramp():
-    assert [losses.ramp(s, 10, 10) for s in (0, 10, 15, 20, 99)] == [0.0, 0.0, 0.5, 1.0, 1.0]
-    assert [losses.ramp(s, 10, 0) for s in (9, 10)] == [0.0, 1.0]
 
 
 def test_contrastive_matches_transformers_and_closed_forms():
@@ -84,12 +63,3 @@ def test_contrastive_has_finite_gradients_and_ignores_autocast():
     plain = losses.contrastive(images, texts, 100.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert losses.contrastive(images, texts, 100.0).item() == plain.item()
-
-
-def test_diffusion_weights_samples():
-    prediction, target = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
-    errors = (prediction - target).square().mean((1, 2, 3))
-    assert losses.diffusion(prediction, target).item() == pytest.approx(F.mse_loss(prediction, target).item())
-    weight = torch.tensor([1.0, 0.0, 2.0])
-    expected = (errors[0] + 2 * errors[2]).item() / 3
-    assert losses.diffusion(prediction, target, weight).item() == pytest.approx(expected, rel=1e-6)

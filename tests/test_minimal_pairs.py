@@ -1,7 +1,5 @@
 """Captions wrong by one word."""
 
-import torch
-
 from ldm.data.minimal_pairs import alter
 from ldm.data.shapes import Shapes
 
@@ -34,13 +32,3 @@ def test_a_true_alternative_is_avoided_and_none_gives_the_empty_caption():
     assert alter(said, [[s] for s in said]) == said[::-1]
     assert alter(said, [said, said]) == ["", ""]
     assert alter(["alone"], [["alone"]]) == [""]
-
-
-def test_the_choice_comes_from_the_global_generator():
-    said = ["a red cat", "a blue cat", "a green cat", "a red dog", "a blue dog"]
-
-    def draw(seed: int) -> list[str]:
-        torch.manual_seed(seed)
-        return alter(said, [[s] for s in said])
-
-    assert draw(0) == draw(0) and any(draw(seed) != draw(0) for seed in (1, 2, 3))

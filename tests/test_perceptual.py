@@ -1,11 +1,8 @@
 """Perceptual distances: LPIPS against its package, gradients, ordering of distortions, refusals."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 import torchvision
-from torchvision.transforms.v2 import functional as TF
 
 from ldm import perceptual
 from ldm.config import UserError
@@ -72,30 +69,11 @@ def test_gradient_is_finite_where_features_are_all_zero(tmp_path):
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("size", [32, 64])
-def test_gradient_reaches_the_picture_but_no_weight(effnet, size):
-    x = discs(size).add(0.1).requires_grad_()
-    effnet(x, discs(size)).sum().backward()
+def test_gradient_reaches_the_picture_but_no_weight(effnet):
+    x = discs(32).add(0.1).requires_grad_()
+    effnet(x, discs(32)).sum().backward()
     assert x.grad.isfinite().all() and (x.grad.flatten(1).abs().sum(1) > 0).all()
     assert all(p.grad is None and not p.requires_grad for p in effnet.parameters())
-
-
-@pytest.mark.parametrize("size", [32, 64])
-def test_orders_distortions(effnet, size):
-    x = discs(size)
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    blurs = [effnet(x, TF.gaussian_blur(x, [9, 9], [s, s])) for s in (0.5, 1.0, 2.0, 4.0)]
-    noises = [effnet(x, x + s * noise) for s in (0.05, 0.1, 0.2, 0.4)]
-    assert all((a < b).all() for distances in (blurs, noises) for a, b in pairwise(distances))
-    assert (effnet(x, x + 0.05) < effnet(x, x.roll(1, 0))).all()  # a touch brighter, against another picture
-
-
-def test_is_a_symmetric_distance_per_picture(effnet):
-    x, y = discs(32), discs(32).flip(0)
-    assert torch.equal(effnet(x, x), torch.zeros(4))
-    assert torch.allclose(effnet(x, y), effnet(y, x))
-    alone = torch.cat([effnet(x[i : i + 1], y[i : i + 1]) for i in range(4)])
-    assert torch.allclose(effnet(x, y), alone, atol=1e-5)
 
 
 def test_stages_equal_the_package_network_run_whole(effnet):
@@ -111,16 +89,12 @@ def test_stages_equal_the_package_network_run_whole(effnet):
     assert [torch.equal(a, b) for a, b in zip(two.features(x), effnet.features(x), strict=False)] == [True, True]
 
 
-def test_refusals(tmp_path, monkeypatch):
-    for arguments, message in (
-        (("vgg",), "effnet-lite0, lpips-vgg, lpips-alex"),
-        (("effnet-lite0", None, 9), "depth 9"),
-        (("lpips-vgg", tmp_path / "none.pth"), "does not exist"),
-        (("effnet-lite0", __file__), "holds no weights of effnet-lite0"),
-    ):
-        with pytest.raises(UserError, match=message):
-            perceptual_network(*arguments)
+def test_other_weights_are_refused():
+    with pytest.raises(UserError, match="holds no weights of effnet-lite0"):
+        perceptual_network("effnet-lite0", __file__)
 
+
+def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no network")
 

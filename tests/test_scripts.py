@@ -1,19 +1,16 @@
-"""Commands end to end, from any folder, and the command line. What each command refuses is in test_inventory.py."""
+"""Commands end to end, from any folder. Their options, and what each refuses, are in test_inventory.py."""
 
 import os
 import runpy
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from ldm.__main__ import COMMANDS
-from ldm.commands.cli import positional, read_options
-from ldm.config import UserError
 from ldm.images import read_metadata
 
 ROOT = Path(__file__).parents[1]
@@ -44,9 +41,14 @@ def in_process(capsys, monkeypatch, script: str, *arguments: object, cwd: Path) 
     "data", [b"a red circle\na star", b"\xef\xbb\xbfa red circle\r\n\r\na star\r\n", b"a red circle\n a star \n"]
 )
 def test_a_file_of_prompts(capsys, monkeypatch, tmp_path, data):
-    """With and without a byte order mark, CRLF and a final newline."""
+    """With and without a byte order mark, CRLF and a final newline; from a camera's picture, which lies on its side as
+    its EXIF data say, with a mask drawn over it upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "image.jpg", exif=exif)
+    Image.new("L", (30, 40), "white").save(tmp_path / "mask.png")
     (tmp_path / "prompts.txt").write_bytes(data)
-    line = (*SAMPLE, "--prompts", "prompts.txt", "--grid", "g/g.png")
+    line = (*SAMPLE, "--prompts", "prompts.txt", "--grid", "g/g.png", "--image", "image.jpg", "--mask", "mask.png")
     code, _, err = in_process(capsys, monkeypatch, "sample.py", *line, cwd=tmp_path)
     assert code == 0, err
     names = ["0000-a-red-circle.png", "0001-a-star.png"]
@@ -54,17 +56,6 @@ def test_a_file_of_prompts(capsys, monkeypatch, tmp_path, data):
     assert [read_metadata(tmp_path / "out" / name)["prompt"] for name in names] == ["a red circle", "a star"]
     with Image.open(tmp_path / "g/g.png") as grid:
         assert grid.text == {"grid": "2 pictures"}
-
-
-def test_an_image_and_its_mask_are_compared_upright(capsys, monkeypatch, tmp_path):
-    """A camera's picture lies on its side, as its EXIF data say; a mask drawn over it stands upright."""
-    exif, camera = Image.Exif(), Image.new("RGB", (40, 30), "red")
-    exif[0x0112] = 6  # turned by a quarter
-    camera.save(tmp_path / "image.jpg", exif=exif)
-    Image.new("L", (30, 40), "white").save(tmp_path / "mask.png")
-    line = (*SAMPLE, "--prompt", "a", "--image", "image.jpg", "--mask", "mask.png")
-    code, _, err = in_process(capsys, monkeypatch, "sample.py", *line, cwd=tmp_path)
-    assert code == 0, err
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if not name.startswith("train")])
@@ -79,49 +70,9 @@ def test_help_comes_before_heavy_imports(name):
 
 
 def test_the_list_of_commands(tmp_path):
-    assert all(name in run(cwd=tmp_path).stdout for name in COMMANDS)
+    listed = run(cwd=tmp_path).stdout
+    assert all(name in listed for name in COMMANDS)
     done = run("smaple", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: unknown command 'smaple'; known: train autoencoder")
     done = run("train", "clip", "--help", cwd=tmp_path)
     assert "train.steps = " in done.stdout and "usage: ldm train clip" in done.stdout
-
-
-# --- the command line
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    paths: tuple[Path, ...] = positional()  # files
-    out: Path  # 50% of them
-    name: str | None = None
-    text: str = ""  # as typed
-    sizes: tuple[float, ...] = (1, 2.5)  # some
-    words: tuple[str, ...] = ()  # may be repeated
-    count: int = 3  # of them
-    quick: bool = False  # faster
-
-
-def test_options_of_a_dataclass(capsys):
-    line = 'a b --out 7 --name none --text "x" --sizes 3,4 --words 1 --words b --count -1 --quick'
-    changed = {"text": '"x"', "sizes": (3, 4), "words": ("1", "b"), "count": -1, "quick": True}
-    assert read_options(Options, "", line.split()) == Options(paths=(Path("a"), Path("b")), out=Path("7"), **changed)
-    assert read_options(Options, "", ["a", "--out", "o"]) == Options(paths=(Path("a"),), out=Path("o"))
-    with pytest.raises(SystemExit):
-        read_options(Options, "Says.", ["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "Says." in shown and "50% of them" in shown and "some; default: 1,2.5" in shown and "--out OUT" in shown
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("--out o", "the following arguments are required: PATHS; see --help"),
-        ("a", "required: --out"),
-        ("a --out o --count x", "--count is 'x'"),
-        ("a --out o --sizes x", "numbers with commas, e.g. 1,7.5"),
-        ("a --out o --wrong", "unrecognized arguments: --wrong"),
-    ],
-)
-def test_wrong_options(line, message):
-    with pytest.raises(UserError, match=message):
-        read_options(Options, "", line.split())

@@ -37,7 +37,7 @@ def stable_diffusion(folder: Path, generation: int, scheduler: str) -> diffusers
     parts = tiny_parts()
     if generation == 2:
         text = replace(parts.text_encoder.config, hidden_act="gelu")
-        unet = unet_config(use_linear_projection=True, attention_head_dim=(2, 4))
+        unet = unet_config(use_linear_projection=True, attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2))
         parts = parts._replace(text_encoder=randomize(TextEncoder(text), 5), unet=randomize(UNet(unet), 6))
     for name in ("vae", "text_encoder", "tokenizer", "unet"):
         getattr(parts, name).save_pretrained(folder / name)
@@ -92,5 +92,7 @@ def test_through_here_and_back_every_tensor_is_the_same(tmp_path, generation, sa
         assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
     with no_complaints():
         again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "ours")
+    ours, opened = (UNet.from_pretrained(tmp_path / folder).config for folder in ("ours", "pipe"))
+    assert ours == opened and (generation == 1 or opened.attention_head_dim == (2, 4))
     tokens = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
     assert again.tokenizer(PROMPTS, **tokens).input_ids == theirs.tokenizer(PROMPTS, **tokens).input_ids

@@ -9,7 +9,6 @@ import pytest
 import tiny
 import torch
 from inventory_tools import Scripts, checkpoints, refuse, succeed
-from launching import EMPTY, overrides
 from PIL import Image
 
 from ldm import model_io
@@ -24,7 +23,6 @@ from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask, sharing
 from ldm.train.diffusion import DiffusionTask, check_normalized
 from ldm.train.loop import Task, train
-from ldm.train.optim import freeze
 from ldm.vae import VAE
 
 
@@ -90,28 +88,9 @@ def test_previews_change_no_bit_and_resuming_is_exact(name, muon, tmp_path, one_
             changes = {"validate_every": every, "preview_every": every, "save_every": stop}
             with nullcontext() if stop == 6 else pytest.raises(KeyboardInterrupt):
                 train(task, replace(config, **changes), tmp_path / case, {})
-        files = (tmp_path / case / "checkpoints" / "step-00000006").rglob("*.safetensors")
-        states.append({f"{f.parent.name}/{f.name}/{k}": v for f in files for k, v in model_io.load_tensors(f).items()})
+        states.append(tiny.tensors(tmp_path / case / "checkpoints" / "step-00000006"))
     assert len(states[0]) > 100 and tiny.same(states[0], states[1]) and tiny.same(states[0], states[2])
     assert all(module.training for module in task.modules.values())
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: AutoencoderTask(tiny.autoencoder(loss=replace(tiny.LOSS, discriminator_layers=4))), "48 or more"),
-        (lambda: freeze(torch.nn.Linear(1, 1), ("*",)), "leaves no parameter"),
-        (lambda: replace(tiny.READERS, window=0), "grounding.window"),
-        (lambda: replace(tiny.TRAIN.optimizer, betas=(0.9, 1.0)), "optimizer.betas' is .*; it must be each in"),
-        (lambda: replace(tiny.clip(), text_encoder="a", tokenizer="b"), "comes with its own tokenizer"),
-        (lambda: replace(tiny.clip(), text_encoder="a", judge=True), "a judge must not start from a model"),
-        (lambda: tiny.diffusion("", "", caption_dropout=1.5), r"'caption_dropout' is 1.5; it must be in \[0, 1\]"),
-        (lambda: DiffusionTask(tiny.diffusion("shapes", "shapes", unet="emoji")), "is 16; it must be 3, to fit VAE"),
-    ],
-)
-def test_config_mistakes_are_named(make, message):
-    with pytest.raises(UserError, match=message):
-        make()
 
 
 # Autoencoder
@@ -218,7 +197,8 @@ def test_a_judge_learns_from_validation_too_and_cannot_condition(tmp_path, vae_r
 def test_a_run_whose_captions_have_changed_keeps_its_vocabulary_or_is_refused(tmp_path):
     """By the script. Other words of the same length make another vocabulary of the same size."""
     scripts, run = Scripts(tmp_path, tmp_path), tmp_path / "run"
-    clip = ("train_clip", *EMPTY, "--out", "run", *overrides(tiny.clip()), "data.name=folder", "data.path=pictures")
+    clip = ["train_clip", *tiny.EMPTY, "--out", "run", *tiny.overrides(tiny.clip())]
+    clip += ["data.name=folder", "data.path=pictures"]
     for folder in (tmp_path / "pictures/train", tmp_path / "pictures/val"):
         folder.mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(folder / "a.png")
@@ -259,15 +239,6 @@ def test_dropped_captions_are_empty_at_the_right_rate(unet_task, monkeypatch):
     seen.clear()
     next(losses_of(unet_task, batch))
     assert set(seen) == {""}
-
-
-def test_cached_and_fresh_latents_have_the_same_moments(unet_task, vae_run, clip_run, tmp_path):
-    cached, means = DiffusionTask(tiny.diffusion(vae_run, clip_run, cache=str(tmp_path / "c.safetensors"))), []
-    for task in (unet_task, cached):
-        batch = task.collate([task.dataset[i] for i in range(4)])
-        means.append(torch.stack([task.latents(batch, tiny.draws(step)) for step in range(64)]))
-    torch.testing.assert_close(means[0].mean((0, 3, 4)), means[1].mean((0, 3, 4)), rtol=0, atol=0.05)
-    assert not torch.equal(means[1][0], means[1][1])  # sampled anew
 
 
 def test_latents_far_from_unit_variance_are_refused():

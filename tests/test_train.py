@@ -1,16 +1,16 @@
 """The training loop on a toy: what it writes, exact resuming, and that wrong numbers never reach the weights."""
 
-import json
 import math
 import multiprocessing
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from inventory_tools import metrics
 
 from ldm.config import UserError
 from ldm.model_io import load_tensors, read_json
@@ -22,12 +22,7 @@ CONFIG = replace(tiny.TRAIN, steps=6, save_every=3, log_every=1, ema_decay=0.9)
 
 def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint's training state."""
-    folder = run / "checkpoints" / f"step-{step:08d}" / "state"
-    return {f"{file.stem}/{k}": v for file in folder.glob("*.safetensors") for k, v in load_tensors(file).items()}
-
-
-def lines_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return tiny.tensors(run / "checkpoints" / f"step-{step:08d}" / "state")
 
 
 def test_learning_rate_warms_up_then_falls_as_a_cosine():
@@ -45,7 +40,7 @@ def test_resume_is_exact(tmp_path, monkeypatch, workers, accumulate, muon):
     train(tiny.Toy(), config, tmp_path / "straight", {})
     with pytest.raises(KeyboardInterrupt):
         train(tiny.Toy(events={5: partial(tiny.fail, KeyboardInterrupt())}), config, tmp_path / "resumed", {})
-    assert lines_of(tmp_path / "resumed")[-1]["step"] == 5  # done after the checkpoint, to be done again
+    assert metrics(tmp_path / "resumed")[-1]["step"] == 5  # done after the checkpoint, to be done again
     with (tmp_path / "resumed/metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "l')  # as a kill leaves it
     train(tiny.Toy(), config, tmp_path / "resumed", {})
@@ -55,31 +50,33 @@ def test_resume_is_exact(tmp_path, monkeypatch, workers, accumulate, muon):
     files = {f"{part}{kind}" for part in ("first", "second") for kind in ("", "-ema", "-optimizer")}
     files |= {"first-muon-optimizer", "second-muon-optimizer"} if muon else set()
     assert {name.split("/")[0] for name in straight} == files
-    assert lines_of(tmp_path / "resumed") == lines_of(tmp_path / "straight")
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
 
 
 def test_the_average_moves_and_is_exported_instead_of_the_weights(tmp_path):
     toy = tiny.Toy()
     start = tiny.copied(toy.modules["first"])
     train(toy, CONFIG, tmp_path, {})
-    average, now = (
-        load_tensors(tmp_path / f"checkpoints/step-00000006/state/first{x}.safetensors") for x in ("-ema", "")
-    )
+    folder = tmp_path / "checkpoints/step-00000006/state"
+    average, now = (load_tensors(folder / f"first{x}.safetensors") for x in ("-ema", ""))
     assert tiny.same(now, toy.modules["first"].state_dict())
     assert not tiny.same(average, now) and not tiny.same(average, start)
     assert tiny.same(load_tensors(tmp_path / "first" / "model.safetensors"), average)
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_a_non_finite_loss_never_reaches_weights_averages_or_log(tmp_path, wrong):
-    """Infinity is added as a constant: the gradient stays finite, and the step is skipped all the same. After three in
-    a row the run gives up, with the last good checkpoint and the batch."""
-    config = replace(CONFIG, steps=20, save_every=1, keep=9, max_skipped=3)
-    with pytest.raises(UserError, match="3 steps in a row had a non-finite loss"):
-        train(tiny.Toy(wrong=dict.fromkeys((1, 2, 5, 6, 7), wrong)), config, tmp_path, {})
+@pytest.mark.parametrize(("where", "wrong"), [("loss", math.nan), ("loss", math.inf), ("gradient", math.nan)])
+def test_a_non_finite_step_never_reaches_weights_averages_or_log(tmp_path, where, wrong):
+    """Infinity is added to the loss as a constant: the gradient stays finite, and the step is skipped all the same; and
+    the other way around. After three in a row the run gives up, with the last good checkpoint and the batch."""
+    config, at, steps = replace(CONFIG, steps=20, save_every=1, keep=9, max_skipped=3), (1, 2, 5, 6, 7), count()
+    toy = tiny.Toy(wrong=dict.fromkeys(at, wrong) if where == "loss" else {})
+    if where == "gradient":
+        toy.modules["first"].weight.register_hook(lambda gradient: gradient * (wrong if next(steps) in at else 1))
+    with pytest.raises(UserError, match="3 steps in a row had a non-finite loss or gradient"):
+        train(toy, config, tmp_path, {})
     states = [state_of(tmp_path, step) for step in range(1, 8)]
     assert [tiny.same(a, b) for a, b in pairwise(states)] == [True, True, False, False, True, True]
-    lines = lines_of(tmp_path)
+    lines = metrics(tmp_path)
     assert [line["skipped"] for line in lines] == [0, 1, 1, 0, 0, 1, 1]
     assert all(math.isfinite(value) for line in lines for value in line.values())
     (batch,) = torch.load(tmp_path / "non-finite-step-00000007-process-0.pt", weights_only=True)
@@ -113,7 +110,7 @@ def test_a_run_logs_means_since_the_line_before_and_keeps_previews_and_the_newes
     names = {folder: sorted(p.stem for p in (tmp_path / folder).iterdir()) for folder in ("previews", "checkpoints")}
     assert names["previews"] == ["step-00000003", "step-00000006"]
     assert names["checkpoints"] == ["step-00000005", "step-00000006"]
-    lines = lines_of(tmp_path)
+    lines = metrics(tmp_path)
     names = {"step", "lr", "skipped", "noted", "first_loss", "second_loss", "first_grad_norm", "second_grad_norm"}
     assert lines[0].keys() == names and lines[1].keys() == {"step", "val/noise"}
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]

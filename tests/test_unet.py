@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import assert_same_gradients, diffusers_unet, normal, open_cleanly, randomize, shapes, unet_config
+from tiny_models import assert_same_gradients, diffusers_unet, normal, randomize, shapes, unet_config
 
 from ldm import model_io
 from ldm.config import UserError, load
@@ -53,24 +53,6 @@ def test_equals_diffusers(config):
     assert_same_gradients(ours, theirs)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("case", ["two levels", "linear, heads a level", "two transformer layers"])
-def test_folders_go_both_ways(tmp_path, case):
-    from diffusers import UNet2DConditionModel
-
-    config = CASES[case]
-    unet = randomize(UNet(config))
-    unet.save_pretrained(tmp_path / "ours" / "unet")
-    theirs = open_cleanly(UNet2DConditionModel, tmp_path / "ours" / "unet")
-    z_t, t, context = inputs(config)
-    torch.testing.assert_close(theirs(z_t, t, context).sample, unet(z_t, t, context), atol=1e-4, rtol=0)
-    theirs.save_pretrained(tmp_path / "theirs")
-    for folder in (tmp_path / "ours", tmp_path / "theirs"):
-        again = UNet.from_pretrained(folder)
-        assert again.config == config and not again.training
-        assert all(torch.equal(tensor, unet.state_dict()[name]) for name, tensor in again.state_dict().items())
-
-
 @pytest.mark.parametrize("table", [SD15, SD21], ids=["1.5", "2.1"])
 def test_stable_diffusion_sizes(tmp_path, table):
     from diffusers import UNet2DConditionModel
@@ -84,17 +66,6 @@ def test_stable_diffusion_sizes(tmp_path, table):
 
 
 def test_mistakes(tmp_path):
-    for arguments, options, message in (
-        ((), {"attention_head_dim": 3}, "width 16 must be a multiple of its 3 heads"),
-        (((18, 20),), {"norm_num_groups": 4}, "norm_num_groups 4"),
-        ((), {"attention_head_dim": (2, 2, 2)}, "attention_head_dim has 3 entries for the 2 levels"),
-        ((), {"transformer_layers_per_block": (1,)}, "transformer_layers_per_block has 1 entries"),
-        (((16,), "cc"), {}, "down_block_types has 2 entries"),
-        (((15,),), {"norm_num_groups": 5, "attention_head_dim": 3}, "width 15 must be even"),
-        ((), {"attention_head_dim": 0}, "attention_head_dim is 0; it must be 1 or more"),
-    ):
-        with pytest.raises(UserError, match=message):
-            unet_config(*arguments, **options)
     unet = UNet(unet_config())
     with pytest.raises(UserError, match="multiple of 2"):
         unet(*inputs(unet.config, (8, 7)))
@@ -102,10 +73,7 @@ def test_mistakes(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep' is not supported"),
-        (
-            {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]},
-            "'AttnUpBlock2D'; it must be one of 'UpBlock2D', 'CrossAttn",
-        ),
+        ({"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "AttnUpBlock2D'; it must be one of 'UpBlock2D', 'Cross"),
         ({"cross_attention_dim": "wide"}, "cross_attention_dim"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))

@@ -1,19 +1,24 @@
 """The smallest trainings that still have every part; shared by the tests of the loop, the tasks and the scripts."""
 
 import io
-from collections.abc import Callable, Iterator
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from inventory_tools import flat
 from PIL import Image
 from torch import Tensor, nn
 
 from ldm.clip import TextConfig, VisionConfig
+from ldm.config import to_dict
 from ldm.data import DataConfig, open_dataset
 from ldm.diffusion import ScheduleConfig
 from ldm.distributed import Draws
 from ldm.images import to_float, to_pil
-from ldm.model_io import save_tensors, write_json
+from ldm.model_io import load_tensors, save_tensors, write_json
 from ldm.train.autoencoder import AutoencoderConfig, LossConfig
 from ldm.train.auxiliary import GroundingConfig
 from ldm.train.clip import CLIPConfig
@@ -35,6 +40,7 @@ TRAIN = TrainConfig(
 )
 LOSS = LossConfig(perceptual_depth=1, gan_start=0, gan_ramp=0, discriminator_channels=4, discriminator_layers=2)
 NO_READERS, READERS = GroundingConfig(), GroundingConfig(words=1.0, picture=10.0, window=3, layers=1)
+EMPTY = ("--config", os.devnull)
 TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -74,6 +80,11 @@ def diffusion(vae: Path | str, text_encoder: Path | str, train: TrainConfig = TR
     return DiffusionConfig(**{"vae": str(vae), "text_encoder": str(text_encoder)} | fixed | changes)
 
 
+def overrides(config: Any) -> list[str]:
+    """Every value of a config as `key=value`."""
+    return [f"{key}={json.dumps(value)}" for key, value in flat(to_dict(config)).items() if value is not None]
+
+
 def samples(count: int) -> list[dict]:
     """The first shapes scenes."""
     dataset = open_dataset(DATA, "train")
@@ -103,6 +114,12 @@ def copied(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the safetensors below a folder."""
+    files = {file.relative_to(folder).with_suffix(""): load_tensors(file) for file in folder.rglob("*.safetensors")}
+    return {f"{name}/{key}": tensor for name, tensors in files.items() for key, tensor in tensors.items()}
+
+
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two states are the same to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -110,11 +127,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 class Toy(Task):
     """Two linear maps on noisy points: a task for the loop alone. `wrong` is added to the loss at a step, and `events`
-    are called at the start of one, once."""
+    are called at the start of one, once; both by step."""
 
-    def __init__(
-        self, noise: float = 0.1, wrong: dict[int, float] | None = None, events: dict[int, Callable] | None = None
-    ):
+    def __init__(self, noise: float = 0.1, wrong: dict | None = None, events: dict | None = None):
         torch.manual_seed(0)
         self.modules = {"first": nn.Linear(3, 2), "second": nn.Linear(2, 1)}
         points = torch.randn(11, 3)

@@ -1,7 +1,6 @@
 """A tiny model, networks with known answers, and what an evaluation left in its folder."""
 
 import json
-import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,8 +17,6 @@ from tiny_models import text_encoder, unet_config, vae_config
 from torch import nn
 
 from ldm.clip import TextEncoder
-from ldm.commands.cli import run_command
-from ldm.commands.evaluate import main
 from ldm.data.shapes import Shapes
 from ldm.diffusion import Schedule, ScheduleConfig
 from ldm.evaluate.config import EvaluateConfig
@@ -140,17 +137,6 @@ def fill(folder: Path, count: int, seed: int, size: int = 24, text: str = "") ->
         if text:
             (folder / f"{i:03d}.txt").write_text(f"{text} {i}")
     return folder
-
-
-def refusal(monkeypatch, capsys, *arguments: object) -> str:
-    """The one line with which the command refuses, exit code 2."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        run_command(main)
-    assert stop.value.code == 2
-    line = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
 
 
 @pytest.fixture(scope="module")

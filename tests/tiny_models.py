@@ -73,18 +73,10 @@ def diffusers_unet(config: UNetConfig) -> nn.Module:
 
 
 def text_encoder(tokenizer: Tokenizer, width: int = 24) -> TextEncoder:
-    config = TextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        max_position_embeddings=LENGTH,
-        projection_dim=12,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {"hidden_size": width, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH, "projection_dim": 12}
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = TextConfig(**sizes, **ends)
     return randomize(TextEncoder(config), seed=3)
 
 

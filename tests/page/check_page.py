@@ -234,12 +234,8 @@ def test_the_marked_picture_is_taken_and_settings_come_back(page, tmp_path):
 
 
 def test_hostile_prompts_are_only_text(page):
-    start(
-        page,
-        "<img src=x onerror=alert(1)> \u202eدائرة\u202c a\0b\x07 '; DROP TABLE judgements; -- 🟥",
-        steps=2,
-        pictures=1,
-    )
+    hostile = "<img src=x onerror=alert(1)> \u202eدائرة\u202c a\0b\x07 '; DROP TABLE judgements; -- 🟥"
+    start(page, hostile, steps=2, pictures=1)
     until(page, "#status", "1 picture")
     assert page.locator("#status img").count() == 0
 

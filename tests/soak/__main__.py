@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from soak import dirty, files, fuzz, interrupts, nonfinite
+from soak import files, fuzz, interrupts
 from soak.common import Child, Row
 
 LONGEST = 1200  # seconds per group
@@ -20,11 +20,8 @@ GROUPS = {
     "damage": files.damage,
     "disk": interrupts.disk,
     "stop": interrupts.stop,
-    "nonfinite": nonfinite.run,
-    "payloads": files.payloads,
     "fuzz": fuzz.run,
     "pair": interrupts.pair,
-    "dirty": dirty.run,
 }
 
 

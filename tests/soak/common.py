@@ -1,7 +1,5 @@
 """Shared by the groups: a row of the table, child processes, and trainings that print where they are."""
 
-import io
-import json
 import multiprocessing
 import os
 import signal
@@ -16,10 +14,9 @@ import tiny
 import torch
 import torch._dynamo  # optimizers import it; here, once for all children
 import torch.utils.tensorboard  # noqa: F401
-from PIL import Image
+from inventory_tools import metrics
 
 from ldm.commands.cli import run_command
-from ldm.model_io import load_tensors
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
 from ldm.train.config import TrainConfig
@@ -154,29 +151,8 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*"))
 
 
-def state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint's training state."""
-    tensors = {f"{f.name}/{k}": v for f in checkpoint.rglob("*.safetensors") for k, v in load_tensors(f).items()}
-    for file in checkpoint.rglob("*.pt"):
-        tensors |= _flat(torch.load(file, weights_only=True), file.name)
-    return tensors
-
-
-def _flat(value: Any, key: str) -> dict[str, torch.Tensor]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    parts = {name: t for k, v in items for name, t in _flat(v, f"{key}/{k}").items()}
-    return parts | ({key: value} if isinstance(value, torch.Tensor) else {})
-
-
 def identical(a: Path, b: Path) -> bool:
     """Whether two finished runs have the same last state and log, and no half-written files."""
-    logs = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (a, b)]
     hidden = [p for p in a.rglob("*") if p.name.startswith(".step-") or p.suffix in (".tmp", ".part")]
-    return not hidden and logs[0] == logs[1] and tiny.same(state(checkpoints(a)[-1]), state(checkpoints(b)[-1]))
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """A picture as the bytes of a file."""
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
+    last = (tiny.tensors(checkpoints(run)[-1]) for run in (a, b))
+    return not hidden and metrics(a) == metrics(b) and tiny.same(*last)
