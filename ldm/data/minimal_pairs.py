@@ -3,9 +3,12 @@ and why vision-language models behave like bags-of-words")."""
 
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
+
+READ = 100  # words from the start of a caption, more than a text encoder reads
 
 
 def alter(captions: list[str], true: list[list[str]]) -> list[str]:
@@ -23,7 +26,7 @@ def alter(captions: list[str], true: list[list[str]]) -> list[str]:
 
 def _alter(words: list[str], true: list[str], between: dict) -> str:
     choices = []  # by position, not by alternative
-    for i, (before, _, after) in enumerate(_windows(words)):
+    for i, (before, _, after) in enumerate(islice(_windows(words), READ)):
         texts = (" ".join([*words[:i], word, *words[i + 1 :]]) for word in between[before, after])
         if altered := [text for text in texts if text not in (*true, " ".join(words))]:
             choices.append(altered)
