@@ -166,7 +166,7 @@ def test_inception_with_other_weights_or_none_is_refused(inception_file, tmp_pat
     with pytest.raises(UserError, match="nowhere.pth' does not exist; put the file there"):
         feature_extractor(f"inception:{tmp_path}/nowhere.pth")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(UserError, match="weights-inception-2015-12-05-6726825d.pth is not in .*effnet-lite0"):
+    with pytest.raises(UserError, match="weights-inception-2015-12-05-6726825d.pth is not in .*effnet-lite1"):
         feature_extractor("inception")
 
 

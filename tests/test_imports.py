@@ -15,7 +15,7 @@ ROWS = (
     {"ldm.distributed", "ldm.images", "ldm.layers", "ldm.diffusion", "ldm.losses", "ldm.model_io"},
     {"ldm.samplers", "ldm.data", "ldm.tokenizer", "ldm.vae", "ldm.unet", "ldm.clip"}
     | {"ldm.discriminator", "ldm.perceptual"},
-    {"ldm.edit", "ldm.metrics", "ldm.pipeline_io"},
+    {"ldm.compilation", "ldm.edit", "ldm.metrics", "ldm.pipeline_io"},
     {"ldm.pipeline"},
     {"ldm.train", "ldm.evaluate"},
     {"ldm.app"},

@@ -138,8 +138,8 @@ def find_samples(root: Path, prefix: str, need_captions: bool, faults: Faults, l
         except ImageError as error:
             faults.add(name, str(error))
     faults.settle(len(samples) + len(faults.samples))
-    for name, reason in broken.items():
-        faults.add(name, reason, counts=False)
+    for name in sorted(broken.keys() - set(pictures)):
+        faults.add(name, broken[name], counts=False)
     used = {*pictures, *map(_text, pictures), *metadata}
     for name in (name for name in files if name not in used):
         group = name if _suffix(name) in (".txt", *PICTURES) else f"{prefix}*{_suffix(name)}"
