@@ -109,7 +109,7 @@ def sample(
 def picture_metadata(pipe: Pipeline, settings: Settings, **more: Any) -> list[dict[str, str]]:
     """Per picture, the settings that make it again, under the names that scripts/sample.py writes too."""
     shared = {"prompt": settings.prompt, "model": settings.model, "sampler": pipe.schedule.config.sampler}
-    shared |= settings.options() | more
+    shared |= {"device": str(pipe.device)} | settings.options() | more
     seeds = range(settings.seed, settings.seed + settings.count)
     return [{name: str(value) for name, value in (shared | {"seed": seed}).items()} for seed in seeds]
 
