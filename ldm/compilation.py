@@ -84,6 +84,7 @@ class OpenVINO:
 
     def build(self, inputs: tuple[Tensor, ...]) -> Any:
         """The compiled model for the shapes of `inputs`, kept before or made now."""
+        sys.modules.setdefault("openvino_telemetry", None)  # its converter would send usage data
         import openvino
 
         core, shapes = openvino.Core(), [list(x.shape) for x in inputs]
