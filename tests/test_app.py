@@ -1,6 +1,10 @@
 """The page without a browser: sampling, settings in PNGs, edits, attention maps, judging; and the server's answers."""
 
+import contextlib
+import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -28,6 +32,8 @@ from ldm.pipeline import Pipeline
 
 PROMPT = "a red circle above a blue square"
 PLAIN = Image.new("RGB", (4, 4))
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +309,25 @@ def test_the_server_gives_out_its_own_pictures_alone(tmp_path, monkeypatch):
     serve(offered("shapes"), tmp_path / "app", "127.0.0.1", port)
     assert sampling.EXIT.is_set() and (tmp_path / "app" / "judgements.sqlite").is_file()
     sampling.EXIT.clear()
+
+
+def test_the_page_starts_behind_a_proxy(tmp_path):
+    """gradio asks its own page before it says that it runs; a proxy of the environment would answer instead."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "scripts/app.py", "--model", "shapes", "--port", str(port), "--out", str(tmp_path)]
+    proxies = {"http_proxy": "http://127.0.0.1:9", "ALL_PROXY": "socks5://127.0.0.1:9", "no_proxy": "[::1],localhost"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | proxies, stdout=log, stderr=log)
+    try:
+        served = False
+        while process.poll() is None and not served:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                served = True
+            time.sleep(0.2)
+        time.sleep(2)  # the question comes after the port opens
+        assert process.poll() is None, (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+        process.wait()
