@@ -41,7 +41,7 @@ class Pipeline:
     def __init__(self, parts: Parts):
         self.parts = parts
         self.vae, self.text_encoder, self.tokenizer, self.unet, self.schedule = parts
-        self.predict, self.decode_latents = self.unet, self.vae.decode  # or what `compile` makes of them
+        self.predict = self.decode_latents = None  # the U-Net and the decoder as `compile` has made them
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Pipeline":
@@ -152,7 +152,7 @@ class Pipeline:
         shape = self.latent_shape(height, width)
         if latents is not None and latents.shape != (count, *shape):
             raise UserError(f"latents are {tuple(latents.shape)}; {count} prompts need {(count, *shape)}")
-        denoiser = Denoiser(self.predict, grid.schedule)
+        denoiser = Denoiser(self.predict or self.unet, grid.schedule)
         images: list[Image.Image] = []
         batch_size = -(-count // -(-count // batch_size))  # batches of nearly one size, compiled once
         for start in range(0, count, batch_size):
@@ -191,7 +191,7 @@ class Pipeline:
         """Normalized latents (B, C, h, w) -> pictures, in float32: half precision overflows in VAE decoders. Raises
         UserError for pixels that are not finite."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            x = self.decode_latents(z.float())
+            x = (self.decode_latents or self.vae.decode)(z.float())
         if not x.isfinite().all():
             raise UserError("the picture has values that are NaN or infinite; the weights or options are at fault")
         return to_pil(x)

@@ -20,6 +20,14 @@ def pipe() -> Pipeline:
     return Pipeline(tiny_parts())
 
 
+def test_a_part_that_is_exchanged_is_used():
+    """As in diffusers, where a fine-tuned U-Net or another decoder is set on the pipeline."""
+    pipe, parts = Pipeline(tiny_parts()), tiny_parts()
+    other = parts._replace(vae=randomize(parts.vae, 8), unet=randomize(parts.unet, 9))
+    pipe.vae, pipe.unet = other.vae, other.unet
+    assert np.array_equal(arrays(pipe(PROMPTS[0], steps=2)), arrays(Pipeline(other)(PROMPTS[0], steps=2)))
+
+
 def test_pixels_that_are_not_finite_are_an_error():
     parts = tiny_parts()
     parts.vae.decoder.conv_out.bias.data[0] = float("inf")
