@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def check(options: Options) -> None:
-    """Raises UserError for numbers below 0, or of 0 where that is not the default, and for other percentages."""
+    """Raises UserError if a number is negative, 0 without being the default, or a percentage out of range."""
     for name, value in vars(options).items():
         if isinstance(value, int | float) and not (value > 0 or value == getattr(Options, name)):
             raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give a number above 0")
@@ -81,8 +81,8 @@ def check(options: Options) -> None:
 
 
 def read_model(o: Options) -> Model:
-    """The configs of --family at --size px, counted on meta tensors. Raises UserError for a folder without them or a
-    size they do not take."""
+    """The configs of --family at --size px, counted on meta tensors. Raises UserError if the folder has none or they
+    do not support the size."""
     import torch
 
     from ldm import VAE, TextEncoder, UNet

@@ -100,7 +100,7 @@ class Folder:
 def captioned(root: Path) -> dict[str, list[str]]:
     """{name relative to `root`: captions, perhaps none} of every picture under a folder, in order of name.
 
-    Warns of all else in it. Raises UserError for no pictures, or one that cannot be read as far as its header tells.
+    Warns of all else in it. Raises UserError if there are no pictures, or the header of one cannot be read.
     """
     faults = Faults(share=0)
     samples = find_samples(root, "", False, faults, LIMIT)
@@ -112,7 +112,7 @@ def captioned(root: Path) -> dict[str, list[str]]:
 def find_samples(root: Path, prefix: str, need_captions: bool, faults: Faults, limit: int) -> list[Sample]:
     """The usable pictures in `root / prefix`, in order of name; all other files go into `faults`.
 
-    Raises UserError for no pictures, or more faults than allowed.
+    Raises UserError if there are no pictures, or more faults than allowed.
     """
     files = dict.fromkeys(sorted(os.path.relpath(file, root) for file in list_files(str(root / prefix), set())))
     metadata = [name for name in files if os.path.basename(name) == METADATA and (root / name).is_file()]

@@ -80,8 +80,8 @@ class CachedLatents:
             raise UserError(f"latent cache {str(self.path)!r} is damaged ({error}); {AGAIN}") from None
 
     def rows(self, keys: list[bytes]) -> dict[bytes, int]:
-        """{identity: row} of the pictures in the file, in order. Raises UserError for one of another version, VAE, or
-        pictures other than `keys` altogether."""
+        """{identity: row} of the pictures in the file, in order. Raises UserError if another version or VAE wrote
+        it, or it holds none of the pictures `keys`."""
         with self.open() as file:
             known = file.metadata() or {}
             if known.get("format") != FORMAT:
@@ -135,8 +135,8 @@ def open_latents(path: Path, vae: nn.Module, dataset: Any, batch_size: int, devi
 
     Pictures that have changed are encoded again, those that are gone are dropped. Processes of one launch, which must
     all call this, share the work. `vae.encode(x)`, x (B, 3, H, W) in [-1, 1], has `.mean` and `.std` (B, C, h, w); the
-    VAE is left in eval mode. Raises UserError for a cache of another VAE, of other pictures altogether or of an older
-    version, for a damaged one, a full disk, and latents that are not finite.
+    VAE is left in eval mode. Raises UserError if the cache is of another VAE, other pictures or an older version, or
+    damaged; if the disk is full; and if latents are not finite.
     """
     path, keys = Path(path), identities(dataset)
     if not keys:

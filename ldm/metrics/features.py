@@ -33,7 +33,7 @@ INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-20
 
 
 def feature_extractor(name: str) -> FeatureExtractor:
-    """The extractor `name` ("kind" or "kind:where"), on the CPU. Raises UserError for others and missing weights."""
+    """The extractor `name` ("kind" or "kind:where") on the CPU. Raises UserError if unknown or without weights."""
     kind, _, where = name.partition(":")
     if kind not in EXTRACTORS:
         known = f"{', '.join(EXTRACTORS)}; those after the first two with :FILE or :FOLDER"

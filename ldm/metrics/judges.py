@@ -21,7 +21,7 @@ JUDGES = ASSETS.parent / "judges"
 
 def image_text_model(name: str) -> FeatureExtractor:
     """ "judge:NAME" (a shipped one, or a folder of train_clip), NAME alone, or "clip:NAME" (a folder or a hub's name),
-    on the CPU. Raises UserError for others and for models that do not open."""
+    on the CPU. Raises UserError if the model is missing or does not open."""
     if name.startswith("clip:"):
         return published_clip(name.removeprefix("clip:"))
     return trained_judge(name.removeprefix("judge:"))
