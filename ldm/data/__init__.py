@@ -7,8 +7,9 @@ dataset.identity(i) -> the key, and a string that changes when the image's file 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from ldm.config import UserError, require
 from ldm.data.emoji import Emoji
 from ldm.data.faults import readable
 from ldm.data.folder import Folder
+from ldm.data.order import balancing_weights
 from ldm.data.shapes import Shapes
 from ldm.data.shards import Shards
 
@@ -29,6 +31,7 @@ class DataConfig:
     size: int = 32  # pixels per side, after resizing and centre crop
     length: int | None = None  # scenes in the training split of shapes
     seed: int = 0  # of the shapes, and of the split of a folder or shards that names none
+    balance: Literal["picture", "root", "concept"] = "picture"  # what training draws alike often; root: in between
     flip: bool = False  # mirror half of the training images; wrong where captions say left or right
     max_pixels: int = 16_000_000  # of a picture in a folder or shards; a larger one is left out, not decoded
     max_broken: float = 0.01  # share of the samples of a folder or shards that may be left out as unusable
@@ -58,6 +61,15 @@ DATASETS = {
     "folder": lambda c, split, need: Folder(c.path, c.size, split, c.seed, c.max_pixels, need, c.max_broken),
     "shards": lambda c, split, _: Shards(c.path, c.size, split, c.seed, c.max_pixels, c.max_broken),
 }
+
+
+def sampling_weights(dataset: Any, balance: str) -> np.ndarray | None:
+    """Weights (N,) by which training draws the samples; none where it draws all alike. A concept is what
+    `dataset.concept(i)` names, else the first caption."""
+    if balance == "picture":
+        return None
+    concept = getattr(dataset, "concept", lambda i: next(iter(dataset.captions(i)), ""))
+    return balancing_weights([concept(i) for i in range(len(dataset))], {"root": 0.5, "concept": 1.0}[balance])
 
 
 def stack_images(samples: list[dict]) -> dict:

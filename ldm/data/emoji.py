@@ -72,6 +72,10 @@ class Emoji:
         """The key and the hash of picture `index`."""
         return self.records[index]["key"], hashlib.sha256(self.pictures[index]).hexdigest()
 
+    def concept(self, index: int) -> str:
+        """The thing that picture `index` shows, in one of two styles and, for people, of six skin tones."""
+        return self.records[index]["concept"]
+
     def new_combination(self, index: int) -> bool:
         """Whether training shows the role of picture `index` in no style with its skin tone and gender."""
         return self.records[index]["held_out"] == "combination"

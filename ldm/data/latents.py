@@ -57,6 +57,9 @@ class CachedLatents:
         self.path, self.dataset, self.metadata = path, dataset, metadata
         self.faults = getattr(dataset, "faults", None)
         self.lengths = getattr(dataset, "lengths", None)
+        self.captions = dataset.captions
+        if hasattr(dataset, "concept"):
+            self.concept = dataset.concept
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -70,7 +73,7 @@ class CachedLatents:
         if not mean.isfinite().all():
             self.dataset[i]  # raises the SampleError again
             raise UserError(f"latent cache {str(self.path)!r} lacks a picture that is readable by now; {AGAIN}")
-        return {"mean": mean, "std": std, "captions": self.dataset.captions(i)}
+        return {"mean": mean, "std": std, "captions": self.captions(i)}
 
     def open(self) -> Any:
         """The safetensors file. Raises UserError for one that is damaged."""

@@ -1,6 +1,7 @@
 """The order in which samples are read: a pure function of (seed, step), split over processes."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,9 @@ class EpochBatches:
 
     `blocks` (lengths of consecutive runs of indices, `Shards.lengths`) keeps reading local: blocks are
     shuffled, then samples within each WINDOW of blocks.
+
+    With `weights` (length,), an epoch is `length` entries drawn anew: a sample comes as often as its share of
+    all weights says, rounded down or up at random (systematic sampling).
     """
 
     length: int
@@ -31,6 +35,7 @@ class EpochBatches:
     start: int = 0
     steps: int = 0
     blocks: list[int] | None = None
+    weights: np.ndarray | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, np.empty(0, np.int64)
@@ -48,8 +53,9 @@ class EpochBatches:
         """The order of all indices in one epoch, int64 (length,)."""
         # Sorting raw bits, not Generator.permutation: NumPy keeps only the bits the same between versions.
         bits = np.random.PCG64(np.random.SeedSequence([self.seed % 2**64, epoch]))
-        if self.blocks is None:
-            return np.argsort(bits.random_raw(self.length), kind="stable")
+        if self.blocks is None or self.weights is not None:
+            order = np.argsort(bits.random_raw(self.length), kind="stable")
+            return order if self.weights is None else self.drawn(bits.random_raw() / 2**64)[order]
         members = np.split(np.arange(self.length), np.cumsum(self.blocks)[:-1])
         order = np.argsort(bits.random_raw(len(members)), kind="stable")
         windows = []
@@ -57,3 +63,14 @@ class EpochBatches:
             window = np.concatenate([members[i] for i in order[first : first + WINDOW]])
             windows.append(window[np.argsort(bits.random_raw(len(window)), kind="stable")])
         return np.concatenate(windows)
+
+    def drawn(self, offset: float) -> np.ndarray:
+        """The samples of one epoch in ascending order, by their weights: int64 (length,)."""
+        ends = np.cumsum(self.weights) / np.sum(self.weights) * self.length
+        return np.searchsorted(ends, np.arange(self.length) + offset, side="right").clip(max=self.length - 1)
+
+
+def balancing_weights(groups: Sequence[str], power: float) -> np.ndarray:
+    """Weights (N,) of samples so that a group of n samples is drawn in proportion to n^(1 - power): float64."""
+    counts = Counter(groups)
+    return np.array([counts[group] ** -power for group in groups])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.config import UserError
-from ldm.data import batches, flip_half, open_dataset, spread, stack_images
+from ldm.data import batches, flip_half, open_dataset, sampling_weights, spread, stack_images
 from ldm.data.loader import load
 from ldm.data.order import EpochBatches
 from ldm.distributed import Draws, from_main, processes
@@ -161,9 +161,10 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
 def micro_batches(task: Task, config: TrainConfig, accelerator: Accelerator, start: int) -> Generator[dict, None, None]:
     """Batches on the device from step `start` on; lists the samples that could not be read."""
     c, a, blocks = config, accelerator, getattr(task.dataset, "lengths", None)
+    weights = sampling_weights(task.dataset, task.config.data.balance)
     first, last = start * c.accumulate, c.steps * c.accumulate
     rank, world = a.process_index, a.num_processes
-    order = EpochBatches(len(task.dataset), c.batch_size, c.seed, rank, world, first, last, blocks)
+    order = EpochBatches(len(task.dataset), c.batch_size, c.seed, rank, world, first, last, blocks, weights)
     options = {"workers": c.workers, "seed": c.seed, "pin_memory": a.device.type == "cuda"}
     for batch, faults in load(task.dataset, order, task.collate, **options):
         for fault in faults.items():
