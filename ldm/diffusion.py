@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm.config import UserError, require
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
+Sigmas = Literal["karras", "exponential", "beta"]
 Density = Literal["uniform", "stratified", "logit_normal"]
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (z_t, t) -> z0
 
@@ -34,6 +35,7 @@ class ScheduleConfig:
     prediction_type: Prediction = "epsilon"  # epsilon, v_prediction or sample (z0)
     timestep_spacing: Literal["leading", "trailing", "linspace"] | None = "leading"  # none: the sampler's
     steps_offset: int = 1  # of leading spacing; diffusers' pipelines set 1
+    sigmas: Sigmas | None = None  # noise levels of the steps; none: those of `timestep_spacing`
     set_alpha_to_one: bool | None = True  # ddim, pndm: end at alpha 1, not at timestep 0; none: the sampler's
     sampler: str = "dpmpp_2m"
 
@@ -53,12 +55,19 @@ class Schedule:
     """alpha_t and sigma_t of the forward process for t in [0, T - 1].
 
     `alphas_cumprod` (T,) is alpha_t^2 and `ratio` (T,) sigma_t / alpha_t (diffusers' `sigmas`), float64 on the CPU.
-    Between integers `ratio` is interpolated linearly, as in diffusers' Euler samplers. `finite` raises a last alpha of
-    0 to 2^-12.
+    Between integers `ratio` is interpolated linearly, as in diffusers' Euler samplers; `geometric`: its logarithm is.
+    `finite` raises a last alpha of 0 to 2^-12. The model is asked at `rounding` of t.
     """
 
-    def __init__(self, config: ScheduleConfig, finite: bool = False):
-        self.config, total = config, config.num_train_timesteps
+    def __init__(
+        self,
+        config: ScheduleConfig,
+        finite: bool = False,
+        geometric: bool = False,
+        rounding: Callable[[Tensor], Tensor] = torch.Tensor.clone,
+    ):
+        self.config, self.geometric, self.rounding = config, geometric, rounding
+        total = config.num_train_timesteps
         if config.beta_schedule == "squaredcos_cap_v2":
             # Nichol & Dhariwal 2021, eq. 17: alpha^2 falls as a squared cosine, no beta above 0.999.
             edges = torch.arange(total + 1, dtype=torch.float64) / total
@@ -88,7 +97,16 @@ class Schedule:
         low = t.long().clamp(max=len(self) - 1)
         weight = (t - low).to(ratio.dtype)
         high = (low + 1).clamp(max=len(self) - 1)
-        return torch.where(weight == 0, ratio[low], ratio[low] + weight * (ratio[high] - ratio[low]))
+        between = ratio[low] + weight * (ratio[high] - ratio[low])
+        if self.geometric:
+            between = ratio[low] ** (1 - weight) * ratio[high] ** weight
+        return torch.where(weight == 0, ratio[low], between)
+
+    def timestep(self, ratio: Tensor) -> Tensor:
+        """The t, float64 in [0, T - 1], at which a `geometric` schedule has these sigma_t / alpha_t (float64)."""
+        logs, wanted = self.ratio.log(), ratio.log()
+        high = torch.searchsorted(logs, wanted).clamp(1, len(self) - 1)
+        return high - 1 + ((wanted - logs[high - 1]) / (logs[high] - logs[high - 1])).clamp(0, 1)
 
     def alpha(self, t: Tensor | float) -> Tensor:
         """Coefficient of z0 in z_t, in [0, 1], of t's shape."""
@@ -128,7 +146,8 @@ class Denoiser:
 
     def predict(self, z_t: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
         """The model's prediction at z_t (B,C,h,w), t (B,) or a scalar, in z_t's dtype."""
-        return self.model(z_t, torch.as_tensor(t).to(z_t.device), context).to(z_t.dtype)
+        t = self.schedule.rounding(torch.as_tensor(t))
+        return self.model(z_t, t.to(z_t.device), context).to(z_t.dtype)
 
     def to_z0(self, z_t: Tensor, t: Tensor | float, prediction: Tensor) -> Tensor:
         """The estimate of z0 that a prediction at (z_t, t) implies."""

@@ -102,6 +102,7 @@ class Pipeline:
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0, math.inf),
         spacing: str | None = None,
+        sigmas: str | None = None,
         batch_size: int = 16,
         eta: float = 0.0,
     ) -> list[Image.Image]:
@@ -113,7 +114,8 @@ class Pipeline:
             image, mask, strength, resample: see `ldm.edit`; an image for all or one each, drawn anew where the mask is
                 white.
             latents: the first standard normal noise (B, C, h, w) instead of the seeds'.
-            sampler, spacing, height, width: the model's by default; an image has its own size, in pixels.
+            sampler, spacing, sigmas, height, width: the model's by default; see `ldm.samplers.make_grid`. An image has
+                its own size, in pixels.
             guidance: 0 or more; at 1 there is none, and one model call per step.
             guidance_rescale: in [0, 1]. guidance_interval: the t, ends included, where guidance acts.
             batch_size: most pictures made at once.
@@ -124,7 +126,7 @@ class Pipeline:
         if prompt == []:
             return []
         name = sampler or self.schedule.config.sampler
-        sample, grid = get_sampler(name), make_grid(self.schedule, name, steps, spacing)
+        sample, grid = get_sampler(name), make_grid(self.schedule, name, steps, spacing, sigmas)
         for option, value, fits, allowed in (
             ("guidance", guidance, 0 <= guidance < math.inf, "0 or more, where 1 is none"),
             ("guidance rescale", guidance_rescale, 0 <= guidance_rescale <= 1, "in [0, 1], where 0 is none"),

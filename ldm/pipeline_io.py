@@ -1,6 +1,7 @@
 """A pipeline as a folder in diffusers' Stable Diffusion layout, both ways."""
 
 import copy
+import typing
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 from ldm import model_io
 from ldm.clip import TextEncoder
 from ldm.config import UserError, build
-from ldm.diffusion import Schedule, ScheduleConfig
+from ldm.diffusion import Schedule, ScheduleConfig, Sigmas
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
 from ldm.vae import VAE
@@ -23,35 +24,42 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
     "euler_a": "EulerAncestralDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_sde": "DPMSolverSDEScheduler",
     "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
     "pndm": "PNDMScheduler",
+    "lcm": "LCMScheduler",
 }
 # The nearest sampler to other classes; "dpmpp_2m" to those that are not listed.
 NEAREST = {
     "DDIMParallelScheduler": "ddim",
     "DDPMParallelScheduler": "ddpm",
-    "DPMSolverSDEScheduler": "euler_a",
     "IPNDMScheduler": "pndm",
     "KDPM2AncestralDiscreteScheduler": "euler_a",
     "KDPM2DiscreteScheduler": "heun",
-    "LCMScheduler": "euler_a",
     "LMSDiscreteScheduler": "euler",
-    "TCDScheduler": "euler_a",
+    "TCDScheduler": "lcm",
 }
 # The options of each class that change its steps, with their values in the sampler here.
-SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-SOLVER = SIGMAS | {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero", "thresholding": False}
+SOLVER = {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero", "thresholding": False}
 OPTIONS: dict[str, dict] = {
     "ddpm": {"variance_type": "fixed_small", "thresholding": False},
     "ddim": {"thresholding": False},
-    "euler": SIGMAS | {"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
+    "euler": {"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
     "euler_a": {},
-    "heun": SIGMAS,
+    "heun": {},
     "dpmpp_2m": SOLVER | {"algorithm_type": "dpmsolver++", "use_lu_lambdas": False, "euler_at_final": False},
+    "dpmpp_sde": {},
     "unipc": SOLVER | {"solver_type": "bh2", "predict_x0": True, "disable_corrector": []},
+    "deis": {"solver_order": 2, "lower_order_final": True, "thresholding": False},
     "pndm": {"skip_prk_steps": True},
+    "lcm": {"original_inference_steps": 50, "timestep_scaling": 10.0, "thresholding": False},
 }
+OPTIONS["dpmpp_2m_sde"] = OPTIONS["dpmpp_2m"] | {"algorithm_type": "sde-dpmsolver++"}
+WRITTEN = {"pndm": ("skip_prk_steps",), "dpmpp_2m_sde": ("algorithm_type",)}  # of them those that are no default
+UNSCALED = ("heun", "pndm", "deis", "dpmpp_sde")  # whose classes know no zero terminal SNR
 LAYOUT = "0.42.1"  # the diffusers version whose layout is written
 CLASSES = {
     "vae": ["diffusers", "AutoencoderKL"],
@@ -124,17 +132,19 @@ def save_schedule(folder: Path, config: ScheduleConfig) -> None:
     read, which diffusers keeps for an exchange of the scheduler."""
     sampler, name = config.sampler, SCHEDULERS[config.sampler]
     for key, ignored in (
-        ("rescale_betas_zero_snr", sampler in ("heun", "pndm") and config.rescale_betas_zero_snr),
+        ("rescale_betas_zero_snr", sampler in UNSCALED and config.rescale_betas_zero_snr),
         ("prediction_type", sampler == "pndm" and config.prediction_type == "sample"),
         ("steps_offset", config.timestep_spacing == "leading" and config.steps_offset != 1),
     ):
         if ignored:
             value = repr(getattr(config, key))
             warnings.warn(f"diffusers' {name} ignores {key} = {value}: other pictures there", stacklevel=2)
-    values = {key: value for key, value in asdict(config).items() if key != "sampler" and value is not None}
-    prk = {"skip_prk_steps": True} if sampler == "pndm" else {}  # else PNDM begins with Runge-Kutta steps
+    values = {key: value for key, value in asdict(config).items() if value is not None}
+    values = {key: value for key, value in values.items() if key not in ("sampler", "sigmas")}
+    values |= {key: OPTIONS[sampler][key] for key in WRITTEN.get(sampler, ())}
+    values |= {f"use_{config.sigmas}_sigmas": True} if config.sigmas else {}
     folder.mkdir(parents=True, exist_ok=True)
-    model_io.write_json(folder / "scheduler_config.json", {"_class_name": name, **values, **prk, "clip_sample": False})
+    model_io.write_json(folder / "scheduler_config.json", {"_class_name": name, **values, "clip_sample": False})
 
 
 def read_schedule(folder: Path) -> ScheduleConfig:
@@ -150,12 +160,20 @@ def read_schedule(folder: Path) -> ScheduleConfig:
     if table.get("trained_betas") is not None or "Flow" in name or "EDM" in name:
         raise UserError(f"{path}: the noise schedule of this {name} is not supported; known: {', '.join(samplers)}")
     sampler = samplers.get(name) or NEAREST.get(name, "dpmpp_2m")
-    start, end = (0.00085, 0.012) if sampler == "heun" else (0.0001, 0.02)
-    defaults = {"beta_schedule": "linear", "beta_start": start, "beta_end": end, "skip_prk_steps": False}
+    if sampler == "dpmpp_2m" and table.get("algorithm_type") == "sde-dpmsolver++":
+        sampler = "dpmpp_2m_sde"
+    start, end = (0.00085, 0.012) if sampler in ("heun", "dpmpp_sde", "lcm") else (0.0001, 0.02)
+    betas = "scaled_linear" if sampler == "lcm" else "linear"
+    sigmas = [each for each in typing.get_args(Sigmas) if table.get(f"use_{each}_sigmas")]
+    defaults = {"beta_schedule": betas, "beta_start": start, "beta_end": end, "skip_prk_steps": False}
     table = defaults | {"timestep_spacing": None, "set_alpha_to_one": None} | table
     options = [key for key, value in OPTIONS[sampler].items() if table.get(key, value) not in (value, None)]
     if options or name not in samplers:
         variant = ", ".join([name, *(f"{key} = {table[key]!r}" for key in options)])
         warnings.warn(f"{path}: {variant} is not supported; {sampler!r} takes its place by default", stacklevel=2)
     values = {key: value for key, value in table.items() if key in ScheduleConfig.__dataclass_fields__}
-    return build(ScheduleConfig, values | {"steps_offset": 1, "sampler": sampler}, f"{path}: ")
+    return build(
+        ScheduleConfig,
+        values | {"steps_offset": 1, "sampler": sampler, "sigmas": next(iter(sigmas), None)},
+        f"{path}: ",
+    )

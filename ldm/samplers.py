@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from ldm.config import UserError
-from ldm.diffusion import Denoise, Schedule
+from ldm.diffusion import Denoise, Schedule, ScheduleConfig, Sigmas
 
 Noise = Callable[[], Tensor]  # draws a standard normal of z's shape
 OnStep = Callable[[int, float, Tensor, Tensor], None]  # (step, t, z_t, z0)
 ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
-EULER = ("euler", "euler_a", "heun")
+EULER = ("euler", "euler_a", "heun", "dpmpp_sde")
+MULTISTEP = ("dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis")
+LCM_STEPS = 50  # on which latent consistency models are distilled
 
 
 class Step(NamedTuple):
@@ -91,12 +93,35 @@ def euler(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep
 def euler_a(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
     """Euler with ancestral noise: a step down to less noise than asked for, the rest drawn afresh."""
     for i, s in enumerate(grid.steps):
-        z0, eps = _evaluate(denoise, z, s, i, on_step)
-        here, there = s.sigma / s.alpha, s.to_sigma / s.to_alpha
-        up = there * math.sqrt(1 - (there / here) ** 2)
-        z = s.to_alpha * (z0 + there**2 / here * eps)  # there^2 = down^2 + up^2
-        if up:
-            z = z + s.to_alpha * up * noise()
+        z0, _ = _evaluate(denoise, z, s, i, on_step)
+        z = _ancestral_step(z, z0, s, noise)
+    return z
+
+
+def dpmpp_sde(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+    """DPM-Solver++(S) of order 2 on the SDE, as k-diffusion and diffusers take it: an ancestral step to the geometric
+    mean of the noise levels, and the whole step with z0 from there; two model calls per step, one for the last."""
+    for i, s in enumerate(grid.steps):
+        z0, _ = _evaluate(denoise, z, s, i, on_step)
+        if s.to_sigma:
+            ratio = torch.tensor(s.sigma * s.to_sigma / s.alpha / s.to_alpha, dtype=torch.float64).sqrt()
+            t = grid.schedule.timestep(ratio).float()
+            alpha, sigma = grid.schedule.alpha(t).item(), grid.schedule.sigma(t).item()
+            half = _ancestral_step(z, z0, s._replace(to_alpha=alpha, to_sigma=sigma), noise)
+            z0 = denoise(half, t)
+        z = _ancestral_step(z, z0, s, noise)
+    return z
+
+
+def lcm(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+    """Multistep consistency sampling (Luo et al. 2023, algorithm 3): z0, and noise of the next level on it."""
+    for i, s in enumerate(grid.steps):
+        z0, _ = _evaluate(denoise, z, s, i, on_step)
+        scaled = 20 * s.t  # t * 10 / 0.5, of the boundary condition (Luo et al. 2023, section 4.1)
+        z0 = (scaled * z0 + z / math.hypot(scaled, 1)) / math.hypot(scaled, 1)
+        z = s.to_alpha * z0
+        if s.to_sigma:
+            z = z + s.to_sigma * noise()
     return z
 
 
@@ -120,6 +145,36 @@ def dpmpp_2m(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnS
         z0, _ = _evaluate(denoise, z, s, i, on_step)
         z = _exponential_step(z, z0, s, _slope(grid.steps, i, z0, last_z0) / 2)
         last_z0 = z0
+    return z
+
+
+def dpmpp_2m_sde(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+    """dpmpp_2m on the SDE (Lu et al. 2022, appendix B): twice the noise is taken out, and as much drawn afresh."""
+    last_z0 = None
+    for i, s in enumerate(grid.steps):
+        z0, _ = _evaluate(denoise, z, s, i, on_step)
+        kept = s.alpha * s.to_sigma / (s.sigma * s.to_alpha)  # exp(-h)
+        change = s.to_alpha * (1 - kept**2) * (z0 + _slope(grid.steps, i, z0, last_z0) / 2)
+        z = kept * s.to_sigma / s.sigma * z + change
+        if s.to_sigma:
+            z = z + s.to_sigma * math.sqrt(1 - kept**2) * noise()
+        last_z0 = z0
+    return z
+
+
+def deis(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+    """tAB-DEIS of order 2 in log(sigma / alpha) (Zhang & Chen 2023, eq. 15); ends at timestep 0, as in diffusers."""
+    last_eps = last = None
+    for i, s in enumerate(grid.steps):
+        _, eps = _evaluate(denoise, z, s, i, on_step)
+        here, there = s.sigma / s.alpha, s.to_sigma / s.to_alpha
+        change = (there - here) * eps
+        if i and not (i + 1 == len(grid.steps) < 15):
+            # the integral of log(rho / here) / log(here / last), from here to there
+            weight = (there * (math.log(there / here) - 1) + here) / math.log(here / last)
+            change = change + weight * (eps - last_eps)
+        z = s.to_alpha * (z / s.alpha + change)
+        last_eps, last = eps, here
     return z
 
 
@@ -174,6 +229,14 @@ def _evaluate(denoise: Denoise, z: Tensor, s: Step, i: int = 0, on_step: OnStep 
     return z0, (z - s.alpha * z0) / s.sigma
 
 
+def _ancestral_step(z: Tensor, z0: Tensor, s: Step, noise: Noise) -> Tensor:
+    """A step down to less noise than it ends at, and the rest drawn afresh: there^2 = down^2 + up^2."""
+    here, there = s.sigma / s.alpha, s.to_sigma / s.to_alpha
+    up, eps = there * math.sqrt(1 - (there / here) ** 2), (z - s.alpha * z0) / s.sigma
+    z = s.to_alpha * (z0 + there**2 / here * eps)
+    return z + s.to_alpha * up * noise() if up else z
+
+
 def _exponential_step(z: Tensor, z0: Tensor, s: Step, correction: Tensor | float) -> Tensor:
     """Exact step for a z0 that is constant in lambda (Lu et al. 2022, eq. 3.7), with `correction` added."""
     shrink = s.to_sigma / s.sigma
@@ -216,9 +279,16 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "euler_a": euler_a,
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_sde": dpmpp_sde,
     "unipc": unipc,
+    "deis": deis,
     "pndm": pndm,
+    "lcm": lcm,
 }
+
+
+PLACED = ("euler", "heun", "dpmpp_sde", *MULTISTEP)  # samplers that take sigmas
 
 
 def get_sampler(name: str) -> Callable[..., Tensor]:
@@ -228,21 +298,45 @@ def get_sampler(name: str) -> Callable[..., Tensor]:
     return SAMPLERS[name]
 
 
-def make_grid(schedule: Schedule, sampler: str, steps: int, spacing: str | None = None) -> Grid:
-    """The timesteps of diffusers' scheduler for `sampler`, with `spacing` (Lin et al. 2023, table 2; default: the
-    config's). They are whole numbers, but for the Euler family with linspace.
+def place_ratios(name: Sigmas, low: Tensor, high: Tensor, steps: int) -> Tensor:
+    """sigma / alpha of the steps, float64 (steps,) from `high` to `low`."""
+    place = torch.linspace(0, 1, steps, dtype=torch.float64)
+    if name == "karras":  # Karras et al. 2022, eq. 5
+        return torch.lerp(high ** (1 / 7), low ** (1 / 7), place) ** 7
+    if name == "exponential":
+        return torch.lerp(high.log(), low.log(), place).exp()
+    if name == "beta":  # Lee et al. 2024, "Beta sampling is all you need"
+        from scipy.stats import beta
 
-    Where alpha ends at exactly 0, samplers that divide by it get the finite schedule. Raises UserError for an unknown
-    sampler or spacing, or more steps than the timesteps allow.
+        return torch.lerp(low, high, torch.from_numpy(beta.ppf(1 - place.numpy(), 0.6, 0.6)))
+    raise UserError(
+        f"sigmas {name!r} are unknown; allowed: karras, exponential, beta, or none for those of the spacing"
+    )
+
+
+def make_grid(
+    schedule: Schedule, sampler: str, steps: int, spacing: str | None = None, sigmas: str | None = None
+) -> Grid:
+    """The timesteps of diffusers' scheduler for `sampler`, with `spacing` (Lin et al. 2023, table 2) or at the noise
+    levels `sigmas` (default: the config's; "none": those of the spacing).
+
+    They are whole numbers, but for `sigmas` and for the Euler family with linspace. Where alpha ends at exactly 0,
+    samplers that divide by it get the finite schedule. Raises UserError for an unknown sampler, spacing or sigmas, or
+    more steps than the timesteps allow.
     """
     get_sampler(sampler)
     config, total, stride = schedule.config, len(schedule), len(schedule) // max(steps, 1)
     default = "leading" if sampler in ("ddpm", "ddim", "pndm") else "linspace"  # as in diffusers
     spacing = spacing or config.timestep_spacing or default
-    if not 1 <= steps <= total:
-        raise UserError(f"steps {steps} is out of range; allowed: 1 to {total}")
-    count = steps + (sampler in ("dpmpp_2m", "unipc"))  # these place one timestep more and drop the last
-    if spacing == "trailing":
+    if sigmas not in (None, "none") and sampler not in PLACED:
+        raise UserError(f"{sampler} has no sigmas {sigmas!r}; samplers that have: {', '.join(PLACED)}")
+    sigmas = (sigmas or config.sigmas or "none") if sampler in PLACED else "none"
+    if not 1 <= steps <= (total if sampler != "lcm" else min(total, LCM_STEPS)):
+        raise UserError(f"steps {steps} is out of range; allowed: 1 to {total if sampler != 'lcm' else LCM_STEPS}")
+    count = steps + (sampler in MULTISTEP)  # these place one timestep more and drop the last
+    if sampler == "lcm":
+        t = (LCM_STEPS - torch.arange(steps) * LCM_STEPS // steps) * (total // LCM_STEPS) - 1
+    elif spacing == "trailing":
         t = (total - torch.arange(steps, dtype=torch.float64) * (total / steps)).round() - 1
     elif spacing == "leading":
         t = torch.arange(count).flip(0)[:steps] * (total // count) + config.steps_offset
@@ -253,7 +347,15 @@ def make_grid(schedule: Schedule, sampler: str, steps: int, spacing: str | None 
         raise UserError(f"timestep spacing {spacing!r} is unknown; allowed: leading, trailing, linspace")
     if t[0] > total - 1 or (t.diff() >= 0).any():
         raise UserError(f"{sampler} with {spacing} spacing cannot place {steps} steps on {total} timesteps; use fewer")
-    schedule, t = Schedule(config, finite=sampler not in ("ddpm", "ddim")), t.float()
+    schedule = Schedule(config, finite=sampler not in ("ddpm", "ddim", "lcm"))
+    if sigmas != "none" or sampler == "dpmpp_sde":
+        ratios = schedule.ratio_at(t)
+        if sigmas != "none":
+            ends = ratios[[-1, 0]] if sampler in EULER else schedule.ratio[[0, -1]]
+            ratios = place_ratios(sigmas, *ends, steps)
+        schedule = Schedule(config, finite=True, geometric=True, rounding=_rounding(sampler, sigmas, config))
+        t = schedule.timestep(ratios)
+    t = t.float()
     alpha, sigma = schedule.alpha(t).tolist(), schedule.sigma(t).tolist()
     # Each step ends where the next starts, the last at alpha 1; diffusers' DDIM and PNDM go to t - T // steps.
     ends = [*zip(alpha[1:], sigma[1:], strict=True), (1.0, 0.0)]
@@ -263,7 +365,19 @@ def make_grid(schedule: Schedule, sampler: str, steps: int, spacing: str | None 
         to_one = sampler == "ddim" if config.set_alpha_to_one is None else config.set_alpha_to_one
         if to_one and before[-1] < 0:
             ends[-1] = (1.0, 0.0)
+    if sampler == "deis":
+        ends[-1] = schedule.alpha(0).item(), schedule.sigma(0).item()
     placed = tuple(Step(*start, *end) for *start, end in zip(t.tolist(), alpha, sigma, ends, strict=True))
     # diffusers starts its Euler family at x = ratio * noise; for leading, at sqrt(ratio^2 + 1) * noise.
     scale = sigma[0] if sampler in EULER and spacing != "leading" else 1.0
     return Grid(schedule=schedule, steps=placed, initial_scale=scale, stride=stride)
+
+
+def _rounding(sampler: str, sigmas: str, config: ScheduleConfig) -> Callable[[Tensor], Tensor]:
+    """What diffusers' scheduler makes of a timestep between two whole ones before it asks the model."""
+    if sampler in EULER:
+        return torch.clone
+    cosine = config.beta_schedule == "squaredcos_cap_v2" and sampler in ("dpmpp_2m", "dpmpp_2m_sde")
+    if sigmas == "karras" and not cosine:
+        return torch.round
+    return lambda t: (t - 1e-3).floor().clamp(min=0)  # its float32 takes the first, T - 1, for a little less

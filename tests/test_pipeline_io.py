@@ -8,13 +8,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from tiny_models import arrays, no_complaints, shapes, tiny_parts
+from tiny_models import DPMSolverSDEScheduler, arrays, no_complaints, shapes, tiny_parts
 
 from ldm import pipeline_io
 from ldm.config import UserError, load
 from ldm.diffusion import ScheduleConfig
 from ldm.pipeline import Pipeline
-from ldm.samplers import SAMPLERS, ImageNoise
+from ldm.samplers import PLACED, SAMPLERS, ImageNoise
 from ldm.train.clip import CLIPConfig
 
 PROMPTS = ["a red circle", "a blue square above a red circle", ""]
@@ -60,14 +60,25 @@ def test_our_folder_gives_the_same_pictures_in_diffusers(tmp_path, schedule):
 def test_schedules_round_trip_and_open_in_diffusers(tmp_path, sampler):
     values = {"beta_start": 0.001, "beta_end": 0.01, "steps_offset": 1, "set_alpha_to_one": False}
     config = ScheduleConfig(
-        sampler=sampler, beta_schedule="linear", prediction_type="v_prediction", timestep_spacing="trailing", **values
+        sampler=sampler,
+        sigmas="karras" if sampler in PLACED else None,
+        beta_schedule="linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        **values,
     )
     pipeline_io.save_schedule(tmp_path / "ours", config)
     assert pipeline_io.read_schedule(tmp_path / "ours") == config
+    name = pipeline_io.SCHEDULERS[sampler]
+    scheduler = DPMSolverSDEScheduler if sampler == "dpmpp_sde" else getattr(diffusers, name)
     with no_complaints():
-        theirs = getattr(diffusers, pipeline_io.SCHEDULERS[sampler]).from_pretrained(tmp_path / "ours")
+        theirs = scheduler.from_pretrained(tmp_path / "ours")
         other = diffusers.DDIMScheduler.from_config(theirs.config)
     kept = {"set_alpha_to_one", "clip_sample"}
+    assert getattr(theirs.config, "use_karras_sigmas", True) and getattr(theirs.config, "use_beta_sigmas", 0) in (
+        0,
+        False,
+    )
     assert all(getattr(theirs.config, name) == values[name] for name in values if name not in kept)
     assert other.config.set_alpha_to_one is False and other.config.clip_sample is False
     theirs.save_pretrained(tmp_path / "theirs")
@@ -108,7 +119,7 @@ def test_keys_that_are_left_out_take_the_defaults_of_the_sampler_that_runs(saved
     ours = Pipeline.from_pretrained(folder)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     config = theirs.scheduler.config
-    for sampler in ("ddim", "pndm", "euler", "heun", "dpmpp_2m", "unipc"):
+    for sampler in ("ddim", "pndm", "euler", "heun", "dpmpp_2m", "unipc", "deis"):
         options = {"skip_prk_steps": True} if sampler == "pndm" else {"clip_sample": False} if sampler == "ddim" else {}
         scheduler = getattr(diffusers, pipeline_io.SCHEDULERS[sampler])
         theirs.scheduler = scheduler.from_config(config, **options, steps_offset=1)
@@ -132,11 +143,11 @@ SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
 @pytest.mark.parametrize(
     ("name", "change", "sampler", "message"),
     [
-        ("DEISMultistepScheduler", {}, "dpmpp_2m", "DEISMultistepScheduler is not supported; 'dpmpp_2m' takes its"),
-        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "euler", "use_karras_sigmas = True"),
+        ("SASolverScheduler", {}, "dpmpp_2m", "SASolverScheduler is not supported; 'dpmpp_2m' takes its"),
+        ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, "euler", "final_sigmas_type = 'sigma_min'"),
         ("PNDMScheduler", {}, "pndm", "skip_prk_steps = False"),
-        ("LCMScheduler", {}, "euler_a", "LCMScheduler is not supported; 'euler_a' takes its place"),
-        ("DPMSolverMultistepScheduler", SDE, "dpmpp_2m", "solver_order = 3, algorithm_type = 'sde-dpmsolver[+][+]'"),
+        ("TCDScheduler", {}, "lcm", "TCDScheduler is not supported; 'lcm' takes its place"),
+        ("DPMSolverMultistepScheduler", SDE, "dpmpp_2m_sde", "Scheduler, solver_order = 3 is not supported"),
     ],
 )
 def test_another_sampler_replaces_one_that_is_not_here_with_a_warning(tmp_path, name, change, sampler, message):

@@ -1,14 +1,16 @@
 """Samplers against diffusers' schedulers, against a closed form, and their grids and noise."""
 
 import functools
+from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
+from tiny_models import DPMSolverSDEScheduler
 
 from ldm.config import UserError
 from ldm.diffusion import Denoiser, Schedule, ScheduleConfig
-from ldm.samplers import SAMPLERS, ImageNoise, make_grid
+from ldm.samplers import PLACED, SAMPLERS, ImageNoise, make_grid
 
 SHAPE = (2, 3, 4, 4)
 REFERENCE = {
@@ -18,9 +20,14 @@ REFERENCE = {
     "euler_a": (diffusers.EulerAncestralDiscreteScheduler, {}),
     "heun": (diffusers.HeunDiscreteScheduler, {}),
     "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_sde": (DPMSolverSDEScheduler, {}),
+    "deis": (diffusers.DEISMultistepScheduler, {}),
+    "lcm": (diffusers.LCMScheduler, {}),
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
     "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
 }
+UNSCALED = ("heun", "pndm", "deis", "dpmpp_sde")  # whose classes know no zero terminal SNR
 BOTH = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "timestep_spacing", "steps_offset")
 
 
@@ -46,20 +53,26 @@ def reference(sampler, config, steps, first, later, eta=0.0):
     kind, extra = REFERENCE[sampler]
     extra = extra | {name: getattr(config, name) for name in BOTH}
     prediction = config.prediction_type
+    if config.sigmas:
+        extra[f"use_{config.sigmas}_sigmas"] = True
     if sampler == "euler_a" and prediction == "sample":
         extra["prediction_type"] = "epsilon"  # it knows no "sample"
-    if sampler not in ("heun", "pndm"):
+    if sampler not in UNSCALED:
         extra["rescale_betas_zero_snr"] = config.rescale_betas_zero_snr
     if sampler in ("ddim", "pndm"):
         extra["set_alpha_to_one"] = config.set_alpha_to_one
     scheduler = kind(**extra)
     scheduler.set_timesteps(steps)
+    getattr(scheduler, "set_begin_index", int)(0)  # else it looks for the first timestep, which may come twice
     if stiff(sampler, config):
         exact = Schedule(config, finite=True)
         scheduler.alphas_cumprod = exact.alphas_cumprod
-        scheduler.sigmas = torch.cat([exact.ratio_at(scheduler.timesteps), torch.zeros(1)])
+        last = exact.ratio[:1] if sampler == "deis" else torch.zeros(1)
+        scheduler.sigmas = torch.cat([exact.ratio_at(scheduler.timesteps), last])
     z = first * scheduler.init_noise_sigma
-    options = {"generator": later} if sampler in ("ddpm", "ddim", "euler_a") else {}
+    if sampler == "dpmpp_sde":
+        scheduler.noise_sampler = lambda start, end: torch.randn(SHAPE, generator=later)
+    options = {"generator": later} if sampler in ("ddpm", "ddim", "euler_a", "dpmpp_2m_sde", "lcm") else {}
     options |= {"eta": eta} if sampler == "ddim" else {}
     for t in scheduler.timesteps:
         z_in = scheduler.scale_model_input(z, t)
@@ -73,10 +86,10 @@ def reference(sampler, config, steps, first, later, eta=0.0):
 
 
 def stiff(sampler, config):
-    """Heun, and the sum that PNDM is written as, multiply differences by the first sigma / alpha, thousands here: in
-    float32, with diffusers' float32 tables, only rounding errors would be compared (and its Heun knows no zero-SNR)."""
+    """Heun, DEIS, and the sum that PNDM is written as, multiply differences by the first sigma / alpha, thousands here:
+    in float32, with diffusers' float32 tables, only rounding errors would be compared (and they know no zero-SNR)."""
     steep = config.rescale_betas_zero_snr or config.beta_schedule == "squaredcos_cap_v2"
-    return steep and sampler in ("heun", "pndm")
+    return steep and sampler in ("heun", "pndm", "deis")
 
 
 def compare(sampler, config, steps, **options):
@@ -88,8 +101,10 @@ def compare(sampler, config, steps, **options):
     denoise = functools.partial(Denoiser(model, grid.schedule), context=None)
     noise = functools.partial(torch.randn, SHAPE, generator=ours)
     got = SAMPLERS[sampler](denoise, first * grid.initial_scale, grid, noise, **options)
-    asked = timesteps.unique().flip(0)  # Heun names most of them twice
-    assert torch.equal(torch.tensor([s.t for s in grid.steps]), asked.float())
+    asked = timesteps.unique().flip(0) if sampler == "pndm" else timesteps
+    asked = asked[::2] if sampler in ("heun", "dpmpp_sde") else asked  # two calls per step
+    placed = grid.schedule.rounding(torch.tensor([s.t for s in grid.steps]))
+    assert torch.allclose(placed, asked.float(), rtol=0, atol=0.02 if sampler == "dpmpp_sde" or config.sigmas else 0)
     tolerance = 1e-4
     if sampler in ("euler", "euler_a"):  # what float32 leaves of diffusers' x = z / alpha at the start
         tolerance += torch.finfo(torch.float32).eps * grid.steps[0].sigma / grid.steps[0].alpha
@@ -97,7 +112,7 @@ def compare(sampler, config, steps, **options):
 
 
 PREDICTIONS = [(s, p) for s in SAMPLERS for p in ("epsilon", "v_prediction", "sample")]
-PREDICTIONS.remove(("pndm", "sample"))  # diffusers' PNDM knows it not
+PREDICTIONS = [pair for pair in PREDICTIONS if pair not in (("pndm", "sample"), ("dpmpp_sde", "sample"))]  # not there
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
@@ -120,17 +135,31 @@ def test_last_alpha_lengths_of_pndm_and_eta_of_ddim(to_one, spacing):
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "pndm"])  # diffusers' has it not
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in UNSCALED or name == "heun"])
 def test_zero_terminal_snr_equals_diffusers(sampler, prediction):
     config = schedule(prediction, "trailing", rescale_betas_zero_snr=True)
     for steps in (1, 2, 5, 20):
         compare(sampler, config, steps)
 
 
+@pytest.mark.parametrize("sigmas", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize("sampler", PLACED)
+def test_sigmas_equal_diffusers(sampler, sigmas):
+    for spacing, prediction in (("leading", "epsilon"), ("trailing", "v_prediction")):
+        config = schedule(prediction, spacing, sigmas=sigmas)
+        for steps in (2, 5, 20, 50):  # at 50 some timesteps come twice
+            compare(sampler, config, steps)
+        if sampler in ("euler", "dpmpp_2m", "unipc"):  # in float32 the others are too stiff
+            compare(sampler, replace(config, beta_schedule="squaredcos_cap_v2"), 12)
+        assert make_grid(Schedule(config), sampler, 5, sigmas="none").steps[1].t == int(
+            make_grid(Schedule(replace(config, sigmas=None)), sampler, 5).steps[1].t
+        )
+
+
 MU, S = 0.7, 0.5  # the data of the closed forms: every element N(MU, S^2)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "lcm"])  # which wants a consistency model
 def test_reproduces_a_gaussian(sampler):
     config = schedule("v_prediction", "trailing", rescale_betas_zero_snr=True)
     grid, noise = make_grid(Schedule(config), sampler, 500), ImageNoise([0], (20_000,))
@@ -158,7 +187,7 @@ def test_calls_reports_and_leaves_its_input_alone(sampler):
     noise = ImageNoise([3, 4], SHAPE[1:])
     SAMPLERS[sampler](denoise, z, grid, noise, lambda i, t, z_t, z0: seen.append((i, t, z_t, z0)))
     assert torch.equal(z, before)
-    assert len(called) == {"heun": 11, "pndm": 7}.get(sampler, 6)
+    assert len(called) == {"heun": 11, "dpmpp_sde": 11, "pndm": 7}.get(sampler, 6)
     assert [i for i, *_ in seen] == list(range(6)) and [t for _, t, *_ in seen] == [s.t for s in grid.steps]
     assert all(torch.equal(z0, 0.5 * z_t) for *_, z_t, z0 in seen)
 
@@ -178,8 +207,11 @@ def test_noise_of_an_image_does_not_depend_on_its_batch():
 
 def test_mistakes_are_one_clear_line():
     for arguments, message in (
-        (("plms", 10), "ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc, pndm"),
+        (("plms", 10), ", ".join(SAMPLERS)),
         (("ddim", 10, "karras"), "leading, trailing, linspace"),
+        (("ddim", 10, None, "karras"), "samplers that have: euler, heun, "),
+        (("euler", 10, None, "cosine"), "allowed: karras, exponential, beta"),
+        (("lcm", 51), "1 to 50"),
         (("ddim", 0), "1 to 1000"),
         (("ddim", 1001), "1 to 1000"),
         (("ddim", 1000), "use fewer"),  # the offset would ask for t = 1000

@@ -4,6 +4,8 @@ ldm sample --model emoji --prompt "a 3D emoji of a red apple" --out outputs
 
 --image starts from a picture, and --mask redraws only the white part of it. --interpolate N makes N pictures from the
 first of two prompts (and --seed) to the second (and --seed-to), and an animated GIF of them.
+
+Samplers: ddpm, ddim, euler, euler_a, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc, deis, pndm, lcm.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import Pipeline, Progress
 
-RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale", "model", "sampler", "height", "width"]
+RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale", "model", "sampler", "sigmas", "height", "width"]
+OWN = ("sampler", "sigmas")  # options whose default is the model's
 COMPILING, SAVED, PASSES = 8.0, 0.4, 60  # seconds, share of the time that it saves, passes below which it never pays
 
 
@@ -39,7 +42,8 @@ class Options:
     steps: int = 30  # denoising steps
     guidance: float = 5.0  # scale of classifier-free guidance; 1 is none
     guidance_rescale: float = 0.0  # 0 to 1: reduces overexposure at high guidance
-    sampler: str | None = None  # ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc or pndm; default: the model's own
+    sampler: str | None = None  # one of those above; default: the model's own
+    sigmas: Literal["karras", "exponential", "beta", "none"] | None = None  # noise levels; default: the model's own
     seed: int = 0  # picture i is made with seed + i
     negative_prompt: str = ""  # text that guidance leads away from
     image: Path | None = None  # picture to start from: its centre square, resized
@@ -67,7 +71,7 @@ def main() -> None:
     from ldm.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(options.model, find_device(options.device))
-    given = vars(options) | {"sampler": options.sampler or pipe.schedule.config.sampler}
+    given = vars(options) | {name: vars(options)[name] or getattr(pipe.schedule.config, name) for name in OWN}
     given |= {"device": str(pipe.device), "compiled": None}
     if options.compile == "always" or options.precision != "float32" or repays(pipe, options, len(prompts)):
         pipe.compile(precision=options.precision)

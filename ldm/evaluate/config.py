@@ -49,7 +49,7 @@ class EvaluateConfig:
     choose_on: Literal["val", "test", "none"] = "val"  # split that chooses it; test: the reported one; none: the first
     guidance_rescale: float = 0.0  # in [0, 1], for every guidance scale
     steps: int = 30  # sampling steps
-    sampler: str = ""  # ddpm, ddim, euler, euler_a, heun, dpmpp_2m, unipc or pndm; empty: the model's own
+    sampler: str = ""  # see `ldm sample --help`; empty: the model's own
     features: str = FEATURES  # or inception[:FILE], clip:FOLDER, dinov2:FOLDER, judge[:FOLDER], none
     judge: str = ""  # emoji, shapes, clip:FOLDER, folder of train_clip (judge=true), none; empty: the data's own
     train_num: int = 10_000  # training images searched for near-duplicates of samples
