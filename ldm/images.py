@@ -4,7 +4,9 @@ import base64
 import contextlib
 import errno
 import io
+import json
 import math
+import re
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -25,6 +27,18 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 # Errors of the disk, the network or the process, which do not mean that the picture is broken.
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+# A1111's names of settings and samplers, which ComfyUI's readers, Fooocus and others know
+PARAMETERS = {
+    "Steps": "steps",
+    "Sampler": "sampler",
+    "Schedule type": "sigmas",
+    "CFG scale": "guidance",
+    "Seed": "seed",
+}
+PARAMETERS |= {"Model": "model", "Denoising strength": "strength", "CFG Rescale phi": "guidance_rescale"}
+A1111 = {"ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "dpmpp_2m": "DPM++ 2M", "lcm": "LCM"}
+A1111 |= {"dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_sde": "DPM++ SDE", "unipc": "UniPC", "pndm": "PLMS", "deis": "DEIS"}
 
 
 class ImageError(UserError):
@@ -76,20 +90,60 @@ def data_url(image: Image.Image) -> str:
 
 
 def save_png(image: Image.Image, path: Path, metadata: dict[str, str]) -> None:
-    """A PNG with metadata in its text chunks."""
+    """A PNG with metadata in its text chunks; that of a sample once more as `parameters`, which other tools read."""
     info = PngInfo()
-    for key, value in metadata.items():
+    more = {"parameters": format_parameters(metadata, image.size)} if "prompt" in metadata else {}
+    for key, value in (metadata | more).items():
         info.add_itxt(key, value.encode("utf-8", "replace").decode())  # no lone surrogates
     image.save(path, "PNG", pnginfo=info)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata in a PNG of `save_png`. Raises UserError for a file without it."""
+    """The metadata in a PNG of `save_png`, or of `parameters` by A1111 and tools that write as it does. Raises
+    UserError for a file without it."""
     with _open(path) as image:
         metadata = dict(getattr(image, "text", {}))  # of a PNG
+    text = metadata.pop("parameters", "")
     if not {"prompt", "seed"} <= metadata.keys():
-        raise UserError("the PNG has no prompt and seed in its text chunks; only those saved here can be read")
+        metadata = parse_parameters(text)
+    if "seed" not in metadata:
+        raise UserError("the PNG has no prompt and seed in its text chunks, neither as saved here nor by A1111")
     return metadata
+
+
+def format_parameters(metadata: dict[str, str], size: tuple[int, int]) -> str:
+    """Metadata as A1111 writes it: the prompt, the negative prompt, and a line of settings."""
+    values = {theirs: metadata[ours] for theirs, ours in PARAMETERS.items() if ours in metadata}
+    values |= {"Size": "x".join(map(str, size))}
+    values |= {"Schedule type": metadata["sigmas"].capitalize()} if "sigmas" in metadata else {}
+    if "sampler" in metadata:
+        values["Sampler"] = A1111.get(metadata["sampler"], metadata["sampler"])
+    shown = (f"{key}: {json.dumps(v) if set(v) & set(',:') else v}" for key, v in values.items())
+    negative = metadata.get("negative_prompt", "")
+    return "\n".join([metadata["prompt"], *([f"Negative prompt: {negative}"] if negative else []), ", ".join(shown)])
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """The metadata in A1111's `parameters`; empty where it is something else."""
+    found = re.fullmatch(r"(.*?)(?:\n?Negative prompt: (.*?))?\n?(Steps: [^\n]*)", text.strip(), re.DOTALL)
+    if not found:
+        return {}
+    prompt, negative, line = found.groups()
+    values = dict(re.findall(r'([A-Z][\w /-]*): ("(?:\\.|[^"\\])*"|[^,]*)', line))
+    values = {key: json.loads(value) if value.startswith('"') else value.strip() for key, value in values.items()}
+    metadata = {"prompt": prompt.strip()} | ({"negative_prompt": negative.strip()} if negative else {})
+    metadata |= {ours: values[theirs] for theirs, ours in PARAMETERS.items() if theirs in values}
+    # older files name the noise levels behind the sampler
+    name, _, levels = values.get("Sampler", "").rpartition(" ")
+    if levels in ("Karras", "Exponential"):
+        metadata |= {"sampler": name, "sigmas": levels}
+    if "sampler" in metadata:
+        samplers = {theirs: ours for ours, theirs in A1111.items()}
+        metadata["sampler"] = samplers.get(metadata["sampler"], metadata["sampler"])
+    sigmas = metadata.pop("sigmas", "").lower()
+    metadata |= {"sigmas": sigmas} if sigmas in ("karras", "exponential", "beta") else {}
+    size = re.fullmatch(r"(\d+)x(\d+)", values.get("Size", ""))
+    return metadata | (dict(zip(("width", "height"), size.groups(), strict=True)) if size else {})
 
 
 def read_image(source: str | Path | bytes, size: int, limit: int = LIMIT, name: str = "") -> Tensor:

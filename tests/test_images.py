@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ldm.config import UserError
 from ldm.images import ImageError, captioned_grid, read_image, read_metadata, save_png, tile, to_float, to_uint8
@@ -119,6 +120,36 @@ def test_metadata_survives_in_png(tmp_path):
     for name, message in (("plain.png", "no prompt and seed"), ("text.png", "no image file that can be read")):
         with pytest.raises(UserError, match=message):
             read_metadata(tmp_path / name)
+
+
+A1111 = """a cat, (masterpiece:1.2)
+on a mat
+Negative prompt: blurry,
+bad
+Steps: 25, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 123, Size: 512x768, Model: "a, b", Lora hashes: "c: d, e: f"
+"""
+
+
+def test_parameters_of_a1111_are_read_and_written(tmp_path):
+    info = PngInfo()
+    info.add_text("parameters", A1111)
+    corners().save(tmp_path / "theirs.png", pnginfo=info)
+    metadata = read_metadata(tmp_path / "theirs.png")
+    assert metadata == {
+        **{"prompt": "a cat, (masterpiece:1.2)\non a mat", "negative_prompt": "blurry,\nbad", "steps": "25"},
+        **{"sampler": "dpmpp_2m", "sigmas": "karras", "guidance": "7.5", "seed": "123", "model": "a, b"},
+        **{"width": "512", "height": "768"},
+    }
+    save_png(corners(), tmp_path / "ours.png", metadata)
+    with Image.open(tmp_path / "ours.png") as image:
+        text = image.text["parameters"]
+    settings = "Steps: 25, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 123"
+    assert text.splitlines()[:4] == A1111.splitlines()[:4] and settings in text
+    info = PngInfo()
+    info.add_text("parameters", text)
+    corners().save(tmp_path / "again.png", pnginfo=info)
+    width, height = map(str, corners().size)
+    assert read_metadata(tmp_path / "again.png") == metadata | {"width": width, "height": height}
 
 
 def test_grids():
