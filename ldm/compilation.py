@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from ldm.model_io import atomic_write, module_hash
 Precision = Literal["float32", "bfloat16"]
 LARGEST = 2**31  # bytes of all kept results; the oldest beyond that are removed
 OLDEST = (2024, 4)  # release of OpenVINO
+COMPILING, SAVED = 8.0, 0.4  # seconds that compiling takes, and the share of the time that it saves, both about
 
 
 def compiled(
@@ -42,6 +44,28 @@ def compiled(
         raise UserError(f"compiling in {precision} needs OpenVINO and a CPU: pip install 'ldm[openvino]'")
     options = {"freezing": True} if backend == "inductor" and on_cpu else None
     return torch.compile(function, fullgraph=True, backend=backend, options=options)
+
+
+class WhereItSaves:
+    """A function that runs a model, and is compiled by OpenVINO once its time shows that the rest of `calls` calls will
+    repay that; without OpenVINO or on another device than a CPU, the function itself."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Tensor], calls: int) -> None:
+        self.model, self.function, self.left, self.compiled = model, function, calls, None
+        self.shapes: tuple[tuple[int, ...], ...] = ()  # of the last call, or those that are compiled
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The output of inputs; other shapes than those that are compiled run as they are."""
+        shapes, start = tuple(tuple(x.shape) for x in inputs), perf_counter()
+        if self.compiled and fits(shapes, self.shapes):
+            return self.compiled(*inputs)
+        output = self.function(*inputs)
+        self.left -= 1
+        if not self.compiled and inputs[0].device.type == "cpu" and find_spec("openvino"):
+            again, self.shapes = shapes == self.shapes, shapes  # a first call prepares, and takes longer
+            if again and SAVED * self.left * (perf_counter() - start) > COMPILING:
+                self.compiled = compiled(self.model, self.function)
+        return output
 
 
 class OpenVINO:
@@ -65,7 +89,9 @@ class OpenVINO:
             "PERFORMANCE_HINT": "LATENCY",
         }
         code = {inspect.getsource(sys.modules[type(module).__module__]) for module in model.modules()}
-        parts = [module_hash(model), model, getattr(model, "config", ""), function.__qualname__, *sorted(code)]
+        code |= {path.read_text() for path in Path(__file__).parent.rglob("*.py")}
+        options = getattr(model, "config", ""), getattr(model, "metadata", "")
+        parts = [module_hash(model), model, *options, function.__qualname__, *sorted(code)]
         parts += [version("torch"), installed, torch.backends.cpu.get_cpu_capability(), self.options]
         self.identity = "\0".join(map(str, parts))
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.compilation import Precision, compiled
+from ldm.compilation import Precision, WhereItSaves, compiled
 from ldm.config import UserError
 from ldm.diffusion import Denoiser, guided
 from ldm.edit import Pictures, read_edit
@@ -61,15 +61,24 @@ class Pipeline:
         """The device of the U-Net; all models must be on it."""
         return next(self.unet.parameters()).device
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the U-Net runs as compiled."""
+        return bool(getattr(self.predict, "compiled", self.predict))
+
     def to(self, device: str | torch.device) -> "Pipeline":
         """Moves the models."""
         for model in (self.vae, self.text_encoder, self.unet):
             model.to(device)
         return self
 
-    def compile(self, backend: str = "", precision: Precision = "float32") -> "Pipeline":
+    def compile(self, backend: str = "", precision: Precision = "float32", passes: int | None = None) -> "Pipeline":
         """Compiles the U-Net and the VAE's decoder as they are now, at the first call and again for other batches and
-        sizes, by OpenVINO or torch; see `ldm.compilation`. `precision` is the U-Net's."""
+        sizes, by OpenVINO or torch; see `ldm.compilation`. `precision` is the U-Net's. With `passes`, the number of
+        calls to come, the U-Net alone is compiled, by OpenVINO and where that saves time."""
+        if passes is not None:
+            self.predict = WhereItSaves(self.unet, self.unet.forward, passes)
+            return self
         self.predict = compiled(self.unet, self.unet.forward, backend, precision)
         self.decode_latents = compiled(self.vae, self.vae.decode, backend)
         return self

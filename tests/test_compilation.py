@@ -75,10 +75,30 @@ def test_the_command_compiles_where_that_saves_time(tmp_path, monkeypatch):
     Pipeline(tiny_parts()).save_pretrained(tmp_path / "model")
     call = ["sample", "--model", str(tmp_path / "model"), "--prompt", "circle", "--steps", "60", "--guidance", "1"]
     for compiling, recorded in ((1e9, None), (0, "float32")):
-        monkeypatch.setattr(sample, "COMPILING", compiling)
+        monkeypatch.setattr(compilation, "COMPILING", compiling)
         monkeypatch.setattr(sys, "argv", [*call, "--out", str(tmp_path / "out")])
         sample.main()
         assert read_metadata(tmp_path / "out/0000-circle.png").get("compiled") == recorded
+
+
+@openvino
+def test_a_network_is_compiled_once_that_saves_time(cache, monkeypatch):
+    unet, rows = tiny_parts().unet, []
+
+    def run(z, context):
+        rows.append(len(z))
+        return unet(z, torch.tensor(7), context)
+
+    for compiling, third in ((0, []), (1e9, [4])):
+        monkeypatch.setattr(compilation, "COMPILING", compiling)
+        function, inputs = compilation.WhereItSaves(unet, run, 8), (torch.randn(4, 4, 8, 8), torch.randn(4, 12, 24))
+        outputs = [function(*inputs) for _ in range(2)]  # the first prepares, the second is timed
+        assert bool(function.compiled) == (compiling == 0)
+        function(*inputs)
+        rows.clear()
+        outputs += [function(*inputs), function(*(x[:1] for x in inputs))]
+        assert rows == [*third, 1]  # a lone row is not worth its own compilation
+        assert all(torch.allclose(output, outputs[0][: len(output)], atol=1e-4) for output in outputs)
 
 
 def test_without_openvino_it_is_asked_for(monkeypatch, capsys):

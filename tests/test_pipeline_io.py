@@ -8,7 +8,8 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from tiny_models import DPMSolverSDEScheduler, arrays, no_complaints, shapes, tiny_parts
+from sde_scheduler import DPMSolverSDEScheduler
+from tiny_models import arrays, no_complaints, shapes, tiny_parts
 
 from ldm import pipeline_io
 from ldm.config import UserError, load

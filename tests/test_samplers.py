@@ -6,7 +6,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from tiny_models import DPMSolverSDEScheduler
+from sde_scheduler import DPMSolverSDEScheduler
 
 from ldm.config import UserError
 from ldm.diffusion import Denoiser, Schedule, ScheduleConfig

@@ -1,8 +1,6 @@
 """Small models with random weights, and how to hold them against diffusers."""
 
 import logging
-import sys
-import types
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +16,6 @@ from ldm.pipeline_io import Parts
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
-
-sys.modules.setdefault("torchsde", types.ModuleType("torchsde"))  # the scheduler's own noise, which no test draws
-from diffusers.schedulers.scheduling_dpmsolver_sde import DPMSolverSDEScheduler  # noqa: E402, F401
 
 CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 LENGTH = 12

@@ -13,9 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from ldm.commands.cli import read_options
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 
 RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale", "model", "sampler", "sigmas", "height", "width"]
 OWN = ("sampler", "sigmas")  # options whose default is the model's
-COMPILING, SAVED, PASSES = 8.0, 0.4, 60  # seconds, share of the time that it saves, passes below which it never pays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,19 +69,17 @@ def main() -> None:
 
     pipe = Pipeline.from_pretrained(options.model, find_device(options.device))
     given = vars(options) | {name: vars(options)[name] or getattr(pipe.schedule.config, name) for name in OWN}
-    given |= {"device": str(pipe.device), "compiled": None}
-    if options.compile == "always" or options.precision != "float32" or repays(pipe, options, len(prompts)):
+    batches = -(-(options.interpolate or len(prompts)) // max(options.batch_size, 1))
+    if options.compile == "always" or options.precision != "float32":
         pipe.compile(precision=options.precision)
-        given["compiled"] = options.precision
+    elif options.compile == "auto":
+        pipe.compile(passes=batches * options.steps)
     inputs = {name: given[name] for name in inspect.signature(pipe.__call__).parameters if name in given}
     inputs |= {"prompt": prompts} | read_squares(options, pipe)
     metadata: list[dict[str, Any]] = [{"prompt": text, "seed": options.seed + i} for i, text in enumerate(prompts)]
     if options.interpolate:
         path, metadata = interpolate(pipe, prompts, options)
         inputs |= {"prompt": None} | path
-    names = [*RECORDED, "device", "compiled", *(("image", "mask", "strength", "resample") if options.image else ())]
-    shared = {name: given[name] for name in names if given[name] is not None}
-    batches = -(-len(metadata) // max(options.batch_size, 1))
     with tqdm(unit="step", delay=1e-3) as bar:  # the delay: no bar before an error
 
         def advance(progress: Progress) -> None:
@@ -92,27 +87,10 @@ def main() -> None:
             bar.update()
 
         images = pipe(callback=advance, **inputs)
+    given |= {"device": pipe.device, "compiled": options.precision if pipe.compiled else None}
+    names = [*RECORDED, "device", "compiled", *(("image", "mask", "strength", "resample") if options.image else ())]
+    shared = {name: given[name] for name in names if given[name] is not None}
     write(options, images, [{key: str(value) for key, value in (own | shared).items()} for own in metadata])
-
-
-def repays(pipe: Pipeline, options: Options, count: int) -> bool:
-    """Whether OpenVINO would save more time than compiling takes, from the time of one pass of the U-Net."""
-    import torch
-
-    batches = -(-count // max(options.batch_size, 1))
-    passes = batches * options.steps
-    eager = options.compile == "never" or pipe.device.type != "cpu" or not find_spec("openvino")
-    if eager or options.image or passes < PASSES:
-        return False
-    rows = -(-count // batches) * (1 + (options.guidance != 1))
-    z = torch.zeros(rows, *pipe.latent_shape(options.height, options.width))
-    context = torch.zeros(rows, pipe.tokenizer.context_length, pipe.unet.config.cross_attention_dim)
-    with torch.inference_mode():
-        for _ in range(2):  # the first prepares
-            start = perf_counter()
-            pipe.unet(z, torch.tensor(500.0), context)
-            seconds = perf_counter() - start
-    return SAVED * passes * seconds > COMPILING
 
 
 def read_prompts(options: Options) -> list[str]:

@@ -81,7 +81,7 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
     fitted = readable(train, sample_indices(len(train), FITTED, config.seed))
     distance, teacher = perceptual_network(config.perceptual).to(device), vae.perceptual_net or "unknown"
     feature_name = judged_by(config.features, judge_name("", config.data))
-    features, _ = open_networks(feature_name, "none", teacher, config.out, device, config.batch_size)
+    features, _ = open_networks(feature_name, "none", teacher, config.out, device, config.batch_size, config.compile)
     settings = {
         "autoencoder": config.autoencoder,
         "autoencoder_sha256": module_hash(vae),
@@ -96,6 +96,7 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
         "features": feature_name,
         "perceptual_net_of_vae": teacher,
         "device": str(device),
+        "compile": config.compile,
     }
     claim(config.out, {key: settings[key] for key in CLAIMED})
     run = partial(in_batches, device=device, size=config.batch_size)

@@ -59,6 +59,7 @@ class EvaluateConfig:
     batch_size: int = 32  # images per batch
     out: Path  # folder of the report; what it already holds is kept and completed
     device: str = ""  # empty: cuda where available, else cpu
+    compile: Literal["auto", "always", "never"] = "auto"  # the networks first; auto: by OpenVINO where that saves time
 
     __post_init__ = check
 
@@ -79,6 +80,7 @@ class AutoencoderEvaluation:
     batch_size: int = 32  # images per batch
     out: Path  # folder of the report; features that it already holds are kept
     device: str = ""  # empty: cuda where available, else cpu
+    compile: Literal["auto", "always", "never"] = "auto"  # the networks first; auto: by OpenVINO where that saves time
 
     __post_init__ = check
 
@@ -97,5 +99,6 @@ class FolderEvaluation:
     batch_size: int = 32  # images per batch
     out: Path  # folder of the report; features that it already holds are kept
     device: str = ""  # empty: cuda where available, else cpu
+    compile: Literal["auto", "always", "never"] = "auto"  # the networks first; auto: by OpenVINO where that saves time
 
     __post_init__ = check

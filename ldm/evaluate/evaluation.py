@@ -137,7 +137,7 @@ class Evaluation:
         self.searched = of_dataset("training set", self.train, self.bank)
         self.real_train = of_dataset("real train", self.train, self.bank[:n])
         judge, teacher = judge_name(config.judge, config.data), pipe.vae.perceptual_net or "unknown"
-        options = (teacher, config.out, pipe.device, config.batch_size)
+        options = (teacher, config.out, pipe.device, config.batch_size, config.compile)
         self.features, self.judge = open_networks(config.features, judge, *options)
         if self.judge:
             _check_judge(self.judge, config, pipe)
@@ -163,6 +163,7 @@ class Evaluation:
             "features": self.features.network.name if self.features else "none",
             "perceptual_net_of_vae": teacher,
             "device": str(pipe.device),
+            "compile": config.compile,
             "intervals_over": "concepts" if self.test.real.concepts else "pictures",
             "notes": [str(note.message) for note in notes],
         }
@@ -192,6 +193,10 @@ class Evaluation:
         group.wait_for_everyone()
         starts = missing[group.process_index :: group.num_processes]
         quiet = not (starts and group.is_main_process)
+        if self.config.compile == "always" and not pipe.compiled:
+            pipe.compile()
+        elif self.config.compile == "auto" and not pipe.compiled:
+            pipe.compile(passes=len(starts) * self.config.steps)
         for start in tqdm(starts, desc=f"sampling, {asked.of} at {g:g}", unit="batch", disable=quiet):
             options = sampling | {"guidance": g, "seed": self.config.seed + start}
             prompts = asked.captions[start : start + size]

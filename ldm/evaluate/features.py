@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ldm.compilation import WhereItSaves, compiled
 from ldm.config import UserError
 from ldm.distributed import map_over_processes, processes
 from ldm.evaluate.pictures import Pictures
@@ -23,8 +24,11 @@ TAUGHT = {"trained_the_vae": True}  # field of distances by the very network tha
 class Features:
     """Features of a network that has `name` and `sha256`, a file per set of images in `out/features/`."""
 
-    def __init__(self, network: nn.Module, out: Path, device: torch.device, batch_size: int):
+    def __init__(self, network: nn.Module, out: Path, device: torch.device, batch_size: int, compile: str = "never"):
         self.network, self.device, self.batch_size = network.to(device), device, batch_size
+        self.embed = compiled(network, network.forward) if compile == "always" else network.forward
+        if compile == "auto":
+            self.embed = WhereItSaves(network, network.forward, 0)
         self.metadata: dict[str, Any] = network.metadata  # the fields that every record of these features carries
         name = re.sub(r"[^\w-]", "-", network.name)
         self.folder = out / "features" / f"{name}-{network.sha256[:8]}"
@@ -51,8 +55,10 @@ class Features:
         def batch(start: int) -> Tensor:
             progress.update()
             x = to_float(pictures.batch(start, self.batch_size)).to(self.device)
-            return self.network(x).float().cpu()
+            return self.embed(x).float().cpu()
 
+        if isinstance(self.embed, WhereItSaves):
+            self.embed.left = -(-pictures.count // self.batch_size)
         starts, quiet = range(0, pictures.count, self.batch_size), not processes().is_main_process
         text = f"{self.network.name}: {pictures.of}"
         with tqdm(desc=text, total=len(starts), leave=False, disable=quiet) as progress:

@@ -40,7 +40,9 @@ def evaluate_folders(config: FolderEvaluation) -> list[str]:
     size = config.size or common_size([*paths["images"], *paths["reference"]])
     fake, real = sources = [of_files(of, files, size) for of, files in paths.items()]
     device = find_device(config.device)
-    features, judge = open_networks(config.features, judge_name, "", config.out, device, config.batch_size)
+    features, judge = open_networks(
+        config.features, judge_name, "", config.out, device, config.batch_size, config.compile
+    )
     if features and not config.without_frechet:
         n, (first,) = min(fake.count, real.count), features.network(to_float(fake.batch(0, 1)).to(features.device))
         if n <= len(first):
@@ -68,7 +70,12 @@ def evaluate_folders(config: FolderEvaluation) -> list[str]:
                 warnings.warn(f"{fault}: its alignment says little", stacklevel=2)
     names = {"features": features, "judge": judge}
     settings |= {name: network.network.name if network else "none" for name, network in names.items()}
-    settings |= {"number_of_images": fake.count, "number_of_references": real.count, "device": str(device)}
+    settings |= {
+        "number_of_images": fake.count,
+        "number_of_references": real.count,
+        "device": str(device),
+        "compile": config.compile,
+    }
     rows = {s.of: [Row(pictures=[("", s.read(i))]) for i in range(min(SHOWN, s.count))] for s in sources}
     write_results("folders", config.out, settings, results, rows)
     return headlines(results, [fake.of])

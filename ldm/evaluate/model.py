@@ -80,7 +80,8 @@ def evaluate(config: EvaluateConfig) -> list[str]:
     show_samples(e, best)
     if processes().is_main_process:
         e.add(*cost_records(e, best), *left_out(e.test.dataset, e.train))
-    write_results("model", config.out, e.settings | e.choices | {"guidance_choice": choice}, e.results, e.galleries)
+    settings = e.settings | e.choices | {"guidance_choice": choice, "compiled": e.pipe.compiled}
+    write_results("model", config.out, settings, e.results, e.galleries)
     sources = ("real held-out", "real held-out, shuffled captions", "real train", f"samples at {best:g}")
     line = f"guidance: {best:g}{', the first that was named' if len(choice['values']) > 1 else ''}"
     if choice["split"]:
