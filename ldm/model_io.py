@@ -76,9 +76,26 @@ def find_root(folder: str | Path) -> Path:
     if str(folder) in shipped and not any(root.rglob("config.json")):
         root = ASSETS / str(folder)
     if not root.is_dir():
-        raise UserError(f"unknown model {str(folder)!r}: neither a folder nor a shipped one ({', '.join(shipped)})")
+        owner, _, name = str(folder).partition("/")
+        if not re.fullmatch(r"[\w.-]+", name) or not owner or Path(owner).exists():
+            raise UserError(f"unknown model {str(folder)!r}: neither a folder nor a shipped one ({', '.join(shipped)})")
+        return download(str(folder))
     newest = max((root / "checkpoints").glob("step-????????"), default=None)  # one being written is hidden
     return newest if newest and not is_finished(root, newest) else root
+
+
+def download(name: str) -> Path:
+    """The cached folder of a model "owner/name" of the Hugging Face hub: its parts in full precision, without single
+    files that lie beside them. Raises UserError where neither has it."""
+    import huggingface_hub
+
+    kinds = ["model_index.json", *(f"*/*.{suffix}" for suffix in ("json", "txt", "safetensors"))]
+    unused = ["*.fp16.*", "*non_ema*", "safety_checker/*"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=kinds, ignore_patterns=unused))
+    except Exception as error:  # of the network, the hub or the name
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model {name!r} is no folder here, and the hub does not give it: {reason}") from None
 
 
 def is_finished(run: Path, checkpoint: Path) -> bool:

@@ -226,3 +226,24 @@ def test_sd15_text_encoder_has_the_published_sizes():
         theirs = CLIPModel(TheirConfig(text_config=text, vision_config=vision, projection_dim=768))
         ours = CLIP(config.text, config.vision)
     assert shapes(ours) == shapes(theirs)
+
+
+def test_models_of_the_hub_open_from_its_cache_and_say_where_they_are_not(saved, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--somebody--tiny"
+    shutil.copytree(saved, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    pipe = Pipeline.from_pretrained("somebody/tiny")
+    assert far(pipe, diffusers.StableDiffusionPipeline.from_pretrained("somebody/tiny", local_files_only=True)) <= 1
+    with pytest.raises(UserError, match="'somebody/other' is no folder here, and the hub does not give it: "):
+        Pipeline.from_pretrained("somebody/other")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/mistyped", "emoij", "/mistyped", "a/b/c"):
+        with pytest.raises(UserError, match="neither a folder nor a shipped one"):
+            Pipeline.from_pretrained(name)

@@ -158,6 +158,14 @@ def test_loading_processes_end_with_an_error_of_theirs_or_of_a_step(tmp_path):
     assert not multiprocessing.active_children()  # though `caught` still refers to the frames of the training
 
 
+def test_trackers_are_those_of_accelerate(tmp_path):
+    for name, message in (("abacus", "Unsupported logging capability: abacus"), ("aim", "aim is not installed")):
+        with pytest.raises(UserError, match=f"^train.trackers.*{message}"):
+            train(tiny.Toy(), replace(CONFIG, trackers=(name,)), tmp_path / name, {})
+    train(tiny.Toy(), replace(CONFIG, trackers=()), tmp_path / "none", {})
+    assert not (tmp_path / "none" / "tensorboard").exists()
+
+
 def test_settings_of_a_launch_are_named_or_have_no_effect(tmp_path, monkeypatch):
     """accelerate would divide each loss by the number of its own accumulation steps."""
     train(tiny.Toy(), CONFIG, tmp_path / "plain", {})

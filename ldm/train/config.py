@@ -67,6 +67,7 @@ class TrainConfig:
     preview_every: int = 1000  # steps between two previews; 0: none but the last
     save_every: int = 1000  # steps between two checkpoints; 0: none but the last
     keep: int = 2  # newest checkpoints to keep
+    trackers: tuple[str, ...] = ("tensorboard",)  # of accelerate, beside metrics.jsonl: tensorboard, wandb, ...
     best: str = ""  # validation value whose best checkpoint is kept as well: "loss" (lowest), "-psnr" (highest)
     max_skipped: int = 20  # consecutive steps with non-finite losses before giving up
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -92,7 +92,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
         if start >= c.steps:
             return
         from_main(state.begin, out, resolved, start, force)
-        a.init_trackers("tensorboard")
+        a.init_trackers("ldm")
         loaded = stack.enter_context(closing(micro_batches(task, c, a, start)))
         bar = stack.enter_context(tqdm(initial=start, total=c.steps, disable=not a.is_main_process, unit="step"))
         skipped = 0  # steps in a row

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ FORMAT = 2  # of the training state; runs of format 1 had other optimizer groups
 MANIFEST = "manifest.json"
 # Keys of a config that do not change the trained weights.
 FREE = ("train.log_every", "train.validate_every", "train.preview_every", "train.save_every", "train.keep")
-FREE += ("train.workers", "train.max_skipped", "train.best", "preview.", "cache", "data.max_broken")
+FREE += ("train.trackers", "train.workers", "train.max_skipped", "train.best", "preview.", "cache", "data.max_broken")
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "einops", "safetensors", "numpy")
 
 
@@ -48,7 +49,15 @@ class Run:
 
     def __init__(self, task: Task, config: TrainConfig, out: Path) -> None:
         self.task, self.config, self.out = task, config, out
-        self.accelerator = Accelerator(mixed_precision=config.precision, log_with="tensorboard", project_dir=out)
+        folders = ProjectConfiguration(out, logging_dir=out / "tensorboard")
+        options = {"mixed_precision": config.precision, "project_config": folders}
+        try:
+            self.accelerator = Accelerator(log_with=[*config.trackers] or None, **options)
+        except ValueError as error:
+            raise UserError(f"train.trackers is {config.trackers}: {error}") from None
+        missing = {*config.trackers} - {str(tracker) for tracker in self.accelerator.log_with} - {"tensorboard"}
+        if missing:  # but for the default
+            raise UserError(f"train.trackers: {', '.join(missing)} is not installed; pip install it, or leave it out")
         requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if requested not in ("no", config.precision):
             warnings.warn(f"accelerate's mixed precision {requested} is not used; set train.precision", stacklevel=2)
