@@ -34,11 +34,12 @@ class Task:
 
     modules: Modules
     optimizers: dict[str, OptimizerConfig] = {}  # of modules that do not use that of the run
+    balance = "picture"  # what is drawn alike often: see DataConfig
     collate = staticmethod(stack_images)  # samples -> a batch; in the loading processes, without random numbers
 
     def __init__(self, config: Any, need_captions: bool = True) -> None:
         """`config` has the tables `data` and `train`; seeds the initial weights."""
-        self.config, self.device = config, processes().device
+        self.config, self.device, self.balance = config, processes().device, config.data.balance
         self.dataset, self.held_out = (open_dataset(config.data, split, need_captions) for split in ("train", "val"))
         self.batch_size = min(64, config.train.batch_size)  # outside the training steps
         torch.manual_seed(config.train.seed)
@@ -161,7 +162,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
 def micro_batches(task: Task, config: TrainConfig, accelerator: Accelerator, start: int) -> Generator[dict, None, None]:
     """Batches on the device from step `start` on; lists the samples that could not be read."""
     c, a, blocks = config, accelerator, getattr(task.dataset, "lengths", None)
-    weights = sampling_weights(task.dataset, task.config.data.balance)
+    weights = sampling_weights(task.dataset, task.balance)
     first, last = start * c.accumulate, c.steps * c.accumulate
     rank, world = a.process_index, a.num_processes
     order = EpochBatches(len(task.dataset), c.batch_size, c.seed, rank, world, first, last, blocks, weights)
