@@ -7,12 +7,13 @@ import re
 import tarfile
 from collections import Counter
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_data_folder import bomb
 
 from ldm.config import UserError
-from ldm.data import order
+from ldm.data import order, sampling_weights
 from ldm.data.faults import readable
 from ldm.data.order import EpochBatches
 from ldm.data.shards import Shards, write_shards
@@ -221,3 +222,24 @@ def test_blocks_keep_reading_local(monkeypatch):
         window = mixed[first : first + 60]
         assert len(set(window)) == 3 and len(set(window[:20])) > 1
     assert sorted(set(mixed[:60])) != [0, 1, 2]
+
+
+def test_concepts_are_drawn_alike_and_the_order_stays_a_function_of_the_step():
+    groups = [*"aaaaaaaaaaaaaaaa", *"bbbb", "c"]
+    for balance, expected in (("concept", {"a": 7, "b": 7, "c": 7}), ("root", {"a": 12, "b": 6, "c": 3})):
+
+        class Data:
+            __len__ = lambda self: len(groups)  # noqa: E731
+            captions = lambda self, i: [groups[i], "another"]  # noqa: E731
+
+        weights = sampling_weights(Data(), balance)
+        order = EpochBatches(21, 3, 1, steps=7 * 100, weights=weights)
+        drawn = [groups[i] for batch in order for i in batch]
+        assert {group: drawn.count(group) for group in "abc"} == pytest.approx(
+            {group: 100 * count for group, count in expected.items()}, abs=30
+        )
+        assert [*EpochBatches(21, 3, 1, start=23, steps=40, weights=weights)] == [*order][23:40]
+        for epoch in range(100):  # no sample comes more often than its share, rounded up
+            counts = np.bincount(order.permutation(epoch), minlength=21)
+            assert (abs(counts - 21 * weights / weights.sum()) < 1).all()
+    assert sampling_weights(Data(), "picture") is None
