@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import Pipeline, Progress
 
-RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale", "model", "sampler", "height", "width"]
+RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale", "model", "vae", "sampler", "height", "width"]
 COMPILING, SAVED, PASSES = 8.0, 0.4, 60  # seconds, share of the time that it saves, passes below which it never pays
 
 
@@ -32,7 +32,12 @@ COMPILING, SAVED, PASSES = 8.0, 0.4, 60  # seconds, share of the time that it sa
 class Options:
     """Options of `ldm sample`."""
 
-    model: str  # a shipped model, a run folder or a Stable Diffusion folder
+    model: str  # a shipped model, a run folder, a Stable Diffusion folder or single file
+    vae: str | None = None  # another VAE, from a folder or a file
+    tokenizer: str | None = None  # with a single file: folder of its tokenizer; default: CLIP's own
+    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"  # of a single file that does not say
+    zero_snr: bool = False  # a single file was trained with zero terminal SNR
+    ema: bool = False  # the averaged U-Net of a single file
     prompt: tuple[str, ...] = ()  # text to make a picture of; may be repeated
     prompts: Path | None = None  # text file with one prompt per line, instead of --prompt
     out: Path  # folder for the PNGs and grid.png
@@ -66,7 +71,8 @@ def main() -> None:
     from ldm.distributed import find_device
     from ldm.pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained(options.model, find_device(options.device))
+    parts = {name: getattr(options, name) for name in ("vae", "tokenizer", "prediction", "zero_snr", "ema")}
+    pipe = Pipeline.from_pretrained(options.model, find_device(options.device), **parts)
     given = vars(options) | {"sampler": options.sampler or pipe.schedule.config.sampler}
     given |= {"device": str(pipe.device), "compiled": None}
     if options.compile == "always" or options.precision != "float32" or repays(pipe, options, len(prompts)):
