@@ -157,8 +157,8 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "TextEncoder":
-        """The text tower in a folder, in `text_encoder/` within it, or in a single file; in a folder of a CLIP text model
-        or a complete CLIP, with or without the prefix `text_model.`. Raises UserError where anything does not fit."""
+        """The text tower in a single file, in a folder, or in `text_encoder/` within it, of a CLIP text model or a
+        complete CLIP, with or without the prefix `text_model.`. Raises UserError where anything does not fit."""
         folder, table, tensors = _read(folder, "text_encoder", "clip_text_model", "clip")
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHER_PARTS)}
         tensors = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in own.items()}

@@ -22,7 +22,6 @@ from ldm.config import UserError, build, require
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_FILE = "model.safetensors"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers, transformers, transformers until 2022
-PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 EMA_KEYS = {"decay", "min_decay", "inv_gamma", "power", "optimization_step", "update_after_step", "use_ema_warmup"}
 ASSETS = Path(__file__).parent / "assets" / "models"
 
@@ -134,19 +133,19 @@ def save_model(folder: str | Path, model: nn.Module, config: dict, file: str) ->
     write_json(folder / "config.json", config)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Writes safetensors (contiguous, from any device), atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:
         # As bytes: `save_file` hides the system's errors, such as a full disk, and lets only the owner read the file.
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"} | (metadata or {})))
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"} | metadata))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file or of one of torch's, where they may be in its "state_dict"; nothing pickled is
     run. Raises UserError where the file is missing, damaged, or holds anything else."""
     try:
-        if path.suffix in PICKLED:
+        if path.suffix != ".safetensors":
             table = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             return {name: x.detach() for name, x in table.get("state_dict", table).items()}
         return safetensors.torch.load_file(path)

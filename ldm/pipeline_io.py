@@ -89,9 +89,9 @@ def save_parts(folder: str | Path, parts: Parts, half: bool = False) -> None:
 def save_single_file(path: Path, parts: Parts, half: bool = False) -> None:
     """Writes all but the tokenizer as one file in Stable Diffusion's original layout; `half` as in `save_parts`."""
     models = _models(parts, half)
-    configs = {name: asdict(part.config) for name, part in (*models.items(), ("scheduler", parts.schedule))}
+    configs = {name: asdict(part.config) for name, part in (models | {"scheduler": parts.schedule}).items()}
     configs["vae"]["_perceptual_net"] = parts.vae.perceptual_net
-    single_file.write(path, configs, {name: model.state_dict() for name, model in models.items()})
+    single_file.write(path, models, configs)
 
 
 def _models(parts: Parts, half: bool) -> dict[str, nn.Module]:
@@ -109,22 +109,23 @@ def load_parts(
     *,
     vae: str | Path = "",
     tokenizer: str | Path = "",
-    prediction: str = "auto",
+    prediction: str = "",
     zero_snr: bool = False,
     ema: bool = False,
 ) -> Parts:
-    """The parts in a run folder, a Stable Diffusion folder or file, or of a shipped model, with the VAE or the tokenizer
-    of another. `prediction`, `zero_snr` and `ema` are for single files: see `ldm.single_file`. Raises
+    """The parts in a run folder, a Stable Diffusion folder or file, or of a shipped model; `vae` and `tokenizer` are
+    those of another. `prediction`, `zero_snr` and `ema` are for single files: see `ldm.single_file`. Raises
     UserError where a part is missing, is not supported, or does not fit the others."""
     root = model_io.find_root(folder)
-    single = root.is_file()
-    if not single and (prediction != "auto" or zero_snr or ema):
+    if root.is_file():
+        config = single_file.read_schedule(root, prediction, zero_snr)
+    elif prediction or zero_snr or ema:
         raise UserError(f"{str(root)!r} is a folder; prediction, zero_snr and ema are for single files")
-    if missing := [part for part in (*Parts._fields[:4], "scheduler") if not single and not (root / part).is_dir()]:
+    elif missing := [part for part in (*Parts._fields[:4], "scheduler") if not (root / part).is_dir()]:
         way_out = "Stable Diffusion 1.x and 2.x have one, and train_diffusion writes one"
         raise UserError(f"{str(root)!r} is not a whole pipeline: {', '.join(missing)} missing; {way_out}")
-    config = single_file.read_schedule(root, prediction, zero_snr) if single else read_schedule(root / "scheduler")
-    schedule = Schedule(config)  # first, since it is read at once
+    else:
+        config = read_schedule(root / "scheduler")  # first, since it is read at once
     autoencoder, text_encoder = VAE.from_pretrained(vae or root), TextEncoder.from_pretrained(root)
     tokens, unet = Tokenizer.from_pretrained(tokenizer or root), UNet.from_pretrained(root, ema)
     latent, c, text = autoencoder.config.latent_channels, unet.config, text_encoder.config
@@ -133,7 +134,7 @@ def load_parts(
         others = f"the VAE (latents of {latent} channels) or the text encoder (width {text.hidden_size})"
         raise UserError(f"the U-Net in {str(root)!r} ({sizes}) does not fit {others}")
     check_tokenizer(tokens, text_encoder)
-    return Parts(autoencoder, text_encoder, tokens, unet, schedule)
+    return Parts(autoencoder, text_encoder, tokens, unet, Schedule(config))
 
 
 def check_tokenizer(tokenizer: Tokenizer, text_encoder: TextEncoder) -> None:
@@ -142,7 +143,7 @@ def check_tokenizer(tokenizer: Tokenizer, text_encoder: TextEncoder) -> None:
     if len(tokenizer) > text.vocab_size or tokenizer.context_length > text.max_position_embeddings:
         sizes = f"{len(tokenizer)} tokens, context length {tokenizer.context_length}"
         others = f"the text encoder ({text.vocab_size} tokens, length {text.max_position_embeddings})"
-        raise UserError(f"the tokenizer ({sizes}) does not fit {others}, whose own is another")
+        raise UserError(f"the tokenizer ({sizes}) does not fit {others}; give that one's own")
 
 
 def save_schedule(folder: Path, config: ScheduleConfig) -> None:

@@ -76,13 +76,6 @@ class Tokenizer:
         merges = [(a.translate(spelled), b.translate(spelled)) for a, b in pairs]
         return cls(_vocabulary(merges), merges, context_length)
 
-    @classmethod
-    def clip(cls, pad_token: str = END) -> "Tokenizer":
-        """OpenAI's CLIP vocabulary, which ships. Stable Diffusion 2.x pads with "!"."""
-        lines = gzip.decompress((model_io.ASSETS.parent / "clip" / "merges.txt.gz").read_bytes()).decode().split("\n")
-        merges = [tuple(line.split(" ")) for line in lines]
-        return cls(_vocabulary(merges), merges, pad_token=pad_token)
-
     def __len__(self) -> int:
         """Rows that an embedding of these tokens needs: the highest id plus one."""
         return max(self.vocab.values()) + 1
@@ -132,7 +125,10 @@ class Tokenizer:
         path = model_io.find_root(folder)
         if path.is_file():
             _, config, _ = open_part(path, "text_encoder")
-            return cls.clip("!" if config["hidden_act"] == "gelu" else END)
+            with gzip.open(model_io.ASSETS.parent / "clip" / "merges.txt.gz", "rt", encoding="utf-8") as file:
+                merges = [tuple(line.split()) for line in file]
+            # 2.x pads with "!", the token 0.
+            return cls(_vocabulary(merges), merges, pad_token="!" if config["hidden_act"] == "gelu" else END)
         path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
         try:
             return cls(*_read(path))

@@ -23,7 +23,7 @@ def main() -> None:
     """Writes the file, without the tokenizer, and prints its name."""
     options = read_options(Options, __doc__)
     path = options.single_file
-    if path.suffix != ".safetensors" or path.is_dir():
+    if path.suffix != ".safetensors":
         raise UserError(f"--single-file {str(path)!r} must name a .safetensors file")
     from ldm.pipeline_io import load_parts, save_single_file
 

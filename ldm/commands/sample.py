@@ -35,7 +35,7 @@ class Options:
     model: str  # a shipped model, a run folder, a Stable Diffusion folder or single file
     vae: str | None = None  # another VAE, from a folder or a file
     tokenizer: str | None = None  # with a single file: folder of its tokenizer; default: CLIP's own
-    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"  # of a single file that does not say
+    prediction: str = ""  # epsilon or v_prediction, of a single file that does not name it
     zero_snr: bool = False  # a single file was trained with zero terminal SNR
     ema: bool = False  # the averaged U-Net of a single file
     prompt: tuple[str, ...] = ()  # text to make a picture of; may be repeated
