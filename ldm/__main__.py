@@ -13,6 +13,7 @@ COMMANDS = {
     "train diffusion": "train the U-Net on latents and captions",
     "sample": "make pictures from prompts",
     "evaluate": "measure a model, an autoencoder or a folder of pictures",
+    "export": "write a model as one file for ComfyUI, A1111 and others",
     "app": "serve the page on this machine",
     "data": "build a data set: ldm data emoji",
     "compare": "compare a model folder with diffusers, part by part",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ldm import model_io
 from ldm.config import UserError, build, convert, require_positive
 from ldm.layers import attend
+from ldm.single_file import open_part
 
 HALF = (0.5, 0.5, 0.5)
 MAX_SCALE = 100.0  # of the logits: the highest 1 / temperature, section 2.5
@@ -156,10 +157,9 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "TextEncoder":
-        """The text tower in a folder, or in `text_encoder/` within it, of a CLIP text model or a complete CLIP, with or
-        without the prefix `text_model.`. Raises UserError where anything does not fit."""
-        folder = model_io.find_part(folder, "text_encoder")
-        table, tensors = _read(folder, "clip_text_model", "clip")
+        """The text tower in a single file, in a folder, or in `text_encoder/` within it, of a CLIP text model or a
+        complete CLIP, with or without the prefix `text_model.`. Raises UserError where anything does not fit."""
+        folder, table, tensors = _read(folder, "text_encoder", "clip_text_model", "clip")
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHER_PARTS)}
         tensors = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in own.items()}
         config = _build(TextConfig, table.get("text_config", table), folder)
@@ -269,8 +269,7 @@ class CLIP(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "CLIP":
         """The CLIP in a folder, or in `clip/` within it: ours, or transformers' CLIPModel with the config of its image
         processor. Raises UserError where anything does not fit."""
-        folder = model_io.find_part(folder, "clip")
-        table, tensors = _read(folder, "clip")
+        folder, table, tensors = _read(folder, "clip", "clip")
         pixels = model_io.read_json(folder / "preprocessor_config.json")
         width = {"projection_dim": table.get("projection_dim", 512)}
         text = _build(TextConfig, table.get("text_config"), folder, **width)
@@ -284,14 +283,13 @@ def _tower_table(name: str, config: TowerConfig) -> dict[str, Any]:
     return {"model_type": f"clip_{name}_model"} | asdict(config)
 
 
-def _read(folder: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A model's config, whose type must be one of `kinds`, and its weights, without the constants 0, 1, 2, ... that
-    older files have as `position_ids`."""
-    table = model_io.read_json(folder / "config.json")
+def _read(source: str | Path, part: str, *kinds: str) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """A part's path, its config, whose type must be one of `kinds`, and its weights, without the constants 0, 1, 2, ...
+    that older files have as `position_ids`."""
+    folder, table, tensors = open_part(source, part)
     if table.get("model_type", kinds[0]) not in kinds:
         raise UserError(f"{folder} holds a {table['model_type']!r} model; supported here: {', '.join(kinds)}")
-    tensors = model_io.read_tensors(folder).items()
-    return table, {name: tensor for name, tensor in tensors if not name.endswith("position_ids")}
+    return folder, table, {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
 
 
 def _build(cls: type, table: dict, folder: Path, **sizes: int) -> TowerConfig:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -70,15 +71,15 @@ def find_part(folder: str | Path, part: str) -> Path:
 
 
 def find_root(folder: str | Path) -> Path:
-    """A model folder from its path, a shipped model's name, or a run, whose newest checkpoint it is until the run is
-    finished. Another folder of a shipped model's name, without a model in it, does not hide that model."""
+    """A model folder or file from its path, a shipped model's name, or a run, whose newest checkpoint it is until the
+    run is finished. Another folder of a shipped model's name, without a model in it, does not hide that model."""
     root, shipped = Path(folder), sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
     if str(folder) in shipped and not any(root.rglob("config.json")):
         root = ASSETS / str(folder)
-    if not root.is_dir():
+    if not root.exists():
         owner, _, name = str(folder).partition("/")
         if not re.fullmatch(r"[\w.-]+", name) or not owner or Path(owner).exists():
-            raise UserError(f"unknown model {str(folder)!r}: neither a folder nor a shipped one ({', '.join(shipped)})")
+            raise UserError(f"unknown model {str(folder)!r}: no folder, file or shipped one ({', '.join(shipped)})")
         return download(str(folder))
     newest = max((root / "checkpoints").glob("step-????????"), default=None)  # one being written is hidden
     return newest if newest and not is_finished(root, newest) else root
@@ -117,14 +118,13 @@ def module_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def read_config(folder: Path, cls: type[Config], class_name: str, supported: dict[str, tuple]) -> Config:
-    """`config.json` of diffusers' `class_name` as the dataclass `cls`.
+def read_config(folder: Path, table: dict, cls: type[Config], class_name: str, supported: dict[str, tuple]) -> Config:
+    """The config of diffusers' `class_name`, in `folder`, as the dataclass `cls`.
 
     A key that is no field must have a value (of a list, each entry) listed in `supported`, or be None or False. Raises
     UserError for what is not supported.
     """
-    path = folder / "config.json"
-    table, names = read_json(path), {field.name for field in fields(cls)}
+    path, names = folder / "config.json", {field.name for field in fields(cls)}
     if table.get("_class_name", class_name) != class_name:
         raise UserError(f"{str(folder)!r} holds a {table['_class_name']}; supported here: {class_name}")
     for key in sorted(table.keys() - names - EMA_KEYS):
@@ -150,20 +150,21 @@ def save_model(folder: str | Path, model: nn.Module, config: dict, file: str) ->
     write_json(folder / "config.json", config)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Writes safetensors (contiguous, from any device), atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:
         # As bytes: `save_file` hides the system's errors, such as a full disk, and lets only the owner read the file.
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"} | metadata))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors or `.bin` file; nothing pickled is run. Raises UserError where the file is missing,
-    damaged, or holds anything else."""
+    """All tensors of a safetensors file or of one of torch's, where they may be in its "state_dict"; nothing pickled is
+    run. Raises UserError where the file is missing, damaged, or holds anything else."""
     try:
-        if path.suffix == ".bin":
-            return {name: x.detach() for name, x in torch.load(path, "cpu", weights_only=True).items()}
+        if path.suffix != ".safetensors":
+            table = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return {name: x.detach() for name, x in table.get("state_dict", table).items()}
         return safetensors.torch.load_file(path)
     except Exception as error:  # broken bytes make the unpickler raise nearly anything
         reason = " ".join(str(error).split())[:200] or "it is cut short"
@@ -207,10 +208,10 @@ def load_model(make: Callable[[], Model], folder: Path, tensors: dict[str, Tenso
     for key, value in (item for config in configs for item in asdict(config).items() if "layers" in item[0]):
         most = max(value) if isinstance(value, tuple) else value  # each layer has a weight
         require(most <= len(tensors), key, value, f"at most {len(tensors)} in {str(folder / 'config.json')!r}")
-    if infinite := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise UserError(f"the weights in {str(folder)!r} are not finite (NaN or infinite): {', '.join(infinite)[:300]}")
     # Copied, since tensors of safetensors are views of the file, not aligned in memory.
     weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    if infinite := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise UserError(f"the weights in {str(folder)!r} are not finite (NaN or infinite): {', '.join(infinite)[:300]}")
     try:
         with torch.device("meta"), _SkipInit():
             model = make()
@@ -219,5 +220,5 @@ def load_model(make: Callable[[], Model], folder: Path, tensors: dict[str, Tenso
         raise
     except Exception as error:  # impossible sizes raise nearly anything
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the weights in {str(folder)!r} do not fit its config.json: {reason}") from None
+        raise UserError(f"the weights in {str(folder)!r} do not fit its config: {reason}") from None
     return model.eval()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -44,10 +45,11 @@ class Pipeline:
         self.predict = self.decode_latents = None  # the U-Net and the decoder as `compile` has made them
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Pipeline":
-        """A shipped model's name, a run folder, or a Stable Diffusion folder in diffusers' layout (else UserError). The
-        convolutions are laid out channels-last, which is faster on CPU and GPU."""
-        pipe = cls(load_parts(folder)).to(device)
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", **options: Any) -> "Pipeline":
+        """A shipped model's name, a run folder, a Stable Diffusion folder in diffusers' layout or single file (else
+        UserError); `options` such as `vae` and `tokenizer` are those of `load_parts`. The convolutions are laid out
+        channels-last, which is faster on CPU and GPU."""
+        pipe = cls(load_parts(folder, **options)).to(device)
         for model in (pipe.vae, pipe.unet):
             model.to(memory_format=torch.channels_last)
         return pipe

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ldm import model_io
+from ldm import model_io, single_file
 from ldm.clip import TextEncoder
 from ldm.config import UserError, build
 from ldm.diffusion import Schedule, ScheduleConfig, Sigmas
@@ -84,13 +84,8 @@ def save_parts(folder: str | Path, parts: Parts, half: bool = False) -> None:
 
     `half` stores the weights as float16, which load as float32. Raises UserError for weights that float16 cannot hold.
     """
-    folder, models = Path(folder), {"vae": parts.vae, "text_encoder": parts.text_encoder, "unet": parts.unet}
-    if half:
-        models = {name: copy.deepcopy(model).half() for name, model in models.items()}
-        for key, tensor in nn.ModuleDict(models).state_dict().items():
-            if not tensor.isfinite().all():
-                raise UserError(f"{key} has values above 65504, which float16 cannot hold; save it whole")
-    for name, model in models.items():
+    folder = Path(folder)
+    for name, model in _models(parts, half).items():
         model.save_pretrained(folder / name)
     parts.tokenizer.save_pretrained(folder / "tokenizer")
     save_schedule(folder / "scheduler", parts.schedule.config)
@@ -99,23 +94,55 @@ def save_parts(folder: str | Path, parts: Parts, half: bool = False) -> None:
     model_io.write_json(folder / "model_index.json", index | {"requires_safety_checker": False})
 
 
-def load_parts(folder: str | Path) -> Parts:
-    """The parts in a run folder, a Stable Diffusion folder, or of a shipped model. Raises UserError where one is
-    missing, is not supported, or does not fit the others."""
+def save_single_file(path: Path, parts: Parts, half: bool = False) -> None:
+    """Writes all but the tokenizer as one file in Stable Diffusion's original layout; `half` as in `save_parts`."""
+    models = _models(parts, half)
+    configs = {name: asdict(part.config) for name, part in (models | {"scheduler": parts.schedule}).items()}
+    configs["vae"]["_perceptual_net"] = parts.vae.perceptual_net
+    single_file.write(path, models, configs)
+
+
+def _models(parts: Parts, half: bool) -> dict[str, nn.Module]:
+    models = {"vae": parts.vae, "text_encoder": parts.text_encoder, "unet": parts.unet}
+    if half:
+        models = {name: copy.deepcopy(model).half() for name, model in models.items()}
+        for key, tensor in nn.ModuleDict(models).state_dict().items():
+            if not tensor.isfinite().all():
+                raise UserError(f"{key} has values above 65504, which float16 cannot hold; save it whole")
+    return models
+
+
+def load_parts(
+    folder: str | Path,
+    *,
+    vae: str | Path = "",
+    tokenizer: str | Path = "",
+    prediction: str = "",
+    zero_snr: bool = False,
+    ema: bool = False,
+) -> Parts:
+    """The parts in a run folder, a Stable Diffusion folder or file, or of a shipped model; `vae` and `tokenizer` are
+    those of another. `prediction`, `zero_snr` and `ema` are for single files: see `ldm.single_file`. Raises
+    UserError where a part is missing, is not supported, or does not fit the others."""
     root = model_io.find_root(folder)
-    if missing := [part for part in (*Parts._fields[:4], "scheduler") if not (root / part).is_dir()]:
+    if root.is_file():
+        config = single_file.read_schedule(root, prediction, zero_snr)
+    elif prediction or zero_snr or ema:
+        raise UserError(f"{str(root)!r} is a folder; prediction, zero_snr and ema are for single files")
+    elif missing := [part for part in (*Parts._fields[:4], "scheduler") if not (root / part).is_dir()]:
         way_out = "Stable Diffusion 1.x and 2.x have one, and train_diffusion writes one"
         raise UserError(f"{str(root)!r} is not a whole pipeline: {', '.join(missing)} missing; {way_out}")
-    schedule = Schedule(read_schedule(root / "scheduler"))  # first, since it is read at once
-    vae, text_encoder = VAE.from_pretrained(root / "vae"), TextEncoder.from_pretrained(root / "text_encoder")
-    tokenizer, unet = Tokenizer.from_pretrained(root / "tokenizer"), UNet.from_pretrained(root / "unet")
-    latent, c, text = vae.config.latent_channels, unet.config, text_encoder.config
+    else:
+        config = read_schedule(root / "scheduler")  # first, since it is read at once
+    autoencoder, text_encoder = VAE.from_pretrained(vae or root), TextEncoder.from_pretrained(root)
+    tokens, unet = Tokenizer.from_pretrained(tokenizer or root), UNet.from_pretrained(root, ema)
+    latent, c, text = autoencoder.config.latent_channels, unet.config, text_encoder.config
     if (c.in_channels, c.out_channels, c.cross_attention_dim) != (latent, latent, text.hidden_size):
         sizes = f"{c.in_channels} channels in, {c.out_channels} out, contexts of width {c.cross_attention_dim}"
         others = f"the VAE (latents of {latent} channels) or the text encoder (width {text.hidden_size})"
         raise UserError(f"the U-Net in {str(root)!r} ({sizes}) does not fit {others}")
-    check_tokenizer(tokenizer, text_encoder)
-    return Parts(vae, text_encoder, tokenizer, unet, schedule)
+    check_tokenizer(tokens, text_encoder)
+    return Parts(autoencoder, text_encoder, tokens, unet, Schedule(config))
 
 
 def check_tokenizer(tokenizer: Tokenizer, text_encoder: TextEncoder) -> None:
@@ -124,7 +151,7 @@ def check_tokenizer(tokenizer: Tokenizer, text_encoder: TextEncoder) -> None:
     if len(tokenizer) > text.vocab_size or tokenizer.context_length > text.max_position_embeddings:
         sizes = f"{len(tokenizer)} tokens, context length {tokenizer.context_length}"
         others = f"the text encoder ({text.vocab_size} tokens, length {text.max_position_embeddings})"
-        raise UserError(f"the tokenizer ({sizes}) does not fit {others}")
+        raise UserError(f"the tokenizer ({sizes}) does not fit {others}; give that one's own")
 
 
 def save_schedule(folder: Path, config: ScheduleConfig) -> None:
@@ -153,6 +180,8 @@ def read_schedule(folder: Path) -> ScheduleConfig:
     Keys of other classes are ignored. For a class or an option that no sampler here has, the nearest sampler takes its
     place, with a warning. Raises UserError for noise schedules and predictions that would give wrong pictures.
     """
+    if folder.is_file():
+        return single_file.read_schedule(folder)
     path = folder / "scheduler_config.json"
     table = model_io.read_json(path)
     name = str(table.get("_class_name"))

@@ -1,6 +1,7 @@
 """Text <-> token ids with a CLIP vocabulary (byte-level BPE; Radford et al. 2021, section 2.4), trained on captions or
 loaded. The ids are those of transformers' CLIPTokenizer, which opens the folders written here."""
 
+import gzip
 import json
 import warnings
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ldm import model_io
 from ldm.config import UserError
+from ldm.single_file import open_part
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
@@ -53,10 +55,9 @@ class Tokenizer:
     def train(cls, captions: Iterable[str], vocab_size: int, context_length: int = CONTEXT_LENGTH) -> "Tokenizer":
         """A vocabulary of at most `vocab_size` tokens (fewer where no pair is left that occurs twice), in CLIP's order:
         bytes, bytes that end a word, merges, start, end. Raises UserError below 514 tokens."""
-        letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # U+0021 and on, one for each byte
-        base = [*letters, *(letter + WORD_END for letter in letters)]
-        if vocab_size < len(base) + 2:
-            raise UserError(f"vocab_size is {vocab_size}; it must be at least {len(base) + 2}: all bytes and the ends")
+        letters, least = sorted(pre_tokenizers.ByteLevel.alphabet()), len(_vocabulary([]))
+        if vocab_size < least:
+            raise UserError(f"vocab_size is {vocab_size}; it must be at least {least}: all bytes and the ends")
         # The trainer numbers tokens with a suffix in no fixed order, and breaks ties by number. Hence the last byte of
         # a word is spelled with letters of its own here.
         last = {letter: chr(0x4E00 + i) for i, letter in enumerate(letters)}
@@ -73,8 +74,7 @@ class Tokenizer:
         spelled = str.maketrans({spelling: letter + WORD_END for letter, spelling in last.items()})
         pairs = json.loads(trained.to_str())["model"]["merges"]
         merges = [(a.translate(spelled), b.translate(spelled)) for a, b in pairs]
-        tokens = dict.fromkeys([*base, *map("".join, merges), START, END])
-        return cls({token: i for i, token in enumerate(tokens)}, merges, context_length)
+        return cls(_vocabulary(merges), merges, context_length)
 
     def __len__(self) -> int:
         """Rows that an embedding of these tokens needs: the highest id plus one."""
@@ -121,8 +121,14 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
         """The tokenizer in a folder, or in `tokenizer/` within it: `tokenizer.json`, or `vocab.json` and `merges.txt`.
-        Raises UserError where there is none or it is not CLIP's."""
+        A single file's is CLIP's own. Raises UserError where there is none or it is not CLIP's."""
         path = model_io.find_root(folder)
+        if path.is_file():
+            _, config, _ = open_part(path, "text_encoder")
+            with gzip.open(model_io.ASSETS.parent / "clip" / "merges.txt.gz", "rt", encoding="utf-8") as file:
+                merges = [tuple(line.split()) for line in file]
+            # 2.x pads with "!", the token 0.
+            return cls(_vocabulary(merges), merges, pad_token="!" if config["hidden_act"] == "gelu" else END)
         path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
         try:
             return cls(*_read(path))
@@ -158,6 +164,13 @@ def _read(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], int, str
     length = int(length) if length < 1e6 else CONTEXT_LENGTH  # 1e30 there means "not known"
     listed = [AddedToken(t["content"], **{flag: t[flag] for flag in FLAGS if flag in t}) for t in tokens]
     return vocab, merges, length, pad, listed
+
+
+def _vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
+    """CLIP's order: bytes, bytes that end a word, merges, start, end."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # U+0021 and on, one for each byte
+    tokens = [*letters, *(letter + WORD_END for letter in letters), *map("".join, merges), START, END]
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
 
 def _backend(model: models.Model) -> tokenizers.Tokenizer:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldm import model_io
 from ldm.config import UserError, require_positive
 from ldm.layers import ResnetBlock, SpatialTransformer, downsample, upsample
+from ldm.single_file import open_part
 
 # Keys of diffusers' config that are no fields of UNetConfig, and the values that are supported.
 SUPPORTED: dict[str, tuple] = {
@@ -169,8 +170,9 @@ class UNet(nn.Module):
         model_io.save_model(folder, self, config, model_io.DIFFUSERS_FILE)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "UNet":
-        """The U-Net in a folder, in `unet/` within it, or of a shipped model. Raises UserError where there is none."""
-        folder = model_io.find_part(folder, "unet")
-        config = model_io.read_config(folder, UNetConfig, "UNet2DConditionModel", SUPPORTED)
-        return model_io.load_model(lambda: cls(config), folder, model_io.read_tensors(folder), config)
+    def from_pretrained(cls, folder: str | Path, ema: bool = False) -> "UNet":
+        """The U-Net in a folder, in `unet/` within it, of a shipped model or in a single file, of which `ema` takes the
+        averaged one. Raises UserError where there is none."""
+        folder, table, tensors = open_part(folder, "unet", ema)
+        config = model_io.read_config(folder, table, UNetConfig, "UNet2DConditionModel", SUPPORTED)
+        return model_io.load_model(lambda: cls(config), folder, tensors, config)

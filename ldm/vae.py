@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ldm import model_io
 from ldm.config import UserError, require_positive
 from ldm.layers import Attention, ResnetBlock, downsample, upsample
+from ldm.single_file import open_part
 
 # Keys of diffusers' config that are no fields of VAEConfig, and the values that are supported.
 SUPPORTED: dict[str, tuple] = {
@@ -206,12 +207,12 @@ class VAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "VAE":
-        """The VAE in a folder, in `vae/` within it, or of a shipped model. Raises UserError where there is none."""
-        folder = model_io.find_part(folder, "vae")
-        config = model_io.read_config(folder, VAEConfig, "AutoencoderKL", SUPPORTED)
+        """The VAE in a folder, in `vae/` within it, of a shipped model, or in a single file. Raises UserError where
+        there is none."""
+        folder, table, tensors = open_part(folder, "vae")
+        config = model_io.read_config(folder, table, VAEConfig, "AutoencoderKL", SUPPORTED)
         old = "|".join(RENAMED)
-        tensors = model_io.read_tensors(folder)
         tensors = {re.sub(old, lambda match: RENAMED[match[0]], name): tensor for name, tensor in tensors.items()}
         vae = model_io.load_model(lambda: cls(config), folder, tensors, config)
-        vae.perceptual_net = str(model_io.read_json(folder / "config.json").get("_perceptual_net", ""))
+        vae.perceptual_net = str(table.get("_perceptual_net", ""))
         return vae

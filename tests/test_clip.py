@@ -114,7 +114,7 @@ def test_text_folders_of_every_age(tmp_path, prefix):
     ("change", "message"),
     [
         ({"hidden_act": "relu"}, "hidden_act.*relu.*quick_gelu"),
-        ({"num_hidden_layers": 3}, "do not fit its config.json"),
+        ({"num_hidden_layers": 3}, "do not fit its config"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be 1 or more"),
         ({"num_attention_heads": 5}, "multiple of num_attention_heads 5"),
         ({"hidden_size": "24"}, "hidden_size.*int"),

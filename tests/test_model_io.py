@@ -97,7 +97,7 @@ def test_a_bin_runs_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"0.bias": None}, "do not fit its config.json: .*Missing key.*0.bias"),
+        ({"0.bias": None}, "do not fit its config: .*Missing key.*0.bias"),
         ({"extra": torch.zeros(1)}, "Unexpected key.*extra"),
         ({"0.weight": torch.zeros(3, 5)}, r"size mismatch for 0.weight: .*\[3, 5\].*\[2, 2\]"),
         ({"1.bias": torch.tensor([0.0, float("nan")])}, r"not finite \(NaN or infinite\): 1.bias"),
@@ -114,7 +114,7 @@ def test_weights_that_do_not_fit(tmp_path, change, message):
     ("sizes", "message"),
     [
         (Sizes(2**20), "size mismatch"),  # 4 TB
-        (Sizes(-5), "do not fit its config.json: .*negative dimension"),
+        (Sizes(-5), "do not fit its config: .*negative dimension"),
         (Sizes(2, 2**20), "'layers' is 1048576; it must be at most 4 in"),
     ],
 )

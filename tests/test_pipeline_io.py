@@ -245,5 +245,5 @@ def test_models_of_the_hub_open_from_its_cache_and_say_where_they_are_not(saved,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for name in ("runs/mistyped", "emoij", "/mistyped", "a/b/c"):
-        with pytest.raises(UserError, match="neither a folder nor a shipped one"):
+        with pytest.raises(UserError, match="no folder, file or shipped one"):
             Pipeline.from_pretrained(name)

@@ -57,8 +57,7 @@ def test_equals_diffusers(config):
 def test_stable_diffusion_sizes(tmp_path, table):
     from diffusers import UNet2DConditionModel
 
-    (tmp_path / "config.json").write_text(json.dumps(table))
-    config = model_io.read_config(tmp_path, UNetConfig, "UNet2DConditionModel", SUPPORTED)
+    config = model_io.read_config(tmp_path, table, UNetConfig, "UNet2DConditionModel", SUPPORTED)
     with torch.device("meta"):
         assert shapes(UNet(config)) == shapes(UNet2DConditionModel.from_config(table))
     if table is SD15:

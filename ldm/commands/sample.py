@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import Pipeline, Progress
 
-RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale", "model", "sampler", "sigmas", "height", "width"]
+RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale"]
+RECORDED += ["model", "vae", "sampler", "sigmas", "height", "width"]
 OWN = ("sampler", "sigmas")  # options whose default is the model's
 
 
@@ -32,7 +33,12 @@ OWN = ("sampler", "sigmas")  # options whose default is the model's
 class Options:
     """Options of `ldm sample`."""
 
-    model: str  # a shipped model, a run folder or a Stable Diffusion folder
+    model: str  # a shipped model, a run folder, a Stable Diffusion folder or single file
+    vae: str | None = None  # another VAE, from a folder or a file
+    tokenizer: str | None = None  # with a single file: folder of its tokenizer; default: CLIP's own
+    prediction: str = ""  # epsilon or v_prediction, of a single file that does not name it
+    zero_snr: bool = False  # a single file was trained with zero terminal SNR
+    ema: bool = False  # the averaged U-Net of a single file
     prompt: tuple[str, ...] = ()  # text to make a picture of; may be repeated
     prompts: Path | None = None  # text file with one prompt per line, instead of --prompt
     out: Path  # folder for the PNGs and grid.png
@@ -67,7 +73,8 @@ def main() -> None:
     from ldm.distributed import find_device
     from ldm.pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained(options.model, find_device(options.device))
+    parts = {name: getattr(options, name) for name in ("vae", "tokenizer", "prediction", "zero_snr", "ema")}
+    pipe = Pipeline.from_pretrained(options.model, find_device(options.device), **parts)
     given = vars(options) | {name: vars(options)[name] or getattr(pipe.schedule.config, name) for name in OWN}
     batches = -(-(options.interpolate or len(prompts)) // max(options.batch_size, 1))
     if options.compile == "always" or options.precision != "float32":

@@ -185,8 +185,9 @@ class DiffusionTask(Task):
 
 def warn_of_another_schedule(folder: str, ours: ScheduleConfig) -> None:
     """Warns where the U-Net to start from was trained with another noise schedule or prediction."""
-    path = model_io.find_root(folder) / "scheduler"
-    theirs = read_schedule(path) if path.is_dir() else ours
+    root = model_io.find_root(folder)
+    path = root if root.is_file() else root / "scheduler"
+    theirs = read_schedule(path) if path.exists() else ours
     changes = [f"schedule.{key}={getattr(theirs, key)}" for key in NOISE if getattr(theirs, key) != getattr(ours, key)]
     if changes:
         warnings.warn(f"the U-Net of {folder!r} was trained with {' '.join(changes)}", stacklevel=2)
