@@ -65,7 +65,7 @@ OPTIONS = {
     "train_autoencoder": TRAINING,
     "train_clip": TRAINING,
     "train_diffusion": TRAINING,
-    "sample": "model prompt prompts out steps guidance guidance-rescale sampler seed negative-prompt image mask"
+    "sample": "model prompt prompts out lora steps guidance guidance-rescale sampler seed negative-prompt image mask"
     " resample strength interpolate seed-to height width batch-size compile precision grid device",
     "evaluate": "model autoencoder images reference data data-path split num guidance choose-on guidance-rescale steps"
     " sampler features judge train-num train-captions baseline size without-frechet perceptual seed batch-size out"
@@ -116,8 +116,8 @@ KEYS = {
     " model.transformer_layers_per_block model.attention_head_dim model.norm_num_groups model.norm_eps"
     " model.use_linear_projection schedule.beta_schedule schedule.beta_start schedule.beta_end"
     " schedule.num_train_timesteps schedule.rescale_betas_zero_snr schedule.prediction_type schedule.timestep_spacing"
-    " schedule.steps_offset schedule.set_alpha_to_one schedule.sampler preview.prompts preview.count preview.steps"
-    " preview.guidance preview.seed",
+    " schedule.steps_offset schedule.set_alpha_to_one schedule.sampler lora.rank lora.targets lora.kohya"
+    " preview.prompts preview.count preview.steps preview.guidance preview.seed",
 }
 LOGGED = {
     "vae": "vae_loss l1 perceptual kl gan_weight discriminator_loss logits_real logits_fake val/psnr val/ssim"

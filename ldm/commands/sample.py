@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import Pipeline, Progress
 
-RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale", "model", "sampler", "height", "width"]
+RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale", "model", "lora", "sampler"]
+RECORDED += ["height", "width"]
 COMPILING, SAVED, PASSES = 8.0, 0.4, 60  # seconds, share of the time that it saves, passes below which it never pays
 
 
@@ -36,6 +37,7 @@ class Options:
     prompt: tuple[str, ...] = ()  # text to make a picture of; may be repeated
     prompts: Path | None = None  # text file with one prompt per line, instead of --prompt
     out: Path  # folder for the PNGs and grid.png
+    lora: tuple[str, ...] = ()  # low-rank adapter, FILE or FILE:WEIGHT, for the model; may be repeated
     steps: int = 30  # denoising steps
     guidance: float = 5.0  # scale of classifier-free guidance; 1 is none
     guidance_rescale: float = 0.0  # 0 to 1: reduces overexposure at high guidance
@@ -67,7 +69,12 @@ def main() -> None:
     from ldm.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(options.model, find_device(options.device))
-    given = vars(options) | {"sampler": options.sampler or pipe.schedule.config.sampler}
+    for file, weight in map(read_weight, options.lora):
+        pipe.load_lora(file, weight)
+    given = vars(options) | {
+        "lora": ", ".join(options.lora) or None,
+        "sampler": options.sampler or pipe.schedule.config.sampler,
+    }
     given |= {"device": str(pipe.device), "compiled": None}
     if options.compile == "always" or options.precision != "float32" or repays(pipe, options, len(prompts)):
         pipe.compile(precision=options.precision)
@@ -89,6 +96,15 @@ def main() -> None:
 
         images = pipe(callback=advance, **inputs)
     write(options, images, [{key: str(value) for key, value in (own | shared).items()} for own in metadata])
+
+
+def read_weight(text: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT -> the file and the weight, by default 1."""
+    file, _, weight = text.rpartition(":")
+    try:
+        return (file or text), float(weight) if file else 1.0
+    except ValueError:  # a colon in the file's name
+        return text, 1.0
 
 
 def repays(pipe: Pipeline, options: Options, count: int) -> bool:

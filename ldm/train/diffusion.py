@@ -16,6 +16,7 @@ from ldm.data.latents import open_latents
 from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weight, sample_timesteps
 from ldm.distributed import Draws
 from ldm.images import captioned_grid
+from ldm.lora import Adapters, LoRAConfig, save_lora
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts, check_tokenizer, read_schedule, save_parts
 from ldm.samplers import make_grid
@@ -57,6 +58,7 @@ class DiffusionConfig:
     model: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     cache: str = ""  # file for the latents of all training images, written once; empty: encode every batch
     caption_dropout: float = 0.1  # share of captions replaced by "", which sampling uses as the null
@@ -94,6 +96,10 @@ class DiffusionTask(Task):
         self.modules = {"unet": self.make_unet()}
         if config.train_text_encoder:
             self.modules["text_encoder"] = text_encoder
+        if config.lora.rank:
+            require(config.unet != "", "unet", "", "the model to adapt, where lora.rank is set")
+            models = {name: model.to(self.device) for name, model in self.modules.items()}
+            self.modules = {name: Adapters(model, config.lora) for name, model in models.items()}
         if config.cache:
             self.dataset = open_latents(Path(config.cache), self.vae, self.dataset, self.batch_size, self.device)
             self.collate = stack_latents
@@ -179,8 +185,11 @@ class DiffusionTask(Task):
         return Parts(self.vae, text_encoder, self.tokenizer, modules["unet"], self.schedule)
 
     def export(self, modules: Modules, folder: Path, final: bool) -> None:
-        """Writes the whole pipeline into `folder`."""
-        save_parts(folder, self.parts(modules))
+        """Writes the whole pipeline into `folder`, or its adapters alone where only these are trained."""
+        if self.config.lora.rank:
+            save_lora(folder, modules, self.config.lora.kohya)
+        else:
+            save_parts(folder, self.parts(modules))
 
 
 def warn_of_another_schedule(folder: str, ours: ScheduleConfig) -> None:
