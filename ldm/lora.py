@@ -121,7 +121,11 @@ def read_lora(path: Path) -> dict[str, dict[str, Tensor]]:
     metadata = {}
     if path.suffix != ".bin":
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            header = file.metadata() or {}
+        try:
+            metadata = json.loads(header.get(METADATA, "{}"))
+        except ValueError as error:
+            raise UserError(f"{METADATA} in the header of {str(path)!r} is not valid JSON: {error}") from None
     for name, factor in factors.items():
         part, rank = name.partition(".")[0], len(factor.get("down", ()))
         options = {key.removeprefix(f"{part}."): value for key, value in metadata.items()}

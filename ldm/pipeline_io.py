@@ -12,6 +12,7 @@ from ldm import model_io
 from ldm.clip import TextEncoder
 from ldm.config import UserError, build
 from ldm.diffusion import Schedule, ScheduleConfig
+from ldm.lora import FILE
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
 from ldm.vae import VAE
@@ -97,6 +98,8 @@ def load_parts(folder: str | Path) -> Parts:
     root = model_io.find_root(folder)
     if missing := [part for part in (*Parts._fields[:4], "scheduler") if not (root / part).is_dir()]:
         way_out = "Stable Diffusion 1.x and 2.x have one, and train_diffusion writes one"
+        if (root / FILE).is_file():
+            way_out = f"it is an adapter: --lora {root} --model MODEL, the model that it was trained on"
         raise UserError(f"{str(root)!r} is not a whole pipeline: {', '.join(missing)} missing; {way_out}")
     schedule = Schedule(read_schedule(root / "scheduler"))  # first, since it is read at once
     vae, text_encoder = VAE.from_pretrained(root / "vae"), TextEncoder.from_pretrained(root / "text_encoder")

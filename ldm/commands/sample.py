@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import Pipeline, Progress
 
-RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale", "model", "lora", "sampler"]
-RECORDED += ["height", "width"]
+RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale", "model", "sampler", "height", "width", "lora"]
 COMPILING, SAVED, PASSES = 8.0, 0.4, 60  # seconds, share of the time that it saves, passes below which it never pays
 
 
@@ -37,7 +36,7 @@ class Options:
     prompt: tuple[str, ...] = ()  # text to make a picture of; may be repeated
     prompts: Path | None = None  # text file with one prompt per line, instead of --prompt
     out: Path  # folder for the PNGs and grid.png
-    lora: tuple[str, ...] = ()  # low-rank adapter, FILE or FILE:WEIGHT, for the model; may be repeated
+    lora: tuple[str, ...] = ()  # low-rank adapter, as FILE or FILE:WEIGHT; may be repeated
     steps: int = 30  # denoising steps
     guidance: float = 5.0  # scale of classifier-free guidance; 1 is none
     guidance_rescale: float = 0.0  # 0 to 1: reduces overexposure at high guidance
@@ -71,11 +70,8 @@ def main() -> None:
     pipe = Pipeline.from_pretrained(options.model, find_device(options.device))
     for file, weight in map(read_weight, options.lora):
         pipe.load_lora(file, weight)
-    given = vars(options) | {
-        "lora": ", ".join(options.lora) or None,
-        "sampler": options.sampler or pipe.schedule.config.sampler,
-    }
-    given |= {"device": str(pipe.device), "compiled": None}
+    given = vars(options) | {"sampler": options.sampler or pipe.schedule.config.sampler}
+    given |= {"lora": ", ".join(options.lora) or None, "device": str(pipe.device), "compiled": None}
     if options.compile == "always" or options.precision != "float32" or repays(pipe, options, len(prompts)):
         pipe.compile(precision=options.precision)
         given["compiled"] = options.precision

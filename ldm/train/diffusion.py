@@ -74,6 +74,9 @@ class DiffusionConfig:
         require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "in [0, 1]")
         require_above_zero(self, "", "logit_std", "min_snr_gamma")
         require_least(self, "", 1, "held_out")
+        if self.lora.rank:
+            require(self.unet != "", "unet", "", "the model to adapt, where lora.rank is set")
+            require(not self.frozen, "frozen", self.frozen, "left out where lora.rank is set: all weights are frozen")
         if self.cache and self.data.flip:
             raise UserError("a latent cache holds no mirrored pictures: leave out cache, or set data.flip=false")
 
@@ -97,9 +100,8 @@ class DiffusionTask(Task):
         if config.train_text_encoder:
             self.modules["text_encoder"] = text_encoder
         if config.lora.rank:
-            require(config.unet != "", "unet", "", "the model to adapt, where lora.rank is set")
-            models = {name: model.to(self.device) for name, model in self.modules.items()}
-            self.modules = {name: Adapters(model, config.lora) for name, model in models.items()}
+            adapted = {name: Adapters(model.to(self.device), config.lora) for name, model in self.modules.items()}
+            self.modules = adapted
         if config.cache:
             self.dataset = open_latents(Path(config.cache), self.vae, self.dataset, self.batch_size, self.device)
             self.collate = stack_latents
