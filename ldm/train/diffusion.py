@@ -116,7 +116,7 @@ class DiffusionTask(Task):
         sizes["cross_attention_dim"] = self.text_encoder.config.hidden_size
         if config.unet:
             unet = UNet.from_pretrained(config.unet)
-            warn_of_another_schedule(config.unet, config.schedule)
+            check_schedule(config.unet, config.schedule, strict=config.lora.rank > 0)
         else:
             unet = UNet(replace(config.model, **sizes))
         for key, fitting in sizes.items():
@@ -194,13 +194,17 @@ class DiffusionTask(Task):
             save_parts(folder, self.parts(modules))
 
 
-def warn_of_another_schedule(folder: str, ours: ScheduleConfig) -> None:
-    """Warns where the U-Net to start from was trained with another noise schedule or prediction."""
+def check_schedule(folder: str, ours: ScheduleConfig, strict: bool) -> None:
+    """Warns where the U-Net to start from was trained with another noise schedule or prediction; where `strict`, raises
+    UserError, since an adapter is used with the schedule of its model."""
     path = model_io.find_root(folder) / "scheduler"
     theirs = read_schedule(path) if path.is_dir() else ours
     changes = [f"schedule.{key}={getattr(theirs, key)}" for key in NOISE if getattr(theirs, key) != getattr(ours, key)]
+    text = f"the U-Net of {folder!r} was trained with {' '.join(changes)}"
+    if changes and strict:
+        raise UserError(f"{text}; train its adapters with the same")
     if changes:
-        warnings.warn(f"the U-Net of {folder!r} was trained with {' '.join(changes)}", stacklevel=2)
+        warnings.warn(text, stacklevel=2)
 
 
 def check_normalized(z: Tensor) -> None:
