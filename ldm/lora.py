@@ -66,7 +66,6 @@ class Adapter(nn.Sequential):
         nn.init.zeros_(self.up.weight)
 
     def hook(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        """A forward hook: the layer's output and its change."""
         return output + self(inputs[0])
 
 
@@ -88,7 +87,6 @@ class Adapters(nn.Module):
         self.base = base
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """The model's output with the adapters."""
         model = self.base()
         with ExitStack() as hooks:
             for key, adapter in self.adapters.items():
@@ -127,7 +125,7 @@ def read_lora(path: Path) -> dict[str, dict[str, Tensor]]:
         except ValueError as error:
             raise UserError(f"{METADATA} in the header of {str(path)!r} is not valid JSON: {error}") from None
     for name, factor in factors.items():
-        part, rank = name.partition(".")[0], len(factor.get("down", ()))
+        part, rank = name.partition(".")[0], factor.get("down", torch.zeros(0)).shape[:1].numel()
         options = {key.removeprefix(f"{part}."): value for key, value in metadata.items()}
         patterns = (options.get("alpha_pattern") or {}).items()
         alphas = [value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", name)]
@@ -161,11 +159,11 @@ def merge_lora(models: dict[str, nn.Module], file: str | Path, weight: float = 1
         )
     for name, factor in factors.items():
         up, down, kernel = factor["up"].shape, factor["down"].shape, targets[name].shape
-        if (up[:1], up[1:].numel(), down[1:].numel()) != (kernel[:1], down[:1].numel(), kernel[1:].numel()):
+        fits = (up[:1], up[1:].numel(), down[1:].numel()) == (kernel[:1], down[:1].numel(), kernel[1:].numel())
+        if not fits or 0 in down or factor["alpha"].numel() != 1:
             context = next((x["down"].shape[-1] for n, x in factors.items() if re.search("attn2[._]to_k$", n)), 0)
             kind = f"is for {CONTEXTS[context]}" if context in CONTEXTS else "does not fit this model"
-            sizes = f"{name} has factors {tuple(up)} and {tuple(down)} for a weight {tuple(kernel)}"
-            raise UserError(f"{str(path)!r} {kind}: {sizes}")
+            raise UserError(f"{str(path)!r} {kind}: {name} is {tuple(up)} by {tuple(down)}, its layer {tuple(kernel)}")
     for name, factor in factors.items():
         up, down = (factor[key].to(targets[name].device).flatten(1) for key in ("up", "down"))
         change, scale = (up @ down).view_as(targets[name]), float(factor["alpha"]) / len(down)

@@ -93,8 +93,10 @@ MISFITS = [
     ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", (2, 3), "such as Stable Diffusion 3"),
     ("lora_unet_conv_in.hada_w1_a", (2, 3), "is for another kind of adapter .LoHa"),
     ("unet.conv_out.lora_B.bias", (4,), "not fit this model: 1 of its 3 names match no layer: unet.conv_out.lora_B"),
+    ("unet.conv_out.lora_A.weight", (), "not fit this model: unet.conv_out is .4, 2, 1, 1. by .., its layer"),
+    ("unet.conv_out.alpha", (2,), "not fit this model: unet.conv_out is"),
     ("unet.conv_in.lora_B.weight", (16, 2), "not fit this model: 1 of its 3 names match no layer: unet.conv_in"),
-    ("unet.conv_out.lora_A.weight", (3, 16, 3, 3), "not fit this model: unet.conv_out .* a weight .4, 16, 3, 3"),
+    ("unet.conv_out.lora_A.weight", (3, 16, 3, 3), "not fit this model: unet.conv_out .* its layer .4, 16, 3, 3"),
     (f"{ATTENTION[1]}.lora_A.weight", (2, 1024), "is for Stable Diffusion 2.x: unet.down"),
 ]
 
