@@ -16,6 +16,7 @@ from ldm.config import UserError
 from ldm.diffusion import Denoiser, guided
 from ldm.edit import Pictures, read_edit
 from ldm.images import to_pil
+from ldm.lora import merge_lora
 from ldm.pipeline_io import Parts, load_parts, save_parts
 from ldm.samplers import ImageNoise, get_sampler, make_grid
 
@@ -36,8 +37,8 @@ class Progress:
 
 
 class Pipeline:
-    """The parts of a text-to-image model, and sampling from them. Parts are referred to and never changed, so that live
-    modules of a training run may be among them."""
+    """The parts of a text-to-image model, and sampling from them. Parts are referred to, and changed by `load_lora`
+    alone, so that live modules of a training run may be among them."""
 
     def __init__(self, parts: Parts):
         self.parts = parts
@@ -72,6 +73,14 @@ class Pipeline:
         """Moves the models."""
         for model in (self.vae, self.text_encoder, self.unet):
             model.to(device)
+        return self
+
+    def load_lora(self, file: str | Path, weight: float = 1.0) -> "Pipeline":
+        """Adds `weight` times the low-rank adapters in a file to the weights, in place; several files add up. Raises
+        UserError for a file that does not fit, and after `compile`."""
+        if self.predict:
+            raise UserError("load adapters before the models are compiled, which takes the weights as they are then")
+        merge_lora({"unet": self.unet, "text_encoder": self.text_encoder}, file, weight)
         return self
 
     def compile(self, backend: str = "", precision: Precision = "float32", passes: int | None = None) -> "Pipeline":

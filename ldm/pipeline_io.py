@@ -13,6 +13,7 @@ from ldm import model_io, single_file
 from ldm.clip import TextEncoder
 from ldm.config import UserError, build
 from ldm.diffusion import Schedule, ScheduleConfig, Sigmas
+from ldm.lora import FILE
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
 from ldm.vae import VAE
@@ -131,6 +132,8 @@ def load_parts(
         raise UserError(f"{str(root)!r} is a folder; prediction, zero_snr and ema are for single files")
     elif missing := [part for part in (*Parts._fields[:4], "scheduler") if not (root / part).is_dir()]:
         way_out = "Stable Diffusion 1.x and 2.x have one, and train_diffusion writes one"
+        if (root / FILE).is_file():
+            way_out = f"it is an adapter: --lora {root} --model MODEL, the model that it was trained on"
         raise UserError(f"{str(root)!r} is not a whole pipeline: {', '.join(missing)} missing; {way_out}")
     else:
         config = read_schedule(root / "scheduler")  # first, since it is read at once

@@ -14,7 +14,7 @@ ROWS = (
     {"ldm", "ldm.config"},
     {"ldm.distributed", "ldm.images", "ldm.layers", "ldm.diffusion", "ldm.losses", "ldm.model_io"},
     {"ldm.single_file"},
-    {"ldm.samplers", "ldm.data", "ldm.tokenizer", "ldm.vae", "ldm.unet", "ldm.clip"}
+    {"ldm.lora", "ldm.samplers", "ldm.data", "ldm.tokenizer", "ldm.vae", "ldm.unet", "ldm.clip"}
     | {"ldm.discriminator", "ldm.perceptual"},
     {"ldm.compilation", "ldm.edit", "ldm.metrics", "ldm.pipeline_io"},
     {"ldm.pipeline"},

@@ -65,11 +65,11 @@ OPTIONS = {
     "train_autoencoder": TRAINING,
     "train_clip": TRAINING,
     "train_diffusion": TRAINING,
-    "sample": "model prompt prompts out steps guidance guidance-rescale sampler sigmas seed negative-prompt image"
-    " mask resample strength interpolate seed-to height width batch-size compile precision grid device",
+    "sample": "model prompt prompts out steps guidance guidance-rescale sampler seed negative-prompt image mask"
+    " resample strength interpolate seed-to height width batch-size compile precision grid device",
     "evaluate": "model autoencoder images reference data data-path split num guidance choose-on guidance-rescale steps"
     " sampler features judge train-num train-captions baseline size without-frechet perceptual seed batch-size out"
-    " device compile",
+    " device",
     "app": "model port host out device seed",
     "benchmark": "only rounds threads device quick compile out",
     "compare_diffusers": "prompt steps guidance seed",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline, Progress
 
 RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale"]
-RECORDED += ["model", "vae", "sampler", "sigmas", "height", "width"]
+RECORDED += ["model", "vae", "sampler", "sigmas", "height", "width", "lora"]
 OWN = ("sampler", "sigmas")  # options whose default is the model's
 
 
@@ -42,6 +42,7 @@ class Options:
     prompt: tuple[str, ...] = ()  # text to make a picture of; may be repeated
     prompts: Path | None = None  # text file with one prompt per line, instead of --prompt
     out: Path  # folder for the PNGs and grid.png
+    lora: tuple[str, ...] = ()  # low-rank adapter, as FILE or FILE:WEIGHT; may be repeated
     steps: int = 30  # denoising steps
     guidance: float = 5.0  # scale of classifier-free guidance; 1 is none
     guidance_rescale: float = 0.0  # 0 to 1: reduces overexposure at high guidance
@@ -75,7 +76,10 @@ def main() -> None:
 
     parts = {name: getattr(options, name) for name in ("vae", "tokenizer", "prediction", "zero_snr", "ema")}
     pipe = Pipeline.from_pretrained(options.model, find_device(options.device), **parts)
-    given = vars(options) | {name: vars(options)[name] or getattr(pipe.schedule.config, name) for name in OWN}
+    for file, weight in map(read_weight, options.lora):
+        pipe.load_lora(file, weight)
+    given = vars(options) | {"lora": ", ".join(options.lora) or None}
+    given |= {name: vars(options)[name] or getattr(pipe.schedule.config, name) for name in OWN}
     batches = -(-(options.interpolate or len(prompts)) // max(options.batch_size, 1))
     if options.compile == "always" or options.precision != "float32":
         pipe.compile(precision=options.precision)
@@ -98,6 +102,15 @@ def main() -> None:
     names = [*RECORDED, "device", "compiled", *(("image", "mask", "strength", "resample") if options.image else ())]
     shared = {name: given[name] for name in names if given[name] is not None}
     write(options, images, [{key: str(value) for key, value in (own | shared).items()} for own in metadata])
+
+
+def read_weight(text: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT -> the file and the weight, by default 1."""
+    file, _, weight = text.rpartition(":")
+    try:
+        return (file or text), float(weight) if file else 1.0
+    except ValueError:  # a colon in the file's name
+        return text, 1.0
 
 
 def read_prompts(options: Options) -> list[str]:

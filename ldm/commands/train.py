@@ -33,7 +33,7 @@ def clip() -> None:
 
 
 def diffusion() -> None:
-    """Trains the U-Net on latents and captions.
+    """Trains the U-Net on latents and captions, or with unet=MODEL lora.rank=8 a low-rank adapter of it.
 
     ldm train diffusion --config configs/shapes/diffusion.toml --out runs/shapes/diffusion
     """

@@ -16,6 +16,7 @@ from ldm.data.latents import open_latents
 from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weight, sample_timesteps
 from ldm.distributed import Draws
 from ldm.images import captioned_grid
+from ldm.lora import Adapters, LoRAConfig, save_lora
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts, check_tokenizer, read_schedule, save_parts
 from ldm.samplers import make_grid
@@ -57,6 +58,7 @@ class DiffusionConfig:
     model: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     cache: str = ""  # file for the latents of all training images, written once; empty: encode every batch
     caption_dropout: float = 0.1  # share of captions replaced by "", which sampling uses as the null
@@ -72,6 +74,9 @@ class DiffusionConfig:
         require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "in [0, 1]")
         require_above_zero(self, "", "logit_std", "min_snr_gamma")
         require_least(self, "", 1, "held_out")
+        if self.lora.rank:
+            require(self.unet != "", "unet", "", "the model to adapt, where lora.rank is set")
+            require(not self.frozen, "frozen", self.frozen, "left out where lora.rank is set: all weights are frozen")
         if self.cache and self.data.flip:
             raise UserError("a latent cache holds no mirrored pictures: leave out cache, or set data.flip=false")
 
@@ -94,6 +99,9 @@ class DiffusionTask(Task):
         self.modules = {"unet": self.make_unet()}
         if config.train_text_encoder:
             self.modules["text_encoder"] = text_encoder
+        if config.lora.rank:
+            adapted = {name: Adapters(model.to(self.device), config.lora) for name, model in self.modules.items()}
+            self.modules = adapted
         if config.cache:
             self.dataset = open_latents(Path(config.cache), self.vae, self.dataset, self.batch_size, self.device)
             self.collate = stack_latents
@@ -108,7 +116,7 @@ class DiffusionTask(Task):
         sizes["cross_attention_dim"] = self.text_encoder.config.hidden_size
         if config.unet:
             unet = UNet.from_pretrained(config.unet)
-            warn_of_another_schedule(config.unet, config.schedule)
+            check_schedule(config.unet, config.schedule, strict=config.lora.rank > 0)
         else:
             unet = UNet(replace(config.model, **sizes))
         for key, fitting in sizes.items():
@@ -179,18 +187,25 @@ class DiffusionTask(Task):
         return Parts(self.vae, text_encoder, self.tokenizer, modules["unet"], self.schedule)
 
     def export(self, modules: Modules, folder: Path, final: bool) -> None:
-        """Writes the whole pipeline into `folder`."""
-        save_parts(folder, self.parts(modules))
+        """Writes the whole pipeline into `folder`, or its adapters alone where only these are trained."""
+        if self.config.lora.rank:
+            save_lora(folder, modules, self.config.lora.kohya)
+        else:
+            save_parts(folder, self.parts(modules))
 
 
-def warn_of_another_schedule(folder: str, ours: ScheduleConfig) -> None:
-    """Warns where the U-Net to start from was trained with another noise schedule or prediction."""
+def check_schedule(folder: str, ours: ScheduleConfig, strict: bool) -> None:
+    """Warns where the U-Net to start from was trained with another noise schedule or prediction; where `strict`, raises
+    UserError, since an adapter is used with the schedule of its model."""
     root = model_io.find_root(folder)
     path = root if root.is_file() else root / "scheduler"
     theirs = read_schedule(path) if path.exists() else ours
     changes = [f"schedule.{key}={getattr(theirs, key)}" for key in NOISE if getattr(theirs, key) != getattr(ours, key)]
+    text = f"the U-Net of {folder!r} was trained with {' '.join(changes)}"
+    if changes and strict:
+        raise UserError(f"{text}; train its adapters with the same")
     if changes:
-        warnings.warn(f"the U-Net of {folder!r} was trained with {' '.join(changes)}", stacklevel=2)
+        warnings.warn(text, stacklevel=2)
 
 
 def check_normalized(z: Tensor) -> None:
