@@ -14,10 +14,6 @@ from ldm.images import ImageError, read_image
 class SampleError(UserError):
     """One sample that cannot be used: `SampleError(name, reason)`, the reason in one line, which is the message."""
 
-    @property
-    def name(self) -> str:
-        return self.args[0]
-
     def __str__(self) -> str:
         return self.args[1]
 
@@ -53,7 +49,7 @@ def attempt(faults: Faults | None, read: Callable[[Any], Any], item: Any) -> Any
     try:
         return read(item)
     except SampleError as error:
-        faults.add(error.name, str(error))
+        faults.add(*error.args)
 
 
 def readable(dataset: Any, indices: Sequence[int]) -> list[int]:

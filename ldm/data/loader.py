@@ -18,9 +18,7 @@ ATTEMPTS = 1000  # at finding a replacement
 Batch = tuple[dict, dict[str, str]]
 
 
-def load(
-    dataset: Any, order: EpochBatches, *, workers: int, seed: int, pin_memory: bool
-) -> Generator[Batch, None, None]:
+def load(dataset: Any, order: EpochBatches, *, workers: int, pin_memory: bool) -> Generator[Batch, None, None]:
     """Yields the stacked batches of `order`, each with {name: reason} of the samples that were replaced in it.
 
     The replacement depends on (order.seed, step, position in the global batch) alone: resuming and more processes do
@@ -33,7 +31,7 @@ def load(
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
-        generator=torch.Generator().manual_seed(seed),  # leaves the global generator alone
+        generator=torch.Generator(),  # leaves the global generator alone
     )
     batches = iter(loader)
     try:

@@ -164,8 +164,7 @@ def micro_batches(task: Task, config: TrainConfig, accelerator: Accelerator, sta
     first, last = start * c.accumulate, c.steps * c.accumulate
     rank, world = a.process_index, a.num_processes
     order = EpochBatches(len(task.dataset), c.batch_size, c.seed, rank, world, first, last, blocks, weights)
-    options = {"workers": c.workers, "seed": c.seed, "pin_memory": a.device.type == "cuda"}
-    for batch, faults in load(task.dataset, order, **options):
+    for batch, faults in load(task.dataset, order, workers=c.workers, pin_memory=a.device.type == "cuda"):
         for fault in faults.items():
             task.dataset.faults.add(*fault)
         yield to_device(batch, a.device)
