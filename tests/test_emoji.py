@@ -96,9 +96,8 @@ def packages(tmp_path, monkeypatch) -> Path:
     files: dict[str, dict[str, bytes]] = {style: {} for style in emoji_build.PACKAGES}
     for split in SPLITS:
         few = Emoji(64, split)
-        samples = [{**few.records[i], "image": few.pictures[i], "suffix": "webp"} for i in range(8)]
-        emoji_build.write_shard(samples, shipped / f"{split}-000000.tar")
-        for record in samples:
+        emoji_build.write_shard(shipped / f"{split}-000000.tar", few.records[:8], few.pictures[:8])
+        for record in few.records[:8]:
             left, top, wide, high = (int(v) for v in rng.integers(8, 28, 4))
             picture = _png((*map(int, rng.integers(0, 200, 3)), 255), (left, top, left + wide, top + high))
             stem, suffix = emoji_build.PICTURES[record["style"]]

@@ -98,7 +98,7 @@ def files(count: int) -> Iterator[dict]:
         buffer = io.BytesIO()
         to_pil(to_float(sample["image"][None]))[0].save(buffer, "PNG")
         key = f"scene-{sample['key']}".replace("/", "-")
-        yield {"key": key, "suffix": "png", "image": buffer.getvalue(), "captions": sample["captions"]}
+        yield {"key": key, "image": buffer.getvalue(), "captions": sample["captions"]}
 
 
 def fail(error: BaseException) -> None:

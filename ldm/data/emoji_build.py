@@ -50,39 +50,36 @@ def build(out: str | Path, size: int = 64, packages: str | Path | None = None, c
     missing = [record["key"] for records in splits.values() for record in records if record["key"] not in sources]
     if missing:
         raise UserError(f"the packages hold no picture {missing[0]}; fetch {' and '.join(PACKAGES.values())}")
-    count = 0
     for split, records in splits.items():
         images = (encode(picture(sources[record["key"]], size), compact) for record in records)
-        samples = ({**r, "image": image, "suffix": "webp"} for r, image in zip(records, images, strict=True))
         file = Path(out, f"{split}-000000.tar{'.gz' * compact}")
-        count += write_shard(samples, file)
+        write_shard(file, records, images)
         for old in {*file.parent.glob(f"{split}-*.tar*")} - {file}:
             old.unlink()
     for text in SHIPPED.glob("*.[mt][dx]*"):
         shutil.copy(text, out)
-    return count
+    return sum(map(len, splits.values()))
 
 
-def write_shard(samples: Iterable[dict[str, Any]], file: Path) -> int:
-    """Writes a tar, gzipped where `file` ends in .gz, as a whole or not at all. Returns the number of samples.
+def write_shard(file: Path, records: Iterable[dict[str, Any]], images: Iterable[bytes], suffix: str = "webp") -> None:
+    """Writes a tar, gzipped where `file` ends in .gz, as a whole or not at all; the same samples give the same bytes.
 
-    A sample is {"key": str without dots, "image": bytes of an image file, "suffix": of its name, "captions": list[str],
-    ...}; every other field must be JSON and goes into the sample's `.json`. The same samples give the same bytes.
+    A record has a `key` without dots, under which `images`, the bytes of image files, and its other fields as `.json`
+    are members.
     """
-    stream, count = io.BytesIO(), 0
+    stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
-        for count, sample in enumerate(samples, 1):  # noqa: B007
-            fields = {name: value for name, value in sample.items() if name not in ("key", "image", "suffix")}
+        for record, image in zip(records, images, strict=True):
+            fields = {name: value for name, value in record.items() if name != "key"}
             text = json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()
-            for suffix, data in ((sample["suffix"], sample["image"]), ("json", text)):
-                info = tarfile.TarInfo(f"{sample['key']}.{suffix}")  # of no time or owner, so that bytes are the same
+            for ending, data in ((suffix, image), ("json", text)):
+                info = tarfile.TarInfo(f"{record['key']}.{ending}")  # of no time or owner, so that bytes are the same
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
     data = stream.getvalue()
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as new:
         new.write_bytes(gzip.compress(data, 9, mtime=0) if file.suffix == ".gz" else data)
-    return count
 
 
 def picture(data: bytes, size: int) -> np.ndarray:

@@ -10,8 +10,9 @@ from ldm.config import UserError
 from ldm.data.config import DataConfig
 from ldm.data.faults import Faults, read_picture
 from ldm.data.splits import Samples, named_split, select
-from ldm.data.text import clean_captions, decode, parse_object, read_text
+from ldm.data.text import clean_captions, decode, read_text
 from ldm.images import LIMIT, SUFFIXES, ImageError, image_size
+from ldm.model_io import parse_object
 
 METADATA = "metadata.jsonl"
 # Pictures too, though perhaps none that can be read here: they count as samples.

@@ -16,8 +16,9 @@ from ldm.config import UserError
 from ldm.data.config import DataConfig
 from ldm.data.faults import Faults, SampleError, attempt, read_picture
 from ldm.data.splits import named_split, select
-from ldm.data.text import clean_captions, decode, parse_object
+from ldm.data.text import clean_captions, decode
 from ldm.images import SUFFIXES
+from ldm.model_io import parse_object
 
 KINDS = ("image", "txt", "json")  # of the members of a sample
 Span = tuple[int, int]  # offset and size of a member in its shard
