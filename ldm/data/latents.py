@@ -11,7 +11,8 @@ import itertools
 import json
 import math
 import os
-from collections import deque
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from ldm.config import UserError
 from ldm.data.faults import all_captions, attempt
-from ldm.distributed import gather_objects, map_over_processes, rank_and_world
+from ldm.distributed import gather_objects, rank_and_world
 from ldm.images import to_float
 from ldm.model_io import atomic_write, module_hash
 
@@ -99,37 +100,37 @@ class CachedLatents:
 
     @torch.inference_mode()
     def write(self, vae: nn.Module, batch_size: int, keys: list[bytes], rows: dict[bytes, int]) -> None:
-        """Writes the file, as a whole or not at all: `rows` of the old one are copied; the others are encoded by all
-        processes, and written by the first."""
+        """Writes the file, as a whole or not at all: `rows` of the old one are copied, the others encoded.
+
+        Each process writes its samples into one file, which then replaces the old one.
+        """
         rank, world = rank_and_world()
         blank = torch.zeros(3, self.dataset.size, self.dataset.size, dtype=torch.uint8)
         header = _header(self.metadata, len(keys), encode(vae, blank[None]).shape[1:]) + b"".join(keys)
         missing = [i for i, key in enumerate(keys) if key not in rows]
         batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-
-        def encode_batch(batch: list[int]) -> Tensor:
-            samples = [attempt(self.faults, self.dataset.__getitem__, i) for i in batch]
-            moments = encode(vae, torch.stack([sample["image"] if sample else blank for sample in samples]))
-            moments[[sample is None for sample in samples]] = torch.nan
-            return moments
-
-        turns = tqdm(range(0, len(batches), world), desc="encoding", unit="batch", disable=rank > 0)
-        parts = (map_over_processes(encode_batch, batches[turn : turn + world]) for turn in turns)
-        encoded = zip(missing, itertools.chain.from_iterable(itertools.chain.from_iterable(parts)), strict=True)
-        if rank == 0:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.path) if rank == 0 else nullcontext(self.path.with_name(self.path.name + ".tmp")) as new:
+            if rank == 0:
+                new.write_bytes(header)
+            gather_objects(None)  # so the file is there for all
             old = self.open().get_slice("moments") if rows else None
-            copied = ((i, old[rows[key]]) for i, key in enumerate(keys) if key in rows)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.path) as new, new.open("wb") as file:
-                file.write(header)
-                for i, moments in itertools.chain(copied, encoded):
+            copied = ((i, old[rows[key]]) for i, key in enumerate(keys) if rank == 0 and key in rows)
+            with new.open("r+b") as file:
+                for i, moments in itertools.chain(copied, self._encode(vae, batches[rank::world], blank)):
                     file.seek(len(header) + i * moments.nbytes)
                     file.write(moments.numpy().tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-        else:
-            deque(encoded, maxlen=0)  # takes part in the encoding
+            gather_objects(None)  # so all have written
         gather_objects(None)  # so the cache is there for all
+
+    def _encode(self, vae: nn.Module, batches: list[list[int]], blank: Tensor) -> Iterator[tuple[int, Tensor]]:
+        for batch in tqdm(batches, desc="encoding", unit="batch", disable=rank_and_world()[0] > 0):
+            samples = [attempt(self.faults, self.dataset.__getitem__, i) for i in batch]
+            moments = encode(vae, torch.stack([sample["image"] if sample else blank for sample in samples]))
+            moments[[sample is None for sample in samples]] = torch.nan
+            yield from zip(batch, moments, strict=True)
 
 
 def open_latents(path: Path, vae: nn.Module, dataset: Any, batch_size: int, device: torch.device) -> CachedLatents:

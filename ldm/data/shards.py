@@ -50,11 +50,12 @@ class Shards:
         # An array, whose memory worker processes share: a million samples take 100 MB.
         longest = max((len(key) for _, key, _ in rows), default=1)
         table = np.array(rows, [("shard", int), ("key", f"U{longest}"), ("spans", int, (len(KINDS), 2))])
-        unnamed = [row for row in table if not named[row["shard"]]]
-        fields = {self._name(row): attempt(self.faults, self._fields, row) for row in unnamed}
-        samples = {name: sample for name, sample in fields.items() if sample}
+        keep = np.array([name == split for name in named])[table["shard"]]
+        rest = table[~keep]
+        samples = {self._name(row): fields for row in rest if (fields := attempt(self.faults, self._fields, row))}
         chosen = {*select(samples, split, config.seed, self.faults)}
-        self.table = table[[named[row["shard"]] == split or self._name(row) in chosen for row in table]]
+        keep[~keep] = [self._name(row) in chosen for row in rest]
+        self.table = table[keep]
         self.lengths = [int(n) for n in np.bincount(self.table["shard"]) if n]
 
     def __len__(self) -> int:
@@ -62,12 +63,8 @@ class Shards:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, captions = self.table[index], self.captions(index)
-        image = read_span(self.files[row["shard"]], *row["spans"][0])
-        return {
-            "image": read_picture(image, self.config, self._name(row)),
-            "captions": captions,
-            "key": str(row["key"]),
-        }
+        image = read_picture(read_span(self.files[row["shard"]], *row["spans"][0]), self.config, self._name(row))
+        return {"image": image, "captions": captions, "key": str(row["key"])}
 
     def captions(self, index: int) -> list[str]:
         """The captions of sample `index`; its picture is not read. Raises SampleError."""
