@@ -50,14 +50,20 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises UserError where the file is missing or broken."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_object(path.read_bytes(), repr(str(path)))
     except FileNotFoundError:
         raise UserError(f"{str(path)!r} does not exist; is {str(path.parent)!r} a model folder?") from None
-    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-        raise UserError(f"{str(path)!r} is not valid JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise UserError(f"{str(path)!r} holds a JSON {type(table).__name__}; it must be an object")
-    return table
+
+
+def parse_object(text: str | bytes, name: str) -> dict[str, Any]:
+    """One JSON object. Raises UserError, naming `name`, for broken JSON or JSON of another type."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not valid JSON: {error or 'nested too deeply'}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{name} must be a JSON object, e.g. {{...}}, not a JSON {type(value).__name__}")
+    return value
 
 
 def find_part(folder: str | Path, part: str) -> Path:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm.clip import TextConfig, VisionConfig
-from ldm.data import stack_images
+from ldm.data import stack
 from ldm.train import auxiliary
 from ldm.train.auxiliary import PictureHead, WordHead
 from ldm.train.clip import CLIPTask
@@ -76,7 +76,7 @@ def test_picture_head_sees_the_patches_shown_and_the_context_but_nothing_hidden(
 def test_heads_move_the_text_tower_alone_and_are_not_exported(name, tmp_path):
     weights = {"words": 0.0, "picture": 0.0} | {name: 3.0}
     task = CLIPTask(tiny.clip(grounding=replace(tiny.READERS, **weights)))
-    _, total, values = next(task.losses(task.modules, stack_images(tiny.samples(4)), 0, tiny.draws()))
+    _, total, values = next(task.losses(task.modules, stack(tiny.samples(4)), 0, tiny.draws()))
     assert values.keys() == {"scale", "contrastive", name}
     torch.testing.assert_close(total, values["contrastive"] + 3 * values[name])
     values[name].backward()

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from test_data_folder import bomb, picture
+from test_data_folder import bomb, open_folder, picture
 from test_data_shards import png, tar
 
 from ldm.config import UserError
 from ldm.data import DataConfig, spread
 from ldm.data.faults import SampleError, readable
-from ldm.data.folder import Folder
 from ldm.data.loader import load
 from ldm.data.order import EpochBatches
 from ldm.tokenizer import Tokenizer
@@ -56,7 +55,7 @@ def listed(run: Path) -> dict[str, str]:
 
 def test_every_kind_of_mistake_is_left_out_and_listed_up_to_a_share(folder):
     wrong = {f"train/{name}": text for name, text in spoil(folder).items()}
-    data = Folder(folder.parent, 32, max_broken=0.15)
+    data = open_folder(folder.parent, 32, max_broken=0.15)
     assert wrong.keys() - data.faults.reasons.keys() == {"train/003.png"}  # its header is whole
     assert data.faults.total == 60 and len(data) == 53 and data.captions(3) == ["a red thing number 3"]
     with pytest.raises(SampleError, match=r"003\.png.*repair or remove it"):
@@ -66,8 +65,8 @@ def test_every_kind_of_mistake_is_left_out_and_listed_up_to_a_share(folder):
     assert reasons.keys() == wrong.keys()
     assert all(text in reasons[name] and "\n" not in reasons[name] for name, text in wrong.items())
     with pytest.raises(UserError, match=r"010.png.* \(7 of 60 samples cannot be used; data.max_broken = 0.04"):
-        Folder(folder.parent, 32, max_broken=0.04)
-    data = Folder(folder.parent, 32, max_broken=0.12)  # seven
+        open_folder(folder.parent, 32, max_broken=0.04)
+    data = open_folder(folder.parent, 32, max_broken=0.12)  # seven
     with pytest.raises(UserError, match="8 of 60 samples"):
         readable(data, range(len(data)))
     for name in ("max_broken", "max_pixels", "size"):
@@ -90,13 +89,9 @@ class Numbers:
         return {"n": index}
 
 
-def numbers(samples):
-    return {"n": [sample["n"] for sample in samples]}
-
-
 def read(broken, batch=8, workers=0, **order):
     order = EpochBatches(40, batch, 3, **{"steps": 15} | order)
-    return list(load(Numbers(broken), order, numbers, workers=workers, seed=0, pin_memory=False))
+    return list(load(Numbers(broken), order, workers=workers, pin_memory=False))
 
 
 def test_a_replacement_depends_on_seed_step_and_position_alone():

@@ -12,10 +12,10 @@ import tiny
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from inventory_tools import metrics
+from test_data_shards import open_shards, write_shards
 
 from ldm.config import UserError, load, to_dict
 from ldm.data.latents import open_latents
-from ldm.data.shards import Shards, write_shards
 from ldm.distributed import check_launch
 from ldm.model_io import load_tensors, read_json
 from ldm.train.autoencoder import AutoencoderTask
@@ -153,7 +153,7 @@ def test_two_processes_share_data_features_and_parameters(tmp_path):
     write_shards(tiny.files(23), tmp_path / "shards", "train", per_shard=8)
     done = launch("tests/two_processes.py", tmp_path, cwd=tmp_path, options=FSDP)
     assert done.returncode == 0, done.stderr[-3000:]
-    shards = Shards(tmp_path / "shards", 32)
+    shards = open_shards(tmp_path / "shards", 32)
     assert len(shards) == 23 and len(shards.lengths) == 3
     open_latents(tmp_path / "one.safetensors", tiny.encoder(), shards, 4, torch.device("cpu"))
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "latents.safetensors").read_bytes()

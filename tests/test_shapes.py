@@ -107,7 +107,7 @@ def test_coverage_has_the_exact_area(shape):
 
 
 def test_mistakes_are_named():
-    for options, message in (({"split": "valid"}, "train, val"), ({"size": 16}, "24 or more"), ({"length": 0}, "1")):
+    for options, message in (({"size": 16}, "24 or more"), ({"length": 0}, "1")):
         with pytest.raises(UserError, match=message):
             Shapes(**options)
     with pytest.raises(IndexError):

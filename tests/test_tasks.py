@@ -14,7 +14,7 @@ from PIL import Image
 from ldm import model_io
 from ldm.clip import MAX_SCALE, TextEncoder
 from ldm.config import UserError
-from ldm.data import open_dataset, stack_images
+from ldm.data import open_dataset, stack
 from ldm.images import to_float
 from ldm.metrics.judges import image_text_model
 from ldm.pipeline import Pipeline
@@ -52,7 +52,7 @@ def losses_of(task: Task, batch: dict, step: int = 0):
 
 
 def images_of(dataset, count: int) -> torch.Tensor:
-    return to_float(stack_images([dataset[i] for i in range(count)])["image"])
+    return to_float(stack([dataset[i] for i in range(count)])["image"])
 
 
 # Every training
@@ -102,7 +102,7 @@ def test_generator_and_discriminator_steps_leave_each_other_alone():
 
     task = AutoencoderTask(tiny.autoencoder())
     vae, discriminator = task.modules["vae"], task.modules["discriminator"]
-    steps = losses_of(task, stack_images(tiny.samples(4)), step=1)
+    steps = losses_of(task, stack(tiny.samples(4)), step=1)
     name, loss, values = next(steps)
     loss.backward()
     assert name == "vae" and float(values["gan_weight"]) > 0

@@ -146,12 +146,19 @@ def test_refuses_the_state_of_another_model_or_optimizer_and_a_file_as_folder(tm
         train(tiny.Toy(), CONFIG, tmp_path / "file", {})
 
 
+class Failing(list):
+    """Samples of which none can be read, for a reason that may pass."""
+
+    def __getitem__(self, index):
+        raise UserError("picture 'a.png' cannot be read; repair or remove it")
+
+
 def test_loading_processes_end_with_an_error_of_theirs_or_of_a_step(tmp_path):
     toy = tiny.Toy(events={0: partial(tiny.fail, RuntimeError("out of luck"))})
     with pytest.raises(RuntimeError, match="out of luck"):
         train(toy, replace(CONFIG, workers=1), tmp_path, {})
     assert not multiprocessing.active_children()
-    toy.collate = lambda samples: tiny.fail(UserError("picture 'a.png' cannot be read; repair or remove it"))
+    toy.dataset = Failing(toy.dataset)
     with pytest.raises(UserError) as caught:
         train(toy, replace(CONFIG, workers=1), tmp_path, {})
     assert str(caught.value) == "picture 'a.png' cannot be read; repair or remove it"

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def files(count: int) -> Iterator[dict]:
         buffer = io.BytesIO()
         to_pil(to_float(sample["image"][None]))[0].save(buffer, "PNG")
         key = f"scene-{sample['key']}".replace("/", "-")
-        yield {"key": key, "suffix": "png", "image": buffer.getvalue(), "captions": sample["captions"]}
+        yield {"key": key, "image": buffer.getvalue(), "captions": sample["captions"]}
 
 
 def fail(error: BaseException) -> None:
@@ -131,14 +132,12 @@ class Toy(Task):
 
     def __init__(self, noise: float = 0.1, wrong: dict | None = None, events: dict | None = None):
         torch.manual_seed(0)
+        self.config = SimpleNamespace(data=DATA)
         self.modules = {"first": nn.Linear(3, 2), "second": nn.Linear(2, 1)}
         points = torch.randn(11, 3)
         self.dataset, self.held_out = [{"x": x, "y": x.sum()} for x in points], None
         self.noise, self.wrong, self.events = noise, wrong or {}, events or {}
         self.exports = 0
-
-    def collate(self, samples: list[dict]) -> dict:
-        return {name: torch.stack([s[name] for s in samples]) for name in ("x", "y")}
 
     def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
         self.events.pop(step, lambda: None)()

@@ -10,11 +10,11 @@ from pathlib import Path
 import tiny
 import torch
 from accelerate import Accelerator
+from test_data_shards import open_shards
 from torch.distributed.tensor import DTensor
 
 from ldm.data.latents import open_latents
 from ldm.data.order import EpochBatches
-from ldm.data.shards import Shards
 from ldm.distributed import processes, rank_and_world
 from ldm.model_io import write_json
 from ldm.train import sharding
@@ -25,7 +25,7 @@ from ldm.train.optim import EMA
 def main(out: Path) -> None:
     processes()
     rank, world = rank_and_world()
-    shards = Shards(out / "shards", 32)
+    shards = open_shards(out / "shards", 32)
     cached = open_latents(out / "latents.safetensors", tiny.encoder(), shards, 4, torch.device("cpu"))
     names = {}
     for name, dataset in (("shards", shards), ("cache", cached)):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm import losses
 from ldm.commands.benchmark import Case
-from ldm.data import DataConfig, open_dataset, stack_images
+from ldm.data import DataConfig, open_dataset, stack
 from ldm.model_io import find_root
 from ldm.pipeline import Pipeline
 from ldm.unet import UNet
@@ -186,6 +186,6 @@ def train_unet(case: Case) -> Run:
 def data(case: Case) -> Run:
     """The next batch of a loader."""
     dataset = open_dataset(DataConfig(name=case.model, size=case.size), "train")
-    loader = torch.utils.data.DataLoader(dataset, case.batch, collate_fn=stack_images)
+    loader = torch.utils.data.DataLoader(dataset, case.batch, collate_fn=stack)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     return lambda: [next(batches)["image"]]

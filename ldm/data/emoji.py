@@ -22,7 +22,6 @@ from typing import Any
 from PIL import Image
 
 from ldm.config import UserError
-from ldm.data.splits import check_split
 from ldm.images import read_image
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "data" / "emoji64"
@@ -40,12 +39,11 @@ class Emoji:
     `emoji[i]` -> {"image": uint8 (3, size, size), "captions": list[str], "key": str}. `emoji.records[i]` has
     key, captions, concept, style ("3D" | "flat"), group, held_out ("" | "concept" | "combination"), and role,
     skin_tone and gender (empty where there is none). `folder` is a set that `prepare_data.py emoji` built;
-    without it the shipped copy is read, up to 64 px. Raises UserError for an unknown split, a folder that is
-    no such set, and a size above that of the stored pictures.
+    without it the shipped copy is read, up to 64 px. Raises UserError for a folder that is no such set, and a
+    size above that of the stored pictures.
     """
 
     def __init__(self, size: int = 64, split: str = "train", folder: str | Path | None = None) -> None:
-        check_split(split)
         folder = Path(folder or SHIPPED)
         self.size = size
         self.records, self.pictures = _read(folder, split)
@@ -88,20 +86,17 @@ class Emoji:
 
 
 def _read(folder: Path, split: str) -> tuple[list[dict[str, Any]], list[bytes]]:
-    records, pictures = [], {}
+    records, pictures = [], []
     # The shipped shards are gzipped: at 64 px, tar's own headers and padding outweigh the pictures.
     for file in sorted(folder.glob(f"{split}-*.tar*")):
         try:
             with tarfile.open(file) as tar:
-                for member in tar:
-                    key, _, suffix = member.name.partition(".")
-                    data = tar.extractfile(member).read()
-                    if suffix == "json":
-                        records.append({**json.loads(data), "key": key})
-                    else:
-                        pictures[key] = data
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+                members = {member.name: tar.extractfile(member).read() for member in tar}
+            keys = dict.fromkeys(name.partition(".")[0] for name in members)
+            records += [json.loads(members[f"{key}.json"]) | {"key": key} for key in keys]
+            pictures += [members[f"{key}.webp"] for key in keys]
+        except (tarfile.TarError, OSError, EOFError, ValueError, KeyError) as error:
             raise UserError(f"emoji shard {str(file)!r} is broken ({error}); build the set again") from None
-    if not records or {record["key"] for record in records} != pictures.keys():
+    if not records:
         raise UserError(f"{str(folder)!r} holds no emoji set with a split {split!r}; prepare_data.py emoji builds it")
-    return records, [pictures[record["key"]] for record in records]
+    return records, pictures

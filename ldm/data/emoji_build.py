@@ -5,27 +5,29 @@ Sources: `@lobehub/fluent-emoji-3d` (Microsoft's Fluent emoji, MIT, 256 px WebP:
 flat style is enlarged (Lanczos). Captions, attributes and split are those of the shipped set, a table in its shards.
 """
 
+import gzip
 import io
+import json
 import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ldm.config import UserError
 from ldm.data.emoji import SHIPPED, Emoji
-from ldm.data.shards import write_shards
 from ldm.data.splits import SPLITS
 from ldm.images import upright_rgb
+from ldm.model_io import atomic_write
 
 PACKAGES = {"3D": "@lobehub/fluent-emoji-3d@1.1.0", "flat": "emoji-datasource-google@16.0.0"}
 PICTURES = {"3D": ("package/assets/", ".webp"), "flat": ("package/img/google/64/", ".png")}
-TEXTS = ("LICENSES.md", "LICENSE-MIT.txt", "LICENSE-APACHE-2.0.txt", "LICENSE-EMOJI-DATASOURCE.txt", "split.txt")
 SIZES = (64, 128)
 STEP = 12  # levels of 255 between the colours of the compact copy
 
@@ -42,19 +44,42 @@ def build(out: str | Path, size: int = 64, packages: str | Path | None = None, c
     with tempfile.TemporaryDirectory() as temporary:
         if packages is None:
             npm_pack(temporary)
-        sources = {key: data for style in PACKAGES for key, data in read_package(Path(packages or temporary), style)}
+        folder = Path(packages or temporary)
+        sources = read_package(folder, "3D") | read_package(folder, "flat")
     splits = {split: Emoji(split=split).records for split in SPLITS}
     missing = [record["key"] for records in splits.values() for record in records if record["key"] not in sources]
     if missing:
         raise UserError(f"the packages hold no picture {missing[0]}; fetch {' and '.join(PACKAGES.values())}")
-    count = 0
     for split, records in splits.items():
         images = (encode(picture(sources[record["key"]], size), compact) for record in records)
-        samples = ({**r, "image": image, "suffix": "webp"} for r, image in zip(records, images, strict=True))
-        count += write_shards(samples, Path(out), split, compress=compact)
-    for text in TEXTS:
-        shutil.copy(SHIPPED / text, out)
-    return count
+        file = Path(out, f"{split}-000000.tar{'.gz' * compact}")
+        write_shard(file, records, images)
+        for old in {*file.parent.glob(f"{split}-*.tar*")} - {file}:
+            old.unlink()
+    for text in SHIPPED.glob("*.[mt][dx]*"):
+        shutil.copy(text, out)
+    return sum(map(len, splits.values()))
+
+
+def write_shard(file: Path, records: Iterable[dict[str, Any]], images: Iterable[bytes], suffix: str = "webp") -> None:
+    """Writes a tar, gzipped where `file` ends in .gz, as a whole or not at all; the same samples give the same bytes.
+
+    A record has a `key` without dots, under which `images`, the bytes of image files, and its other fields as `.json`
+    are members.
+    """
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for record, image in zip(records, images, strict=True):
+            fields = {name: value for name, value in record.items() if name != "key"}
+            text = json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()
+            for ending, data in ((suffix, image), ("json", text)):
+                info = tarfile.TarInfo(f"{record['key']}.{ending}")  # of no time or owner, so that bytes are the same
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    data = stream.getvalue()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as new:
+        new.write_bytes(gzip.compress(data, 9, mtime=0) if file.suffix == ".gz" else data)
 
 
 def picture(data: bytes, size: int) -> np.ndarray:
@@ -90,19 +115,16 @@ def codes(name: str) -> str:
     return "-".join(parts)
 
 
-def read_package(folder: Path, style: str) -> Iterator[tuple[str, bytes]]:
-    """The keys and files of the pictures in a package of `npm pack`."""
+def read_package(folder: Path, style: str) -> dict[str, bytes]:
+    """The files of the pictures in a package of `npm pack`, by key. Raises UserError where it is missing or broken."""
     package, (prefix, suffix) = PACKAGES[style], PICTURES[style]
     archive = folder / (package.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")
     try:
         with tarfile.open(archive) as tar:
-            for member in tar:
-                if member.isfile() and member.name.startswith(prefix) and member.name.endswith(suffix):
-                    yield f"{style}-{codes(Path(member.name).stem)}", tar.extractfile(member).read()
-    except FileNotFoundError:
-        raise UserError(f"{archive.name} is not in {str(folder)!r}; `npm pack {package}` writes it") from None
+            members = [m for m in tar if m.isfile() and m.name.startswith(prefix) and m.name.endswith(suffix)]
+            return {f"{style}-{codes(Path(m.name).stem)}": tar.extractfile(m).read() for m in members}
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{archive.name} is broken ({error}); fetch it again with `npm pack`") from None
+        raise UserError(f"{str(archive)!r} is missing or is broken ({error}); `npm pack {package}` writes it") from None
 
 
 def npm_pack(folder: str) -> None:

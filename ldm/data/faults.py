@@ -1,19 +1,18 @@
 """Samples that cannot be used: listed with the reason, tolerated up to a share of the data set."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from ldm.config import UserError
+from torch import Tensor
 
-SHARE = 0.01  # of all samples, at most
+from ldm.config import UserError
+from ldm.data.config import DataConfig
+from ldm.images import ImageError, read_image
 
 
 class SampleError(UserError):
-    """One sample that cannot be used: its `name`, and as the message the reason in one line."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)
-        self.name = name
+    """One sample that cannot be used: `SampleError(name, reason)`, the reason in one line, which is the message."""
 
     def __str__(self) -> str:
         return self.args[1]
@@ -25,7 +24,7 @@ class Faults:
     Raises UserError as soon as the samples are more than `share` of the `total`, which `settle` sets; 0 before.
     """
 
-    def __init__(self, share: float = SHARE) -> None:
+    def __init__(self, share: float) -> None:
         self.share, self.total = share, 0
         self.reasons: dict[str, str] = {}
         self.samples: list[str] = []  # the reasons of those that count
@@ -45,20 +44,29 @@ class Faults:
             raise UserError(f"{self.samples[0]} ({count} of {total} samples cannot be used; {limit})")
 
 
-def attempt(dataset: Any, read: Callable[[Any], Any], item: Any) -> Any:
-    """`read(item)`, or None for a sample that cannot be read, which goes into the data set's `faults`."""
+def attempt(faults: Faults | None, read: Callable[[Any], Any], item: Any) -> Any:
+    """`read(item)`, or None for a sample that cannot be read, which goes into `faults`."""
     try:
         return read(item)
     except SampleError as error:
-        dataset.faults.add(error.name, str(error))
+        faults.add(*error.args)
 
 
 def readable(dataset: Any, indices: Sequence[int]) -> list[int]:
     """The indices whose samples can be read."""
-    never_fails = getattr(dataset, "faults", None) is None
-    return [i for i in indices if never_fails or attempt(dataset, dataset.__getitem__, i)]
+    faults = getattr(dataset, "faults", None)
+    return [i for i in indices if faults is None or attempt(faults, dataset.__getitem__, i)]
 
 
 def all_captions(dataset: Any) -> Iterator[list[str]]:
     """The captions of every sample in order, none of one whose captions cannot be read."""
-    return (attempt(dataset, dataset.captions, i) or [] for i in range(len(dataset)))
+    faults = getattr(dataset, "faults", None)
+    return (attempt(faults, dataset.captions, i) or [] for i in range(len(dataset)))
+
+
+def read_picture(source: Path | bytes, config: DataConfig, name: str) -> Tensor:
+    """The picture of the sample `name`, uint8 (3, size, size). Raises SampleError."""
+    try:
+        return read_image(source, config.size, config.max_pixels, name)
+    except ImageError as error:
+        raise SampleError(name, f"{error}; repair or remove it") from None

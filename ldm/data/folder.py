@@ -7,54 +7,44 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ldm.config import UserError
-from ldm.data.faults import SHARE, Faults, SampleError
-from ldm.data.splits import check_split, named_split, select
-from ldm.data.text import clean_captions, decode, parse_object, read_text
-from ldm.images import LIMIT, SUFFIXES, ImageError, image_size, read_image
+from ldm.data.config import DataConfig
+from ldm.data.faults import Faults, read_picture
+from ldm.data.splits import Samples, named_split, select
+from ldm.data.text import clean_captions, decode, read_text
+from ldm.images import LIMIT, SUFFIXES, ImageError, image_size
+from ldm.model_io import parse_object
 
 METADATA = "metadata.jsonl"
 # Pictures too, though perhaps none that can be read here: they count as samples.
 PICTURES = {*SUFFIXES, ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tga", ".ico"}
-Sample = tuple[str, list[str], Any]  # name relative to the folder, captions, field `split` of the metadata
 
 
 class Folder:
     """Samples of one split of a folder of pictures, with captions in files, map-style.
 
     `folder[i]` -> {"image": uint8 (3, size, size), "captions": list[str], "key": str}; the key is the
-    picture's name relative to `path`. Captions come from a `metadata.jsonl`, one line per picture: {"file_name":
+    picture's name relative to the folder. Captions come from a `metadata.jsonl`, one line per picture: {"file_name":
     "a.png", "text": a string or a list of strings} (several lines for one picture add up), else from a
     `.txt` of the same name beside the picture, one caption per line. Sub-folders named after splits are the splits,
     each with a `metadata.jsonl` or `.txt` files; else the metadata's field `split` decides, else a hash of the
     captions. Linked sub-folders are read as well; hidden files and folders are not.
 
-    Left out and listed in `faults`, up to a share `max_broken`: pictures without caption (unless `need_captions` is
-    false: the list is then empty, and the name decides the split), that cannot be read or have more than `limit`
-    pixels, as far as their headers tell, and lines of metadata that are broken or name a missing file or one outside
-    the folder. Files that are no pictures are listed but not counted. Raises UserError beyond that share, and for a
-    missing or empty folder or split.
+    Left out and listed in `faults`, up to the share `max_broken`: pictures without caption (unless `need_captions` is
+    false: the list is then empty, and the name decides the split), that cannot be read or have more than `max_pixels`,
+    as far as their headers tell, and lines of metadata that are broken or name a missing file or one outside the
+    folder. Files that are no pictures are listed but not counted. Raises UserError beyond that share, and for a missing
+    or empty folder or a missing split.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        size: int,
-        split: str = "train",
-        seed: int = 0,
-        limit: int = LIMIT,
-        need_captions: bool = True,
-        max_broken: float = SHARE,
-    ) -> None:
-        check_split(split)
-        self.path, self.size, self.limit, self.faults = Path(path), size, limit, Faults(max_broken)
+    def __init__(self, config: DataConfig, split: str, need_captions: bool) -> None:
+        self.config, self.size = config, config.size
+        self.path, self.faults = Path(config.path), Faults(config.max_broken)
         if not self.path.is_dir():
-            raise UserError(f"image folder {str(path)!r} does not exist")
+            raise UserError(f"image folder {config.path!r} does not exist")
         prefix = self._prefix(split)
-        samples = find_samples(self.path, prefix, need_captions, self.faults, limit)
-        chosen = range(len(samples)) if prefix else select(samples, split, seed, self.faults)
-        self.samples = [samples[i][:2] for i in chosen]
-        if not self.samples:
-            raise UserError(f"split {split!r} of {str(path)!r} is empty; add pictures to it")
+        samples = find_samples(self.path, prefix, need_captions, self.faults, config.max_pixels)
+        names = samples if prefix else select(samples, split, config.seed, self.faults)
+        self.samples = [(name, samples[name]["captions"]) for name in names]
 
     def _prefix(self, split: str) -> str:
         """The name of the sub-folder of a split with a slash, "" where sub-folders are no splits."""
@@ -80,11 +70,7 @@ class Folder:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         key, captions = self.samples[index]
-        try:
-            image = read_image(self.path / key, self.size, self.limit)
-        except ImageError as error:
-            raise SampleError(key, f"{error}; repair or remove it") from None
-        return {"image": image, "captions": captions, "key": key}
+        return {"image": read_picture(self.path / key, self.config, key), "captions": captions, "key": key}
 
     def captions(self, index: int) -> list[str]:
         """The captions of picture `index`, without reading it."""
@@ -106,15 +92,15 @@ def captioned(root: Path) -> dict[str, list[str]]:
     samples = find_samples(root, "", False, faults, LIMIT)
     if reasons := [*faults.reasons.values()]:
         warnings.warn(f"left out of {str(root)!r}: {reasons[0]} ({len(reasons)} in all)", stacklevel=2)
-    return {name: captions for name, captions, _ in samples}
+    return {name: sample["captions"] for name, sample in samples.items()}
 
 
-def find_samples(root: Path, prefix: str, need_captions: bool, faults: Faults, limit: int) -> list[Sample]:
-    """The usable pictures in `root / prefix`, in order of name; all other files go into `faults`.
+def find_samples(root: Path, prefix: str, need_captions: bool, faults: Faults, limit: int) -> Samples:
+    """The usable pictures in `root / prefix` by name, in order; all other files go into `faults`.
 
     Raises UserError if there are no pictures, or more faults than allowed.
     """
-    files = dict.fromkeys(sorted(os.path.relpath(file, root) for file in list_files(str(root / prefix), set())))
+    files = dict.fromkeys(sorted(list_files(root, prefix, set())))
     metadata = [name for name in files if os.path.basename(name) == METADATA and (root / name).is_file()]
     described, broken = read_metadata(root, metadata, files)
     pictures = [name for name in files if name in described or _suffix(name) in PICTURES and not _is_grid(root / name)]
@@ -123,51 +109,51 @@ def find_samples(root: Path, prefix: str, need_captions: bool, faults: Faults, l
     for name in {*pictures} - described.keys() - broken.keys():
         try:
             if (text := _text(name)) in files:
-                described[name] = clean_captions(read_text(root / text).split("\n"), text), None
+                described[name] = {"captions": clean_captions(read_text(root / text).split("\n"), text)}
         except UserError as error:
             broken[name] = str(error)
-    samples = []
-    for name in sorted({*pictures, *broken}) if need_captions else pictures:
-        if need_captions and name not in described:
+    if not need_captions:
+        described = {name: {"captions": []} for name in pictures} | described
+    samples: Samples = {}
+    for name in sorted({*pictures, *broken}):
+        if name not in described:
             missing = f"picture {str(root / name)!r} has no caption; write {_text(name)!r} or add {METADATA}"
-            faults.add(name, broken.get(name, missing))
+            faults.add(name, broken.get(name, missing), counts=need_captions)
             continue
         try:
             image_size(root / name, limit)
-            samples.append((name, *described.get(name, ([], None))))
+            samples[name] = described[name]
         except ImageError as error:
             faults.add(name, str(error))
     faults.settle(len(samples) + len(faults.samples))
-    for name in sorted(broken.keys() - set(pictures)):
-        faults.add(name, broken[name], counts=False)
     used = {*pictures, *map(_text, pictures), *metadata}
-    for name in (name for name in files if name not in used):
-        group = name if _suffix(name) in (".txt", *PICTURES) else f"{prefix}*{_suffix(name)}"
-        reason = f"{name!r} is no picture ({' '.join(SUFFIXES)}), no text of one, or a grid of others"
-        faults.add(group, reason, counts=False)
+    for name in files:
+        if name not in used:
+            group = name if _suffix(name) in (".txt", *PICTURES) else f"{prefix}*{_suffix(name)}"
+            reason = f"{name!r} is no picture ({' '.join(SUFFIXES)}), no text of one, or a grid of others"
+            faults.add(group, reason, counts=False)
     return samples
 
 
-def list_files(folder: str, visited: set[str]) -> Iterator[str]:
-    """All files under a folder that are not hidden. Links are followed, each folder is read once."""
-    real = os.path.realpath(folder)
+def list_files(root: Path, prefix: str, visited: set[str]) -> Iterator[str]:
+    """The names relative to `root` of all files in `root / prefix` that are not hidden. Links are followed, each folder
+    is read once."""
+    real = os.path.realpath(root / prefix)
     if real in visited:
         return
     visited.add(real)
-    for entry in sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name)):
+    for entry in sorted(os.scandir(real), key=lambda entry: (entry.is_symlink(), entry.name)):
         if not entry.name.startswith("."):
             if entry.is_dir():
-                yield from list_files(entry.path, visited)
+                yield from list_files(root, f"{prefix}{entry.name}/", visited)
             else:
-                yield entry.path
+                yield prefix + entry.name
 
 
-def read_metadata(
-    root: Path, metadata: list[str], files: dict[str, None]
-) -> tuple[dict[str, tuple[list[str], Any]], dict[str, str]]:
-    """{picture: (captions, field `split`)}; and {picture: reason} of broken lines, under the line's name where it names
+def read_metadata(root: Path, metadata: list[str], files: dict[str, None]) -> tuple[Samples, dict[str, str]]:
+    """The pictures that lines describe; and {picture: reason} of broken lines, under the line's name where it names
     no picture, or one that other lines describe."""
-    described: dict[str, tuple[list[str], Any]] = {}
+    described: Samples = {}
     broken = []
     for file in metadata:
         for number, data in enumerate((root / file).read_bytes().split(b"\n"), start=1):
@@ -176,9 +162,9 @@ def read_metadata(
                 if text := decode(data, line).strip():
                     fields = parse_object(text, line)
                     name = _picture(fields, PurePosixPath(file).parent, files, line)
-                    known, split = described.get(name, ([], None))
-                    captions = [*dict.fromkeys(known + clean_captions(fields["text"], line))]
-                    described[name] = captions, fields.get("split") or split
+                    before, captions = described.get(name, {}), clean_captions(fields["text"], line)
+                    captions = [*dict.fromkeys(before.get("captions", []) + captions)]
+                    described[name] = {"captions": captions, "split": fields.get("split") or before.get("split")}
             except UserError as error:
                 broken.append((line, name, str(error)))
     return described, {line if name in described else name: reason for line, name, reason in broken}

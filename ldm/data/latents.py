@@ -127,7 +127,7 @@ class CachedLatents:
 
     def _encode(self, vae: nn.Module, batches: list[list[int]], blank: Tensor) -> Iterator[tuple[int, Tensor]]:
         for batch in tqdm(batches, desc="encoding", unit="batch", disable=rank_and_world()[0] > 0):
-            samples = [attempt(self.dataset, self.dataset.__getitem__, i) for i in batch]
+            samples = [attempt(self.faults, self.dataset.__getitem__, i) for i in batch]
             moments = encode(vae, torch.stack([sample["image"] if sample else blank for sample in samples]))
             moments[[sample is None for sample in samples]] = torch.nan
             yield from zip(batch, moments, strict=True)

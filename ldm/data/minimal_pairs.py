@@ -21,16 +21,15 @@ def alter(captions: list[str], true: list[list[str]]) -> list[str]:
     for caption in captions:
         for before, word, after in _windows(caption.split()):
             between[before, after][word] = None
-    return [_alter(caption.split(), known, between) for caption, known in zip(captions, true, strict=True)]
-
-
-def _alter(words: list[str], true: list[str], between: dict) -> str:
-    choices = []  # by position, not by alternative
-    for i, (before, _, after) in enumerate(islice(_windows(words), READ)):
-        texts = (" ".join([*words[:i], word, *words[i + 1 :]]) for word in between[before, after])
-        if altered := [text for text in texts if text not in (*true, " ".join(words))]:
-            choices.append(altered)
-    return _pick(_pick(choices)) if choices else ""
+    altered = []
+    for caption, known in zip(captions, true, strict=True):
+        words, choices = caption.split(), []  # by position, not by alternative
+        for i, (before, _, after) in enumerate(islice(_windows(words), READ)):
+            texts = [" ".join([*words[:i], word, *words[i + 1 :]]) for word in between[before, after]]
+            if texts := [text for text in texts if text not in (*known, " ".join(words))]:
+                choices.append(texts)
+        altered.append(_pick(_pick(choices)) if choices else "")
+    return altered
 
 
 def _windows(words: list[str]) -> Iterator[tuple[str, str, str]]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -38,16 +39,11 @@ class EpochBatches:
     weights: np.ndarray | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, np.empty(0, np.int64)
+        permutation = lru_cache(1)(self.permutation)
         for step in range(self.start, self.steps):
-            batch: list[int] = []
-            while len(batch) < self.batch_size:
-                first = (step * self.world + self.rank) * self.batch_size + len(batch)
-                if first // self.length != epoch:
-                    epoch = first // self.length
-                    order = self.permutation(epoch)
-                batch += order[first % self.length :][: self.batch_size - len(batch)].tolist()
-            yield batch
+            first = (step * self.world + self.rank) * self.batch_size
+            places = (divmod(i, self.length) for i in range(first, first + self.batch_size))
+            yield [int(permutation(epoch)[place]) for epoch, place in places]
 
     def permutation(self, epoch: int) -> np.ndarray:
         """The order of all indices in one epoch, int64 (length,)."""

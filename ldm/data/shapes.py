@@ -12,7 +12,6 @@ import torch
 from einops import reduce
 
 from ldm.config import require
-from ldm.data.splits import check_split
 
 LENGTHS = {"train": 200_000, "val": 2_000, "test": 2_000}
 MIN_SIZE = 24  # pixels; below this a ring's hole and a star's points are gone
@@ -71,12 +70,11 @@ class Shapes:
     """Map-style data set of 1 to 3 coloured shapes; the same (seed, split, index) is the same item anywhere.
 
     `train` and `val` show no held-out composition; of `test` every second item (odd index) shows one. `size` is the
-    side in pixels, `length` the number of items (None: LENGTHS[split]). Raises UserError for an unknown split, a size
-    below MIN_SIZE or a length below 1.
+    side in pixels, `length` the number of items (None: LENGTHS[split]). Raises UserError for a size below MIN_SIZE or a
+    length below 1.
     """
 
     def __init__(self, size: int = 32, split: str = "train", length: int | None = None, seed: int = 0) -> None:
-        check_split(split)
         require(size >= MIN_SIZE, "data.size", size, f"{MIN_SIZE} or more, for shapes to be told apart")
         require(length is None or length >= 1, "data.length", length, "1 or more")
         self.size, self.split, self.seed = size, split, seed
@@ -135,7 +133,7 @@ def sample_scene(rng: random.Random, held_out: bool, kind: str | None = None) ->
     """A random scene of a kind in KINDS (None: drawn by their shares) that is, or is not, held out."""
     while True:
         chosen = kind or rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
-        things = _place(rng, _draw_things(rng, chosen))
+        things = _draw_things(rng, chosen)
         a, b = things[0], things[-1]
         near, far = sorted((abs(a.x - b.x), abs(a.y - b.y)))
         scene = Scene(things=things, relation=relation_of(a, b) if chosen == "pair" else None)
@@ -143,30 +141,28 @@ def sample_scene(rng: random.Random, held_out: bool, kind: str | None = None) ->
             return scene
 
 
-def _draw_things(rng: random.Random, kind: str) -> list[Thing]:
+def _draw_things(rng: random.Random, kind: str) -> tuple[Thing, ...]:
+    """Random things, never overlapping or touching, each wholly inside."""
+
     def draw() -> Thing:
         # in this order: the scenes depend on it
         return Thing(size=rng.choice(tuple(SIZES)), colour=rng.choice(tuple(COLOURS)), shape=rng.choice(SHAPES))
 
     if kind == "count":
-        return [draw()] * rng.choice((2, 3))
-    things: dict[tuple[str, str], Thing] = {}
-    while len(things) < ("single", "pair", "trio").index(kind) + 1:
-        thing = draw()
-        things.setdefault((thing.colour, thing.shape), thing)
-    return list(things.values())
-
-
-def _place(rng: random.Random, things: list[Thing]) -> tuple[Thing, ...]:
-    """Gives the things centres: never overlapping or touching, each wholly inside."""
+        things = [draw()] * rng.choice((2, 3))
+    else:
+        different: dict[tuple[str, str], Thing] = {}
+        while len(different) < ("single", "pair", "trio").index(kind) + 1:
+            thing = draw()
+            different.setdefault((thing.colour, thing.shape), thing)
+        things = list(different.values())
     order = rng.sample(range(len(things)), len(things))
     picture = [(MARGIN, 1 - MARGIN)] * 2
-    placed = list(things)
     for i, box in zip(order, _cut(rng, [SIZES[things[i].size] for i in order], picture), strict=True):
         half = SIZES[things[i].size] / 2
         x, y = (rng.uniform(low + half, high - half) for low, high in box)
-        placed[i] = replace(things[i], x=x, y=y)
-    return tuple(placed)
+        things[i] = replace(things[i], x=x, y=y)
+    return tuple(things)
 
 
 def _cut(rng: random.Random, sides: list[float], box: Box) -> list[Box]:

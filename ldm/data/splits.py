@@ -7,7 +7,6 @@ trained on. Near-identical pictures under different captions are not seen.
 
 import hashlib
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from ldm.config import UserError
@@ -16,16 +15,11 @@ from ldm.data.faults import Faults
 VAL, TEST = 0.02, 0.08  # shares of what the hash splits
 NAMES = {"train": "train training", "val": "val valid validation dev", "test": "test testing eval evaluation"}
 SPLITS = tuple(NAMES)
+Samples = dict[str, dict[str, Any]]  # by name: `captions`, and where it is known the field `split`
 SUSPECT = re.compile(
     r"(mini|rest|half)?(train|trainval|val|valid|validation|dev|development|test|eval|evaluation|h[eo]ld[ _-]?out)"
     r"(ing)?[\W\d_]*(set|data|split|images|pictures|photos)?[\W\d_]*"
 )
-
-
-def check_split(split: str) -> None:
-    """Raises UserError unless `split` is one of SPLITS."""
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
 
 
 def named_split(name: str, owner: str) -> str:
@@ -54,40 +48,40 @@ def caption_group(captions: list[str]) -> str:
     return "\n".join(sorted({" ".join(caption.casefold().split()) for caption in captions}))
 
 
-def assign(groups: list[str], seed: int) -> list[str]:
-    """The split of each sample by the hash of its group: adding or removing samples never moves another one.
+def assign(groups: set[str], seed: int) -> dict[str, str]:
+    """The split of each group of samples by its hash: adding or removing samples never moves another one.
 
     A small set can leave a split empty by chance. Where there are three groups or more, each split gets at least one:
     the group whose hash is nearest; the rest stays put.
     """
     members: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for place, group in sorted((position(group, seed), group) for group in set(groups)):
+    for place, group in sorted((position(group, seed), group) for group in groups):
         members["test" if place < TEST else "val" if place < TEST + VAL else "train"].append(group)
-    if len(set(groups)) >= 3:
+    if len(groups) >= 3:
         if not members["train"]:
             members["train"].append((members["val"] or members["test"]).pop())
         for split in ("test", "val"):
             if not members[split]:
                 members[split].append(next(others for others in members.values() if len(others) > 1).pop(0))
-    splits = {group: split for split in members for group in members[split]}
-    return [splits[group] for group in groups]
+    return {group: split for split in members for group in members[split]}
 
 
-def select(samples: Sequence[tuple[str, list[str], Any]], split: str, seed: int, faults: Faults) -> list[int]:
-    """The indices of the samples (name, captions, field `split`) of a split: by the field; where none has it, `assign`.
+def select(samples: Samples, split: str, seed: int, faults: Faults) -> list[str]:
+    """The names of the samples of a split: by their field `split`; where none has it, `assign`.
 
     Where only some have the field, the others go into `faults`, and into no split. Raises UserError for a field that is
     no split's name.
     """
-    if all(field is None for _, _, field in samples):
-        splits = assign([caption_group(captions) or name for name, captions, _ in samples], seed)
-        return [i for i, assigned in enumerate(splits) if assigned == split]
-    indices = []
-    for i, (name, _, field) in enumerate(samples):
-        if field is None:
+    if all(sample.get("split") is None for sample in samples.values()):
+        groups = {name: caption_group(sample["captions"]) or name for name, sample in samples.items()}
+        splits = assign({*groups.values()}, seed)
+        return [name for name, group in groups.items() if splits[group] == split]
+    names = []
+    for name, sample in samples.items():
+        if (field := sample.get("split")) is None:
             faults.add(name, f"{name} has no 'split', though other samples have one; add it")
         elif not (named := named_split(str(field), f"split {field!r} of {name}")):
             raise UserError(f"{name} has the unknown split {field!r}; name it train, val or test")
         elif named == split:
-            indices.append(i)
-    return indices
+            names.append(name)
+    return names

@@ -1,6 +1,5 @@
 """Users' text, read one way everywhere: UTF-8 with or without a byte order mark, any line ends; and captions in it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,6 @@ def read_text(file: Path) -> str:
         return decode(file.read_bytes(), repr(str(file)))
     except OSError as error:
         raise UserError(f"{str(file)!r} cannot be read: {error.strerror}") from None
-
-
-def parse_object(text: str, name: str) -> dict[str, Any]:
-    """One JSON object. Raises UserError for broken JSON or JSON of another type."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name} is not valid JSON: {error or 'nested too deeply'}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{name} must be a JSON object, e.g. {{...}}, but is a {type(value).__name__}")
-    return value
 
 
 def clean_captions(value: Any, name: str) -> list[str]:

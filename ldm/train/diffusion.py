@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm import losses, model_io
 from ldm.clip import TextEncoder
 from ldm.config import UserError, require
-from ldm.data import DataConfig, choose_captions, spread
+from ldm.data import DataConfig, choose_captions, spread, stack
 from ldm.data.latents import open_latents
 from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weight, sample_timesteps
 from ldm.distributed import Draws
@@ -104,8 +104,7 @@ class DiffusionTask(Task):
             self.modules = adapted
         if config.cache:
             self.dataset = open_latents(Path(config.cache), self.vae, self.dataset, self.batch_size, self.device)
-            self.collate = stack_latents
-        batch = self.collate([self.dataset[i] for i in spread(self.dataset, self.batch_size)])
+        batch = stack([self.dataset[i] for i in spread(self.dataset, self.batch_size)])
         draws = Draws(config.train.seed, 0, device=self.device)
         check_normalized(self.latents(to_device(batch, self.device), draws))
 
@@ -217,9 +216,3 @@ def check_normalized(z: Tensor) -> None:
             f"the normalized latents have mean {mean:.2f} and standard deviation {std:.2f}, not about 0 and 1: "
             "the VAE's scaling_factor does not fit these images; train the VAE on them, or correct its config.json"
         )
-
-
-def stack_latents(samples: list[dict]) -> dict:
-    """Cached samples -> {"mean", "std": (B, C, h, w), "captions": B lists of strings}."""
-    batch = {name: torch.stack([s[name] for s in samples]) for name in ("mean", "std")}
-    return batch | {"captions": [s["captions"] for s in samples]}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.config import UserError
-from ldm.data import batches, flip_half, open_dataset, sampling_weights, spread, stack_images
+from ldm.data import batches, flip_half, open_dataset, sampling_weights, spread
 from ldm.data.loader import load
 from ldm.data.order import EpochBatches
 from ldm.distributed import Draws, from_main, processes
@@ -35,7 +35,6 @@ class Task:
     modules: Modules
     optimizers: dict[str, OptimizerConfig] = {}  # of modules that do not use that of the run
     balance = "picture"  # what is drawn alike often: see DataConfig
-    collate = staticmethod(stack_images)  # samples -> a batch; in the loading processes, without random numbers
 
     def __init__(self, config: Any, need_captions: bool = True) -> None:
         """`config` has the tables `data` and `train`; seeds the initial weights."""
@@ -166,8 +165,7 @@ def micro_batches(task: Task, config: TrainConfig, accelerator: Accelerator, sta
     first, last = start * c.accumulate, c.steps * c.accumulate
     rank, world = a.process_index, a.num_processes
     order = EpochBatches(len(task.dataset), c.batch_size, c.seed, rank, world, first, last, blocks, weights)
-    options = {"workers": c.workers, "seed": c.seed, "pin_memory": a.device.type == "cuda"}
-    for batch, faults in load(task.dataset, order, task.collate, **options):
+    for batch, faults in load(task.dataset, order, workers=c.workers, pin_memory=a.device.type == "cuda"):
         for fault in faults.items():
             task.dataset.faults.add(*fault)
         yield to_device(batch, a.device)
