@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -132,7 +131,6 @@ class Toy(Task):
 
     def __init__(self, noise: float = 0.1, wrong: dict | None = None, events: dict | None = None):
         torch.manual_seed(0)
-        self.config = SimpleNamespace(data=DATA)
         self.modules = {"first": nn.Linear(3, 2), "second": nn.Linear(2, 1)}
         points = torch.randn(11, 3)
         self.dataset, self.held_out = [{"x": x, "y": x.sum()} for x in points], None
