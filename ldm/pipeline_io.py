@@ -154,7 +154,7 @@ def check_tokenizer(tokenizer: Tokenizer, text_encoder: TextEncoder) -> None:
     if len(tokenizer) > text.vocab_size or tokenizer.context_length > text.max_position_embeddings:
         sizes = f"{len(tokenizer)} tokens, context length {tokenizer.context_length}"
         others = f"the text encoder ({text.vocab_size} tokens, length {text.max_position_embeddings})"
-        raise UserError(f"the tokenizer ({sizes}) does not fit {others}; give that one's own")
+        raise UserError(f"the tokenizer ({sizes}) does not fit {others}; name the folder of its own")
 
 
 def save_schedule(folder: Path, config: ScheduleConfig) -> None:

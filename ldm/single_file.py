@@ -28,7 +28,7 @@ ENDS = {
     "text_encoder": {CLIP: "embeddings.token_embedding.weight", OPENCLIP: "positional_embedding"},
 }
 PREDICTIONS = {"v": {"prediction_type": "v_prediction"}, "epsilon": {"prediction_type": "epsilon"}}
-UNUSED = r"model_ema\.|loss\.|embeddings\.position_ids|text_projection|logit_scale|attn_mask"
+UNUSED = r"model_ema\.|loss\.|text_projection|logit_scale|attn_mask"
 FOREIGN = {  # in this order
     r"lora_|\.lora\.|\.hada_|\.lokr_": "a LoRA",
     r"string_to_param|emb_params": "a textual-inversion embedding",
