@@ -130,7 +130,8 @@ class Pipeline:
 
         Args:
             prompt, negative_prompt: texts; one negative for all or one each, "" by default.
-            prompt_embeds, negative_prompt_embeds: contexts (B, L, D) of `encode_prompt` instead of texts.
+            prompt_embeds, negative_prompt_embeds: contexts (B, L, D) of `encode_prompt` or of
+                `ldm.prompts.encode_weighted` instead of texts.
             image, mask, strength, resample: see `ldm.edit`; an image for all or one each, drawn anew where the mask is
                 white.
             latents: the first standard normal noise (B, C, h, w) instead of the seeds'.

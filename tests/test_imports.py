@@ -16,7 +16,7 @@ ROWS = (
     {"ldm.single_file"},
     {"ldm.lora", "ldm.samplers", "ldm.data", "ldm.tokenizer", "ldm.vae", "ldm.unet", "ldm.clip"}
     | {"ldm.discriminator", "ldm.perceptual"},
-    {"ldm.compilation", "ldm.edit", "ldm.metrics", "ldm.pipeline_io"},
+    {"ldm.compilation", "ldm.edit", "ldm.metrics", "ldm.pipeline_io", "ldm.prompts"},
     {"ldm.pipeline"},
     {"ldm.train", "ldm.evaluate"},
     {"ldm.app"},

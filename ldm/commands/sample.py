@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline, Progress
 
 RECORDED = ["negative_prompt", "steps", "guidance", "guidance_rescale"]
-RECORDED += ["model", "vae", "sampler", "sigmas", "height", "width", "lora"]
+RECORDED += ["model", "vae", "sampler", "sigmas", "height", "width", "lora", "weights"]
 OWN = ("sampler", "sigmas")  # options whose default is the model's
 
 
@@ -41,6 +41,7 @@ class Options:
     ema: bool = False  # the averaged U-Net of a single file
     prompt: tuple[str, ...] = ()  # text to make a picture of; may be repeated
     prompts: Path | None = None  # text file with one prompt per line, instead of --prompt
+    weights: bool = False  # read (more), [less] and (word:1.3) in prompts as A1111 does, of any length
     out: Path  # folder for the PNGs and grid.png
     lora: tuple[str, ...] = ()  # low-rank adapter, as FILE or FILE:WEIGHT; may be repeated
     steps: int = 30  # denoising steps
@@ -73,12 +74,13 @@ def main() -> None:
 
     from ldm.distributed import find_device
     from ldm.pipeline import Pipeline
+    from ldm.prompts import encode_weighted
 
     parts = {name: getattr(options, name) for name in ("vae", "tokenizer", "prediction", "zero_snr", "ema")}
     pipe = Pipeline.from_pretrained(options.model, find_device(options.device), **parts)
     for file, weight in map(read_weight, options.lora):
         pipe.load_lora(file, weight)
-    given = vars(options) | {"lora": ", ".join(options.lora) or None}
+    given = vars(options) | {"lora": ", ".join(options.lora) or None, "weights": options.weights or None}
     given |= {name: vars(options)[name] or getattr(pipe.schedule.config, name) for name in OWN}
     batches = -(-(options.interpolate or len(prompts)) // max(options.batch_size, 1))
     if options.compile == "always" or options.precision != "float32":
@@ -88,6 +90,11 @@ def main() -> None:
     inputs = {name: given[name] for name in inspect.signature(pipe.__call__).parameters if name in given}
     inputs |= {"prompt": prompts} | read_squares(options, pipe)
     metadata: list[dict[str, Any]] = [{"prompt": text, "seed": options.seed + i} for i, text in enumerate(prompts)]
+    if options.weights:
+        negative = [options.negative_prompt]
+        embeds = encode_weighted(pipe.tokenizer, pipe.text_encoder, prompts, negative)
+        inputs |= dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=True))
+        inputs |= {"prompt": None, "negative_prompt": None}
     if options.interpolate:
         path, metadata = interpolate(pipe, prompts, options)
         inputs |= {"prompt": None} | path
@@ -138,6 +145,8 @@ def read_prompts(options: Options) -> list[str]:
         raise UserError("--seed-to is the last seed of --interpolate; leave it out without that")
     if options.precision != "float32" and options.compile == "never":
         raise UserError(f"--precision {options.precision} runs compiled models alone; leave --compile never out")
+    if options.weights and count is not None:
+        raise UserError("--interpolate reads prompts without weights; leave out one of --interpolate and --weights")
     if options.image and options.height != options.width:
         raise UserError(f"--image is cut to a square: --height {options.height} and --width {options.width} differ")
     return prompts
