@@ -3,12 +3,34 @@
 # Gradio's editor ignores a file that is no picture, without a word.
 HEAD = """
 <style>
-html[data-tab=make] .only:not(.on-make), html[data-tab=edit] .only:not(.on-edit),
+html[data-tab=generate] .only:not(.on-generate), html[data-tab=edit] .only:not(.on-edit),
 html[data-tab=compare] .only:not(.on-compare), html[data-tab=inside] .only:not(.on-inside),
 html[data-tab=judge] .only:not(.on-judge) { display: none !important; }
 </style>
 <script>
-document.documentElement.dataset.tab = "make";
+document.documentElement.dataset.tab = "generate";
+const shown = where => [...document.querySelectorAll(where)].find(element => element.offsetParent);
+const image = () => document.querySelector("#pictures .selected img");
+// The file's name of the picture in the ring, "" unless it is a finished one.
+const marked = () => image()?.src.match(/[^/]+-[0-9a-f]{16}[.]png$/)?.[0] ?? "";
+const download = () => Object.assign(document.createElement("a"), {href: image().src, download: marked()}).click();
+const enlarge = () => {
+  const dialog = document.createElement("dialog");
+  dialog.append(image().cloneNode());
+  dialog.ariaLabel = "Enlarged picture";
+  dialog.onclick = () => dialog.close();
+  dialog.onclose = () => dialog.remove();
+  document.body.append(dialog);
+  dialog.showModal();
+};
+document.addEventListener("keydown", event => {
+  if (event.key === "Escape" && !document.querySelector("dialog")) shown("#stop")?.click();
+  if (!event.target.matches("textarea, input:not([type=radio])") && !event.ctrlKey && !event.metaKey)
+    [...document.querySelectorAll("#judge-answer input")].filter(e => e.offsetParent)[event.key - 1]?.click();
+});
+document.addEventListener("load", event => {  // pixels stay squares where a model makes so few
+  if (event.target.naturalWidth <= 32) event.target.style.imageRendering = "pixelated";
+}, true);
 document.addEventListener("change", async event => {
   if (!event.target.closest?.("#edit-editor") || !event.target.files?.length) return;
   const image = new Image();
@@ -22,13 +44,27 @@ document.addEventListener("change", async event => {
 CSS = """
 #status { min-height: 3em; }
 #status progress { width: 100%; height: .6em; }
-input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px solid #2f6fde; outline-offset: 2px; }
-.settings > * { min-width: 200px !important; }
+body:not(:has(#status progress)) #stop { display: none; }
+:is(input, textarea, button, [tabindex]):focus-visible {
+  outline: 2px solid var(--color-accent) !important; outline-offset: 2px;
+}
+.settings .form > * { min-width: 210px !important; }
 #pictures { min-height: min(460px, 90vw); }
-#pictures .grid-wrap { max-height: 75vh; }
+#pictures .grid-wrap { max-height: 80vh; }
 #pictures .grid-wrap, #inside-words .grid-wrap { padding-top: 2.2em; }
-.caption-label { padding: 0 .4em; border: 0; opacity: .85; }
-.grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 160px)) !important; }
+#pictures .empty, #inside-words .empty { display: none; }
+#pictures:has(.empty)::after { content: "Your pictures appear here."; position: absolute; inset: 45% 0; text-align: center; }
+#pictures .caption-label { display: none; }
+#pictures .selected .caption-label,
+:is([data-tab=compare], [data-tab=inside]) #pictures .caption-label { display: block; }
+.caption-label { padding: 0 .4em; border: 0; opacity: .9; }
+.grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; grid-auto-flow: dense; }
+.gallery-item:has(.selected) { grid-area: span 2 / span 2; }
+#pictures .selected { outline: 3px solid var(--color-accent); outline-offset: -1px; }
+body:not(:has(#pictures .selected img[src$=".png"])) .taking { display: none; }
+dialog { border: 0; padding: 0; background: none; }
+dialog::backdrop { background: rgb(0 0 0 / 85%); }
+dialog img { width: min(92vw, 92vh); cursor: zoom-out; }
 .judged { display: flex; gap: 1em; justify-content: center; }
 .judged .cell { position: relative; width: min(256px, 80vw); aspect-ratio: 1; }
 .judged.two .cell { width: min(256px, 40vw); }
@@ -43,6 +79,7 @@ input:focus-visible, textarea:focus-visible, button:focus-visible { outline: 2px
   .row > button { min-width: 5em !important; }
   .columns > .column { display: contents; }
   .columns .settings { order: 1; }
+  #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
   .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important; }
 }
 """

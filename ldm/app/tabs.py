@@ -1,4 +1,4 @@
-"""The tabs that sample: Make, Edit, Compare and Look inside."""
+"""The tabs that sample: Generate, Edit, Compare and Look inside."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from ldm.app.attention import attention_maps, word_overlays
 from ldm.app.sampling import Settings, picture_metadata, restore
-from ldm.app.workspace import IMMEDIATE, Workspace, message, only, user_errors
+from ldm.app.workspace import IMMEDIATE, Workspace, message, only
 from ldm.config import UserError
 from ldm.images import captioned_grid, upright_rgb
 
@@ -25,31 +25,26 @@ EXAMPLES = {
 }
 
 
-def build_make(ui: Workspace) -> None:
+def build_generate(ui: Workspace) -> None:
     """A prompt becomes pictures; their settings come back from them and from files."""
     folder = ui.pictures.folder
-    with ui.tabs["make"]:
+    with ui.results, gr.Row(elem_classes=only("generate")):
         gr.Markdown(f"Pictures and their settings are kept in {folder.parent.name}/{folder.name} until deleted.")
-    with ui.results, gr.Column(elem_classes=only("make")):
-        png = gr.File(label="Load settings from a PNG", file_types=[".png"], height=120, elem_id="make-file")
+        png = gr.UploadButton(
+            "Load settings from a PNG", file_types=[".png"], size="sm", scale=0, min_width=200, elem_id="generate-file"
+        )
 
-    def make(values):
+    def generate(values):
         yield from ui.sample(values, ui.settings(values))
 
-    @user_errors()
     def show(path):
         settings, notes = restore(path, ui.models)
         shown = {ui.controls[name]: value for name, value in vars(settings).items() if name != "count"}
         return shown | {ui.status: message(f"The settings of that picture, seed {settings.seed}.", *notes)}
 
-    @user_errors()
-    def reuse(path):
-        return show(ui.pictures.find(path))
-
-    ui.on_start("make", make)
-    shown = {ui.status, *ui.controls.values()}
-    ui.reuse.click(reuse, ui.download, shown, **IMMEDIATE)
-    png.upload(show, png, shown, **IMMEDIATE).then(lambda: None, None, png, **IMMEDIATE)
+    ui.on_start("generate", generate)
+    ui.on_marked(ui.reuse, show, ui.controls.values())
+    png.upload(ui.user_errors(show), png, {ui.status, *ui.controls.values()}, **IMMEDIATE)
 
 
 def build_edit(ui: Workspace) -> None:
@@ -77,12 +72,11 @@ def build_edit(ui: Workspace) -> None:
         metadata = {"image": "uploaded", "mask": "drawn" if mask else ""} | options
         yield from ui.sample(values, settings, metadata, image=image, mask=mask, **options)
 
-    @user_errors()
     def take(path):
-        return {editor: open_picture(ui.pictures.find(path)), ui.tab_bar: gr.Tabs(selected="edit")}
+        return {editor: open_picture(path), ui.tab_bar: gr.Tabs(selected="edit")}
 
     ui.on_start("edit", edit, [editor])
-    ui.edit.click(take, ui.download, {editor, ui.tab_bar}, **IMMEDIATE)
+    ui.on_marked(ui.edit, take, [editor, ui.tab_bar])
 
 
 def open_picture(path: str) -> Image.Image:
@@ -125,7 +119,7 @@ def build_compare(ui: Workspace) -> None:
         metadata = {"compared": values[name], "values": values[text]}
         files = ui.pictures.save([sheet], picture_metadata(ui.models[settings.model], settings, **metadata))
         shown = [(*files, "all"), *((file, label) for label, ((file,), _) in pictures.items())]
-        yield {ui.gallery: gr.Gallery(shown, selected_index=0)} | ui.choose(*files)
+        yield {ui.gallery: gr.Gallery(shown, selected_index=0)}
 
     def examples(name):
         return EXAMPLES[name] or ", ".join(ui.models.names[:LIMIT])
@@ -149,9 +143,9 @@ def variants(settings: Settings, name: str, text: str) -> dict[str, Settings]:
 def build_inside(ui: Workspace) -> None:
     """The way from noise to a picture, and where each word looks."""
     with ui.tabs["inside"]:
-        gr.Markdown("The model's estimates on the way from noise to a picture, and where each word looks.")
+        gr.Markdown("The model's estimates on the way from noise to a picture, and what each word affects.")
     with ui.results, gr.Column(elem_classes=only("inside")):
-        label = "Where each word looks: bright where cross-attention reads it"
+        label = "What each word affects: bright where cross-attention reads it"
         words = gr.Gallery(label=label, interactive=False, elem_id="inside-words")
 
     def look(values):

@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle above a blue square"
 SEED = "Seed (-1: random)"
-TABS = ("Make", "Edit", "Compare", "Look inside", "Judge")
+TABS = ("Generate", "Edit", "Compare", "Look inside", "Judge")
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def opened(browser: Browser, address: str, width: int = 1440, **options) -> Iter
     page.on("pageerror", lambda e: complain(str(e)))
     page.on("dialog", lambda d: (wrong.append("dialog"), d.dismiss()))
     page.goto(address)
-    page.wait_for_selector("#make-start")
+    page.wait_for_selector("#generate-start")
     yield page
     context.close()
     assert outside == [] and wrong == []
@@ -141,18 +141,18 @@ def saved(page: Page, button: str, path: Path) -> Path:
     return path
 
 
-def start(page: Page, prompt: str = PROMPT, steps: int = 150, pictures: int = 16, tab: str = "make") -> None:
+def start(page: Page, prompt: str = PROMPT, steps: int = 150, pictures: int = 16, tab: str = "generate") -> None:
     field(page, "Prompt").fill(prompt)
     number(page, "Steps", steps)
-    if tab in ("make", "edit"):
+    if tab in ("generate", "edit"):
         number(page, "Pictures", pictures)
-    if tab == "make":
+    if tab == "generate":
         field(page, "Prompt").press("Enter")
     else:
         page.click(f"#{tab}-start")
 
 
-def make(page: Page, steps: int = 4, pictures: int = 1) -> str:
+def generate(page: Page, steps: int = 4, pictures: int = 1) -> str:
     before = page.locator("#pictures img").count()
     start(page, PROMPT, steps, pictures)
     wait(lambda: page.locator("#pictures img").count() == before + pictures)
@@ -181,7 +181,7 @@ def test_pictures_appear_while_they_denoise_and_are_the_scripts_own(page, tmp_pa
         if (source) seen.add(source);
       }).observe(document.body, {subtree: true, childList: true, attributes: true}); }""")
     field(page, SEED).fill("11")
-    assert "3 pictures, seed 11" in make(page, steps=100, pictures=3)
+    assert "3 pictures, seed 11" in generate(page, steps=100, pictures=3)
     wait(lambda: "a-red-circle" in page.locator("#pictures img").first.get_attribute("src"))
     assert page.evaluate("seen.size") >= 3  # previews, and the picture
     command = [sys.executable, "scripts/sample.py", "--model", "shapes", *["--prompt", PROMPT] * 3, "--seed", "11"]
@@ -205,19 +205,21 @@ def test_stop_works_while_it_runs_and_in_the_queue(page, another):
     assert page.locator("#download").is_disabled() and page.locator("#pictures img").count() == 0
     page.click("#edit")
     until(page, ".toast-body", "choose a finished picture")
-    assert "1 picture," in make(page) and another.locator("#pictures img").count() == 0
+    assert "1 picture," in generate(page) and another.locator("#pictures img").count() == 0
 
 
 def test_the_marked_picture_is_taken_and_settings_come_back(page, tmp_path):
     field(page, "Negative prompt (what to avoid)").fill("green")
     field(page, SEED).fill("77")
-    make(page, steps=7, pictures=2)
+    generate(page, steps=7, pictures=2)
     marked = lambda: page.locator("#pictures .selected img").get_attribute("src")  # noqa: E731
     page.locator("#pictures .thumbnail-item").nth(1).click()
     wait(lambda: page.locator("#download").is_enabled() and "square-78-" in marked())
     assert Image.open(saved(page, "#download", tmp_path / "mine.png")).text["seed"] == "78"
     field(page, SEED).fill("-1")
-    seeds = {re.search("seed (.*)[.]", make(page, steps=3 + i, pictures=1))[1] for i in range(2)}  # others each time
+    seeds = {
+        re.search("seed (.*)[.]", generate(page, steps=3 + i, pictures=1))[1] for i in range(2)
+    }  # others each time
     page.reload()
     wait(lambda: page.locator("#pictures img").count() == 4)
     assert len(seeds) == 2 and field(page, SEED).input_value() == "-1"
@@ -227,7 +229,7 @@ def test_the_marked_picture_is_taken_and_settings_come_back(page, tmp_path):
     wait(lambda: field(page, SEED).input_value() == "78")
     field(page, SEED).fill("0")
     field(page, "Prompt").fill("")
-    upload(page, "#make-file", tmp_path / "mine.png")
+    upload(page, "#generate-file", tmp_path / "mine.png")
     wait(lambda: field(page, SEED).input_value() == "78")
     assert field(page, "Prompt").input_value() == PROMPT
     assert field(page, "Negative prompt (what to avoid)").input_value() == "green"
@@ -266,8 +268,8 @@ def test_only_the_part_under_the_brush_is_redrawn(page, tmp_path):
     assert change[:14, :14].mean() < 25 and change[16:, 16:].max() > 60
 
 
-def test_a_picture_goes_from_make_to_edit_and_its_edits_join_it(page):
-    make(page, steps=20)
+def test_a_picture_goes_from_generate_to_edit_and_its_edits_join_it(page):
+    generate(page, steps=20)
     page.click("#edit")
     drawable(page)
     assert field(page, "Prompt").input_value() == PROMPT
@@ -347,7 +349,7 @@ def test_it_ends_when_told_in_the_middle_of_a_picture(browser, tmp_path):
         page.goto(f"http://127.0.0.1:{port}")
         for _ in range(2):  # a reload in mid-run leaves a page that works
             page.reload()
-            page.wait_for_selector("#make-start")
+            page.wait_for_selector("#generate-start")
             start(page)
             until(page, "#status", r"step \d")
 
