@@ -13,7 +13,8 @@ from ldm.images import captioned_grid, upright_rgb
 
 CANVAS = 512  # pixels; a larger one sends PNGs above the limit on uploads, on a smaller one the brush hides the picture
 RESAMPLE = 2  # model calls per step within a mask; with one, the model of shapes left some masks grey
-LIMIT = 8  # values
+BRUSHES = ["rgba(255, 59, 107, 0.6)", "rgba(0, 200, 255, 0.6)"]  # one of them is seen on every picture
+LIMIT, MOST = 8, 24  # values of a setting, pictures of two
 ESTIMATES = 8
 EXAMPLES = {
     "guidance": "1, 2, 3, 5, 8",
@@ -59,7 +60,7 @@ def build_edit(ui: Workspace) -> None:
             fixed_canvas=True,
             sources=("upload", "clipboard"),
             transforms=(),
-            brush=gr.Brush(colors=["rgba(255, 59, 107, 0.6)"], color_mode="fixed", default_size="auto"),
+            brush=gr.Brush(colors=BRUSHES, color_mode="fixed", default_size="auto"),
             layers=False,
             elem_id="edit-editor",
         )
@@ -104,32 +105,51 @@ def read_drawing(drawing: dict | None, side: int, factor: int) -> tuple[Image.Im
 
 
 def build_compare(ui: Workspace) -> None:
-    """One prompt and seed over values of one setting."""
+    """One prompt and seed over values of one setting, or of two as columns and rows."""
     with ui.tabs["compare"]:
         name = gr.Dropdown(list(EXAMPLES), value="guidance", label="Setting to compare")
         text = gr.Textbox(EXAMPLES["guidance"], label=f"Values, up to {LIMIT}, separated by commas")
+        other = gr.Dropdown([("none", ""), *EXAMPLES], value="", label="Second setting, down the rows")
+        rows = gr.Textbox(label="Its values", visible=False)
 
     def compare(values):
+        if values[name] == values[other]:
+            raise UserError("both settings are the same; choose two different ones")
         settings = ui.settings(values, count=1)
+        down = variants(settings, values[other], values[rows])
+        asked = {
+            ", ".join(filter(None, (label, row))): variant
+            for row, start in down.items()
+            for label, variant in variants(start, values[name], values[text]).items()
+        }
+        if len(asked) > MOST:
+            raise UserError(f"{len(asked)} pictures are too many to compare; at most {MOST}")
         pictures = {}
-        for label, variant in variants(settings, values[name], values[text]).items():
+        for label, variant in asked.items():
             pictures[label] = yield from ui.sample(values, variant)
         images, labels = [image for _, (image,) in pictures.values()], list(pictures)
-        sheet = captioned_grid(images, labels, columns=min(4, len(labels)), cell=200)
-        metadata = {"compared": values[name], "values": values[text]}
+        columns = len(asked) // len(down) if values[other] else min(4, len(asked))
+        sheet = captioned_grid(images, labels, columns=columns, cell=200)
+        metadata = {"compared": values[name], "values": values[text], "rows": values[other], "row_values": values[rows]}
         files = ui.pictures.save([sheet], picture_metadata(ui.models[settings.model], settings, **metadata))
         shown = [(*files, "all"), *((file, label) for label, ((file,), _) in pictures.items())]
         yield {ui.gallery: gr.Gallery(shown, selected_index=0)}
 
     def examples(name):
-        return EXAMPLES[name] or ", ".join(ui.models.names[:LIMIT])
+        return gr.Textbox(EXAMPLES.get(name) or ", ".join(ui.models.names[:LIMIT]), visible=bool(name))
 
-    name.change(examples, name, text, **IMMEDIATE)
-    ui.on_start("compare", compare, [name, text])
+    for choice, box in ((name, text), (other, rows)):
+        choice.input(examples, choice, box, **IMMEDIATE)
+        choice.change(None, [name, other], js="compare", **IMMEDIATE)
+    ui.tabs["compare"].select(None, [name, other], js="compare", **IMMEDIATE)
+    ui.on_start("compare", compare, [name, text, other, rows])
 
 
 def variants(settings: Settings, name: str, text: str) -> dict[str, Settings]:
-    """{label: settings} per value in a comma-separated list. Raises UserError for values that the setting refuses."""
+    """{label: settings} per value in a comma-separated list; without a name, {"": settings}. Raises UserError for
+    values that the setting refuses."""
+    if not name:
+        return {"": settings}
     words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     if not 1 <= len(words) <= LIMIT:
         raise UserError(f"{len(words)} values to compare; write 1 to {LIMIT}, separated by commas")

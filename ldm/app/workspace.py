@@ -65,7 +65,7 @@ class Workspace:
                     samples=models.examples(models.names[0]),
                     label="Examples",
                     elem_id="examples",
-                    elem_classes=sampling,
+                    elem_classes=only("generate"),
                 )
                 with gr.Column(elem_classes=f"settings {sampling}"):
                     self.controls = settings_controls(models) | {"prompt": self.prompt}
@@ -86,6 +86,9 @@ class Workspace:
                     )
         self.marked = gr.Textbox(visible=False)  # the file's name, from the script
         self.history = gr.BrowserState([], storage_key="ldm-history", secret="ldm")
+        controls = [*self.controls.values()]
+        key = " ".join(["ldm", *models.names, *self.controls])  # kept values are of these models and settings
+        self.kept = gr.BrowserState([control.value for control in controls], storage_key=key, secret="ldm")
         enlarge.click(None, js="enlarge", **IMMEDIATE)
         download.click(None, js="download", **IMMEDIATE)
         same.click(None, None, self.controls["seed"], js="() => marked().split('-').at(-2)", **IMMEDIATE)
@@ -149,7 +152,10 @@ class Workspace:
         def examples(model):
             return gr.Dataset(samples=self.models.examples(model))
 
+        controls = [*self.controls.values()]
         page.load(self.earlier, self.history, self.gallery, **IMMEDIATE)
+        page.load(None, self.kept, controls, js="values => values", **IMMEDIATE)
+        gr.on([c.change for c in controls], None, controls, self.kept, js="(...values) => [values]", **IMMEDIATE)
         self.stop.click(stop, queue=False, **IMMEDIATE)
         self.controls["model"].change(examples, self.controls["model"], self.examples, **IMMEDIATE)
         self.examples.click(lambda sample: sample[0], self.examples, self.prompt, **IMMEDIATE)
@@ -191,17 +197,19 @@ def settings_controls(models: Models) -> dict[str, Component]:
 
     def slider(name: str) -> gr.Slider:
         label, step, tabs = SLIDERS[name]
-        return gr.Slider(*BOUNDS[name], getattr(Settings, name), step=step, label=label, elem_classes=only(*tabs))
+        default, look = getattr(Settings, name), {"elem_id": f"setting-{name}", "elem_classes": only(*tabs)}
+        return gr.Slider(*BOUNDS[name], default, step=step, label=label, **look)
 
     first, more = list(SLIDERS)[:4], list(SLIDERS)[4:]
     controls: dict[str, Component] = {}
     with gr.Row():
-        controls["model"] = gr.Dropdown(models.names, value=models.names[0], label="Model")
-        controls["seed"] = gr.Number(-1, label="Seed (-1: random)", precision=0)
+        controls["model"] = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="setting-model")
+        controls["seed"] = gr.Number(-1, label="Seed (-1: random)", precision=0, elem_id="setting-seed")
         controls |= {name: slider(name) for name in first}
         controls["negative_prompt"] = gr.Textbox(label="Negative prompt (what to avoid)")
     with gr.Accordion("More settings", open=False), gr.Row():
-        controls["sampler"] = gr.Dropdown([("Model default", ""), *SAMPLERS], value="", label="Sampler")
+        samplers = [("Model default", ""), *SAMPLERS]
+        controls["sampler"] = gr.Dropdown(samplers, value="", label="Sampler", elem_id="setting-sampler")
         controls |= {name: slider(name) for name in more}
     return controls
 
@@ -213,7 +221,7 @@ def only(*tabs: str) -> str:
 
 def message(*texts: str) -> str:
     """A status as HTML, a paragraph per text."""
-    return "".join(f'<p role="status">{escape(text)}</p>' for text in texts)
+    return "".join(f'<p role="status">{escape(text[:1].upper() + text[1:])}</p>' for text in texts)
 
 
 def busy(text: str, step: int | None = None, steps: int = 1) -> str:
