@@ -16,7 +16,7 @@ const marked = () => image()?.src.match(/[^/]+-[0-9a-f]{16}[.]png$/)?.[0] ?? "";
 const download = () => Object.assign(document.createElement("a"), {href: image().src, download: marked()}).click();
 const enlarge = () => {
   const dialog = document.createElement("dialog");
-  dialog.append(image().cloneNode(), image().alt);
+  dialog.append(Object.assign(new Image(), {src: image().src, alt: image().alt}), image().alt);
   dialog.ariaLabel = "Enlarged picture";
   dialog.onclick = () => dialog.close();
   dialog.onclose = () => dialog.remove();
@@ -70,7 +70,7 @@ body:not(:has(#status progress)) #stop { display: none; }
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; grid-auto-flow: dense; }
 .gallery-item:has(.selected) { grid-area: span 2 / span 2; }
 #pictures .selected { outline: 3px solid var(--color-accent); outline-offset: -1px; }
-body:not(:has(#pictures .selected img[src$=".png"])) .taking { display: none; }
+body:not(:has(#pictures .selected img[src$=".png"]:not([src$="/image.png"]))) .taking { display: none; }
 dialog { border: 0; padding: 0; background: none; color: #fff; text-align: center; cursor: zoom-out; }
 dialog::backdrop { background: #111; }
 dialog img { display: block; width: 90vw; height: 85vh; object-fit: contain; }
