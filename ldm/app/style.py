@@ -39,6 +39,13 @@ const compare = (...names) => {
   document.querySelectorAll(".compared").forEach(element => element.classList.remove("compared"));
   names.forEach(name => document.getElementById(`setting-${name}`)?.classList.add("compared"));
 };
+let gone = false;
+setInterval(() => fetch(location.pathname, {method: "HEAD"}).then(() => gone && location.reload(), () => {
+  gone = true;
+  document.querySelector("#status progress")?.remove();
+  document.querySelector("#status p").textContent =
+    "The server went away. Start it again (ldm app); this page then goes on with your prompt and pictures.";
+}), 3000);
 document.addEventListener("change", async event => {
   if (!event.target.closest?.("#edit-editor") || !event.target.files?.length) return;
   const image = new Image();
@@ -60,7 +67,8 @@ body:not(:has(#status progress)) #stop { display: none; }
 #pictures { min-height: min(460px, 90vw); }
 #pictures .grid-wrap { max-height: 80vh; }
 #pictures .grid-wrap, #inside-words .grid-wrap { padding-top: 2.2em; }
-#pictures .empty, #inside-words .empty { display: none; }
+:root body.dark { --color-accent: var(--primary-400); }
+:is(#pictures, #inside-words, #edit-change) .empty { display: none; }
 #pictures:has(.empty)::after {
   content: "Your pictures appear here."; position: absolute; inset: 45% 0; text-align: center;
 }

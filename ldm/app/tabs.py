@@ -64,6 +64,8 @@ def build_edit(ui: Workspace) -> None:
             layers=False,
             elem_id="edit-editor",
         )
+    with ui.results, gr.Column(elem_classes=only("edit")):
+        change = gr.ImageSlider(label="Before and after", format="png", buttons=[], height=320, elem_id="edit-change")
 
     def edit(values):
         settings = ui.settings(values, width=0, height=0)
@@ -71,12 +73,13 @@ def build_edit(ui: Workspace) -> None:
         image, mask = read_drawing(values[editor], pipe.latent_shape()[1] * pipe.vae.factor, pipe.vae.factor)
         options = {"strength": settings.strength} | ({"resample": RESAMPLE} if mask else {})
         metadata = {"image": "uploaded", "mask": "drawn" if mask else ""} | options
-        yield from ui.sample(values, settings, metadata, image=image, mask=mask, **options)
+        _, images = yield from ui.sample(values, settings, metadata, image=image, mask=mask, **options)
+        yield {change: (image, images[0])}
 
     def take(path):
         return {editor: open_picture(path), ui.tab_bar: gr.Tabs(selected="edit")}
 
-    ui.on_start("edit", edit, [editor])
+    ui.on_start("edit", edit, [editor], [change])
     ui.on_marked(ui.edit, take, [editor, ui.tab_bar])
 
 

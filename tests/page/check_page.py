@@ -79,7 +79,12 @@ def opened(browser: Browser, address: str, width: int = 1440, **options) -> Iter
     page = context.new_page()
     page.set_default_timeout(120_000)
     outside, wrong = [], []
-    expected = ("AbortError", "Connection errored out", "could not be decoded")  # by a reload, and by a broken picture
+    expected = (
+        "AbortError",
+        "Connection errored out",
+        "could not be decoded",
+        "INTERNET_DISCONNECTED",
+    )  # by a reload, and by a broken picture
     complain = lambda text: None if any(words in text for words in expected) else wrong.append(text)  # noqa: E731
     page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else outside.append(r.url))
     page.on("console", lambda m: complain(m.text) if m.type == "error" else None)
@@ -266,10 +271,22 @@ def test_the_marked_picture_is_taken_and_settings_come_back(page, tmp_path):
     wait(lambda: field(page, SEED).input_value() == "79")
     field(page, SEED).fill("0")
     field(page, "Prompt").fill("")
-    upload(page, "#generate-file", tmp_path / "mine.png")
+    with page.expect_file_chooser() as chooser:
+        page.click("#generate-file")
+    chooser.value.set_files(tmp_path / "mine.png")
     wait(lambda: field(page, SEED).input_value() == "79")
     assert field(page, "Prompt").input_value() == PROMPT
     assert field(page, "Negative prompt (what to avoid)").input_value() == "green"
+
+
+def test_a_server_that_went_away_is_told_and_the_page_goes_on(page):
+    field(page, "Prompt").fill("two blue squares")
+    page.wait_for_timeout(1000)
+    page.context.set_offline(True)
+    until(page, "#status", "The server went away. Start it again")
+    page.context.set_offline(False)
+    wait(lambda: page.locator("#status").inner_text() == "" and page.locator("#generate-start").is_visible())
+    wait(lambda: field(page, "Prompt").input_value() == "two blue squares")
 
 
 def test_hostile_prompts_are_only_text(page):
@@ -315,6 +332,8 @@ def test_a_picture_goes_from_generate_to_edit_and_its_edits_join_it(page):
     wait(lambda: page.locator("#pictures img").count() == 2)
     edited, first = (np.asarray(served(page, index=i), np.float64) for i in range(2))
     assert 0.1 < abs(edited - first).mean() < 40
+    before, after = (np.asarray(served(page, "#edit-change", i), np.float64) for i in range(2))
+    assert abs(before - first).mean() < 1 and np.array_equal(after, edited)  # before went through the editor's canvas
 
 
 def test_a_comparison_is_labelled_and_also_one_picture(page, tmp_path):
@@ -403,7 +422,7 @@ def test_it_ends_when_told_in_the_middle_of_a_picture(browser, tmp_path):
             until(page, "#status", r"step \d")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1440, "light"), (360, "light"), (1440, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1440, "light"), (1440, "dark")])
 def test_every_tab_fits_and_every_control_has_a_name(browser, address, width, scheme):
     for page in opened(browser, address, width, color_scheme=scheme):
         for tab in TABS:
