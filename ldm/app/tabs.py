@@ -65,7 +65,9 @@ def build_edit(ui: Workspace) -> None:
             elem_id="edit-editor",
         )
     with ui.results, gr.Column(elem_classes=only("edit")):
-        change = gr.ImageSlider(label="Before and after", format="png", buttons=[], height=320, elem_id="edit-change")
+        change = gr.ImageSlider(
+            label="The first picture before and after", format="png", buttons=[], max_height=400, elem_id="edit-change"
+        )
 
     def edit(values):
         settings = ui.settings(values, width=0, height=0)
