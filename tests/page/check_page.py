@@ -419,7 +419,7 @@ def test_it_ends_when_told_in_the_middle_of_a_picture(browser, tmp_path):
             page.reload()
             page.wait_for_selector("#generate-start")
             start(page)
-            until(page, "#status", r"step \d")
+            until(page, "#status", r"Step \d")
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1440, "light"), (1440, "dark")])
