@@ -27,7 +27,7 @@ app: .venv/.ready
 
 # The page in a headless browser: a chromium that is there, or else the one that playwright fetches.
 test-page: .venv/.ready
-	$(RUN) -m pip install --quiet --disable-pip-version-check playwright==1.65.2 greenlet==3.5.6
+	$(RUN) -m pip install --quiet --disable-pip-version-check playwright==1.65.2 greenlet==3.5.6 axe-playwright-python==0.1.8
 	command -v chromium || command -v google-chrome || $(RUN) -m playwright install --with-deps chromium
 	$(RUN) -m pytest tests/page/check_page.py
 

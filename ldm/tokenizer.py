@@ -3,6 +3,7 @@ loaded. The ids are those of transformers' CLIPTokenizer, which opens the folder
 
 import gzip
 import json
+import textwrap
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -89,9 +90,9 @@ class Tokenizer:
         for text in texts:
             *ids, end = self.encode(text)
             if warn and len(ids) >= length:
-                cut = self.decode(ids[length - 1 :])[-100:]
-                message = f"the text {text[:100]!r} has more than {length - 2} tokens; this was cut off: {cut!r}"
-                warnings.warn(message, stacklevel=2)
+                start, _ = self._backend.encode(_valid(text), add_special_tokens=False).offsets[length - 2]
+                cut = textwrap.shorten(text[text.rfind(" ", 0, start + 1) + 1 :], 100, placeholder=" ...")
+                warnings.warn(f"prompt too long ({length - 2} tokens at most); ignored: {cut!r}", stacklevel=2)
             ids = [*ids[: length - 1], end]
             rows.append(ids + [self.pad_token_id] * (length - len(ids)))
         return torch.tensor(rows, dtype=torch.long).view(len(texts), length)

@@ -121,11 +121,13 @@ def test_added_tokens(tokenizer, tmp_path):
 
 
 def test_what_is_cut_is_named(tokenizer):
-    text = "circle " * 30 + "green square"
-    with pytest.warns(UserWarning, match="more than 30 tokens; this was cut off: 'green square'"):
+    text = "circle " * 30 + "Green square"
+    with pytest.warns(UserWarning, match="too long \\(30 tokens at most\\); ignored: 'Green square'"):
         tokens = tokenizer([text])
     assert tokens[0, 0] == tokenizer.bos_token_id and tokens[0, -1] == tokenizer.eos_token_id
     assert tokenizer.decode(tokens[0]) == " ".join(["circle"] * 30)
+    with pytest.warns(UserWarning, match="ignored: 'greensquare'$"):  # a whole word, of which a part was read
+        tokenizer(["circle " * 29 + "greensquare"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokenizer([text], warn=False)

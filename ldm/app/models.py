@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import UserError
-from ldm.model_io import ASSETS
+from ldm.model_io import ASSETS, find_root
 from ldm.pipeline import Pipeline
 
 
@@ -22,6 +22,11 @@ class Models:
         if name not in self.folders:
             raise UserError(f"unknown model {str(name)[:80]!r}; known: {', '.join(self.names)}")
         return self._open(name)
+
+    def examples(self, name: str) -> list[list[str]]:
+        """The prompts in a model's `examples.txt`, a line each; rows of one column."""
+        file = find_root(self.folders[name]) / "examples.txt"
+        return [[line] for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
 
 
 def find_models(given: Sequence[str] = ()) -> dict[str, str]:

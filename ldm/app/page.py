@@ -13,6 +13,14 @@ from ldm.app.sampling import EXIT
 from ldm.app.style import CSS, HEAD
 from ldm.app.workspace import Workspace
 
+THEME = gr.themes.Base(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace"]).set(
+    button_primary_background_fill="*primary_600",  # with white 4.5 or more, as the subdued text has
+    button_primary_background_fill_hover="*primary_700",
+    color_accent="*primary_600",
+    body_text_color_subdued="*neutral_500",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
+)
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -21,7 +29,7 @@ def build(models: Models, folder: Path, seed: int = 0) -> gr.Blocks:
     with gr.Blocks(title="ldm", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86_400)) as page:
         gr.Markdown("# Pictures from words")
         ui = Workspace(models, Pictures(folder / "pictures"))
-        for build_tab in (tabs.build_make, tabs.build_edit, tabs.build_compare, tabs.build_inside):
+        for build_tab in (tabs.build_generate, tabs.build_edit, tabs.build_compare, tabs.build_inside):
             build_tab(ui)
         tab_judge.build(ui, folder, seed)
         ui.connect(page)
@@ -38,10 +46,11 @@ def serve(models: Models, folder: Path, host: str, port: int, seed: int = 0) -> 
         server_port=port,
         allowed_paths=[str(folder / name) for name in ("pictures", "exported")],
         max_file_size="8mb",
-        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=THEME,
         css=CSS,
         head=HEAD,
         footer_links=[],
+        run_history=False,
         ssr_mode=False,
         quiet=True,
         app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]},

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.config import UserError
-from ldm.images import save_png
+from ldm.images import read_metadata, save_png
 
 
 class Pictures:
@@ -32,8 +32,12 @@ class Pictures:
         files = [self.folder / Path(path).name for path in paths]
         return [str(file) for file in files if file.is_file()]
 
+    def captioned(self, paths: Sequence[str]) -> list[tuple[str, str]]:
+        """(file, prompt) of those that `existing` returns."""
+        return [(file, read_metadata(file)["prompt"]) for file in self.existing(paths)]
+
     def find(self, path: str | None) -> str:
         """The finished picture of this path. Raises UserError where there is none."""
         for file in self.existing([path or ""]):
             return file
-        raise UserError("choose a finished picture first")
+        raise UserError("mark a finished picture first")

@@ -12,7 +12,7 @@ from ldm.app.judgements import JudgementStore
 from ldm.app.picture_sets import held_out, prepare
 from ldm.app.results import BLOCK, results
 from ldm.app.study import ANSWERS, FIXATION, Study, questions
-from ldm.app.workspace import IMMEDIATE, Workspace, message, only, user_errors
+from ldm.app.workspace import IMMEDIATE, Workspace, message, only
 from ldm.config import UserError
 from ldm.images import data_url
 
@@ -41,7 +41,7 @@ def build(ui: Workspace, folder: Path, seed: int) -> None:
         count = gr.Slider(4, BLOCK, 20, step=1, label="Questions")
     with ui.results, gr.Column(elem_classes=only("judge")):
         view = gr.HTML(elem_id="judge-view")
-        choice = gr.Radio([], label="Your answer", visible=False, elem_id="judge-answer")
+        choice = gr.Radio([], label="Your answer (keys 1, 2, 3)", visible=False, elem_id="judge-answer")
         report = gr.HTML(elem_id="judge-results")
         export = gr.DownloadButton("Download preferences (JSONL)", elem_id="judge-export")
     current = gr.State()
@@ -68,7 +68,6 @@ def build(ui: Workspace, folder: Path, seed: int) -> None:
         study = Study(kind=kind, flash=bool(flash), questions=asked)
         yield {current: study, ui.status: message("")} | ask(study)
 
-    @user_errors()
     def answer(text, study):
         if not (study and study.answer(text, store)):
             return {choice: None}
@@ -81,7 +80,7 @@ def build(ui: Workspace, folder: Path, seed: int) -> None:
         return {report: html, export: str(file)}
 
     ui.on_start("judge", start, [question, model, other, count], [current, view, choice])
-    choice.input(answer, [choice, current], {view, choice, report, export}, **IMMEDIATE)
+    choice.input(ui.user_errors(answer), [choice, current], {ui.status, view, choice, report, export}, **IMMEDIATE)
     ui.tabs["judge"].select(totals, None, {report, export}, **IMMEDIATE)
 
 

@@ -1,4 +1,4 @@
-"""The tabs that sample: Make, Edit, Compare and Look inside."""
+"""The tabs that sample: Generate, Edit, Compare and Look inside."""
 
 from dataclasses import replace
 
@@ -7,13 +7,14 @@ from PIL import Image, ImageOps
 
 from ldm.app.attention import attention_maps, word_overlays
 from ldm.app.sampling import Settings, picture_metadata, restore
-from ldm.app.workspace import IMMEDIATE, Workspace, message, only, user_errors
+from ldm.app.workspace import IMMEDIATE, Workspace, message, only
 from ldm.config import UserError
 from ldm.images import captioned_grid, upright_rgb
 
 CANVAS = 512  # pixels; a larger one sends PNGs above the limit on uploads, on a smaller one the brush hides the picture
 RESAMPLE = 2  # model calls per step within a mask; with one, the model of shapes left some masks grey
-LIMIT = 8  # values
+BRUSHES = ["rgba(255, 59, 107, 0.6)", "rgba(0, 200, 255, 0.6)"]  # one of them is seen on every picture
+LIMIT, MOST = 8, 24  # values of a setting, pictures of two
 ESTIMATES = 8
 EXAMPLES = {
     "guidance": "1, 2, 3, 5, 8",
@@ -25,31 +26,26 @@ EXAMPLES = {
 }
 
 
-def build_make(ui: Workspace) -> None:
+def build_generate(ui: Workspace) -> None:
     """A prompt becomes pictures; their settings come back from them and from files."""
     folder = ui.pictures.folder
-    with ui.tabs["make"]:
+    with ui.results, gr.Row(elem_classes=only("generate")):
         gr.Markdown(f"Pictures and their settings are kept in {folder.parent.name}/{folder.name} until deleted.")
-    with ui.results, gr.Column(elem_classes=only("make")):
-        png = gr.File(label="Load settings from a PNG", file_types=[".png"], height=120, elem_id="make-file")
+        png = gr.UploadButton(
+            "Load settings from a PNG", file_types=[".png"], size="sm", scale=0, min_width=200, elem_id="generate-file"
+        )
 
-    def make(values):
+    def generate(values):
         yield from ui.sample(values, ui.settings(values))
 
-    @user_errors()
     def show(path):
         settings, notes = restore(path, ui.models)
         shown = {ui.controls[name]: value for name, value in vars(settings).items() if name != "count"}
         return shown | {ui.status: message(f"The settings of that picture, seed {settings.seed}.", *notes)}
 
-    @user_errors()
-    def reuse(path):
-        return show(ui.pictures.find(path))
-
-    ui.on_start("make", make)
-    shown = {ui.status, *ui.controls.values()}
-    ui.reuse.click(reuse, ui.download, shown, **IMMEDIATE)
-    png.upload(show, png, shown, **IMMEDIATE).then(lambda: None, None, png, **IMMEDIATE)
+    ui.on_start("generate", generate)
+    ui.on_marked(ui.reuse, show, ui.controls.values())
+    png.upload(ui.user_errors(show), png, {ui.status, *ui.controls.values()}, **IMMEDIATE)
 
 
 def build_edit(ui: Workspace) -> None:
@@ -64,9 +60,13 @@ def build_edit(ui: Workspace) -> None:
             fixed_canvas=True,
             sources=("upload", "clipboard"),
             transforms=(),
-            brush=gr.Brush(colors=["rgba(255, 59, 107, 0.6)"], color_mode="fixed", default_size="auto"),
+            brush=gr.Brush(colors=BRUSHES, color_mode="fixed", default_size="auto"),
             layers=False,
             elem_id="edit-editor",
+        )
+    with ui.results, gr.Column(elem_classes=only("edit")):
+        change = gr.ImageSlider(
+            label="The first picture before and after", format="png", buttons=[], max_height=400, elem_id="edit-change"
         )
 
     def edit(values):
@@ -75,14 +75,14 @@ def build_edit(ui: Workspace) -> None:
         image, mask = read_drawing(values[editor], pipe.latent_shape()[1] * pipe.vae.factor, pipe.vae.factor)
         options = {"strength": settings.strength} | ({"resample": RESAMPLE} if mask else {})
         metadata = {"image": "uploaded", "mask": "drawn" if mask else ""} | options
-        yield from ui.sample(values, settings, metadata, image=image, mask=mask, **options)
+        _, images = yield from ui.sample(values, settings, metadata, image=image, mask=mask, **options)
+        yield {change: (image, images[0])}
 
-    @user_errors()
     def take(path):
-        return {editor: open_picture(ui.pictures.find(path)), ui.tab_bar: gr.Tabs(selected="edit")}
+        return {editor: open_picture(path), ui.tab_bar: gr.Tabs(selected="edit")}
 
-    ui.on_start("edit", edit, [editor])
-    ui.edit.click(take, ui.download, {editor, ui.tab_bar}, **IMMEDIATE)
+    ui.on_start("edit", edit, [editor], [change])
+    ui.on_marked(ui.edit, take, [editor, ui.tab_bar])
 
 
 def open_picture(path: str) -> Image.Image:
@@ -110,32 +110,51 @@ def read_drawing(drawing: dict | None, side: int, factor: int) -> tuple[Image.Im
 
 
 def build_compare(ui: Workspace) -> None:
-    """One prompt and seed over values of one setting."""
+    """One prompt and seed over values of one setting, or of two as columns and rows."""
     with ui.tabs["compare"]:
         name = gr.Dropdown(list(EXAMPLES), value="guidance", label="Setting to compare")
         text = gr.Textbox(EXAMPLES["guidance"], label=f"Values, up to {LIMIT}, separated by commas")
+        other = gr.Dropdown([("none", ""), *EXAMPLES], value="", label="Second setting, down the rows")
+        rows = gr.Textbox(label="Its values", visible=False)
 
     def compare(values):
+        if values[name] == values[other]:
+            raise UserError("both settings are the same; choose two different ones")
         settings = ui.settings(values, count=1)
+        down = variants(settings, values[other], values[rows])
+        asked = {
+            ", ".join(filter(None, (label, row))): variant
+            for row, start in down.items()
+            for label, variant in variants(start, values[name], values[text]).items()
+        }
+        if len(asked) > MOST:
+            raise UserError(f"{len(asked)} pictures are too many to compare; at most {MOST}")
         pictures = {}
-        for label, variant in variants(settings, values[name], values[text]).items():
+        for label, variant in asked.items():
             pictures[label] = yield from ui.sample(values, variant)
         images, labels = [image for _, (image,) in pictures.values()], list(pictures)
-        sheet = captioned_grid(images, labels, columns=min(4, len(labels)), cell=200)
-        metadata = {"compared": values[name], "values": values[text]}
+        columns = len(asked) // len(down) if values[other] else min(4, len(asked))
+        sheet = captioned_grid(images, labels, columns=columns, cell=200)
+        metadata = {"compared": values[name], "values": values[text], "rows": values[other], "row_values": values[rows]}
         files = ui.pictures.save([sheet], picture_metadata(ui.models[settings.model], settings, **metadata))
         shown = [(*files, "all"), *((file, label) for label, ((file,), _) in pictures.items())]
-        yield {ui.gallery: gr.Gallery(shown, selected_index=0)} | ui.choose(*files)
+        yield {ui.gallery: gr.Gallery(shown, selected_index=0)}
 
     def examples(name):
-        return EXAMPLES[name] or ", ".join(ui.models.names[:LIMIT])
+        return gr.Textbox(EXAMPLES.get(name) or ", ".join(ui.models.names[:LIMIT]), visible=bool(name))
 
-    name.change(examples, name, text, **IMMEDIATE)
-    ui.on_start("compare", compare, [name, text])
+    for choice, box in ((name, text), (other, rows)):
+        choice.input(examples, choice, box, **IMMEDIATE)
+        choice.change(None, [name, other], js="compare", **IMMEDIATE)
+    ui.tabs["compare"].select(None, [name, other], js="compare", **IMMEDIATE)
+    ui.on_start("compare", compare, [name, text, other, rows])
 
 
 def variants(settings: Settings, name: str, text: str) -> dict[str, Settings]:
-    """{label: settings} per value in a comma-separated list. Raises UserError for values that the setting refuses."""
+    """{label: settings} per value in a comma-separated list; without a name, {"": settings}. Raises UserError for
+    values that the setting refuses."""
+    if not name:
+        return {"": settings}
     words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     if not 1 <= len(words) <= LIMIT:
         raise UserError(f"{len(words)} values to compare; write 1 to {LIMIT}, separated by commas")
@@ -149,9 +168,9 @@ def variants(settings: Settings, name: str, text: str) -> dict[str, Settings]:
 def build_inside(ui: Workspace) -> None:
     """The way from noise to a picture, and where each word looks."""
     with ui.tabs["inside"]:
-        gr.Markdown("The model's estimates on the way from noise to a picture, and where each word looks.")
+        gr.Markdown("The model's estimates on the way from noise to a picture, and what each word affects.")
     with ui.results, gr.Column(elem_classes=only("inside")):
-        label = "Where each word looks: bright where cross-attention reads it"
+        label = "What each word affects: bright where cross-attention reads it"
         words = gr.Gallery(label=label, interactive=False, elem_id="inside-words")
 
     def look(values):
