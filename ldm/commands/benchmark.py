@@ -6,7 +6,6 @@ Each side runs in a fresh process per case, in alternating rounds. Writes benchm
 Exit code 1 if outputs disagree or a case fails.
 """
 
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -16,8 +15,8 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from html import escape
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,19 +26,19 @@ import numpy as np
 from ldm.commands.cli import markdown_table, read_options
 from ldm.config import UserError
 
-NETWORK, GRADIENT, PICTURE = 1e-4, 1e-3, 1 / 200  # tolerances; a level of 255 is below the last
 SINGLE = (("shapes", 32, 1), ("emoji", 64, 1), ("emoji", 128, 1), ("emoji", 256, 1))  # model, pixels, batch
 EIGHT = (("shapes", 32, 8), ("emoji", 64, 8), ("emoji", 128, 8))
 WORKLOADS = {  # largest difference of outputs, relative to the largest value (None: ours alone), and cases
-    "unet-forward": (NETWORK, SINGLE),
-    "sampling": (PICTURE, SINGLE + EIGHT),
-    "vae": (NETWORK, (("emoji", 64, 8), ("emoji", 256, 1))),
-    "train-unet": (GRADIENT, (("shapes", 32, 64), ("emoji", 64, 32), ("emoji", 128, 8))),
+    "unet-forward": (1e-4, SINGLE),
+    "sampling": (1 / 200, SINGLE + EIGHT),  # a level of 255 is below that
+    "vae": (1e-4, (("emoji", 64, 8), ("emoji", 256, 1))),
+    "train-unet": (1e-3, (("shapes", 32, 64), ("emoji", 64, 32), ("emoji", 128, 8))),
     "data": (None, (("shapes", 32, 32), ("emoji", 64, 32))),
 }
 HEAD = ("case", "ldm, ms", "diffusers, ms", "ratio", "peak memory, MB", "largest difference")
 NOTE = """Median of one run; ratio of the medians, theirs over ours, with its 95% bootstrap interval over the rounds;
 memory is the peak of a process with this case alone, ours / theirs."""
+PAGE = "<!doctype html><html lang=en><meta charset=utf-8><title>Benchmark</title><pre>{}</pre>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,26 +76,23 @@ def main() -> None:
     o.out.mkdir(parents=True, exist_ok=True)
     settings = {"device": o.device, "rounds": o.rounds, "threads": o.threads or os.cpu_count()}
     os.environ |= {"OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error"}
-    packages = filter(find_spec, ("torch", "diffusers", "transformers", "numpy"))
-    settings |= {name: importlib.metadata.version(name) for name in packages}
+    settings |= {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy") if find_spec(name)}
     note = f"{NOTE}\n\n{', '.join(f'{name} {value}' for name, value in settings.items())}\n"
     for case in cases:
         print(f"measuring {case}", file=sys.stderr)
         rows.append({"name": str(case)} | measure(case, o.rounds))
         table = f"{markdown_table(HEAD, *map(cells, rows))}\n{note}"
-        html = f"<!doctype html><html lang=en><meta charset=utf-8><title>Benchmark</title><pre>{escape(table)}</pre>"
-        raw = json.dumps({"settings": settings, "rows": rows}, indent=1)
-        for ending, text in {"json": raw, "md": table, "html": html}.items():
-            (o.out / f"benchmark.{ending}").write_text(text, encoding="utf-8")
+        (o.out / "benchmark.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
+        (o.out / "benchmark.md").write_text(table)
+        (o.out / "benchmark.html").write_text(PAGE.format(escape(table)))
     print(f"{table}\nwritten to {o.out}")
     sys.exit("\n".join(f"error: {row['name']}: {row['problem']}" for row in rows if row["problem"]) or 0)
 
 
 def choose(o: Options) -> list[Case]:
     """The cases to measure. Raises UserError for options out of range."""
-    for name, value, least in (("rounds", o.rounds, 1), ("threads", o.threads, 0)):
-        if value < least:
-            raise UserError(f"--{name} {value} is not allowed; give {least} or more")
+    if o.rounds < 1 or o.threads < 0:
+        raise UserError(f"--rounds {o.rounds} --threads {o.threads} is not allowed; give 1 or more, and 0 or more")
     if o.out.exists() and not o.out.is_dir():
         raise UserError(f"--out {str(o.out)!r} is a file; give a folder, which may be new")
     if o.device == "cuda":
@@ -107,9 +103,9 @@ def choose(o: Options) -> list[Case]:
     for name in map(str.strip, o.only.split(",")):
         if name not in WORKLOADS:
             raise UserError(f"workload {name!r} is unknown; known: {', '.join(WORKLOADS)}")
-        modes = (False, True) if o.compile and name == "sampling" else (False,)
-        rows = WORKLOADS[name][1][: 1 if o.quick else None]
-        cases += [Case(name, *row, compiled, o.device) for row in rows for compiled in modes]
+        modes = sorted({False, o.compile and name == "sampling"})
+        for row in WORKLOADS[name][1][: 1 if o.quick else None]:
+            cases += [Case(name, *row, compiled, o.device) for compiled in modes]
     return cases
 
 
@@ -119,22 +115,22 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
     This process imports no torch, as Linux counts its memory in the peak of a new process.
     """
-    tolerance = WORKLOADS[case.workload][0]
+    tolerance, spawn = WORKLOADS[case.workload][0], multiprocessing.get_context("spawn")
     sides = ("ldm", "diffusers") if tolerance else ("ldm",)
     seconds, outputs, peaks = {side: [] for side in sides}, {}, {}
     with ExitStack() as stack:
-        spawn = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), end_with_parent)
-        processes = {side: stack.enter_context(spawn()) for side in sides}
+        workers = {side: stack.enter_context(ProcessPoolExecutor(1, spawn, end_with_parent)) for side in sides}
         for i in range(rounds + 1):
             for side in sides[:: (-1) ** i]:
-                reply = processes[side].submit(run, case._replace(ours=side == "ldm"))
+                reply = workers[side].submit(run, case._replace(ours=side == "ldm"))
                 if error := reply.exception():
                     return {"problem": f"{side}: {type(error).__name__}: {' '.join(str(error).split())[:400]}"}
                 duration, outputs[side], peaks[side] = reply.result()
                 seconds[side] += [duration] if i else []  # the first round warms up
     row = {"seconds": seconds, "peaks": [*peaks.values()], "difference": None, "problem": ""}
     if tolerance:
-        row["difference"] = gap = largest_difference(*outputs.values())
+        a, b = outputs.values()
+        row["difference"] = gap = float(np.abs(a - b).max() / np.abs(b).max())  # NaN where there is one
         row["problem"] = "" if gap <= tolerance else f"outputs differ by {gap:.2g}, allowed {tolerance:g}"
     return row
 
@@ -146,23 +142,17 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
 
-def run(case: Case) -> tuple[float, list[np.ndarray], int]:
+def run(case: Case) -> tuple[float, np.ndarray, int]:
     """In a child process: seconds per run, the outputs of the last, and the peak bytes so far."""
     from ldm.commands.benchmark_jobs import measured
 
     return measured(case)
 
 
-def largest_difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
-    """The largest difference of arrays, relative to their largest value."""
-    gaps = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, theirs, strict=True)]
-    return float(np.max(gaps))  # NaN where an array has one
-
-
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the table; HEAD names its columns."""
     if "seconds" not in row:
-        return [row["name"], "failed", row["problem"], "-", "-", "-"]
+        return [row["name"], "failed", row["problem"], *"---"]
     line = [row["name"], *(f"{1e3 * np.median(seconds):,.4g}" for seconds in row["seconds"].values())]
     peaks = " / ".join(f"{peak / 2**20:.0f}" for peak in row["peaks"])
     if row["difference"] is None:

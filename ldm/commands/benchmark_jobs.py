@@ -5,7 +5,7 @@ import itertools
 import resource
 import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from ldm.model_io import find_root
 from ldm.pipeline import Pipeline
 
 PROMPTS = ["a red circle above a blue square", "a green star", "a 3D emoji of a red apple", "a flat emoji of a dog"]
-Run = Callable[[], Any]  # one run; returns a list of tensors, or of lists of images
+Run = Callable[[], Any]  # one run; returns a tensor, or a list of tensors or images
 
 
 @cache
@@ -27,12 +27,12 @@ def build(case: Case) -> Run:
     return globals()[case.workload.replace("-", "_")](case)
 
 
-def measured(case: Case) -> tuple[float, list[np.ndarray], int]:
+def measured(case: Case) -> tuple[float, np.ndarray, int]:
     """Seconds per run of a case, the outputs of the last, and the peak bytes so far."""
     seconds, outputs = timed(build(case), least=0.2)
-    arrays = [np.asarray(x.cpu() if isinstance(x, Tensor) else x, dtype=float) for x in outputs]
+    outputs = np.asarray(outputs.cpu() if isinstance(outputs, Tensor) else outputs, dtype=float)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return seconds, arrays, torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak
+    return seconds, outputs, torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak
 
 
 def timed(run: Run, least: float = 0.0) -> tuple[float, Any]:
@@ -45,19 +45,6 @@ def timed(run: Run, least: float = 0.0) -> tuple[float, Any]:
         seconds = time.perf_counter() - start
         if seconds >= least:
             return seconds / runs, outputs
-
-
-def fastest_layout(model: nn.Module, run: Run) -> Run:
-    """`run` with the model in the memory layout in which it is faster, the same effort for both sides."""
-    seconds = {}
-    for layout in (torch.contiguous_format, torch.channels_last):
-        model.to(memory_format=layout)
-        seconds[layout] = min(timed(run)[0] for _ in range(3))
-    model.to(memory_format=min(seconds, key=seconds.__getitem__))
-    return run
-
-
-# --- models, the same for both sides
 
 
 def open_diffusers(model: str) -> Any:
@@ -73,6 +60,9 @@ def open_diffusers(model: str) -> Any:
 def open_pipeline(case: Case) -> Any:
     """The pipeline of a side, whose parts have the same names; random inputs are the same from here on."""
     pipe = (Pipeline.from_pretrained if case.ours else open_diffusers)(case.model).to(case.device)
+    if case.workload != "train-unet":  # where diffusers is faster in the layout that it opens in
+        for model in (pipe.unet, pipe.vae):
+            model.to(memory_format=torch.channels_last)
     torch.manual_seed(0)
     return pipe
 
@@ -97,42 +87,32 @@ def open_unet(case: Case, batch: int) -> tuple[nn.Module, Callable[[], Tensor]]:
 
 def unet_forward(case: Case) -> Run:
     """A pass of the U-Net with guidance: twice the batch."""
-    unet, predict = open_unet(case, 2 * case.batch)
-    return fastest_layout(unet, torch.inference_mode()(lambda: [predict()]))
+    return torch.inference_mode()(open_unet(case, 2 * case.batch)[1])
 
 
 def vae(case: Case) -> Run:
-    """Pictures to moments, and their mean to pictures."""
-    model = open_pipeline(case).vae
+    """Pictures to mean latents and back."""
+    model, zero = open_pipeline(case).vae, torch.zeros((), device=case.device)
     x = torch.rand(case.batch, 3, case.size, case.size, device=case.device) * 2 - 1
-
-    @torch.inference_mode()
-    def run() -> list[Tensor]:
-        posterior = model.encode(x) if case.ours else model.encode(x).latent_dist
-        decoded = model.decode_raw(posterior.mean) if case.ours else model.decode(posterior.mean).sample
-        return [posterior.mean, posterior.std, decoded]
-
-    return fastest_layout(model, run)
+    return torch.inference_mode()(lambda: model(x, zero)[0] if case.ours else model(x).sample)
 
 
 def sampling(case: Case) -> Run:
-    """Prompts to pictures by 25 steps of DDIM with guidance 5."""
+    """Prompts to pictures by 25 steps of DDIM, which is diffusers' scheduler here, with guidance 5."""
     pipe, prompts = open_pipeline(case), (PROMPTS * 2)[: case.batch]
     shape = {"height": case.size, "width": case.size}
     if case.ours:
         if case.compiled:
             pipe.compile()
-        return lambda: [pipe(prompts, steps=25, guidance=5.0, sampler="ddim", seed=0, **shape)]
-
-    def run(steps: int = 25) -> list[Any]:
-        noise = [torch.Generator().manual_seed(i) for i in range(case.batch)]  # its scheduler is DDIM
-        return [pipe(prompts, generator=noise, num_inference_steps=steps, guidance_scale=5.0, **shape).images]
-
-    for model in (pipe.unet, pipe.vae):
-        fastest_layout(model, partial(run, 2))
+        return lambda: pipe(prompts, steps=25, guidance=5.0, sampler="ddim", seed=0, **shape)
     if case.compiled and case.device == "cuda":  # on a CPU that takes minutes, and what users have is not compiled
         pipe.unet.compile()
         pipe.vae.decoder.compile()
+
+    def run() -> list[Any]:
+        noise = [torch.Generator().manual_seed(i) for i in range(case.batch)]
+        return pipe(prompts, generator=noise, num_inference_steps=25, guidance_scale=5.0, **shape).images
+
     return run
 
 
@@ -142,24 +122,17 @@ def train_unet(case: Case) -> Run:
 
 
 def training(model: nn.Module, predict: Callable[[], Tensor]) -> Run:
-    """A step: forward, mean squared prediction, backward, clipping, AdamW. Returns the loss and gradient norm before
-    the first step."""
+    """A step: forward, mean squared prediction, backward, clipping, AdamW. Returns the loss and gradient norm."""
+    model.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # 0: all steps return the same
 
-    def backward() -> list[Tensor]:
-        model.zero_grad()
+    def step() -> Tensor:
+        optimizer.zero_grad()
         loss = predict().square().mean()
         loss.backward()
-        return [loss.detach(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)]
-
-    model.train().requires_grad_(True)
-    first = backward()
-    fastest_layout(model, backward)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> list[Tensor]:
-        backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return first
+        return torch.stack([loss.detach(), norm])
 
     return step
 
@@ -168,5 +141,5 @@ def data(case: Case) -> Run:
     """The next batch."""
     dataset = open_dataset(DataConfig(name=case.model, size=case.size), "train")
     passes = (batches(dataset, range(len(dataset)), case.batch) for _ in itertools.count())
-    loader = itertools.chain.from_iterable(passes)
-    return lambda: [next(loader)["image"]]
+    samples = itertools.chain.from_iterable(passes)
+    return lambda: next(samples)["image"]

@@ -87,28 +87,26 @@ def read_model(o: Options) -> Model:
 
     from ldm import VAE, TextEncoder, UNet
     from ldm.commands.benchmark_jobs import unet_inputs
-    from ldm.train.autoencoder import AutoencoderConfig
-    from ldm.train.clip import CLIPConfig
-    from ldm.train.diffusion import DiffusionConfig
+    from ldm.train import autoencoder, clip, diffusion
 
-    diffusion = load(DiffusionConfig, o.family / "diffusion.toml")
-    train, text = diffusion.train, load(CLIPConfig, o.family / "clip.toml").text
+    config = load(diffusion.DiffusionConfig, o.family / "diffusion.toml")
+    text = load(clip.CLIPConfig, o.family / "clip.toml").text
     with torch.device("meta"):
-        vae = VAE(load(AutoencoderConfig, o.family / "autoencoder.toml").model)
-        multiple = vae.factor * 2 ** (len(diffusion.model.block_out_channels) - 1)
+        vae = VAE(load(autoencoder.AutoencoderConfig, o.family / "autoencoder.toml").model)
+        multiple = vae.factor * 2 ** (len(config.model.block_out_channels) - 1)
         if o.size % multiple:
             raise UserError(f"--size {o.size} is not possible: {str(o.family)!r} takes multiples of {multiple} px")
         channels, side, tokens = vae.config.latent_channels, o.size // vae.factor, text.max_position_embeddings
         sizes = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": text.hidden_size}
         unet, x, words = (
-            UNet(replace(diffusion.model, **sizes)),
+            UNet(replace(config.model, **sizes)),
             torch.empty(1, 3, o.size, o.size),
             torch.empty(1, tokens),
         )
         step = count_tflop(lambda: unet(*unet_inputs(unet, 1, side, tokens)).sum().backward())
         step += count_tflop(lambda: TextEncoder(text)(words.long()))
         encode = count_tflop(lambda: vae.encode(x))
-    batch, accumulate = o.batch or train.batch_size, o.accumulate or train.accumulate
+    batch, accumulate = o.batch or config.train.batch_size, o.accumulate or config.train.accumulate
     return Model(unet, side, tokens, step, encode, batch, accumulate)
 
 
@@ -171,7 +169,7 @@ def measured(model: Model, steps: int) -> str:
     from ldm.distributed import find_device
 
     device = find_device("")
-    unet = type(model.unet)(model.unet.config).to(device)
+    unet = type(model.unet)(model.unet.config).to(device, memory_format=torch.channels_last)
     inputs = unet_inputs(unet, model.batch, model.side, model.tokens)
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     step = training(unet, bf16(partial(unet, *inputs)))
