@@ -83,8 +83,8 @@ def main() -> None:
         rows.append({"name": str(case)} | measure(case, o.rounds))
         table = f"{markdown_table(HEAD, *map(cells, rows))}\n{note}"
         (o.out / "benchmark.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
-        (o.out / "benchmark.md").write_text(table)
-        (o.out / "benchmark.html").write_text(PAGE.format(escape(table)))
+        (o.out / "benchmark.md").write_bytes(table.encode())
+        (o.out / "benchmark.html").write_bytes(PAGE.format(escape(table)).encode())
     print(f"{table}\nwritten to {o.out}")
     sys.exit("\n".join(f"error: {row['name']}: {row['problem']}" for row in rows if row["problem"]) or 0)
 

@@ -98,13 +98,9 @@ def read_model(o: Options) -> Model:
             raise UserError(f"--size {o.size} is not possible: {str(o.family)!r} takes multiples of {multiple} px")
         channels, side, tokens = vae.config.latent_channels, o.size // vae.factor, text.max_position_embeddings
         sizes = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": text.hidden_size}
-        unet, x, words = (
-            UNet(replace(config.model, **sizes)),
-            torch.empty(1, 3, o.size, o.size),
-            torch.empty(1, tokens),
-        )
+        unet, x = UNet(replace(config.model, **sizes)), torch.empty(1, 3, o.size, o.size)
         step = count_tflop(lambda: unet(*unet_inputs(unet, 1, side, tokens)).sum().backward())
-        step += count_tflop(lambda: TextEncoder(text)(words.long()))
+        step += count_tflop(lambda: TextEncoder(text)(torch.empty(1, tokens).long()))
         encode = count_tflop(lambda: vae.encode(x))
     batch, accumulate = o.batch or config.train.batch_size, o.accumulate or config.train.accumulate
     return Model(unet, side, tokens, step, encode, batch, accumulate)
@@ -141,14 +137,15 @@ def projection(model: Model, o: Options, rate: float) -> dict[str, float]:
     waited = max(0.0, reduce - 2 / 3 * compute / model.accumulate)
     reading = batch * read / (o.storage * 1e9)
     step = max(compute + waited, reading)
-    hours = (encoding + steps * step) / 3600 * o.gpus
+    training = steps * step
+    hours = (encoding + training) / 3600 * o.gpus
     return {
         "TFLOP/s per GPU": rate,
         "TFLOP per picture": tflop,
         "GB of pictures": o.pictures * picture / 1e9,
         "GB of cached latents": cached * latents / 1e9,
         "hours to encode the cache": encoding / 3600,
-        "hours to train": steps * step / 3600,
+        "hours to train": training / 3600,
         "GPU hours": hours,
         "cost": hours * o.price,
         "steps": steps,
