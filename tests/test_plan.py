@@ -3,15 +3,16 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from test_scripts import ROOT
 from torch import nn
 
 from ldm.commands import plan
 from ldm.commands.plan import Model, Options
+from ldm.unet import UNetConfig
 
-META = {"unet": nn.Linear(5, 5, device="meta"), "z_t": torch.empty(1, 4, 8, 8, device="meta"), "context": None}
-MODEL = Model(**META, train_tflop=600, encode_tflop=100, batch=2, accumulate=3)  # 30 parameters
+UNET = nn.Linear(5, 5, device="meta")  # 30 parameters
+UNET.config = UNetConfig(in_channels=4)
+MODEL = Model(UNET, side=8, tokens=77, train_tflop=600, encode_tflop=100, batch=2, accumulate=3)
 RUN = Options(pictures=4800, gpus=4, bandwidth=1e-3, storage=1.0, price=3.0, size=64)
 
 
@@ -20,7 +21,7 @@ def test_stable_diffusion_has_its_published_size():
     layer of the text encoder has 4 projections, 2 of four times the width, and the two products of attention."""
     model = plan.read_model(Options(family=ROOT / "configs" / "sd15", size=512))
     assert sum(p.numel() for p in model.unet.parameters()) == 859_520_964
-    assert model.z_t.shape == (1, 4, 64, 64) and model.context.shape == (1, 77, 768)
+    assert (model.side, model.tokens, model.unet.config.cross_attention_dim) == (64, 77, 768)
     text = 12 * (2 * 77 * (4 * 768**2 + 2 * 768 * 3072) + 2 * 2 * 77 * 77 * 768) / 1e12
     assert (model.train_tflop - text) / 3 == pytest.approx(0.803, rel=2e-3)
 

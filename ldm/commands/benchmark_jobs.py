@@ -5,67 +5,46 @@ import itertools
 import resource
 import time
 from collections.abc import Callable
-from importlib import import_module
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from ldm import losses
 from ldm.commands.benchmark import Case
-from ldm.data import DataConfig, open_dataset, stack
+from ldm.data import DataConfig, batches, open_dataset
 from ldm.model_io import find_root
 from ldm.pipeline import Pipeline
-from ldm.unet import UNet
-from ldm.vae import VAE
 
 PROMPTS = ["a red circle above a blue square", "a green star", "a 3D emoji of a red apple", "a flat emoji of a dog"]
-FACTOR = {"shapes": 4, "emoji": 8}  # pixels of a side per latent pixel
-Run = Callable[[], Any]  # one run; returns a list of tensors, or of lists of images
+Run = Callable[[], Any]  # one run; returns a tensor, or a list of tensors or images
 
 
+@cache
 def build(case: Case) -> Run:
     """The workload of that name, ready to run."""
     return globals()[case.workload.replace("-", "_")](case)
 
 
-def timed(run: Run, least: float = 0.0) -> float:
-    """Seconds per run, of one run and more until `least` seconds are over."""
+def measured(case: Case) -> tuple[float, np.ndarray, int]:
+    """Seconds per run of a case, the outputs of the last, and the peak bytes so far."""
+    seconds, outputs = timed(build(case), least=0.2)
+    outputs = np.asarray(outputs.cpu() if isinstance(outputs, Tensor) else outputs, dtype=float)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return seconds, outputs, torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak
+
+
+def timed(run: Run, least: float = 0.0) -> tuple[float, Any]:
+    """Seconds per run, of one run and more until `least` seconds are over, and the outputs of the last."""
     start = time.perf_counter()
     for runs in itertools.count(1):
-        run()
+        outputs = run()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         if seconds >= least:
-            return seconds / runs
-
-
-def outcome(run: Run) -> tuple[list[np.ndarray], int]:
-    """The outputs of one more run, and the peak bytes so far."""
-    arrays = [np.asarray(x.cpu() if isinstance(x, Tensor) else x, dtype=float) for x in run()]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return arrays, torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak
-
-
-def fastest_layout(model: nn.Module, run: Run) -> None:
-    """Leaves the model in the memory layout in which `run` is faster, the same effort for both sides."""
-    seconds = {}
-    for layout in (torch.contiguous_format, torch.channels_last):
-        model.to(memory_format=layout)
-        seconds[layout] = min([timed(run) for _ in range(3)][1:])
-    model.to(memory_format=min(seconds, key=seconds.__getitem__))
-
-
-# --- models and inputs, the same for both sides
-
-
-def normal(case: Case, *shape: int, seed: int = 0) -> Tensor:
-    """Standard normals that depend on the seed alone."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(case.device)
+            return seconds / runs, outputs
 
 
 def open_diffusers(model: str) -> Any:
@@ -78,114 +57,89 @@ def open_diffusers(model: str) -> Any:
     return pipe
 
 
-def open_part(case: Case, part: str) -> nn.Module:
-    """The "unet" or the "vae" of a shipped model."""
-    if case.ours:
-        network = {"unet": UNet, "vae": VAE}[part]
-    else:
-        network = getattr(import_module("diffusers"), {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}[part])
-    return network.from_pretrained(find_root(case.model) / part).to(case.device)
+def open_pipeline(case: Case) -> Any:
+    """The pipeline of a side, whose parts have the same names; random inputs are the same from here on."""
+    pipe = (Pipeline.from_pretrained if case.ours else open_diffusers)(case.model).to(case.device)
+    if case.workload != "train-unet":  # where diffusers is faster in the layout that it opens in
+        for model in (pipe.unet, pipe.vae):
+            model.to(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    return pipe
+
+
+def unet_inputs(unet: nn.Module, batch: int, side: int, length: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    """Random latents of `side` positions, timesteps, and contexts of `length` tokens, on the U-Net's device."""
+    c = unet.config
+    with next(unet.parameters()).device:
+        z_t, context = torch.randn(batch, c.in_channels, side, side), torch.randn(batch, length, c.cross_attention_dim)
+        return z_t, torch.linspace(0, 999, batch).long(), context
 
 
 def open_unet(case: Case, batch: int) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """The U-Net, and a function that returns its prediction on fixed latents and contexts of 32 tokens."""
-    unet, side = open_part(case, "unet"), case.size // FACTOR[case.model]
-    z_t = normal(case, batch, unet.config.in_channels, side, side)
-    context = normal(case, batch, 32, unet.config.cross_attention_dim, seed=1)
-    t = torch.arange(batch, device=case.device) * 999 // max(batch - 1, 1)
-    return unet, lambda: unet(z_t, t, context) if case.ours else unet(z_t, t, context).sample
+    """The U-Net, and a function that returns its prediction."""
+    pipe = open_pipeline(case)
+    inputs = unet_inputs(pipe.unet, batch, case.size // 2 ** (len(pipe.vae.config.block_out_channels) - 1))
+    return pipe.unet, lambda: pipe.unet(*inputs) if case.ours else pipe.unet(*inputs).sample
 
 
-# --- inference
-
-
-def ready(model: nn.Module, run: Run) -> Run:
-    """`run` in inference mode, with the model in its faster layout."""
-    run = torch.inference_mode()(run)
-    model.eval().requires_grad_(False)
-    fastest_layout(model, run)
-    return run
+# --- workloads
 
 
 def unet_forward(case: Case) -> Run:
     """A pass of the U-Net with guidance: twice the batch."""
-    unet, predict = open_unet(case, 2 * case.batch)
-    return ready(unet, lambda: [predict()])
+    return torch.inference_mode()(open_unet(case, 2 * case.batch)[1])
 
 
 def vae(case: Case) -> Run:
-    """Pictures to moments, and their mean to pictures."""
-    model, small = open_part(case, "vae"), normal(case, case.batch, 3, case.size // 8, case.size // 8)
-    x = F.interpolate(small, scale_factor=8, mode="bilinear").tanh()
-
-    def run() -> list[Tensor]:
-        posterior = model.encode(x) if case.ours else model.encode(x).latent_dist
-        decoded = model.decode_raw(posterior.mean) if case.ours else model.decode(posterior.mean).sample
-        return [posterior.mean, posterior.std, decoded]
-
-    return ready(model, run)
+    """Pictures to mean latents and back."""
+    model, zero = open_pipeline(case).vae, torch.zeros((), device=case.device)
+    x = torch.rand(case.batch, 3, case.size, case.size, device=case.device) * 2 - 1
+    return torch.inference_mode()(lambda: model(x, zero)[0] if case.ours else model(x).sample)
 
 
 def sampling(case: Case) -> Run:
-    """Prompts to pictures by 25 steps of DDIM with guidance 5."""
-    prompts, shape = (PROMPTS * 2)[: case.batch], {"height": case.size, "width": case.size}
+    """Prompts to pictures by 25 steps of DDIM, which is diffusers' scheduler here, with guidance 5."""
+    pipe, prompts = open_pipeline(case), (PROMPTS * 2)[: case.batch]
+    shape = {"height": case.size, "width": case.size}
     if case.ours:
-        pipe = Pipeline.from_pretrained(case.model, case.device)
         if case.compiled:
             pipe.compile()
-        return lambda: [pipe(prompts, steps=25, guidance=5.0, sampler="ddim", seed=0, **shape)]
-    pipe = open_diffusers(case.model).to(case.device)  # its scheduler is DDIM
-
-    def run(steps: int = 25) -> list[list[Image.Image]]:
-        noise = [torch.Generator().manual_seed(i) for i in range(case.batch)]
-        return [pipe(prompts, generator=noise, num_inference_steps=steps, guidance_scale=5.0, **shape).images]
-
-    for model in (pipe.unet, pipe.vae):
-        fastest_layout(model, lambda: run(2))
+        return lambda: pipe(prompts, steps=25, guidance=5.0, sampler="ddim", seed=0, **shape)
     if case.compiled and case.device == "cuda":  # on a CPU that takes minutes, and what users have is not compiled
         pipe.unet.compile()
         pipe.vae.decoder.compile()
+
+    def run() -> list[Any]:
+        noise = [torch.Generator().manual_seed(i) for i in range(case.batch)]
+        return pipe(prompts, generator=noise, num_inference_steps=25, guidance_scale=5.0, **shape).images
+
     return run
 
 
-# --- training steps: forward and loss of each side, the same optimizer for both
+def train_unet(case: Case) -> Run:
+    """A training step of the U-Net."""
+    return training(*open_unet(case, case.batch))
 
 
-def training(model: nn.Module, loss: Callable[[], Tensor]) -> Run:
-    """A step: forward, backward, clipping, AdamW. Returns the loss and gradient norm before the first step."""
+def training(model: nn.Module, predict: Callable[[], Tensor]) -> Run:
+    """A step: forward, mean squared prediction, backward, clipping, AdamW. Returns the loss and gradient norm."""
+    model.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # 0: all steps return the same
 
-    def backward() -> list[Tensor]:
-        model.zero_grad()
-        value = loss()
-        value.backward()
-        return [value.detach(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)]
-
-    model.train()
-    first = backward()
-    fastest_layout(model, backward)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> list[Tensor]:
-        backward()
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = predict().square().mean()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return first
+        return torch.stack([loss.detach(), norm])
 
     return step
 
 
-def train_unet(case: Case) -> Run:
-    """The squared error of the prediction."""
-    unet, predict = open_unet(case, case.batch)
-    zero, criterion = torch.zeros_like(predict()), losses.diffusion if case.ours else F.mse_loss
-    return training(unet, lambda: criterion(predict(), zero))
-
-
-# --- our data sets
-
-
 def data(case: Case) -> Run:
-    """The next batch of a loader."""
+    """The next batch."""
     dataset = open_dataset(DataConfig(name=case.model, size=case.size), "train")
-    loader = torch.utils.data.DataLoader(dataset, case.batch, collate_fn=stack)
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    return lambda: [next(batches)["image"]]
+    passes = (batches(dataset, range(len(dataset)), case.batch) for _ in itertools.count())
+    samples = itertools.chain.from_iterable(passes)
+    return lambda: next(samples)["image"]

@@ -88,6 +88,13 @@ def read_options(cls: type[T], description: str | None, argv: Sequence[str] | No
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
+def markdown_table(*rows: Sequence[str]) -> str:
+    """A Markdown table with aligned columns; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)
+
+
 def _show_warning(message: Warning | str, *rest: object, **named: object) -> None:
     from tqdm import tqdm
 

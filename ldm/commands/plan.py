@@ -9,6 +9,7 @@ assumption unless measured: --measure N takes N training steps of the U-Net here
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ from ldm.commands.cli import read_options
 from ldm.config import UserError, load
 
 NODE = 8  # GPUs that NVLink connects
-GRADIENT_BYTES = 4  # DDP sums float32 gradients, also under bf16 autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,11 @@ class Options:
 
 
 class Model(NamedTuple):
-    """A family at one picture size, on the meta device."""
+    """A family at one picture size."""
 
-    unet: Any
-    z_t: Any  # a latent (1, C, h, w)
-    context: Any  # (1, L, D)
+    unet: Any  # on the meta device
+    side: int  # latent positions
+    tokens: int  # of a context
     train_tflop: float  # per picture: U-Net forward and backward, text encoder forward
     encode_tflop: float  # per picture, by the VAE
     batch: int  # per GPU and micro-batch
@@ -57,27 +57,27 @@ class Model(NamedTuple):
 
 def main() -> None:
     """Prints the table, a column per rate."""
-    options = read_options(Options, __doc__)
-    check(options)
-    model = read_model(options)
-    if options.measure:
-        return print(measured(model, options.measure))
-    rates = [options.rate] if options.rate else [share / 100 * options.peak for share in options.utilization]
-    columns = [projection(model, options, rate) for rate in rates]
-    data = f"{options.pictures:,.0f} pictures of {options.size} px, {options.epochs:g} epochs"
-    print(f"{data}, {options.gpus} GPUs, {options.family}")
+    o = read_options(Options, __doc__)
+    check(o)
+    model = read_model(o)
+    if o.measure:
+        return print(measured(model, o.measure))
+    columns = [
+        projection(model, o, rate) for rate in ([o.rate] if o.rate else [u / 100 * o.peak for u in o.utilization])
+    ]
+    print(f"{o.pictures:,.0f} pictures of {o.size} px, {o.epochs:g} epochs, {o.gpus} GPUs, {o.family}")
     for name in columns[0]:
-        values = [column[name] for column in columns]
+        values = (column[name] for column in columns)
         print(f"  {name:40}" + "".join(f"{x:>16,.0f}" if x >= 100 else f"{x:>16.3g}" for x in values))
 
 
-def check(options: Options) -> None:
+def check(o: Options) -> None:
     """Raises UserError if a number is negative, 0 without being the default, or a percentage out of range."""
-    for name, value in vars(options).items():
+    for name, value in vars(o).items():
         if isinstance(value, int | float) and not (value > 0 or value == getattr(Options, name)):
             raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give a number above 0")
-    if not 0 < min(options.utilization, default=0) <= max(options.utilization) <= 100:
-        raise UserError(f"--utilization {options.utilization} is not allowed; give percentages, e.g. 25,35,45")
+    if not o.utilization or not all(0 < share <= 100 for share in o.utilization):
+        raise UserError(f"--utilization {o.utilization} is not allowed; give percentages, e.g. 25,35,45")
 
 
 def read_model(o: Options) -> Model:
@@ -86,26 +86,24 @@ def read_model(o: Options) -> Model:
     import torch
 
     from ldm import VAE, TextEncoder, UNet
-    from ldm.train.autoencoder import AutoencoderConfig
-    from ldm.train.clip import CLIPConfig
-    from ldm.train.diffusion import DiffusionConfig
+    from ldm.commands.benchmark_jobs import unet_inputs
+    from ldm.train import autoencoder, clip, diffusion
 
-    diffusion = load(DiffusionConfig, o.family / "diffusion.toml")
+    config = load(diffusion.DiffusionConfig, o.family / "diffusion.toml")
+    text = load(clip.CLIPConfig, o.family / "clip.toml").text
     with torch.device("meta"):
-        vae = VAE(load(AutoencoderConfig, o.family / "autoencoder.toml").model).requires_grad_(False)
-        text = TextEncoder(load(CLIPConfig, o.family / "clip.toml").text).requires_grad_(False)
-        multiple = vae.factor * 2 ** (len(diffusion.model.block_out_channels) - 1)
+        vae = VAE(load(autoencoder.AutoencoderConfig, o.family / "autoencoder.toml").model)
+        multiple = vae.factor * 2 ** (len(config.model.block_out_channels) - 1)
         if o.size % multiple:
             raise UserError(f"--size {o.size} is not possible: {str(o.family)!r} takes multiples of {multiple} px")
-        x, t = torch.empty(1, 3, o.size, o.size), torch.zeros(1).long()
-        tokens = torch.zeros(1, text.config.max_position_embeddings).long()
-        z_t, context = vae.encode(x).mean, text(tokens)
-        sizes = {"in_channels": z_t.shape[1], "out_channels": z_t.shape[1], "cross_attention_dim": context.shape[2]}
-        unet = UNet(replace(diffusion.model, **sizes))
-        train = count_tflop(lambda: unet(z_t, t, text(tokens)).sum().backward())
+        channels, side, tokens = vae.config.latent_channels, o.size // vae.factor, text.max_position_embeddings
+        sizes = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": text.hidden_size}
+        unet, x = UNet(replace(config.model, **sizes)), torch.empty(1, 3, o.size, o.size)
+        step = count_tflop(lambda: unet(*unet_inputs(unet, 1, side, tokens)).sum().backward())
+        step += count_tflop(lambda: TextEncoder(text)(torch.empty(1, tokens).long()))
         encode = count_tflop(lambda: vae.encode(x))
-    batch, accumulate = o.batch or diffusion.train.batch_size, o.accumulate or diffusion.train.accumulate
-    return Model(unet, z_t, context, train, encode, batch, accumulate)
+    batch, accumulate = o.batch or config.train.batch_size, o.accumulate or config.train.accumulate
+    return Model(unet, side, tokens, step, encode, batch, accumulate)
 
 
 def count_tflop(run: Callable[[], object]) -> float:
@@ -122,30 +120,32 @@ def projection(model: Model, o: Options, rate: float) -> dict[str, float]:
 
     Gradients are summed while the last micro-batch goes backward, two thirds of its computing; what takes longer is
     waited for. Reading goes on beside both, so the slower of the two sets the pace. All GPUs encode the cache. A ring
-    sends 2 (n - 1) / n times the gradients (Patarasuk & Yuan 2009).
+    sends 2 (n - 1) / n times the gradients (Patarasuk & Yuan 2009), in float32 by DDP also under bf16 autocast.
     """
     batch = model.batch * model.accumulate * o.gpus
     steps = o.pictures * o.epochs / batch
     picture = o.caption_bytes + (o.picture_bytes or o.size**2 // 4)
-    latents = o.caption_bytes + 2 * 2 * model.z_t.numel() + 8  # float16 moments, an offset
-    tflop, read, encoding = model.train_tflop, latents, o.pictures * model.encode_tflop / rate / o.gpus
+    latents = o.caption_bytes + 2 * 2 * model.unet.config.in_channels * model.side**2 + 8  # float16 moments, an offset
+    tflop, read, cached = model.train_tflop, latents, o.pictures
     if o.no_cache:
-        tflop, read, encoding = tflop + model.encode_tflop, picture, 0
+        tflop, read, cached = tflop + model.encode_tflop, picture, 0
+    encoding = cached * model.encode_tflop / rate / o.gpus
     compute = batch / o.gpus * tflop / rate
-    gradients = GRADIENT_BYTES * sum(p.numel() for p in model.unet.parameters())
+    gradients = 4 * sum(p.numel() for p in model.unet.parameters())
     bandwidth = o.bandwidth or (300 if o.gpus <= NODE else 50)
     reduce = 2 * (o.gpus - 1) / o.gpus * gradients / (bandwidth * 1e9)
     waited = max(0.0, reduce - 2 / 3 * compute / model.accumulate)
     reading = batch * read / (o.storage * 1e9)
     step = max(compute + waited, reading)
-    hours = (encoding + steps * step) / 3600 * o.gpus
+    training = steps * step
+    hours = (encoding + training) / 3600 * o.gpus
     return {
         "TFLOP/s per GPU": rate,
         "TFLOP per picture": tflop,
         "GB of pictures": o.pictures * picture / 1e9,
-        "GB of cached latents": 0 if o.no_cache else o.pictures * latents / 1e9,
+        "GB of cached latents": cached * latents / 1e9,
         "hours to encode the cache": encoding / 3600,
-        "hours to train": steps * step / 3600,
+        "hours to train": training / 3600,
         "GPU hours": hours,
         "cost": hours * o.price,
         "steps": steps,
@@ -162,19 +162,14 @@ def measured(model: Model, steps: int) -> str:
     """Times `steps` training steps of the U-Net on random latents, after one to warm up."""
     import torch
 
-    from ldm.commands.benchmark_jobs import timed, training
+    from ldm.commands.benchmark_jobs import timed, training, unet_inputs
     from ldm.distributed import find_device
 
     device = find_device("")
-    with device:
-        unet, t = type(model.unet)(model.unet.config), torch.randint(1000, (model.batch,))
-        z_t, context = (torch.randn(model.batch, *x.shape[1:]) for x in (model.z_t, model.context))
-
-    def loss() -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return (unet(z_t, t, context) - z_t).square().mean()
-
-    step = training(unet, loss)
-    seconds = median([timed(step) for _ in range(steps + 1)][1:])
+    unet = type(model.unet)(model.unet.config).to(device, memory_format=torch.channels_last)
+    inputs = unet_inputs(unet, model.batch, model.side, model.tokens)
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    step = training(unet, bf16(partial(unet, *inputs)))
+    seconds = median([timed(step)[0] for _ in range(steps + 1)][1:])
     return f"""U-Net's training step, batch {model.batch}, {torch.get_num_threads()} threads: {seconds:.3g} s
 {model.batch / seconds:,.3g} pictures/s, {count_tflop(step) / seconds:.3g} TFLOP/s (--rate)"""

@@ -9,11 +9,12 @@ metrics.json (distances and alignment over guidance).
 import io
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.commands.cli import positional, read_options
+from ldm.commands.cli import markdown_table, positional, read_options
 from ldm.config import UserError
 
 METRICS_FILES = ("metrics.jsonl", "metrics.json")  # of a run, of an evaluation
@@ -37,8 +38,7 @@ decoder.jsonl, clip.jsonl and diffusion.jsonl are the metrics.jsonl of the runs,
 the model's evaluation, ablation/*.json and gan/*.json are those of autoencoders. Curves go into an SVG; tables are
 printed.
 """
-Record = dict[str, Any]
-Lines = dict[str, list[tuple[float | None, float]]]  # points (x, y) by label; a level has one, without x
+Point = tuple[str, str, float | None, float]  # plot, line, x and y; a line without x is a level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,29 +59,28 @@ class ResultsOptions:
 
 def main() -> None:
     """Writes the page and prints the titles of its plots."""
-    options = read_options(Options, __doc__)
-    plots: dict[str, Lines] = defaultdict(dict)
-    for path in options.paths:
+    o = read_options(Options, __doc__)
+    points = []
+    for path in o.paths:
         file = next((path / name for name in METRICS_FILES if (path / name).is_file()), path)
-        for title, lines in curves(file).items():
-            plots[title] |= {f"{path} {label}".strip(): points for label, points in lines.items()}
-    draw(plots, options.out, PAGE)
-    print(f"{len(plots)} plots in {options.out}: {', '.join(plots)}")
+        points += [(plot, f"{path} {line}".strip(), *xy) for plot, line, *xy in read_points(file)]
+    plots = draw(points, o.out, PAGE)
+    print(f"{len(plots)} plots in {o.out}: {', '.join(plots)}")
 
 
 def results() -> None:
     """Writes the curves of three runs and over guidance; prints the autoencoders' tables."""
-    options = read_options(ResultsOptions, RESULTS_HELP)
-    plots: dict[str, Lines] = {}
+    o = read_options(ResultsOptions, RESULTS_HELP)
+    points = []
     for title, file, names in RESULTS:
-        logged = curves(options.results / file)
-        plots[title] = {label or name: points for name in names for label, points in logged.get(name, {}).items()}
-    tables = "".join(table(options.results / name) for name in ("ablation", "gan"))
-    draw(plots, options.out)
-    print(f"{tables}curves in {options.out}")
+        logged = read_points(o.results / file)
+        points += [(title, line or name, *xy) for name, line, *xy in logged if name in names]
+    tables = "".join(table(o.results / name) for name in ("ablation", "gan"))
+    draw(points, o.out)
+    print(f"{tables}curves in {o.out}")
 
 
-def read(path: Path, *keys: str) -> list[Record]:
+def read(path: Path, *keys: str) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, or the records of a metrics.json. Raises UserError unless all have these keys."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -93,53 +92,57 @@ def read(path: Path, *keys: str) -> list[Record]:
     return records
 
 
-def curves(path: Path) -> dict[str, Lines]:
-    """Every number of a run over the steps, by name, as the line ""; or the GUIDED metrics of an evaluation over
-    guidance, those of real pictures as levels."""
-    plots: dict[str, Lines] = defaultdict(lambda: defaultdict(list))
+def read_points(path: Path) -> Iterator[Point]:
+    """Every number of a run over the steps, as the line ""; or the GUIDED metrics of an evaluation over guidance, those
+    of real pictures as levels."""
     if path.suffix != ".json":
-        for record in read(path, "step"):
-            for name in record:
-                plots[name][""].append((record["step"], record[name]))
-        del plots["step"]
-        return plots
-    for record in read(path, "of", "metric", "value"):
-        metric, of, value = record["metric"], record["of"], record["value"]
-        if metric in GUIDED and value is not None and of in SOURCES:
-            value = value["mean"]["all"] if isinstance(value, dict) else value
-            plots[f"{metric} over guidance"][of].append((record.get("guidance"), value))
-    return plots
+        for r in read(path, "step"):
+            yield from ((name, "", r["step"], r[name]) for name in r if name != "step")
+        return
+    for r in read(path, "of", "metric", "value"):
+        if r["metric"] in GUIDED and r["of"] in SOURCES and r["value"] is not None:
+            value = r["value"]["mean"]["all"] if isinstance(r["value"], dict) else r["value"]
+            yield f"{r['metric']} over guidance", r["of"], r.get("guidance"), value
 
 
-def draw(plots: dict[str, Lines], out: Path, page: str = "{}") -> None:
-    """Writes all plots, two in a row, as one SVG within a page. Raises UserError where there are none."""
+def draw(points: list[Point], out: Path, page: str = "{}") -> list[str]:
+    """Writes all plots, two in a row, as one SVG within a page; returns their titles. Raises UserError where there are
+    none."""
     from ldm.metrics.libraries import library
 
-    if not plots:
+    if not points:
         raise UserError("there are no curves: none of the files is of a run or of a model's evaluation")
-    rows, file = -(-len(plots) // 2), io.StringIO()
+    plots, file = defaultdict(lambda: defaultdict(list)), io.StringIO()
+    for title, line, *xy in points:
+        plots[title][line].append(xy)
+    rows = -(-len(plots) // 2)
     figure = library("matplotlib.figure").Figure(figsize=(10, 3.4 * rows), layout="constrained")
-    for position, (title, lines) in enumerate(plots.items(), 1):
-        axes = figure.add_subplot(rows, 2, position)
-        for i, (label, points) in enumerate(lines.items()):
-            if points[0][0] is None:
-                axes.axhline(points[0][1], linestyle="--", color=f"C{i}", label=label)
+    for i, (title, lines) in enumerate(plots.items(), 1):
+        axes = figure.add_subplot(rows, 2, i, title=title, xlabel="guidance" if "guidance" in title else "step")
+        for colour, (label, line) in enumerate(lines.items()):
+            x, y = zip(*sorted(line), strict=True)
+            style = {"color": f"C{colour}", "label": label}
+            if x[0] is None:
+                axes.axhline(y[0], linestyle="--", **style)
             else:
-                axes.plot(*zip(*sorted(points), strict=True), ".-", markersize=4, color=f"C{i}", label=label)
-        axes.set(title=title, xlabel="guidance" if "guidance" in title else "step")
+                axes.plot(x, y, ".-", markersize=4, **style)
         axes.grid(alpha=0.3)
         axes.legend()
     with library("matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": "ldm"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page.format("<svg" + file.getvalue().partition("<svg")[2]), encoding="utf-8")
+    return [*plots]
 
 
 def table(folder: Path) -> str:
     """The autoencoders' evaluations in a folder as a Markdown table, a row each; "" where there are none."""
-    rows = [["arm", *RECONSTRUCTED], ["---"] * (1 + len(RECONSTRUCTED))]
+    rows = []
     for path in sorted(folder.glob("*.json")):
-        records = [record for record in read(path, "metric", "value") if record["metric"] in RECONSTRUCTED]
-        cells = {r["metric"]: "{value:.4g} [{interval[0]:.4g}, {interval[1]:.4g}]".format(**r) for r in records}
-        rows.append([path.stem, *(cells.get(metric, "-") for metric in RECONSTRUCTED)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows) if len(rows) > 2 else ""
+        number = {
+            r["metric"]: "{value:.4g} [{interval[0]:.4g}, {interval[1]:.4g}]".format(**r)
+            for r in read(path, "metric", "value")
+            if r["metric"] in RECONSTRUCTED
+        }
+        rows.append([path.stem, *(number.get(metric, "-") for metric in RECONSTRUCTED)])
+    return markdown_table(["arm", *RECONSTRUCTED], *rows) if rows else ""
