@@ -11,7 +11,7 @@ import torch
 from tiny_evaluation import fill, one, report, results, stub_extractor, tiny_vae
 
 from ldm.data.shapes import Shapes
-from ldm.evaluate.autoencoder import SCALES, code, evaluate_autoencoder, in_batches
+from ldm.evaluate.autoencoder import SCALES, Coded, evaluate_autoencoder
 from ldm.evaluate.config import AutoencoderEvaluation
 from ldm.evaluate.pictures import sample_indices
 from ldm.evaluate.report import at_size

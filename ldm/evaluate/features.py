@@ -78,11 +78,14 @@ def judge_name(judge: str, data: str) -> str:
     return judge or (data if (JUDGES / data).is_dir() else "none")
 
 
-def open_networks(features: str, judge: str, teacher: str, *options: Any) -> tuple[Features | None, Features | None]:
+def open_networks(
+    config: Any, judge: str, teacher: str, device: torch.device
+) -> tuple[Features | None, Features | None]:
     """The feature network, where "judge" is the image tower of `judge`, and the image-text model; None for "none".
     Records of the network that trained the measured VAE (`teacher`) are marked."""
-    features = judged_by(features, judge)
-    network = None if features == "none" else Features(feature_extractor(features), *options)
-    if network and network.network.name in teacher.split(", "):
-        network.metadata |= TAUGHT
-    return network, None if judge == "none" else Features(image_text_model(judge), *options)
+    options = (config.out, device, config.batch_size, config.compile)
+    name = judged_by(config.features, judge)
+    features = None if name == "none" else Features(feature_extractor(name), *options)
+    if features and features.network.name in teacher.split(", "):
+        features.metadata |= TAUGHT
+    return features, None if judge == "none" else Features(image_text_model(judge), *options)
