@@ -2,7 +2,6 @@
 
 import math
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,9 +77,7 @@ def test_its_numbers_are_those_of_its_reconstructions(measured, vae):
 
 
 def test_the_scale_of_the_likelihood_comes_from_training_images_alone(measured, vae):
-    train = Shapes(32, "train")
-    run = partial(in_batches, device=torch.device("cpu"), size=32)
-    coded = code(VAE.from_pretrained(vae), train, sample_indices(len(train), 32, 0), run)
+    coded = Coded(VAE.from_pretrained(vae), pixels("train", 32), 32)
     chosen = one(measured, "bits_per_dimension", "reconstructions")["scale"]
     costs = {scale: coded.nll(scale).mean().item() for scale in SCALES}
     assert chosen == min(costs, key=costs.get) and min(SCALES) < chosen < max(SCALES)

@@ -200,6 +200,14 @@ def mean(value: Any) -> Any:
     return value["mean"]["all"] if isinstance(value, dict) and "mean" in value else value
 
 
+def part(r: Record, *keys: str) -> Record:
+    """One number of a record whose value is a dictionary; None where it has no such."""
+    value, interval = r["value"], r.get("intervals", r.get("interval"))
+    for key in keys:
+        value, interval = value.get(key), interval.get(key) if interval else None
+    return r | {"value": value, "interval": interval}
+
+
 def ratio(a: Record, b: Record) -> float | None:
     """a's value over b's; None unless b's is above 0, as a kernel distance may not be."""
     return a["value"] / b["value"] if b["value"] > 0 else None
