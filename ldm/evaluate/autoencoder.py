@@ -29,7 +29,6 @@ from ldm.evaluate.pictures import Pictures, data_config, held_out_indices, of_da
 from ldm.evaluate.records import (
     Record,
     blank_record,
-    distance_records,
     headlines,
     left_out,
     mean_record,
@@ -107,7 +106,7 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
     e.add(latent_record(held_out), rate_record(held_out), *left_out(dataset, train))
     e.add(*(blank_record(source, config.batch_size) for source in (real, decoded)))
     if e.features:
-        e.add(*distance_records(e.features, decoded, real, config.seed))
+        e.add(*e.features.distances(decoded, real))
     if not find_spec("sklearn"):
         missing = "probes of the latents need scikit-learn and are left out: pip install scikit-learn"
         warnings.warn(missing, stacklevel=2)

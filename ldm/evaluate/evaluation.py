@@ -32,7 +32,7 @@ from ldm.evaluate.pictures import (
     write_captions,
 )
 from ldm.evaluate.records import Record, sharing
-from ldm.evaluate.report import Row, write_results
+from ldm.evaluate.report import write_results
 from ldm.images import save_png, to_float, to_uint8
 from ldm.metrics.compositional import TASKS, Case, cases
 from ldm.model_io import atomic_write, module_hash, read_json, write_json
@@ -53,7 +53,7 @@ class Evaluation:
         device, self.config = find_device(config.device), config
         self.features, self.judge = open_networks(config, judge, teacher, device)
         self.results: list[Record] = []
-        self.galleries: dict[str, list[Row]] = defaultdict(list)
+        self.galleries: dict[str, list[dict]] = defaultdict(list)
         self.settings = {key: getattr(config, key) for key in COPIED if hasattr(config, key)} | settings
         self.settings |= {"device": str(device)}
         for name in ("features", "judge"):
@@ -65,7 +65,7 @@ class Evaluation:
 
     def show(self, gallery: str, pictures: list[tuple[str, Tensor]], caption: str = "", note: str = "") -> None:
         """Adds a row of images, each with its label, to a gallery of the report."""
-        self.galleries[gallery].append(Row(caption=caption, pictures=pictures, note=note))
+        self.galleries[gallery].append({"pictures": pictures, "caption": caption, "note": note})
 
     def claim(self, *keys: str) -> None:
         """Writes these settings into a new `out`. Raises UserError, naming the differences, where it was made with

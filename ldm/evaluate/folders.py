@@ -10,10 +10,7 @@ from ldm.evaluate.config import FEWEST, FolderEvaluation
 from ldm.evaluate.evaluation import Evaluation
 from ldm.evaluate.pictures import of_files
 from ldm.evaluate.records import (
-    alignment_records,
     blank_record,
-    cmmd_record,
-    distance_records,
     find,
     headlines,
     judge_fault,
@@ -52,13 +49,13 @@ def evaluate_folders(config: FolderEvaluation) -> list[str]:
     e.claim("images", "reference", "size", "seed")
     if e.features:
         both = {"n_images": fake.count, "n_reference": real.count}
-        e.add(*distance_records(e.features, fake, real, config.seed, not config.without_frechet, **both))
+        e.add(*e.features.distances(fake, real, not config.without_frechet, **both))
     if e.judge:
-        e.add(cmmd_record(e.judge, fake, real, config.seed))
+        e.add(e.judge.cmmd(fake, real))
         for source in sources:
             texts = [*captions[source.of].values()]
             if all(texts):
-                e.add(*alignment_records(e.judge, source, [text for text, *_ in texts], sharing(texts)))
+                e.add(*e.judge.alignment(source, [text for text, *_ in texts], sharing(texts)))
         for r in find(e.results, "text_to_image@1", real.of):
             if fault := judge_fault(r):
                 warnings.warn(f"{fault}: its alignment says little", stacklevel=2)

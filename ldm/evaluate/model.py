@@ -20,15 +20,10 @@ from ldm.evaluate.probes import SHOWN, probe
 from ldm.evaluate.records import (
     SHUFFLED,
     Record,
-    alignment_records,
     best_guidance,
     blank_record,
-    class_records,
-    cmmd_record,
     criterion,
-    distance_records,
     find,
-    frechet_records,
     headlines,
     judge_fault,
     left_out,
@@ -94,7 +89,7 @@ def measure_real(e: ModelEvaluation) -> None:
     real = e.test.real
     e.add(blank_record(real, e.config.batch_size))
     if e.features:
-        e.add(*class_records(e.features, real, e.config.seed))
+        e.add(*e.features.classes(real))
         if not e.bank:
             e.add(record("frechet_distance", None, e.real_train, note=e.train_note, **e.features.metadata))
     if e.judge:
@@ -146,25 +141,23 @@ def measure_samples(e: ModelEvaluation, asked: Questions, g: float) -> None:
 
 def measure_source(e: ModelEvaluation, asked: Questions, source: Pictures) -> None:
     """Blank images, distances to the real images, and alignment; of real training images, no alignment."""
-    compared = source, asked.real, e.config.seed
     e.add(blank_record(source, e.config.batch_size))
     if e.features:
-        e.add(*distance_records(e.features, *compared))
+        e.add(*e.features.distances(source, asked.real))
     if e.judge:
         # of a judge's few dimensions a Frechet distance is hardly biased, and can be extrapolated
-        e.add(*frechet_records(e.judge, *compared, "judge_"), cmmd_record(e.judge, *compared))
+        e.add(*e.judge.frechet(source, asked.real, "judge_"), e.judge.cmmd(source, asked.real))
         if source is not e.real_train:
             measure_alignment(e, asked, source)
 
 
 def measure_alignment(e: ModelEvaluation, asked: Questions, source: Pictures) -> None:
     """Alignment of images with their captions, and with the attributes that these name."""
-    e.add(*alignment_records(e.judge, source, asked.captions, asked.same))
+    e.add(*e.judge.alignment(source, asked.captions, asked.same))
     for attribute in ATTRIBUTES:
         shares, rows = paired(e.judge(source), asked.captions, e.judge.texts, attribute)
         if rows:
-            fields = {"chance": 0.5, **e.judge.metadata}
-            e.add(mean_record(f"paired {attribute.name}", shares, source.rows(rows), **fields))
+            e.add(e.judge.mean(f"paired {attribute.name}", shares, source.rows(rows), chance=0.5))
 
 
 def compositional_record(source: Pictures, cases: Sequence[Case], **fields: str) -> Record:

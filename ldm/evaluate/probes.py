@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.data.faults import readable
 from ldm.evaluate.evaluation import ModelEvaluation, Questions, pose
 from ldm.evaluate.pictures import Pictures, sample_indices
-from ldm.evaluate.records import Record, alignment_records, mean_record, record, resampled_record
+from ldm.evaluate.records import Record, record, resampled_record
 from ldm.metrics.alignment import chance, cosine, retrieval_hits
 from ldm.metrics.attributes import ATTRIBUTES, PERSON, Attribute, paired, typos
 from ldm.metrics.diversity import nearest
@@ -39,7 +39,7 @@ def shuffled(e: ModelEvaluation) -> None:
     """Alignment with the captions of other images: what a judge says where nothing is right."""
     captions, same = e.test.captions[-1:] + e.test.captions[:-1], e.test.same.roll((1, 1), (0, 1))
     for source in e.sources:
-        e.add(*alignment_records(e.judge, source, captions, same, of=f"{source.of}, shuffled captions"))
+        e.add(*e.judge.alignment(source, captions, same, of=f"{source.of}, shuffled captions"))
 
 
 def kinds(e: ModelEvaluation) -> None:
@@ -76,9 +76,9 @@ def kind_records(e: ModelEvaluation, asked: Questions, source: Pictures) -> Iter
     images, texts, averaged = e.judge(source), e.judge.texts(asked.captions), defaultdict(dict)
     for kind, rows in _by_kind(asked.dataset, asked.indices).items():
         same, part = asked.same[rows][:, rows], source.rows(rows)
-        fields = {"kind": kind, "chance": chance(same, 1), **e.judge.metadata}
+        fields = {"kind": kind, "chance": chance(same, 1)}
         for metric, hits in retrieval_hits(images[rows], texts[rows], (1,), same).items():
-            yield mean_record(f"kind_{metric}", hits, part, **fields)
+            yield e.judge.mean(f"kind_{metric}", hits, part, **fields)
             if len(rows) >= AVERAGED and kind != "all":
                 averaged[metric][kind] = (hits, part.concepts)
     for metric, parts in averaged.items():
@@ -103,7 +103,7 @@ def wording(e: ModelEvaluation) -> None:
             source = e.sample(Questions(of=kind, folder=f"wording/{kind.replace(' ', '-')}", captions=captions))
             change = (cosine(e.judge(source), texts) - before)[other]
             part = source.rows(other, concepts=plain.rows(other).concepts)
-            e.add(mean_record("clip_cosine_change", change, part, **e.judge.metadata))
+            e.add(e.judge.mean("clip_cosine_change", change, part))
             for i, row in enumerate(rows):
                 row.append((kind, source.read(i)))
                 notes[i].append(captions[i])
@@ -134,13 +134,13 @@ def groups(e: ModelEvaluation) -> None:
             rows = [i for i, caption in enumerate(e.test.captions) if attribute.named(caption) == value]
             captions, group = [e.test.captions[i] for i in rows], {"attribute": attribute.name, "group": value}
             for source in e.sources if len(rows) > 1 else ():
-                images, part, judged = e.judge(source)[rows], source.rows(rows), group | e.judge.metadata
+                images, part = e.judge(source)[rows], source.rows(rows)
                 shares, _ = paired(images, captions, e.judge.texts, attribute)
                 cosines, features = cosine(images, e.judge.texts(captions)), network(source)[rows]
                 spread = {"seed": e.config.seed, "groups": (part.concepts,)}
                 e.add(
-                    mean_record("group_clip_cosine", cosines, part, **judged),
-                    mean_record("group_paired", shares, part, chance=0.5, **judged),
+                    e.judge.mean("group_clip_cosine", cosines, part, **group),
+                    e.judge.mean("group_paired", shares, part, chance=0.5, **group),
                     resampled_record("group_diversity", _spread, [features], part, spread, **group, **network.metadata),
                 )
 
@@ -165,7 +165,7 @@ def left_open(e: ModelEvaluation, attribute: Attribute) -> None:
         if i < 2 * SHOWN:
             e.show(name, [("", source.read(i))], caption, f"judged: {seen[i]}")
     shares = {value: [each == value for each in seen] for value in values}
-    e.add(mean_record("left_open", shares, source, attribute=name, **e.judge.metadata))
+    e.add(e.judge.mean("left_open", shares, source, attribute=name))
 
 
 def combinations(e: ModelEvaluation) -> None:
@@ -180,7 +180,7 @@ def combinations(e: ModelEvaluation) -> None:
             part, every = source.rows([rows[i] for i in used]), (shares == 1).double()
             interval = mean_interval(every, groups=part.concepts)
             fields = {"every": float(every.mean()), "every_interval": interval, "chance": 0.5}
-            e.add(mean_record("new_combinations", shares, part, **fields, **e.judge.metadata))
+            e.add(e.judge.mean("new_combinations", shares, part, **fields))
 
 
 def memorization(e: ModelEvaluation) -> None:
@@ -200,7 +200,7 @@ def memorization(e: ModelEvaluation) -> None:
         )
     indices = [e.bank[i] for i in which.tolist()]
     fields = {"bank": len(e.bank), "bank_is_whole": len(e.bank) == len(e.train), "near": NEAR}
-    fields |= {"held_out_in_train": shared, **e.features.metadata}
+    fields["held_out_in_train"] = shared
     each = {"nearest": indices, "distances": distances.tolist()}
     for source, values, extra in ((e.test.real, held_out, {}), (samples, distances, each)):
         nearer = (values < held_out.min()).double()
@@ -208,7 +208,7 @@ def memorization(e: ModelEvaluation) -> None:
         extra["nearer_interval"] = mean_interval(nearer, groups=source.concepts)
         extra["quantiles"] = torch.quantile(values, torch.linspace(0, 1, QUANTILES + 1).double()).tolist()
         near = values < torch.quantile(held_out, NEAR)
-        e.add(mean_record("memorized", near, source, **fields, **extra))
+        e.add(e.features.mean("memorized", near, source, **fields, **extra))
     for i in distances.argsort()[:SHOWN].tolist():
         pictures = [("sample", samples.read(i)), ("training", e.train[indices[i]]["image"])]
         note = f"distance {distances[i]:.3g}; the training picture: {e.train.captions(indices[i])[0]}"

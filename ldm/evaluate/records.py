@@ -4,23 +4,16 @@ Intervals are 95% bootstrap intervals. A further metric is a function that retur
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.evaluate.features import Features
 from ldm.evaluate.pictures import Pictures
-from ldm.metrics.alignment import chance, cosine, retrieval_hits
-from ldm.metrics.distances import cmmd, frechet_distance, frechet_distance_infinite, kernel_distance
-from ldm.metrics.diversity import inception_score, neighbourhoods
-from ldm.metrics.intervals import kernel_interval, mean_interval, resampled_interval
+from ldm.metrics.intervals import mean_interval, resampled_interval
 
 Record = dict[str, Any]
-NEIGHBOURS = 5
-SUBSET = 1000  # images per subset of the kernel distance; half of the images where there are fewer than twice as many
 SHUFFLED = "samples, shuffled captions"
 BLANK = 4  # levels of 255; an image that spans no more in any channel is of one plain colour
 FAR, LEAST, MOST = 5.0, 0.1, 0.5  # a judge finds real images with FAR times chance, at least LEAST; MOST is enough
@@ -48,7 +41,12 @@ def mean_record(metric: str, values: Any, source: Pictures | str, **fields: Any)
 
 
 def resampled_record(
-    metric: str, statistic: Any, sets: Sequence[Tensor], source: Pictures | str, options: dict, **fields: Any
+    metric: str,
+    statistic: Callable[..., float],
+    sets: Sequence[Tensor],
+    source: Pictures | str,
+    options: dict,
+    **fields: Any,
 ) -> Record:
     """A statistic of sets of rows, with its interval by `resampled_interval` with these options."""
     value = statistic(*sets)
@@ -59,84 +57,6 @@ def blank_record(source: Pictures, batch_size: int) -> Record:
     """How many images are of one plain colour: failures, which count in every other number all the same."""
     spans = [x.amax((2, 3)).int() - x.amin((2, 3)).int() for x in source.batches(batch_size)]
     return record("blank_pictures", int((torch.cat(spans).amax(1) <= BLANK).sum()), source)
-
-
-def distance_records(
-    network: Features, source: Pictures, real: Pictures, seed: int, frechet: bool = True, **fields: Any
-) -> Iterator[Record]:
-    """All numbers of a feature network on images against real ones; the intervals of precision, recall, density and
-    coverage keep the neighbourhoods as they are."""
-    if frechet:
-        yield from frechet_records(network, source, real, seed, **fields)
-    x, y = network(source), network(real)
-    n = min(len(x), len(y))
-    fields, subset = fields | {"against": real.of, "n": n, **network.metadata}, min(SUBSET, n // 2)
-    value, deviation = kernel_distance(x, y, subset_size=subset, seed=seed)
-    interval = kernel_interval(x[:n], y[:n], "kid", value, seed, source.concepts[:n])
-    yield record("kernel_distance", value, source, interval, deviation=deviation, subset_size=subset, **fields)
-    for metric, values in neighbourhoods(y, x, NEIGHBOURS).items():
-        of_real = metric in ("recall", "coverage")
-        interval = mean_interval(values, groups=(real if of_real else source).concepts)
-        yield record(metric, float(values.mean()), source, interval, k=NEIGHBOURS, **fields)
-    yield from class_records(network, source, seed)
-
-
-def frechet_records(
-    network: Features, source: Pictures, real: Pictures, seed: int, prefix: str = "", **fields: Any
-) -> Iterator[Record]:
-    """The Frechet distance of the features (N, D) of images from those of real ones, and extrapolated to N -> infinity.
-
-    With no more images than dimensions the covariance is singular and the distance `biased` up: it compares only at the
-    same N, and its `note` says how many images it needs. With fewer images than twice the dimensions there is no
-    extrapolation, but a `note`.
-    """
-    sets, metric = (network(source), network(real)), f"{prefix}frechet_distance"
-    n, dimensions = min(map(len, sets)), sets[0].shape[1]
-    options = {"seed": seed, "groups": (source.concepts, real.concepts)}
-    fields |= {"against": real.of, "n": n, **network.metadata}
-    size = {"dimensions": dimensions, "biased": n <= dimensions}
-    if n <= dimensions:
-        size["note"] = f"needs {dimensions + 1} pictures on both sides, one more than features, for less bias"
-    yield resampled_record(metric, frechet_distance, sets, source, options | {"least": 0.0}, **fields, **size)
-    metric = f"{metric}_infinite"
-    if n >= 2 * max(dimensions, 2):
-        extrapolated = partial(frechet_distance_infinite, seed=seed)
-        yield resampled_record(metric, extrapolated, sets, source, options | {"few": True}, **fields)
-    else:
-        yield record(metric, None, source, **fields, note=f"needs {2 * dimensions} pictures, twice the features")
-
-
-def class_records(network: Features, source: Pictures, seed: int) -> Iterator[Record]:
-    """The Inception Score of images, where the network has classes."""
-    probabilities = network.network.probabilities(network(source).to(network.device))
-    if probabilities is not None:
-        score = lambda rows: inception_score(rows)[0]  # noqa: E731
-        fields = {"deviation": inception_score(probabilities)[1], "splits": 10, **network.metadata}
-        options = {"seed": seed, "groups": (source.concepts,)}
-        yield resampled_record("inception_score", score, (probabilities,), source, options, **fields)
-
-
-def cmmd_record(network: Features, source: Pictures, real: Pictures, seed: int) -> Record:
-    """CMMD of the embeddings of images and of real ones, with an interval of as many images on both sides."""
-    x, y = network(source), network(real)
-    value, n = cmmd(x, y), min(len(x), len(y))
-    low, high = kernel_interval(x[:n], y[:n], "cmmd", value, seed, source.concepts[:n])
-    interval = max(low, 0.0), max(high, 0.0)
-    return record("cmmd", value, source, interval, **network.metadata, against=real.of, n=n)
-
-
-def alignment_records(
-    network: Features, source: Pictures, captions: list[str], same: Tensor, **fields: Any
-) -> Iterator[Record]:
-    """Cosines of images with their captions, `each` of them too, and retrieval both ways; `same` (N, N) marks the pairs
-    that share a caption."""
-    images, texts = network(source), network.texts(captions)
-    cosines, fields = cosine(images, texts), fields | network.metadata
-    yield mean_record("clip_cosine", cosines, source, each=[round(value, 6) for value in cosines.tolist()], **fields)
-    for metric, weight in (("clip_score_100", 100), ("clip_score", 2.5)):
-        yield mean_record(metric, weight * cosines.clamp_min(0), source, weight=weight, **fields)
-    for metric, hits in retrieval_hits(images, texts, (1, 5), same).items():
-        yield mean_record(metric, hits, source, chance=chance(same, int(metric[-1])), **fields)
 
 
 def sharing(captions: Sequence[Sequence[str]]) -> Tensor:

@@ -6,7 +6,6 @@ All that it says is in report.jinja; a further section is one there.
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from operator import itemgetter
@@ -29,15 +28,6 @@ FORMATS = {"model": "ldm-evaluation-2", "folders": "ldm-evaluation-2", "autoenco
 LARGEST = 256  # pixels per side of an image in the report; larger ones are reduced
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """Images side by side, each a label and uint8 (3, H, W)."""
-
-    caption: str = ""
-    pictures: list[tuple[str, Tensor]]
-    note: str = ""
-
-
 def check_installed() -> None:
     """Raises UserError where a package that reports need is missing."""
     if missing := [name for name in ("jinja2", "matplotlib") if not find_spec(name)]:
@@ -45,9 +35,10 @@ def check_installed() -> None:
 
 
 def write_results(
-    kind: str, out: Path, settings: dict, results: Sequence[Record], galleries: dict[str, list[Row]]
+    kind: str, out: Path, settings: dict, results: Sequence[Record], galleries: dict[str, list[dict]]
 ) -> None:
-    """Writes metrics.json and report.html into `out`, in the main process; `kind` is one of FORMATS."""
+    """Writes metrics.json and report.html into `out`, in the main process; `kind` is one of FORMATS. A row of a
+    gallery has "pictures", each a label and uint8 (3, H, W), a "caption" and a "note"."""
     if not processes().is_main_process:
         return
     from jinja2 import Environment, FileSystemLoader
