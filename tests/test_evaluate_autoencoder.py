@@ -77,7 +77,8 @@ def test_its_numbers_are_those_of_its_reconstructions(measured, vae):
 
 
 def test_the_scale_of_the_likelihood_comes_from_training_images_alone(measured, vae):
-    coded = Coded(VAE.from_pretrained(vae), pixels("train", 32), 32)
+    train = Shapes(32, "train")
+    coded = Coded(VAE.from_pretrained(vae), 32, train, sample_indices(len(train), 32, 0))
     chosen = one(measured, "bits_per_dimension", "reconstructions")["scale"]
     costs = {scale: coded.nll(scale).mean().item() for scale in SCALES}
     assert chosen == min(costs, key=costs.get) and min(SCALES) < chosen < max(SCALES)

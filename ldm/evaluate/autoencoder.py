@@ -3,7 +3,7 @@
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -23,22 +23,12 @@ from ldm.data.latents import data_hash
 from ldm.data.shapes import MIN_SIZE, render, sample_scene
 from ldm.distributed import find_device
 from ldm.evaluate.config import LARGEST, SMALLEST, AutoencoderEvaluation
-from ldm.evaluate.evaluation import Evaluation
-from ldm.evaluate.features import TAUGHT, judge_name
+from ldm.evaluate.evaluation import TAUGHT, Evaluation
 from ldm.evaluate.pictures import Pictures, data_config, held_out_indices, of_dataset, sample_indices
-from ldm.evaluate.records import (
-    Record,
-    blank_record,
-    headlines,
-    left_out,
-    mean_record,
-    record,
-    resampled_record,
-)
+from ldm.evaluate.records import Record, blank_record, headlines, left_out, mean_record, record, resampled_record
 from ldm.images import to_float, to_uint8
 from ldm.metrics import bits_per_dimension, dci, linear_probe, mig, perceptual_distance, psnr, sharpness, ssim
 from ldm.metrics.codecs import CODECS, curve
-from ldm.metrics.features import judged_by
 from ldm.metrics.intervals import mean_interval
 from ldm.metrics.reconstruction import discretized_logistic
 from ldm.metrics.representation import agreement, clusters
@@ -82,7 +72,6 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
     indices = held_out_indices(dataset, config)
     fitted = readable(train, sample_indices(len(train), FITTED, config.seed))
     distance, teacher = perceptual_network(config.perceptual), vae.perceptual_net or "unknown"
-    config = replace(config, features=judged_by(config.features, judge_name("", config.data)))
     settings = {
         "autoencoder_sha256": module_hash(vae),
         "parameters": {"vae": sum(p.numel() for p in vae.parameters())},
@@ -92,12 +81,10 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
         "latent": f"{vae.config.latent_channels}x{size // vae.factor}x{size // vae.factor}",
         "perceptual_net_of_vae": teacher,
     }
-    e = Evaluation(config, "none", teacher, **settings)
+    e = Evaluation(config, teacher, **settings)
     e.claim(*CLAIMED)
 
-    def coded(data: Any, rows: list[int]) -> Coded:
-        return Coded(vae, torch.stack([data[i]["image"] for i in rows]), config.batch_size)
-
+    coded = partial(Coded, vae, config.batch_size)
     training, held_out = coded(train, fitted), coded(dataset, indices)
     scale = min(SCALES, key=lambda scale: float(training.nll(scale).mean()))  # of training images alone
     real = of_dataset("real held-out", dataset, indices)
@@ -111,15 +98,9 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
         missing = "probes of the latents need scikit-learn and are left out: pip install scikit-learn"
         warnings.warn(missing, stacklevel=2)
     elif config.data == "emoji":
-        splits = []
-        for data in (train, dataset):
-            rows = sample_indices(len(data), LABELLED, config.seed)
-            labels = np.array([[data.records[i][label] for label in EMOJI] for i in rows])
-            splits.append((coded(data, rows).codes, labels))
-        e.add(*label_records(*splits, EMOJI, config.seed))
+        e.add(*label_records(*(emoji(data, config.seed, coded) for data in (train, dataset)), EMOJI, config.seed))
     elif config.data == "shapes":
-        pixels, labels = scenes(max(vae.config.sample_size, MIN_SIZE), config.seed)
-        e.add(*factor_records(Coded(vae, pixels, config.batch_size).codes, labels, config.seed))
+        e.add(*factor_records(*scenes(max(vae.config.sample_size, MIN_SIZE), config.seed, coded), config.seed))
     levels = held_out.compare(psnr)
     worst = levels.argsort()[:SHOWN].tolist()
     for gallery, rows in (("reconstructions", range(min(2 * SHOWN, len(levels)))), ("worst", worst)):
@@ -131,11 +112,12 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
 
 
 class Coded:
-    """uint8 images (N, 3, H, W) through an autoencoder, `size` of them at a time; decoded when that is asked for."""
+    """Images of a data set through an autoencoder, `size` of them at a time; decoded when that is asked for."""
 
-    def __init__(self, vae: VAE, pixels: Tensor, size: int) -> None:
-        self.vae, self.pixels, self.size = vae, pixels, size
-        self.raw_mean, self.raw_std = self.run(self._moments, pixels).unbind(1)
+    def __init__(self, vae: VAE, size: int, dataset: Any, indices: Iterable[int]) -> None:
+        self.vae, self.size, self.device = vae, size, next(vae.parameters()).device
+        self.pixels = torch.stack([dataset[i]["image"] for i in indices])  # uint8 (N, 3, H, W)
+        self.raw_mean, self.raw_std = self.run(self._moments, self.pixels).unbind(1)
         # of the latents as diffusion sees them (N, C, h, w)
         self.mean, self.std = vae.normalize(self.raw_mean), self.raw_std * vae.config.scaling_factor
 
@@ -146,9 +128,9 @@ class Coded:
     @torch.no_grad()
     def run(self, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
         """`function` of tensors (N, ...), in batches on the autoencoder's device; the result (N, ...) on the CPU."""
-        batches, device = zip(*(x.split(self.size) for x in rows), strict=True), next(self.vae.parameters()).device
+        batches = zip(*(x.split(self.size) for x in rows), strict=True)
         progress = tqdm(batches, "batches", math.ceil(len(rows[0]) / self.size), leave=False)
-        return torch.cat([function(*(x.to(device) for x in batch)).cpu() for batch in progress])
+        return torch.cat([function(*(x.to(self.device) for x in batch)).cpu() for batch in progress])
 
     @cached_property
     def decoded(self) -> Tensor:
@@ -188,11 +170,11 @@ def reconstruction_records(
     coded: Coded, decoded: Pictures, scale: float, network: nn.Module, name: str, teacher: str
 ) -> Iterator[Record]:
     """Fidelity from the mean of the latents, by `network` too, and bits from one sample of them."""
-    smallest, device = getattr(network, "smallest", 0), next(coded.vae.parameters()).device
+    smallest = getattr(network, "smallest", 0)
     perceptual = {"extractor": name, "extractor_sha256": module_hash(network)}
     perceptual |= {"resize": f"none; sides under {smallest} px doubled" if smallest else "none"}
     perceptual |= TAUGHT if name in teacher.split(", ") else {}
-    distance = partial(perceptual_distance, network=network.to(device))
+    distance = partial(perceptual_distance, network=network.to(coded.device))
     for metric, function in {"psnr_db": psnr, "ssim": ssim, "sharpness": sharpness}.items():
         yield mean_record(metric, coded.compare(function), decoded, latent="mean")
     yield mean_record("perceptual_distance", coded.compare(distance), decoded, latent="mean", **perceptual)
@@ -228,16 +210,22 @@ def rate_record(coded: Coded) -> Record:
     return record("rate_distortion", value | {c: curve(pixels, c) for c in CODECS}, OF, n=len(pixels))
 
 
-def scenes(size: int, seed: int) -> tuple[Tensor, np.ndarray]:
+def emoji(dataset: Any, seed: int, coded: Callable[..., Coded]) -> Split:
+    """Images of emoji, and what they are of."""
+    rows = sample_indices(len(dataset), LABELLED, seed)
+    return coded(dataset, rows).codes, np.array([[dataset.records[i][label] for label in EMOJI] for i in rows])
+
+
+def scenes(size: int, seed: int, coded: Callable[..., Coded]) -> Split:
     """Images of shapes with one thing, and its factors."""
-    pixels, labels = [], []
+    images, labels = [], []
     for i in range(SCENES):
         scene = sample_scene(random.Random(f"{seed}/factors/{i}"), False, "single")
         (thing,) = scene.things
         position = [str(min(int(THIRDS * value), THIRDS - 1)) for value in (thing.x, thing.y)]
         labels.append([thing.colour, thing.shape, thing.size, *position])
-        pixels.append(rearrange(torch.from_numpy(render(scene, size)), "h w c -> c h w"))
-    return torch.stack(pixels), np.array(labels)
+        images.append({"image": rearrange(torch.from_numpy(render(scene, size)), "h w c -> c h w")})
+    return coded(images, range(SCENES)).codes, np.array(labels)
 
 
 def factor_records(codes: np.ndarray, labels: np.ndarray, seed: int) -> Iterator[Record]:

@@ -7,7 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ldm.data.faults import readable
 from ldm.data.latents import data_hash
 from ldm.distributed import find_device, processes
 from ldm.evaluate.config import FEWEST, SMALLEST, EvaluateConfig
-from ldm.evaluate.features import Features, judge_name, open_networks
+from ldm.evaluate.features import Features
 from ldm.evaluate.pictures import (
     USUAL,
     Pictures,
@@ -35,6 +35,8 @@ from ldm.evaluate.records import Record, sharing
 from ldm.evaluate.report import write_results
 from ldm.images import save_png, to_float, to_uint8
 from ldm.metrics.compositional import TASKS, Case, cases
+from ldm.metrics.features import feature_extractor, judged_by
+from ldm.metrics.judges import JUDGES, image_text_model
 from ldm.model_io import atomic_write, module_hash, read_json, write_json
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts
@@ -43,22 +45,28 @@ from ldm.unet import UNet
 
 UNTRAINED = 1.0  # guidance of the untrained model
 COPIED = ("model", "autoencoder", "data", "split", "guidance_rescale", "steps", "seed", "compile")  # into settings
+TAUGHT = {"trained_the_vae": True}  # field of distances by the very network that the VAE was trained to please
 SAMPLING = ("guidance_rescale", "steps", "sampler", "seed")  # settings that every record of samples carries
 
 
 class Evaluation:
-    """Opens the networks `features` and `judge`, which look at images; None for "none"."""
+    """Opens the network `features` and, for kinds with the option, the image-text model `judge`, by default that of the
+    data; None for "none". Records of the network that trained the measured VAE (`teacher`) are marked."""
 
-    def __init__(self, config: Any, judge: str, teacher: str = "", **settings: Any):
-        device, self.config = find_device(config.device), config
-        self.features, self.judge = open_networks(config, judge, teacher, device)
+    def __init__(self, config: Any, teacher: str = "", **settings: Any):
+        device, data, self.config = find_device(config.device), getattr(config, "data", "none"), config
+        judge = getattr(config, "judge", "") or (data if (JUDGES / data).is_dir() else "none")
+        features, judge_asked = judged_by(config.features, judge), judge != "none" and hasattr(config, "judge")
+        self.features = None if features == "none" else Features(feature_extractor(features), config, device)
+        self.judge = Features(image_text_model(judge), config, device) if judge_asked else None
+        if self.features and self.features.name in teacher.split(", "):
+            self.features.metadata |= TAUGHT
         self.results: list[Record] = []
         self.galleries: dict[str, list[dict]] = defaultdict(list)
         self.settings = {key: getattr(config, key) for key in COPIED if hasattr(config, key)} | settings
         self.settings |= {"device": str(device)}
-        for name in ("features", "judge"):
-            if hasattr(config, name):
-                self.settings[name] = network.network.name if (network := getattr(self, name)) else "none"
+        networks = {"features": self.features} | ({"judge": self.judge} if hasattr(config, "judge") else {})
+        self.settings |= {key: network.name if network else "none" for key, network in networks.items()}
 
     def add(self, *records: Record) -> None:
         self.results += records
@@ -111,7 +119,7 @@ class Questions:
         """Of each image: several samples of one real image are alike, as the images of a concept are."""
         return self.times * [*(self.real.concepts or range(self.real.count))] if self.real else ()
 
-    @property
+    @cached_property
     def about_cases(self) -> "Questions":
         """The captions of the cases."""
         folder = self.folder.replace("pictures", "cases")
@@ -119,24 +127,22 @@ class Questions:
 
 
 def pose(
-    dataset: Any, indices: list[int], seed: int, of: str, real: str, folder: str, times: int = 1, **fields: Any
+    name: str, dataset: Any, indices: list[int], seed: int, times: int = 1, cases: Sequence[Case] = ()
 ) -> Questions:
-    """Questions on some images of a data set, one of the captions of each, `times` over."""
+    """Questions on some images of a data set, one of the captions of each, `times` over; `name` is that of the set, ""
+    for the reported one."""
     alternatives = times * [dataset.captions(i) for i in indices]
     keys = [f"{seed}/{i}" + (f"/{k}" if k else "") for k in range(times) for i in indices]
-    captions = [random.Random(key).choice(texts) for key, texts in zip(keys, alternatives, strict=True)]
-    fields |= {"dataset": dataset, "indices": indices, "real": of_dataset(real, dataset, indices)}
-    return Questions(of=of, folder=folder, captions=captions, same=sharing(alternatives), **fields)
-
-
-def pose_validation(dataset: Any, config: EvaluateConfig) -> Questions:
-    """About as many questions as on the test split: captions of a small validation split are asked for several times
-    over. Raises UserError where it is too small."""
-    num = config.num or USUAL
-    indices = held_out_indices(dataset, replace(config, split="val", num=max(min(num, len(dataset)), FEWEST)))
-    posed = pose_cases(num, config.seed + 1) if config.data == "shapes" else []
-    names = ("validation samples", "real validation", "validation/pictures")
-    return pose(dataset, indices, config.seed, *names, max(1, num // len(dataset)), cases=posed)
+    return Questions(
+        of=f"{name} samples".strip(),
+        folder=f"{name}/pictures".strip("/"),
+        captions=[random.Random(key).choice(texts) for key, texts in zip(keys, alternatives, strict=True)],
+        same=sharing(alternatives),
+        dataset=dataset,
+        indices=indices,
+        real=of_dataset(f"real {name or 'held-out'}", dataset, indices),
+        cases=cases,
+    )
 
 
 def pose_cases(num: int, seed: int) -> list[Case]:
@@ -161,7 +167,7 @@ class ModelEvaluation(Evaluation):
         make_grid(pipe.schedule, sampler, config.steps)  # refuses an unknown sampler or a wrong number of steps
         if size < SMALLEST:
             raise UserError(f"the model makes {size} px pictures; they can be measured from {SMALLEST} px on")
-        self.made: dict[tuple[str, float], Pictures] = {}
+        self.sample = cache(self.sample)
         data = data_config(config.model, config.data, config.data_path, size)
         self._open_test(data, config)
         self._open_train(data, config)
@@ -179,20 +185,23 @@ class ModelEvaluation(Evaluation):
             "intervals_over": "concepts" if self.test.real.concepts else "pictures",
             "notes": [str(note.message) for note in notes],
         }
-        super().__init__(config, judge_name(config.judge, config.data), settings["perceptual_net_of_vae"], **settings)
+        super().__init__(config, settings["perceptual_net_of_vae"], **settings)
         if self.judge:
             _check_judge(self.judge, config, pipe)
 
     def _open_test(self, data: DataConfig, config: EvaluateConfig) -> None:
-        """The questions on the reported split, and on the one that guidance is chosen on where this is another."""
-        dataset = open_dataset(data, config.split)
+        """The questions on the reported split, and where guidance is chosen on another about as many on that one:
+        captions of a small validation split are asked for several times over."""
+        dataset, seed, on_shapes = open_dataset(data, config.split), config.seed, config.data == "shapes"
         indices = held_out_indices(dataset, config)
-        posed = pose_cases(len(indices), config.seed) if config.data == "shapes" else []
-        self.test = pose(dataset, indices, config.seed, "samples", "real held-out", "pictures", cases=posed)
+        self.test = pose("", dataset, indices, seed, cases=pose_cases(len(indices), seed) if on_shapes else ())
         self.validation, self.validation_note = None, ""
         if config.choose_on == "val" != config.split and len(config.guidance) > 1:
             try:
-                self.validation = pose_validation(open_dataset(data, "val"), config)
+                dataset, num = open_dataset(data, "val"), config.num or USUAL
+                fewer = replace(config, split="val", num=max(min(num, len(dataset)), FEWEST))
+                indices, posed = held_out_indices(dataset, fewer), pose_cases(num, seed + 1) if on_shapes else ()
+                self.validation = pose("validation", dataset, indices, seed, max(1, num // len(dataset)), posed)
             except UserError as error:
                 self.validation_note = f"chosen on the reported captions themselves, as {error}"
                 warnings.warn(f"the guidance is {self.validation_note}", stacklevel=2)
@@ -209,18 +218,14 @@ class ModelEvaluation(Evaluation):
         except UserError as error:
             self.train_note = str(error)
             warnings.warn(f"samples are not compared with training pictures: {error}", stacklevel=2)
-        self.searched = of_dataset("training set", self.train, self.bank)
         self.real_train = of_dataset("real train", self.train, self.bank[:n])
 
-    def sample(self, asked: Questions, g: float | None = None, pipe: Pipeline | None = None) -> Pictures:
-        """One image per caption at guidance `g`, the reported one by default, kept in a folder; missing ones are
-        sampled, image i with the seed `config.seed` + i.
+    def sample(self, asked: Questions, g: float, pipe: Pipeline | None = None) -> Pictures:
+        """One image per caption at guidance `g`, kept in a folder; missing ones are sampled, image i with the seed
+        `config.seed` + i.
 
         A batch is made where one of its images is missing; several processes share the batches.
         """
-        g = self.guidance if g is None else g
-        if (asked.folder, g) in self.made:
-            return self.made[asked.folder, g]
         group, pipe, sampling = processes(), pipe or self.pipe, {key: self.settings[key] for key in SAMPLING}
         size, folder = self.config.batch_size, self.config.out / asked.folder / f"g{g:g}"
         paths = [folder / f"{i:05d}.png" for i in range(len(asked.captions))]
@@ -242,14 +247,13 @@ class ModelEvaluation(Evaluation):
                     with atomic_write(paths[start + i]) as temporary:
                         save_png(image, temporary, {key: str(value) for key, value in text.items()})
         group.wait_for_everyone()
-        fields = {"labels": {"guidance": g, **sampling}, "concepts": asked.concepts}
-        self.made[asked.folder, g] = of_files(asked.of, paths, self.settings["size"], **fields)
-        return self.made[asked.folder, g]
+        labels = {"guidance": g, **sampling}
+        return of_files(asked.of, paths, self.settings["size"], labels=labels, concepts=asked.concepts)
 
     @property
     def sources(self) -> tuple[Pictures, Pictures]:
         """The real held-out images, and the reported samples of their captions."""
-        return self.test.real, self.sample(self.test)
+        return self.test.real, self.sample(self.test, self.guidance)
 
     @cached_property
     def untrained(self) -> Pictures:
@@ -277,7 +281,7 @@ def reconstruct(pipe: Pipeline, x: Tensor) -> Tensor:
 
 def _check_judge(judge: Features, config: EvaluateConfig, pipe: Pipeline) -> None:
     """Raises UserError for a judge that learned from the held-out split, or that is the model's own text encoder."""
-    name, network = judge.network.name, judge.network.network
+    name, network = judge.name, judge.network.network
     if judge.network.learned_val and config.split == "val":
         way_out = "take --split test, --judge none or a clip:FOLDER"
         raise UserError(f"judge {name!r} learned from the validation split, and cannot judge it; {way_out}")

@@ -21,14 +21,11 @@ from ldm.metrics.alignment import chance, cosine, retrieval_hits
 from ldm.metrics.distances import cmmd, frechet_distance, frechet_distance_infinite, kernel_distance
 from ldm.metrics.diversity import inception_score, neighbourhoods
 from ldm.metrics.extractor import FeatureExtractor
-from ldm.metrics.features import feature_extractor, judged_by
 from ldm.metrics.intervals import kernel_interval, mean_interval
-from ldm.metrics.judges import JUDGES, image_text_model
 from ldm.model_io import load_tensors, save_tensors
 
 NEIGHBOURS = 5
 SUBSET = 1000  # images per subset of the kernel distance; half of the images where there are fewer than twice as many
-TAUGHT = {"trained_the_vae": True}  # field of distances by the very network that the VAE was trained to please
 
 
 class Features:
@@ -40,9 +37,9 @@ class Features:
         self.embed = compiled(network, network.forward) if config.compile == "always" else network.forward
         if config.compile == "auto":
             self.embed = WhereItSaves(network, network.forward, 0)
-        self.metadata: dict[str, Any] = network.metadata
-        name = re.sub(r"[^\w-]", "-", network.name)
-        self.folder = config.out / "features" / f"{name}-{network.sha256[:8]}"
+        self.name, self.metadata = network.name, network.metadata
+        folder = re.sub(r"[^\w-]", "-", self.name) + f"-{network.sha256[:8]}"
+        self.folder = config.out / "features" / folder
         self.rows: dict[Pictures, Tensor] = {}
         self.known_texts: dict[str, Tensor] = {}
 
@@ -73,7 +70,7 @@ class Features:
         if isinstance(self.embed, WhereItSaves):
             self.embed.left = -(-pictures.count // size)
         starts, quiet = range(0, pictures.count, size), not processes().is_main_process
-        text = f"{self.network.name}: {pictures.of}"
+        text = f"{self.name}: {pictures.of}"
         with tqdm(desc=text, total=len(starts), leave=False, disable=quiet) as progress:
             return torch.cat(map_over_processes(batch, starts))
 
@@ -153,20 +150,3 @@ class Features:
             yield self.mean(metric, weight * cosines.clamp_min(0), source, weight=weight, **fields)
         for metric, hits in retrieval_hits(images, texts, (1, 5), same).items():
             yield self.mean(metric, hits, source, chance=chance(same, int(metric[-1])), **fields)
-
-
-def judge_name(judge: str, data: str) -> str:
-    """The judge asked for, else the one that ships for the data, else "none"."""
-    return judge or (data if (JUDGES / data).is_dir() else "none")
-
-
-def open_networks(
-    config: Any, judge: str, teacher: str, device: torch.device
-) -> tuple[Features | None, Features | None]:
-    """The feature network, where "judge" is the image tower of `judge`, and the image-text model; None for "none".
-    Records of the network that trained the measured VAE (`teacher`) are marked."""
-    name = judged_by(config.features, judge)
-    features = None if name == "none" else Features(feature_extractor(name), config, device)
-    if features and features.network.name in teacher.split(", "):
-        features.metadata |= TAUGHT
-    return features, None if judge == "none" else Features(image_text_model(judge), config, device)

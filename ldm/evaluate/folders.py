@@ -9,13 +9,7 @@ from ldm.data.folder import captioned
 from ldm.evaluate.config import FEWEST, FolderEvaluation
 from ldm.evaluate.evaluation import Evaluation
 from ldm.evaluate.pictures import of_files
-from ldm.evaluate.records import (
-    blank_record,
-    find,
-    headlines,
-    judge_fault,
-    sharing,
-)
+from ldm.evaluate.records import blank_record, find, headlines, judge_fault, sharing
 from ldm.images import image_size, to_float
 
 SHOWN = 24  # images of each folder in the report
@@ -35,7 +29,7 @@ def evaluate_folders(config: FolderEvaluation) -> list[str]:
     size = config.size or common_size([*paths["images"], *paths["reference"]])
     fake, real = sources = [of_files(of, files, size) for of, files in paths.items()]
     counts = {"number_of_images": fake.count, "number_of_references": real.count}
-    e = Evaluation(config, judge, size=size, **{of: str(folder) for of, folder in folders.items()}, **counts)
+    e = Evaluation(config, size=size, **{of: str(folder) for of, folder in folders.items()}, **counts)
     if e.features and not config.without_frechet:
         first = fake.batch(0, 1)
         n, dimensions = min(counts.values()), e.features.network(to_float(first).to(e.features.device)).shape[1]

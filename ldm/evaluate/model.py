@@ -182,7 +182,7 @@ def show_samples(e: ModelEvaluation) -> None:
         real = ("real", e.test.real.read(i))
         e.show("prompts", [real, *((f"{scale:g}", e.sample(e.test, scale).read(i)) for scale in scales)], caption)
         e.show("reconstructions", [real, ("decoded", e.reconstructions.read(i))])
-    images = arrays(e.sample(e.test.about_cases)) if e.test.cases else ()
+    images = arrays(e.sample(e.test.about_cases, e.guidance)) if e.test.cases else ()
     for image, case in zip(images, e.test.cases, strict=True):
         if not check(image, case.required):
             things = [" ".join(filter(None, (t.size, t.colour, t.shape))) for t in parse(image)]
@@ -232,7 +232,7 @@ def cost_records(e: ModelEvaluation) -> list[Record]:
     Memory is what the batch takes on a GPU beyond weights and all else, shared by its images, and None on a CPU;
     `peak` is the most that torch held on the GPU, on a CPU what the process holds.
     """
-    captions, device, source = e.test.captions[:TIMED], e.pipe.device, e.sample(e.test)
+    captions, device, source = e.test.captions[:TIMED], e.pipe.device, e.sources[1]
     n, gpu = len(captions), device.type == "cuda"
     sample = partial(e.pipe, captions, batch_size=n, **source.labels)
     sample()

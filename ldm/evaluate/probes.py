@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ldm.data.faults import readable
 from ldm.evaluate.evaluation import ModelEvaluation, Questions, pose
-from ldm.evaluate.pictures import Pictures, sample_indices
-from ldm.evaluate.records import Record, record, resampled_record
+from ldm.evaluate.pictures import Pictures, of_dataset, sample_indices
+from ldm.evaluate.records import Record, mean_record, record, resampled_record
 from ldm.metrics.alignment import chance, cosine, retrieval_hits
 from ldm.metrics.attributes import ATTRIBUTES, PERSON, Attribute, paired, typos
 from ldm.metrics.diversity import nearest
-from ldm.metrics.intervals import mean_interval, mean_of_means_interval
+from ldm.metrics.intervals import mean_of_means_interval
 
 SHOWN = 12  # rows of a gallery; twice as many where a row is one image
 WORDED = 96  # captions that are asked for in other wording
@@ -47,10 +47,9 @@ def kinds(e: ModelEvaluation) -> None:
     names kinds, and of training captions, of which a model that cannot draw them has learned too little."""
     asked = [e.test] if hasattr(e.test.dataset, "kind") else []
     if e.bank and e.config.train_captions:
-        names = ("training samples", "real training", "training/pictures")
-        asked.append(pose(e.train, training_indices(e), e.config.seed, *names))
+        asked.append(pose("training", e.train, training_indices(e), e.config.seed))
     for questions in asked:
-        for source in (questions.real, e.sample(questions)):
+        for source in (questions.real, e.sample(questions, e.guidance)):
             e.add(*kind_records(e, questions, source))
 
 
@@ -90,7 +89,7 @@ def kind_records(e: ModelEvaluation, asked: Questions, source: Pictures) -> Iter
 def wording(e: ModelEvaluation) -> None:
     """The change of each image's cosine with the caption as first worded, where the model was asked in other words, in
     upper case or with a typo, from the same noise. Captions that cannot be changed so do not count."""
-    first, plain = e.test.captions[:WORDED], e.sample(e.test)
+    first, (_, plain) = e.test.captions[:WORDED], e.sources
     texts, rows = e.judge.texts(first), [[("as asked", plain.read(i))] for i in range(min(SHOWN, len(first)))]
     before, notes = cosine(e.judge(plain)[: len(first)], texts), defaultdict(list)
     for kind, captions in {
@@ -100,7 +99,9 @@ def wording(e: ModelEvaluation) -> None:
     }.items():
         other = [i for i, (a, b) in enumerate(zip(captions, first, strict=True)) if a != b]
         if other:
-            source = e.sample(Questions(of=kind, folder=f"wording/{kind.replace(' ', '-')}", captions=captions))
+            source = e.sample(
+                Questions(of=kind, folder=f"wording/{kind.replace(' ', '-')}", captions=captions), e.guidance
+            )
             change = (cosine(e.judge(source), texts) - before)[other]
             part = source.rows(other, concepts=plain.rows(other).concepts)
             e.add(e.judge.mean("clip_cosine_change", change, part))
@@ -158,7 +159,7 @@ def left_open(e: ModelEvaluation, attribute: Attribute) -> None:
     if not captions:
         return
     name, values, seen = attribute.name, [*attribute.values, NONE], []
-    source = e.sample(Questions(of="samples", folder=f"open/{name.replace(' ', '-')}", captions=captions))
+    source = e.sample(Questions(of="samples", folder=f"open/{name.replace(' ', '-')}", captions=captions), e.guidance)
     for i, (image, caption) in enumerate(zip(e.judge(source), captions, strict=True)):
         options = [*(attribute.exchanged(named[caption], value) for value in attribute.values), caption]
         seen.append(values[int((e.judge.texts(options) @ image).argmax())])
@@ -177,9 +178,9 @@ def combinations(e: ModelEvaluation) -> None:
         captions = [e.test.captions[i] for i in rows]
         shares, used = paired(e.judge(source)[rows], captions, e.judge.texts, *PERSON)
         if len(shares) > 1:
-            part, every = source.rows([rows[i] for i in used]), (shares == 1).double()
-            interval = mean_interval(every, groups=part.concepts)
-            fields = {"every": float(every.mean()), "every_interval": interval, "chance": 0.5}
+            part = source.rows([rows[i] for i in used])
+            every = mean_record("", shares == 1, part)
+            fields = {"every": every["value"], "every_interval": every["interval"], "chance": 0.5}
             e.add(e.judge.mean("new_combinations", shares, part, **fields))
 
 
@@ -189,26 +190,23 @@ def memorization(e: ModelEvaluation) -> None:
     "memorized" is the share of samples nearer than the nearest 5% of held-out images, `nearer_than_any` than all of
     them. Real held-out images have 5% and 0% by definition. Warns where some of these are training images.
     """
-    real, bank = e.features(e.test.real), e.features(e.searched)
-    samples, (held_out, _) = e.sample(e.test), nearest(real, bank)
+    (real, samples), bank = e.sources, e.features(of_dataset("training set", e.train, e.bank))
+    held_out, _ = nearest(e.features(real), bank)
     distances, which = nearest(e.features(samples), bank)
-    if shared := int((held_out <= SAME * real.norm(dim=1)).sum()):
+    if shared := int((held_out <= SAME * e.features(real).norm(dim=1)).sum()):
         warnings.warn(
-            f"{shared} of the {len(real)} held-out pictures are in the training set too and flatter the model; keep one"
-            " copy of each picture, or sort them into sub-folders train, val and test",
+            f"{shared} of the {real.count} held-out pictures are in the training set too and flatter the model; keep"
+            " one copy of each picture, or sort them into sub-folders train, val and test",
             stacklevel=2,
         )
-    indices = [e.bank[i] for i in which.tolist()]
+    indices, shares = [e.bank[i] for i in which.tolist()], torch.linspace(0, 1, QUANTILES + 1).double()
     fields = {"bank": len(e.bank), "bank_is_whole": len(e.bank) == len(e.train), "near": NEAR}
-    fields["held_out_in_train"] = shared
     each = {"nearest": indices, "distances": distances.tolist()}
-    for source, values, extra in ((e.test.real, held_out, {}), (samples, distances, each)):
-        nearer = (values < held_out.min()).double()
-        extra |= {"nearer_than_any": float(nearer.mean())}
-        extra["nearer_interval"] = mean_interval(nearer, groups=source.concepts)
-        extra["quantiles"] = torch.quantile(values, torch.linspace(0, 1, QUANTILES + 1).double()).tolist()
-        near = values < torch.quantile(held_out, NEAR)
-        e.add(e.features.mean("memorized", near, source, **fields, **extra))
+    for source, values, extra in ((real, held_out, {}), (samples, distances, each)):
+        nearer = mean_record("", values < held_out.min(), source)
+        extra |= {"nearer_than_any": nearer["value"], "nearer_interval": nearer["interval"]}
+        extra |= {"quantiles": torch.quantile(values, shares).tolist(), "held_out_in_train": shared}
+        e.add(e.features.mean("memorized", values < torch.quantile(held_out, NEAR), source, **fields, **extra))
     for i in distances.argsort()[:SHOWN].tolist():
         pictures = [("sample", samples.read(i)), ("training", e.train[indices[i]]["image"])]
         note = f"distance {distances[i]:.3g}; the training picture: {e.train.captions(indices[i])[0]}"

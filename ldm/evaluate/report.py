@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from ldm.config import UserError
 from ldm.distributed import processes
 from ldm.evaluate.plots import plot
-from ldm.evaluate.records import SHUFFLED, Record, find, mean, named, number, part, ratio, short
+from ldm.evaluate.records import SHUFFLED, Record, find, named, number, part, ratio, short
 from ldm.images import data_url
 from ldm.model_io import atomic_write, write_json
 
@@ -58,18 +57,11 @@ def write_results(
         each = [r for of in sources for r in find(results, metric, of, **where) or [None]]
         return [number(r and part(r, *keys), factor, interval) for r in each]
 
-    def over(metric: str, of: str, factor: float = 1.0) -> dict[float, float]:
-        """A metric's values by guidance."""
-        return {
-            r["guidance"]: factor * mean(r["value"])
-            for r in sorted(find(results, metric, of), key=itemgetter("guidance"))
-        }
-
     write_json(out / "metrics.json", {"format": FORMATS[kind], "settings": settings, "results": results})
     folder, options = FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=folder, autoescape=True, extensions=["jinja2.ext.do"], **options)
     environment.filters |= {"cell": cell, "markup": Markup, "g": "{:g}".format}
-    functions = (number, numbers, named, part, short, ratio, image, at_size, headings, one, over, plot, zip)
+    functions = (number, numbers, named, part, short, ratio, image, at_size, headings, one, plot, zip)
     environment.globals |= {function.__name__: function for function in functions}
     environment.globals |= {"find": partial(find, results), "percent": "{:.1%}".format, "SHUFFLED": SHUFFLED}
     values = {"kind": kind, "settings": settings, "results": results, "galleries": galleries}
