@@ -90,10 +90,11 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
     real = of_dataset("real held-out", dataset, indices)
     decoded = replace(real, of=OF, read=held_out.decoded.__getitem__)
     e.add(*reconstruction_records(held_out, decoded, scale, distance, config.perceptual, teacher))
-    e.add(latent_record(held_out), rate_record(held_out), *left_out(dataset, train))
-    e.add(*(blank_record(source, config.batch_size) for source in (real, decoded)))
+    e.add(latent_record(held_out), *(blank_record(source, config.batch_size) for source in (real, decoded)))
+    e.add(*left_out(dataset, train))
     if e.features:
         e.add(*e.features.distances(decoded, real))
+    e.add(rate_record(held_out))
     if not find_spec("sklearn"):
         missing = "probes of the latents need scikit-learn and are left out: pip install scikit-learn"
         warnings.warn(missing, stacklevel=2)
