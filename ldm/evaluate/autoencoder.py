@@ -25,7 +25,7 @@ from ldm.distributed import find_device
 from ldm.evaluate.config import LARGEST, SMALLEST, AutoencoderEvaluation
 from ldm.evaluate.evaluation import TAUGHT, Evaluation
 from ldm.evaluate.pictures import Pictures, data_config, held_out_indices, of_dataset, sample_indices
-from ldm.evaluate.records import Record, blank_record, headlines, left_out, mean_record, record, resampled_record
+from ldm.evaluate.records import Record, blank_record, left_out, mean_record, record, resampled_record
 from ldm.images import to_float, to_uint8
 from ldm.metrics import bits_per_dimension, dci, linear_probe, mig, perceptual_distance, psnr, sharpness, ssim
 from ldm.metrics.codecs import CODECS, curve
@@ -108,8 +108,7 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
         for i in rows:
             pictures = [("real", held_out.pixels[i]), ("decoded", held_out.decoded[i])]
             e.show(gallery, pictures, note=f"{levels[i]:.1f} dB")
-    e.write("autoencoder")
-    return headlines(e.results, [OF], HEADLINES)
+    return e.finish("autoencoder", [OF], HEADLINES)
 
 
 class Coded:

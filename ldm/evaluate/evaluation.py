@@ -31,7 +31,7 @@ from ldm.evaluate.pictures import (
     sample_indices,
     write_captions,
 )
-from ldm.evaluate.records import Record, sharing
+from ldm.evaluate.records import Record, headlines, sharing
 from ldm.evaluate.report import write_results
 from ldm.images import save_png, to_float, to_uint8
 from ldm.metrics.compositional import TASKS, Case, cases
@@ -91,9 +91,10 @@ class Evaluation:
             changes = "; ".join(f"{key} {str(old.get(key))[:16]}, not {str(settings[key])[:16]}" for key in other)
             raise UserError(f"{str(out)!r} has pictures made with {changes}; use another --out, or delete that folder")
 
-    def write(self, kind: str) -> None:
-        """metrics.json and report.html."""
+    def finish(self, kind: str, sources: Sequence[str], metrics: Sequence[str] = ()) -> list[str]:
+        """Writes metrics.json and report.html; returns the numbers of these sources for a terminal."""
         write_results(kind, self.config.out, self.settings, self.results, self.galleries)
+        return headlines(self.results, sources, metrics)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -167,7 +168,7 @@ class ModelEvaluation(Evaluation):
         make_grid(pipe.schedule, sampler, config.steps)  # refuses an unknown sampler or a wrong number of steps
         if size < SMALLEST:
             raise UserError(f"the model makes {size} px pictures; they can be measured from {SMALLEST} px on")
-        self.sample = cache(self.sample)
+        self.sample = cache(self.sample)  # the same images are the same object, for which features are known
         data = data_config(config.model, config.data, config.data_path, size)
         self._open_test(data, config)
         self._open_train(data, config)

@@ -9,7 +9,7 @@ from ldm.data.folder import captioned
 from ldm.evaluate.config import FEWEST, FolderEvaluation
 from ldm.evaluate.evaluation import Evaluation
 from ldm.evaluate.pictures import of_files
-from ldm.evaluate.records import blank_record, find, headlines, judge_fault, sharing
+from ldm.evaluate.records import blank_record, find, judge_fault, sharing
 from ldm.images import image_size, to_float
 
 SHOWN = 24  # images of each folder in the report
@@ -56,8 +56,7 @@ def evaluate_folders(config: FolderEvaluation) -> list[str]:
     for source in sources:
         for i in range(min(SHOWN, source.count)):
             e.show(source.of, [("", source.read(i))])
-    e.write("folders")
-    return headlines(e.results, [fake.of])
+    return e.finish("folders", [fake.of])
 
 
 def read_captions(of: str, folder: Path, seed: int, all_or_none: bool) -> dict[str, list[str]]:

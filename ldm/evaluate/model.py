@@ -24,7 +24,6 @@ from ldm.evaluate.records import (
     blank_record,
     criterion,
     find,
-    headlines,
     judge_fault,
     left_out,
     mean_record,
@@ -76,12 +75,11 @@ def evaluate(config: EvaluateConfig) -> list[str]:
     if processes().is_main_process:
         e.add(*cost_records(e), *left_out(e.test.dataset, e.train))
     e.settings |= {"guidance_choice": choice, "compiled": e.pipe.compiled}
-    e.write("model")
     line = f"guidance: {best:g}{', the first that was named' if len(choice['values']) > 1 else ''}"
     if choice["split"]:
         line = f"best guidance: {best:g}, chosen on {choice['split']} by {choice['criterion'].replace('_', ' ')}"
     sources = ("real held-out", "real held-out, shuffled captions", "real train", f"samples at {best:g}")
-    return [line, *headlines(e.results, sources, HEADLINES)]
+    return [line, *e.finish("model", sources, HEADLINES)]
 
 
 def measure_real(e: ModelEvaluation) -> None:
