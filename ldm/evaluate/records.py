@@ -121,7 +121,7 @@ def mean(value: Any) -> Any:
 
 
 def part(r: Record, *keys: str) -> Record:
-    """One number of a record whose value is a dictionary; None where it has no such."""
+    """One number of a record whose value is a dictionary, with its interval; of value None where there is none."""
     value, interval = r["value"], r.get("intervals", r.get("interval"))
     for key in keys:
         value, interval = value.get(key), interval.get(key) if interval else None
