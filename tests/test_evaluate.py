@@ -45,7 +45,7 @@ def copy(done, tmp_path) -> Path:
 @pytest.fixture
 def prompts(monkeypatch) -> list[str]:
     """The prompts for which the pipeline is asked, but for those of its speed."""
-    monkeypatch.setattr("ldm.evaluate.model.cost_records", lambda e, guidance: [])
+    monkeypatch.setattr("ldm.evaluate.model.cost_records", lambda e: [])
     made, call = [], Pipeline.__call__
     monkeypatch.setattr(Pipeline, "__call__", lambda self, p, **options: made.extend(p) or call(self, p, **options))
     return made

@@ -2,7 +2,6 @@
 
 import math
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from tiny_evaluation import fill, one, report, results, stub_extractor, tiny_vae
 
 from ldm.data.shapes import Shapes
-from ldm.evaluate.autoencoder import SCALES, code, evaluate_autoencoder, in_batches
+from ldm.evaluate.autoencoder import SCALES, Coded, evaluate_autoencoder
 from ldm.evaluate.config import AutoencoderEvaluation
 from ldm.evaluate.pictures import sample_indices
 from ldm.evaluate.report import at_size
@@ -79,8 +78,7 @@ def test_its_numbers_are_those_of_its_reconstructions(measured, vae):
 
 def test_the_scale_of_the_likelihood_comes_from_training_images_alone(measured, vae):
     train = Shapes(32, "train")
-    run = partial(in_batches, device=torch.device("cpu"), size=32)
-    coded = code(VAE.from_pretrained(vae), train, sample_indices(len(train), 32, 0), run)
+    coded = Coded(VAE.from_pretrained(vae), 32, train, sample_indices(len(train), 32, 0))
     chosen = one(measured, "bits_per_dimension", "reconstructions")["scale"]
     costs = {scale: coded.nll(scale).mean().item() for scale in SCALES}
     assert chosen == min(costs, key=costs.get) and min(SCALES) < chosen < max(SCALES)

@@ -28,7 +28,7 @@ def run(out: Path, model: Path, *options: object) -> dict:
     """The settings in metrics.json after the command."""
     base = ["--model", model, "--num", N, "--steps", 1, "--features", "stub", "--train-num", 40, "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldm.evaluate.model.cost_records", lambda e, g: [])
+        patch.setattr("ldm.evaluate.model.cost_records", lambda e: [])
         patch.setattr(sys, "argv", ["evaluate.py", *map(str, [*base, "--out", out, *options])])
         main()
     return json.loads((out / "metrics.json").read_text())["settings"]

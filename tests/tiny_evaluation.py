@@ -32,7 +32,7 @@ from ldm.unet import UNet
 from ldm.vae import VAE
 
 N, GUIDANCE = 16, (1.0, 2.0)
-OPENED = "ldm.evaluate.features.image_text_model"  # opens a judge by name
+OPENED = "ldm.evaluate.evaluation.image_text_model"  # opens a judge by name
 
 
 def tiny_vae(seed: int = 0) -> VAE:

@@ -6,21 +6,10 @@ from pathlib import Path
 
 from ldm.config import UserError
 from ldm.data.folder import captioned
-from ldm.distributed import find_device
 from ldm.evaluate.config import FEWEST, FolderEvaluation
-from ldm.evaluate.features import open_networks
-from ldm.evaluate.pictures import claim, of_files
-from ldm.evaluate.records import (
-    alignment_records,
-    blank_record,
-    cmmd_record,
-    distance_records,
-    find,
-    headlines,
-    judge_fault,
-    sharing,
-)
-from ldm.evaluate.report import Row, write_results
+from ldm.evaluate.evaluation import Evaluation
+from ldm.evaluate.pictures import of_files
+from ldm.evaluate.records import blank_record, find, judge_fault, sharing
 from ldm.images import image_size, to_float
 
 SHOWN = 24  # images of each folder in the report
@@ -31,54 +20,43 @@ def evaluate_folders(config: FolderEvaluation) -> list[str]:
 
     Raises UserError for images that are missing, unreadable, of different sizes or too few; nothing is written then.
     """
-    judge_name = config.judge or "none"
-    if judge_name == config.features == "none":
+    judge = config.judge or "none"
+    if judge == config.features == "none":
         raise UserError("nothing is measured with --features none and no --judge; leave out the one or name the other")
     folders = {"images": config.images, "reference": config.reference}
-    captions = {of: read_captions(of, folder, config.seed, judge_name != "none") for of, folder in folders.items()}
+    captions = {of: read_captions(of, folder, config.seed, judge != "none") for of, folder in folders.items()}
     paths = {of: [folders[of] / name for name in names] for of, names in captions.items()}
     size = config.size or common_size([*paths["images"], *paths["reference"]])
     fake, real = sources = [of_files(of, files, size) for of, files in paths.items()]
-    device = find_device(config.device)
-    features, judge = open_networks(
-        config.features, judge_name, "", config.out, device, config.batch_size, config.compile
-    )
-    if features and not config.without_frechet:
-        n, (first,) = min(fake.count, real.count), features.network(to_float(fake.batch(0, 1)).to(features.device))
-        if n <= len(first):
+    counts = {"number_of_images": fake.count, "number_of_references": real.count}
+    e = Evaluation(config, size=size, **{of: str(folder) for of, folder in folders.items()}, **counts)
+    if e.features and not config.without_frechet:
+        first = fake.batch(0, 1)
+        n, dimensions = min(counts.values()), e.features.network(to_float(first).to(e.features.device)).shape[1]
+        if n <= dimensions:
             raise UserError(
-                f"{n} pictures are too few for a Frechet distance of {len(first)} features; {len(first) + 1}"
+                f"{n} pictures are too few for a Frechet distance of {dimensions} features; {dimensions + 1}"
                 " are needed on both sides: take --without-frechet (kernel distance and CMMD need no more), or"
                 " --features with fewer of them, as judge:FOLDER"
             )
-    results = [blank_record(source, config.batch_size) for source in sources]  # reads all: refuses a broken one
-    settings = {"images": str(config.images), "reference": str(config.reference), "size": size, "seed": config.seed}
-    claim(config.out, settings)
-    if features:
-        counts = {"n_images": fake.count, "n_reference": real.count}
-        results += distance_records(features, fake, real, config.seed, not config.without_frechet, **counts)
-    if judge:
-        pair = judge(fake), judge(real)
-        results.append(cmmd_record(*pair, fake, real, config.seed, **judge.metadata))
-        for images, source in zip(pair, sources, strict=True):
+    e.add(*(blank_record(source, config.batch_size) for source in sources))  # reads all: refuses a broken one
+    e.claim("images", "reference", "size", "seed")
+    if e.features:
+        both = {"n_images": fake.count, "n_reference": real.count}
+        e.add(*e.features.distances(fake, real, not config.without_frechet, **both))
+    if e.judge:
+        e.add(e.judge.cmmd(fake, real))
+        for source in sources:
             texts = [*captions[source.of].values()]
             if all(texts):
-                first = judge.texts([text for text, *_ in texts])
-                results += alignment_records(images, first, sharing(texts), source, **judge.metadata)
-        for r in find(results, "text_to_image@1", real.of):
+                e.add(*e.judge.alignment(source, [text for text, *_ in texts], sharing(texts)))
+        for r in find(e.results, "text_to_image@1", real.of):
             if fault := judge_fault(r):
                 warnings.warn(f"{fault}: its alignment says little", stacklevel=2)
-    names = {"features": features, "judge": judge}
-    settings |= {name: network.network.name if network else "none" for name, network in names.items()}
-    settings |= {
-        "number_of_images": fake.count,
-        "number_of_references": real.count,
-        "device": str(device),
-        "compile": config.compile,
-    }
-    rows = {s.of: [Row(pictures=[("", s.read(i))]) for i in range(min(SHOWN, s.count))] for s in sources}
-    write_results("folders", config.out, settings, results, rows)
-    return headlines(results, [fake.of])
+    for source in sources:
+        for i in range(min(SHOWN, source.count)):
+            e.show(source.of, [("", source.read(i))])
+    return e.finish("folders", [fake.of])
 
 
 def read_captions(of: str, folder: Path, seed: int, all_or_none: bool) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,32 +12,24 @@ import psutil
 import torch
 
 from ldm.config import UserError
-from ldm.data.shapes import Scene
 from ldm.distributed import processes
 from ldm.evaluate.config import EvaluateConfig
-from ldm.evaluate.evaluation import Evaluation, Questions
-from ldm.evaluate.pictures import Pictures, claim
-from ldm.evaluate.probes import PROBES, SHOWN, memorization
+from ldm.evaluate.evaluation import ModelEvaluation, Questions
+from ldm.evaluate.pictures import Pictures
+from ldm.evaluate.probes import SHOWN, probe
 from ldm.evaluate.records import (
     SHUFFLED,
     Record,
-    alignment_records,
     best_guidance,
     blank_record,
-    class_records,
-    cmmd_record,
-    distance_records,
+    criterion,
     find,
-    frechet_records,
-    headlines,
     judge_fault,
     left_out,
     mean_record,
-    ranking,
     ratio,
     record,
 )
-from ldm.evaluate.report import write_results
 from ldm.images import to_float
 from ldm.metrics import psnr, ssim
 from ldm.metrics.attributes import ATTRIBUTES, paired
@@ -46,6 +39,8 @@ from ldm.metrics.intervals import mean_interval
 from ldm.model_io import read_json
 
 HEADLINES = ("frechet_distance", "clip_cosine", "image_to_text@1", "mean_kind_image_to_text@1", "compositional_score")
+# settings that a folder is for; the same weights under another path are the same model
+CLAIMED = ("model_sha256", "data", "data_sha256", "split", "size", "guidance_rescale", "steps", "sampler", "seed")
 SHARED = ("data_sha256", "split", "size", "num", "seed")  # settings that determine the held-out captions
 TIMED = 8  # images
 
@@ -56,10 +51,9 @@ def evaluate(config: EvaluateConfig) -> list[str]:
     Several processes (`accelerate launch`) share images and features. Returns the headline numbers, one per line.
     Raises UserError for wrong settings, too few images, or images of other settings; nothing is written then.
     """
-    e, new = Evaluation(config), not config.out.exists()
+    e, new = ModelEvaluation(config), not config.out.exists()
     baseline = read_baseline(config.baseline, e) if config.baseline else None
-    # the same weights under another path are the same model
-    claim(config.out, {key: e.settings[key] for key in e.settings if key not in ("model", "parameters")})
+    e.claim(*CLAIMED)
     try:
         measure_real(e)
     except UserError:
@@ -68,33 +62,32 @@ def evaluate(config: EvaluateConfig) -> list[str]:
         raise
     measure_bounds(e)
     choice = choose_guidance(e)
-    best = choice["value"]
+    e.guidance = best = choice["value"]
     if not find(e.results, "blank_pictures", "samples"):
         measure_samples(e, e.test, best)
     for r in e.results:
         if r["of"] == "validation samples" or r.get("guidance", best) != best:
             r["curve"] = True  # no result, but a point of the curve over guidance
-    measure_best(e, best)
+    probe(e)
     if baseline:
         e.add(*compare(baseline, e.results, best))
-    show_samples(e, best)
+    show_samples(e)
     if processes().is_main_process:
-        e.add(*cost_records(e, best), *left_out(e.test.dataset, e.train))
-    settings = e.settings | e.choices | {"guidance_choice": choice, "compiled": e.pipe.compiled}
-    write_results("model", config.out, settings, e.results, e.galleries)
-    sources = ("real held-out", "real held-out, shuffled captions", "real train", f"samples at {best:g}")
+        e.add(*cost_records(e), *left_out(e.test.dataset, e.train))
+    e.settings |= {"guidance_choice": choice, "compiled": e.pipe.compiled}
     line = f"guidance: {best:g}{', the first that was named' if len(choice['values']) > 1 else ''}"
     if choice["split"]:
         line = f"best guidance: {best:g}, chosen on {choice['split']} by {choice['criterion'].replace('_', ' ')}"
-    return [line, *headlines(e.results, sources, HEADLINES)]
+    sources = ("real held-out", "real held-out, shuffled captions", "real train", f"samples at {best:g}")
+    return [line, *e.finish("model", sources, HEADLINES)]
 
 
-def measure_real(e: Evaluation) -> None:
+def measure_real(e: ModelEvaluation) -> None:
     """Real images: the best possible scores. Raises UserError for a judge that is hardly above chance on them."""
     real = e.test.real
     e.add(blank_record(real, e.config.batch_size))
     if e.features:
-        e.add(*class_records(e.features, real, e.config.seed))
+        e.add(*e.features.classes(real))
         if not e.bank:
             e.add(record("frechet_distance", None, e.real_train, note=e.train_note, **e.features.metadata))
     if e.judge:
@@ -104,7 +97,7 @@ def measure_real(e: Evaluation) -> None:
             raise UserError(f"{fault}, so it cannot judge these; name another with --judge, or --judge none")
 
 
-def measure_bounds(e: Evaluation) -> None:
+def measure_bounds(e: ModelEvaluation) -> None:
     """What bounds samples: reconstructions, an untrained model, training images."""
     real, decoded = e.test.real, e.reconstructions
     x, y = (to_float(source.batch(0, source.count)) for source in (real, decoded))
@@ -113,11 +106,11 @@ def measure_bounds(e: Evaluation) -> None:
         measure_source(e, e.test, source)
     if e.test.cases:
         scenes = [e.test.dataset.scene(i) for i in e.test.indices]
-        e.add(*(scene_record(source, scenes) for source in (real, decoded)))
+        e.add(*(mean_record("scene_accuracy", by_aspect(arrays(source), scenes), source) for source in (real, decoded)))
         e.add(compositional_record(e.untrained, e.test.cases))
 
 
-def choose_guidance(e: Evaluation) -> dict[str, Any]:
+def choose_guidance(e: ModelEvaluation) -> dict[str, Any]:
     """The guidance to report, and how it was chosen: among several by the first criterion that is measured, on the
     validation split, or on the reported captions where that was asked for or there is no other split."""
     values = list(e.config.guidance)
@@ -127,59 +120,45 @@ def choose_guidance(e: Evaluation) -> dict[str, Any]:
         measure_samples(e, asked, g)
     if len(values) == 1 or e.config.choose_on == "none":
         return choice
-    criterion, value = ranking(e.results, asked.of)[0], best_guidance(e.results, asked.of)
-    n = len(asked.cases if criterion == "compositional_score" else asked.captions)
-    return choice | {"value": value, "split": split, "criterion": criterion, "n": n, "times": asked.times}
+    metric, value = criterion(e.results, asked.of), best_guidance(e.results, asked.of)
+    n = len(asked.cases if metric == "compositional_score" else asked.captions)
+    return choice | {"value": value, "split": split, "criterion": metric, "n": n, "times": asked.times}
 
 
-def measure_samples(e: Evaluation, asked: Questions, g: float) -> None:
+def measure_samples(e: ModelEvaluation, asked: Questions, g: float) -> None:
     """Samples at one guidance: of captions, and of cases for the exact checker."""
     measure_source(e, asked, e.sample(asked, g))
     if cases := asked.cases:
         source = e.sample(asked.about_cases, g)
         e.add(compositional_record(source, cases))
         if asked is e.test:
-            e.add(compositional_record(source, cases[1:] + cases[:1], of=SHUFFLED))
-            e.add(scene_record(source, [case.required for case in cases]))
+            e.add(compositional_record(source, [*cases[1:], *cases[:1]], of=SHUFFLED))
+            aspects = by_aspect(arrays(source), [case.required for case in cases])
+            e.add(mean_record("scene_accuracy", aspects, source))
 
 
-def measure_source(e: Evaluation, asked: Questions, source: Pictures) -> None:
+def measure_source(e: ModelEvaluation, asked: Questions, source: Pictures) -> None:
     """Blank images, distances to the real images, and alignment; of real training images, no alignment."""
     e.add(blank_record(source, e.config.batch_size))
     if e.features:
-        e.add(*distance_records(e.features, source, asked.real, e.config.seed))
+        e.add(*e.features.distances(source, asked.real))
     if e.judge:
-        compared = (e.judge(source), e.judge(asked.real), source, asked.real, e.config.seed)
         # of a judge's few dimensions a Frechet distance is hardly biased, and can be extrapolated
-        e.add(*frechet_records(*compared, "judge_", **e.judge.metadata), cmmd_record(*compared, **e.judge.metadata))
+        e.add(*e.judge.frechet(source, asked.real, "judge_"), e.judge.cmmd(source, asked.real))
         if source is not e.real_train:
             measure_alignment(e, asked, source)
 
 
-def measure_alignment(e: Evaluation, asked: Questions, source: Pictures) -> None:
+def measure_alignment(e: ModelEvaluation, asked: Questions, source: Pictures) -> None:
     """Alignment of images with their captions, and with the attributes that these name."""
-    images, network = e.judge(source), e.judge.metadata
-    e.add(*alignment_records(images, e.judge.texts(asked.captions), asked.same, source, **network))
+    e.add(*e.judge.alignment(source, asked.captions, asked.same))
     for attribute in ATTRIBUTES:
-        shares, rows = paired(images, asked.captions, e.judge.texts, attribute)
+        shares, rows = paired(e.judge(source), asked.captions, e.judge.texts, attribute)
         if rows:
-            e.add(mean_record(f"paired {attribute.name}", shares, source.rows(rows), chance=0.5, **network))
+            e.add(e.judge.mean(f"paired {attribute.name}", shares, source.rows(rows), chance=0.5))
 
 
-def measure_best(e: Evaluation, g: float) -> None:
-    """At the reported guidance: captions of other images, and the probes."""
-    if e.judge:
-        texts, same = e.judge.texts(e.test.captions).roll(1, 0), e.test.same.roll((1, 1), (0, 1))
-        for source in (e.test.real, e.sample(e.test, g)):
-            of = {"of": f"{source.of}, shuffled captions"}
-            e.add(*alignment_records(e.judge(source), texts, same, source, **of, **e.judge.metadata))
-        for probe in PROBES:
-            probe(e, g)
-    if e.features and e.bank:
-        memorization(e, g)
-
-
-def compositional_record(source: Pictures, cases: list[Case], **fields: str) -> Record:
+def compositional_record(source: Pictures, cases: Sequence[Case], **fields: str) -> Record:
     """How many of the cases the images meet, by the exact checker, by task and half; "interval" is that of the mean
     over all."""
     right = [check(x, case.required) for x, case in zip(arrays(source), cases, strict=False)]
@@ -189,26 +168,19 @@ def compositional_record(source: Pictures, cases: list[Case], **fields: str) -> 
     return record("compositional_score", tally(right, cases), source, intervals["mean"]["all"], **fields)
 
 
-def scene_record(source: Pictures, scenes: list[Scene]) -> Record:
-    """How many images are right in each aspect of their scene."""
-    right = by_aspect(arrays(source), scenes)
-    interval = {aspect: mean_interval(each) for aspect, each in right.items()}
-    return record("scene_accuracy", {a: float(np.mean(each)) for a, each in right.items()}, source, interval)
-
-
 def arrays(source: Pictures) -> np.ndarray:
     """Images as the exact checker reads them, (N, H, W, 3)."""
     return source.batch(0, source.count).permute(0, 2, 3, 1).numpy()
 
 
-def show_samples(e: Evaluation, g: float) -> None:
+def show_samples(e: ModelEvaluation) -> None:
     """The first prompts at every guidance, reconstructions, and the cases that failed, with what the checker sees."""
     scales = [r["guidance"] for r in find(e.results, "blank_pictures", "samples")]
     for i, caption in enumerate(e.test.captions[:SHOWN]):
         real = ("real", e.test.real.read(i))
         e.show("prompts", [real, *((f"{scale:g}", e.sample(e.test, scale).read(i)) for scale in scales)], caption)
         e.show("reconstructions", [real, ("decoded", e.reconstructions.read(i))])
-    images = arrays(e.sample(e.test.about_cases, g)) if e.test.cases else ()
+    images = arrays(e.sample(e.test.about_cases, e.guidance)) if e.test.cases else ()
     for image, case in zip(images, e.test.cases, strict=True):
         if not check(image, case.required):
             things = [" ".join(filter(None, (t.size, t.colour, t.shape))) for t in parse(image)]
@@ -216,11 +188,11 @@ def show_samples(e: Evaluation, g: float) -> None:
             e.show("failures", [("", torch.from_numpy(image).permute(2, 0, 1))], case.caption, note)
 
 
-def read_baseline(folder: str, e: Evaluation) -> dict:
+def read_baseline(folder: str, e: ModelEvaluation) -> dict:
     """metrics.json of an evaluation. Raises UserError where its numbers do not compare with those of `e`."""
-    table, now = read_json(Path(folder) / "metrics.json"), e.settings | e.choices
+    table = read_json(Path(folder) / "metrics.json")
     try:
-        pairs = [(key, table["settings"][key], now[key]) for key in SHARED]
+        pairs = [(key, table["settings"][key], e.settings[key]) for key in SHARED]
         resizes = {r["extractor_sha256"]: r["resize"] for r in table["results"] if "extractor_sha256" in r}
         best_guidance(table["results"])
     except (KeyError, TypeError, ValueError):
@@ -252,13 +224,13 @@ def _comparable(results: list[Record], g: float) -> dict[str, Record]:
     return {r["metric"]: r for r in samples if isinstance(r["value"], float) and not parts & {*r}}
 
 
-def cost_records(e: Evaluation, g: float) -> list[Record]:
+def cost_records(e: ModelEvaluation) -> list[Record]:
     """Seconds and bytes per image, in a batch after a first one to warm up, and parameters.
 
     Memory is what the batch takes on a GPU beyond weights and all else, shared by its images, and None on a CPU;
     `peak` is the most that torch held on the GPU, on a CPU what the process holds.
     """
-    captions, device, source = e.test.captions[:TIMED], e.pipe.device, e.sample(e.test, g)
+    captions, device, source = e.test.captions[:TIMED], e.pipe.device, e.sources[1]
     n, gpu = len(captions), device.type == "cuda"
     sample = partial(e.pipe, captions, batch_size=n, **source.labels)
     sample()

@@ -12,10 +12,9 @@ from torch import Tensor
 from ldm.config import UserError
 from ldm.data import DataConfig
 from ldm.data.faults import readable
-from ldm.distributed import processes
 from ldm.evaluate.config import FEWEST
 from ldm.images import read_image
-from ldm.model_io import atomic_write, find_root, read_json, write_json
+from ldm.model_io import atomic_write, find_root, read_json
 
 USUAL = 600  # held-out samples where --num is 0, or all of a smaller split
 KEPT = ("length", "seed", "max_pixels", "max_broken")  # of the data of a run, where the same data are measured
@@ -56,16 +55,12 @@ def of_dataset(of: str, dataset: Any, indices: Sequence[int]) -> Pictures:
     return Pictures(of=of, count=len(indices), read=lambda i: dataset[indices[i]]["image"], concepts=concepts)
 
 
-def run_config(model: str) -> dict[str, Any]:
-    """The config.json of the run that made a model; empty where there is none."""
+def data_config(model: str, name: str, path: str, size: int) -> DataConfig:
+    """The data `name` at `path`, with the length, seed and limits of the run that made the model where that was on
+    them."""
     root = find_root(model)
     file = (root.parent.parent if root.parent.name == "checkpoints" else root) / "config.json"
-    return read_json(file) if file.is_file() else {}
-
-
-def data_config(model: str, name: str, path: str, size: int) -> DataConfig:
-    """The data `name` at `path`, with the length, seed and limits of the model's run where that was on them."""
-    trained = run_config(model).get("data", {})
+    trained = read_json(file).get("data", {}) if file.is_file() else {}
     kept = {key: trained[key] for key in KEPT if trained.get(key) is not None and trained.get("name") == name}
     return DataConfig(name=name, path=path, size=size, **kept)
 
@@ -86,21 +81,6 @@ def held_out_indices(dataset: Any, config: Any) -> list[int]:
 def sample_indices(length: int, n: int, seed: int) -> list[int]:
     """`n` random indices below `length`; fewer are the beginning of more, so that a larger run completes a smaller."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:n].tolist()
-
-
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings into a new `out`. Raises UserError, naming the differences, where it was made with others."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{str(out)!r} is a file; --out must be a folder")
-    path = out / "settings.json"
-    with processes().main_process_first():
-        if not path.is_file():
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(path, settings)
-    old = read_json(path)
-    if keys := [key for key, value in settings.items() if old.get(key) != value]:
-        changes = "; ".join(f"{key} {str(old.get(key))[:16]}, not {str(settings[key])[:16]}" for key in keys)
-        raise UserError(f"{str(out)!r} has pictures made with {changes}; use another --out, or delete that folder")
 
 
 def write_captions(folder: Path, captions: list[str]) -> None:

@@ -4,28 +4,21 @@ Intervals are 95% bootstrap intervals. A further metric is a function that retur
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.evaluate.features import Features
 from ldm.evaluate.pictures import Pictures
-from ldm.metrics.alignment import chance, cosine, retrieval_hits
-from ldm.metrics.distances import cmmd, frechet_distance, frechet_distance_infinite, kernel_distance
-from ldm.metrics.diversity import inception_score, neighbourhoods
-from ldm.metrics.intervals import kernel_interval, mean_interval, resampled_interval
+from ldm.metrics.intervals import mean_interval, resampled_interval
 
 Record = dict[str, Any]
-NEIGHBOURS = 5
-SUBSET = 1000  # images per subset of the kernel distance; half of the images where there are fewer than twice as many
 SHUFFLED = "samples, shuffled captions"
 BLANK = 4  # levels of 255; an image that spans no more in any channel is of one plain colour
 FAR, LEAST, MOST = 5.0, 0.1, 0.5  # a judge finds real images with FAR times chance, at least LEAST; MOST is enough
 # What guidance is chosen by, and 1 where less is better: the first that was measured
-CRITERIA = (("compositional_score", -1), ("frechet_distance", 1), ("clip_cosine", -1), ("blank_pictures", 1))
+CRITERIA = {"compositional_score": -1, "frechet_distance": 1, "clip_cosine": -1, "blank_pictures": 1}
 
 
 def record(metric: str, value: Any, source: Pictures | str, interval: Any = None, **fields: Any) -> Record:
@@ -35,90 +28,35 @@ def record(metric: str, value: Any, source: Pictures | str, interval: Any = None
 
 
 def mean_record(metric: str, values: Any, source: Pictures | str, **fields: Any) -> Record:
-    """The mean of one value per image; the interval over concepts where the images have them."""
+    """The mean of one value per image, the interval over concepts where the images have them; of a dictionary of values
+    dictionaries of means and intervals."""
+    if isinstance(values, dict):
+        means = {key: mean_record(metric, each, source) for key, each in values.items()}
+        value, interval = ({key: r[field] for key, r in means.items()} for field in ("value", "interval"))
+        return record(metric, value, source, interval, **fields)
     values = torch.as_tensor(values).double()
     groups = source.concepts if isinstance(source, Pictures) and source.count == len(values) else ()
     interval = mean_interval(values, groups=groups)
     return record(metric, float(values.mean()), source, interval, **{"n": len(values)} | fields)
 
 
+def resampled_record(
+    metric: str,
+    statistic: Callable[..., float],
+    sets: Sequence[Tensor],
+    source: Pictures | str,
+    options: dict,
+    **fields: Any,
+) -> Record:
+    """A statistic of sets of rows, with its interval by `resampled_interval` with these options."""
+    value = statistic(*sets)
+    return record(metric, value, source, resampled_interval(statistic, sets, value, **options), **fields)
+
+
 def blank_record(source: Pictures, batch_size: int) -> Record:
     """How many images are of one plain colour: failures, which count in every other number all the same."""
     spans = [x.amax((2, 3)).int() - x.amin((2, 3)).int() for x in source.batches(batch_size)]
     return record("blank_pictures", int((torch.cat(spans).amax(1) <= BLANK).sum()), source)
-
-
-def distance_records(
-    features: Features, source: Pictures, real: Pictures, seed: int, frechet: bool = True, **fields: Any
-) -> Iterator[Record]:
-    """All numbers of a feature network on images against real ones; the intervals of precision, recall, density and
-    coverage keep the neighbourhoods as they are."""
-    x, y = features(source), features(real)
-    n, fields = min(len(x), len(y)), fields | features.metadata
-    if frechet:
-        yield from frechet_records(x, y, source, real, seed, **fields)
-    fields, subset = fields | {"against": real.of, "n": n}, min(SUBSET, n // 2)
-    value, deviation = kernel_distance(x, y, subset_size=subset, seed=seed)
-    interval = kernel_interval(x[:n], y[:n], "kid", value, seed, source.concepts[:n])
-    yield record("kernel_distance", value, source, interval, deviation=deviation, subset_size=subset, **fields)
-    for metric, values in neighbourhoods(y, x, NEIGHBOURS).items():
-        of_real = metric in ("recall", "coverage")
-        interval = mean_interval(values, groups=(real if of_real else source).concepts)
-        yield record(metric, float(values.mean()), source, interval, k=NEIGHBOURS, **fields)
-    yield from class_records(features, source, seed)
-
-
-def frechet_records(
-    fake: Tensor, real: Tensor, source: Pictures, against: Pictures, seed: int, prefix: str = "", **fields: Any
-) -> Iterator[Record]:
-    """The Frechet distance of features `fake` (N, D) and `real` (M, D), and extrapolated to N -> infinity.
-
-    With no more rows than dimensions the covariance is singular and the distance `biased` up: it compares only at the
-    same N, and its `note` says how many images it needs. With fewer rows than twice the dimensions there is no
-    extrapolation, but a `note`.
-    """
-    n, dimensions = min(len(fake), len(real)), fake.shape[1]
-    metric, fields = f"{prefix}frechet_distance", fields | {"against": against.of, "n": n}
-    resampled = partial(resampled_interval, sets=(fake, real), seed=seed, groups=(source.concepts, against.concepts))
-    value, size = frechet_distance(fake, real), {"dimensions": dimensions, "biased": n <= dimensions}
-    interval = resampled(frechet_distance, value=value, least=0.0)
-    if n <= dimensions:
-        size["note"] = f"needs {dimensions + 1} pictures on both sides, one more than features, for less bias"
-    yield record(metric, value, source, interval, **fields, **size)
-    value, interval, note = None, None, {"note": f"needs {2 * dimensions} pictures, twice the features"}
-    if n >= 2 * max(dimensions, 2):
-        extrapolated, note = partial(frechet_distance_infinite, seed=seed), {}
-        value = extrapolated(fake, real)
-        interval = resampled(extrapolated, value=value, few=True)
-    yield record(f"{metric}_infinite", value, source, interval, **fields, **note)
-
-
-def class_records(features: Features, source: Pictures, seed: int) -> Iterator[Record]:
-    """The Inception Score of images, where the network has classes."""
-    probabilities = features.network.probabilities(features(source).to(features.device))
-    if probabilities is not None:
-        value, deviation = inception_score(probabilities)
-        score = lambda rows: inception_score(rows)[0]  # noqa: E731
-        interval = resampled_interval(score, (probabilities,), value, seed, groups=(source.concepts,))
-        yield record("inception_score", value, source, interval, deviation=deviation, splits=10, **features.metadata)
-
-
-def cmmd_record(fake: Tensor, real: Tensor, source: Pictures, against: Pictures, seed: int, **fields: Any) -> Record:
-    """CMMD of image embeddings (N, D) and (M, D), with an interval of as many images on both sides."""
-    value, n = cmmd(fake, real), min(len(fake), len(real))
-    low, high = kernel_interval(fake[:n], real[:n], "cmmd", value, seed, source.concepts[:n])
-    return record("cmmd", value, source, (max(low, 0.0), max(high, 0.0)), **fields | {"against": against.of, "n": n})
-
-
-def alignment_records(images: Tensor, texts: Tensor, same: Tensor, source: Pictures, **fields: Any) -> Iterator[Record]:
-    """Cosines of images with their captions (unit embeddings (N, D)), `each` of them too, and retrieval both ways;
-    `same` (N, N) marks the pairs that share a caption."""
-    cosines = cosine(images, texts)
-    yield mean_record("clip_cosine", cosines, source, each=[round(value, 6) for value in cosines.tolist()], **fields)
-    for metric, weight in (("clip_score_100", 100), ("clip_score", 2.5)):
-        yield mean_record(metric, weight * cosines.clamp_min(0), source, weight=weight, **fields)
-    for metric, hits in retrieval_hits(images, texts, (1, 5), same).items():
-        yield mean_record(metric, hits, source, chance=chance(same, int(metric[-1])), **fields)
 
 
 def sharing(captions: Sequence[Sequence[str]]) -> Tensor:
@@ -162,23 +100,32 @@ def find(results: Sequence[Record], metric: str, of: str, **where: Any) -> list[
     return [r for r in results if r["value"] is not None and all(r.get(key) == value for key, value in where.items())]
 
 
-def ranking(results: Sequence[Record], of: str = "samples") -> tuple[str, list[tuple[float, float]]]:
-    """The first of CRITERIA that was measured, and for each guidance its cost (less is better) and the guidance."""
-    for metric, sign in CRITERIA:
-        if measured := find(results, metric, of):
-            return metric, [(sign * mean(r["value"]), r["guidance"]) for r in measured]
+def criterion(results: Sequence[Record], of: str) -> str:
+    """The first of CRITERIA that was measured. Raises ValueError without any."""
+    for metric in CRITERIA:
+        if find(results, metric, of):
+            return metric
     raise ValueError(f"nothing was measured of {of!r}")
 
 
 def best_guidance(results: Sequence[Record], of: str = "samples") -> float:
     """The guidance of the highest compositional score; without one, of the lowest Frechet distance; without that, of
     the highest cosine with the captions; else of the fewest blank images."""
-    return min(ranking(results, of)[1])[1]
+    metric = criterion(results, of)
+    return min((CRITERIA[metric] * mean(r["value"]), r["guidance"]) for r in find(results, metric, of))[1]
 
 
 def mean(value: Any) -> Any:
     """A value, of a table of tasks the mean over all."""
     return value["mean"]["all"] if isinstance(value, dict) and "mean" in value else value
+
+
+def part(r: Record, *keys: str) -> Record:
+    """One number of a record whose value is a dictionary, with its interval; of value None where there is none."""
+    value, interval = r["value"], r.get("intervals", r.get("interval"))
+    for key in keys:
+        value, interval = value.get(key), interval.get(key) if interval else None
+    return r | {"value": value, "interval": interval}
 
 
 def ratio(a: Record, b: Record) -> float | None:

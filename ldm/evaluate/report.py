@@ -6,7 +6,6 @@ All that it says is in report.jinja; a further section is one there.
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,21 +19,12 @@ from torch import Tensor
 from ldm.config import UserError
 from ldm.distributed import processes
 from ldm.evaluate.plots import plot
-from ldm.evaluate.records import SHUFFLED, Record, find, named, number, ratio, short
+from ldm.evaluate.records import SHUFFLED, Record, find, named, number, part, ratio, short
 from ldm.images import data_url
 from ldm.model_io import atomic_write, write_json
 
 FORMATS = {"model": "ldm-evaluation-2", "folders": "ldm-evaluation-2", "autoencoder": "ldm-autoencoder-evaluation-1"}
 LARGEST = 256  # pixels per side of an image in the report; larger ones are reduced
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """Images side by side, each a label and uint8 (3, H, W)."""
-
-    caption: str = ""
-    pictures: list[tuple[str, Tensor]]
-    note: str = ""
 
 
 def check_installed() -> None:
@@ -44,9 +34,10 @@ def check_installed() -> None:
 
 
 def write_results(
-    kind: str, out: Path, settings: dict, results: Sequence[Record], galleries: dict[str, list[Row]]
+    kind: str, out: Path, settings: dict, results: Sequence[Record], galleries: dict[str, list[dict]]
 ) -> None:
-    """Writes metrics.json and report.html into `out`, in the main process; `kind` is one of FORMATS."""
+    """Writes metrics.json and report.html into `out`, in the main process; `kind` is one of FORMATS. A row of a
+    gallery has "pictures", each a label and uint8 (3, H, W), a "caption" and a "note"."""
     if not processes().is_main_process:
         return
     from jinja2 import Environment, FileSystemLoader
@@ -59,11 +50,18 @@ def write_results(
     def one(metric: str, of: str, **where: Any) -> Record | None:
         return next(iter(find(results, metric, of, **where)), None)
 
+    def numbers(
+        metric: str, sources: list[str], factor: float = 1.0, keys: Sequence[str] = (), interval: bool = True, **where
+    ) -> list[str]:
+        """Of each source a metric's numbers, "-" where it has none; `keys` lead to one of a dictionary."""
+        each = [r for of in sources for r in find(results, metric, of, **where) or [None]]
+        return [number(r and part(r, *keys), factor, interval) for r in each]
+
     write_json(out / "metrics.json", {"format": FORMATS[kind], "settings": settings, "results": results})
     folder, options = FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=folder, autoescape=True, extensions=["jinja2.ext.do"], **options)
-    environment.filters |= {"cell": cell, "markup": Markup}
-    functions = (number, named, short, ratio, image, at_size, headings, one, plot)
+    environment.filters |= {"cell": cell, "markup": Markup, "g": "{:g}".format}
+    functions = (number, numbers, named, part, short, ratio, image, at_size, headings, one, plot, zip)
     environment.globals |= {function.__name__: function for function in functions}
     environment.globals |= {"find": partial(find, results), "percent": "{:.1%}".format, "SHUFFLED": SHUFFLED}
     values = {"kind": kind, "settings": settings, "results": results, "galleries": galleries}
