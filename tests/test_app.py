@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_models import tiny_parts
 
 pytest.importorskip("gradio")
+
+import gradio as gr
 
 from ldm.app import picture_sets, sampling, study, tab_judge, tabs
 from ldm.app.attention import attention_maps, token_positions, word_overlays
@@ -26,6 +29,7 @@ from ldm.app.models import Models, find_models
 from ldm.app.pictures import Pictures
 from ldm.app.results import results
 from ldm.app.sampling import Settings, picture_metadata, restore, sample
+from ldm.app.workspace import Workspace
 from ldm.config import UserError
 from ldm.images import read_metadata, save_png
 from ldm.pipeline import Pipeline
@@ -142,6 +146,42 @@ def test_a_png_contains_all_that_making_it_again_takes(pipe, tmp_path):
     assert abs(pixels(same) - pixels(image)).max() <= 1
     elsewhere, notes = restore(tmp_path / "a.png", offered("other"))
     assert elsewhere.model == "other" and "not offered" in notes[0]
+
+
+def test_adapters_are_offered_by_name_merged_recorded_and_restored(pipe, tmp_path):
+    files = {name: f"{tmp_path}/{name}.safetensors" for name in ("style", "wide")}
+    factors = {"A": torch.ones(2, 16, 3, 3), "B": torch.ones(4, 2, 1, 1)}
+    tensors = {f"unet.conv_out.lora_{x}.weight": factor for x, factor in factors.items()}
+    save_file(tensors, files["style"])
+    save_file(tensors | {"unet.no.lora_A.weight": torch.ones(2)}, files["wide"])
+    pipe.save_pretrained(tmp_path / "tiny")
+    models = Models({"tiny": str(tmp_path / "tiny")}, adapters=[*files.values()])
+    with gr.Blocks():
+        ui = Workspace(models, Pictures(tmp_path / "pictures"))
+    values = {control: control.value for control in ui.controls.values()} | {ui.history: []}
+
+    def picture(**changes) -> Image.Image:
+        given = {"prompt": PROMPT, "steps": 3, "seed": 5, "count": 1} | changes
+        values.update({ui.controls[name]: value for name, value in given.items()})
+        finish(ui.sample(values, ui.settings(values)))
+        return Image.open(values[ui.history][0])
+
+    plain, adapted = picture(), picture(adapters=["style"], adapter_weight=0.5)
+    expected = Pipeline.from_pretrained(tmp_path / "tiny").load_lora(files["style"], 0.5)
+    (expected,) = expected(PROMPT, steps=3, seed=5, guidance=3.0)
+    assert np.array_equal(pixels(adapted), pixels(expected)) and abs(pixels(plain) - pixels(adapted)).max() > 4
+    assert adapted.text["lora"] == "style:0.5" and "lora" not in plain.text
+    assert models.merged("tiny", ["style"], 0.5) is models.merged("tiny", ["style"], 0.5) is not models["tiny"]
+    again, notes = restore(adapted.filename, models)
+    assert notes == [] and (again.adapters, again.adapter_weight) == (("style",), 0.5)
+    again, (note,) = restore(adapted.filename, Models(models.folders))
+    assert again.adapters == () and "'style:0.5' are not offered" in note
+    save_png(PLAIN, tmp_path / "script.png", {"prompt": "a", "seed": "1", "model": "tiny", "lora": files["style"]})
+    assert restore(tmp_path / "script.png", models)[0].adapters == ("style",)
+    for name, words in (("wide", "not fit this model: 1 of its 2 names"), (files["style"], "unknown adapter")):
+        with pytest.raises(UserError, match=words) as error:
+            picture(adapters=[name])
+        assert "\n" not in str(error.value)
 
 
 def test_pngs_without_settings_or_with_bad_ones_are_refused(tmp_path):
@@ -304,6 +344,8 @@ def test_the_server_gives_out_its_own_pictures_alone(tmp_path, monkeypatch):
             assert page.status_code == status
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*use another --port"):
             refuse(AppOptions(port=port, out=tmp_path / "app"))
+        with pytest.raises(UserError, match="--lora no.safetensors: .* exist"):
+            refuse(AppOptions(lora=("no.safetensors",), out=tmp_path / "app"))
 
     monkeypatch.setattr(sampling.EXIT, "wait", check)
     serve(offered("shapes"), tmp_path / "app", "127.0.0.1", port)

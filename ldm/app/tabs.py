@@ -71,7 +71,7 @@ def build_edit(ui: Workspace) -> None:
 
     def edit(values):
         settings = ui.settings(values, width=0, height=0)
-        pipe = ui.models[settings.model]
+        pipe = ui.pipeline(settings)
         image, mask = read_drawing(values[editor], pipe.latent_shape()[1] * pipe.vae.factor, pipe.vae.factor)
         options = {"strength": settings.strength} | ({"resample": RESAMPLE} if mask else {})
         metadata = {"image": "uploaded", "mask": "drawn" if mask else ""} | options
@@ -136,7 +136,7 @@ def build_compare(ui: Workspace) -> None:
         columns = len(asked) // len(down) if values[other] else min(4, len(asked))
         sheet = captioned_grid(images, labels, columns=columns, cell=200)
         metadata = {"compared": values[name], "values": values[text], "rows": values[other], "row_values": values[rows]}
-        files = ui.pictures.save([sheet], picture_metadata(ui.models[settings.model], settings, **metadata))
+        files = ui.pictures.save([sheet], picture_metadata(ui.pipeline(settings), settings, **metadata))
         shown = [(*files, "all"), *((file, label) for label, ((file,), _) in pictures.items())]
         yield {ui.gallery: gr.Gallery(shown, selected_index=0)}
 
@@ -175,7 +175,7 @@ def build_inside(ui: Workspace) -> None:
 
     def look(values):
         settings, steps = ui.settings(values, count=1, width=0, height=0), []
-        pipe = ui.models[settings.model]
+        pipe = ui.pipeline(settings)
         with attention_maps(pipe) as maps:
             files, images = yield from ui.sample(values, settings, kept=steps)
         shown = [steps[round(i * (len(steps) - 1) / ESTIMATES)] for i in range(ESTIMATES)]

@@ -14,7 +14,7 @@ from ldm.app.models import Models
 from ldm.app.pictures import Pictures
 from ldm.app.sampling import BOUNDS, INTERVAL, Settings, picture_metadata, sample
 from ldm.config import UserError
-from ldm.pipeline import Progress
+from ldm.pipeline import Pipeline, Progress
 from ldm.samplers import SAMPLERS
 
 Values = dict[Component, Any]  # of the page's components
@@ -31,6 +31,7 @@ SLIDERS = {  # label, step, tabs
     "guidance_rescale": ("Guidance rescale", 0.1, SAMPLING),
     "width": ("Width (0: model default)", 8, ("generate", "compare")),
     "height": ("Height (0: model default)", 8, ("generate", "compare")),
+    "adapter_weight": ("Adapter weight", 0.05, SAMPLING),
 }
 HISTORY = 60  # pictures
 QUEUE = 32  # runs at a time, all but the first in line
@@ -87,7 +88,7 @@ class Workspace:
         self.marked = gr.Textbox(visible=False)  # the file's name, from the script
         self.history = gr.BrowserState([], storage_key="ldm-history", secret="ldm")
         controls = [*self.controls.values()]
-        key = " ".join(["ldm", *models.names, *self.controls])  # kept values are of these models and settings
+        key = " ".join(["ldm", *models.names, *models.adapters, *self.controls])  # kept values are of these
         self.kept = gr.BrowserState([control.value for control in controls], storage_key=key, secret="ldm")
         enlarge.click(None, js="enlarge", **IMMEDIATE)
         download.click(None, js="download", **IMMEDIATE)
@@ -174,12 +175,16 @@ class Workspace:
             settings["seed"] = secrets.randbelow(BOUNDS["seed"][1] + 1)
         return Settings(**settings)
 
+    def pipeline(self, settings: Settings) -> Pipeline:
+        """The model with the adapters of the settings."""
+        return self.models.merged(settings.model, settings.adapters, settings.adapter_weight)
+
     def sample(
         self, values: Values, settings: Settings, metadata: dict[str, Any] | None = None, **arguments: Any
     ) -> Events:
         """Samples with further arguments of `sampling.sample`, keeps the pictures with further metadata, shows them
         before the earlier ones, and marks the first. Returns the files and the images."""
-        pipe = self.models[settings.model]
+        pipe = self.pipeline(settings)
         images, notes = yield from sample(pipe, settings, **arguments)
         files = self.pictures.save(images, picture_metadata(pipe, settings, **metadata or {}))
         values[self.history] = [*files, *self.pictures.existing(values[self.history])][:HISTORY]
@@ -210,7 +215,10 @@ def settings_controls(models: Models) -> dict[str, Component]:
     with gr.Accordion("More settings", open=False), gr.Row():
         samplers = [("Model default", ""), *SAMPLERS]
         controls["sampler"] = gr.Dropdown(samplers, value="", label="Sampler", elem_id="setting-sampler")
-        controls |= {name: slider(name) for name in more}
+        controls |= {name: slider(name) for name in more[:-1]}
+        with gr.Row(visible=bool(models.adapters)):
+            controls["adapters"] = gr.Dropdown([*models.adapters], value=[], multiselect=True, label="Adapters")
+            controls["adapter_weight"] = slider("adapter_weight")
     return controls
 
 
