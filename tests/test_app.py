@@ -21,11 +21,14 @@ from tiny_models import tiny_parts
 pytest.importorskip("gradio")
 
 import gradio as gr
+from gradio_client import Client
+from gradio_client.exceptions import AppError
 
 from ldm.app import picture_sets, sampling, study, tab_judge, tabs
 from ldm.app.attention import attention_maps, token_positions, word_overlays
 from ldm.app.judgements import JudgementStore
 from ldm.app.models import Models, find_models
+from ldm.app.page import build, serve
 from ldm.app.pictures import Pictures
 from ldm.app.results import results
 from ldm.app.sampling import Settings, picture_metadata, restore, sample
@@ -318,8 +321,36 @@ def test_a_study_leads_from_its_questions_to_the_results(samples, tmp_path, kind
     assert rows[name] == ("no answers yet" if flash else "50% [35%, 65%]")
 
 
+def test_one_call_is_open_to_programs(shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "served"))
+    page = build(shapes, tmp_path / "app")
+    page.launch(prevent_thread_lock=True, quiet=True, allowed_paths=[str(tmp_path / "app" / "pictures")])
+    try:
+        client = Client(page.local_url, download_files=tmp_path / "client", verbose=False)
+        described = client.view_api(return_format="dict")
+        assert [*described["named_endpoints"]] == ["/generate"] and not described["unnamed_endpoints"]
+        parameters = described["named_endpoints"]["/generate"]["parameters"]
+        assert [p["parameter_name"] for p in parameters] == ["prompt", "model", "seed", "steps", "guidance"]
+        files = client.predict(PROMPT, "shapes", 7, 2, 2.5, api_name="/generate")
+        assert all(Path(file).is_relative_to(tmp_path / "client") for file in files)
+        images = [Image.open(file) for file in files]
+        expected = shapes["shapes"]([PROMPT] * 4, seed=7, steps=2, guidance=2.5)
+        assert [image.text["seed"] for image in images] == ["7", "8", "9", "10"]
+        assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(images, expected, strict=True))
+        refused = {
+            "unknown model": {"model": "../x"},
+            "steps is": {"steps": 10**9},
+            "seed is": {"seed": "x"},
+            "unknown model .*1": {"model": [1]},
+        }
+        for words, wrong in refused.items():
+            with pytest.raises(AppError, match=words):
+                client.predict(**{"prompt": PROMPT} | wrong, api_name="/generate")
+    finally:
+        page.close(verbose=False)
+
+
 def test_the_server_gives_out_its_own_pictures_alone(tmp_path, monkeypatch):
-    from ldm.app.page import serve
     from ldm.commands.app import AppOptions
     from ldm.commands.app import check as refuse
 

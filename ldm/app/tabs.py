@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from ldm.app.attention import attention_maps, word_overlays
 from ldm.app.sampling import Settings, picture_metadata, restore
-from ldm.app.workspace import IMMEDIATE, Workspace, message, only
+from ldm.app.workspace import IMMEDIATE, QUEUE, Workspace, message, only
 from ldm.config import UserError
 from ldm.images import captioned_grid, upright_rgb
 
@@ -43,7 +43,27 @@ def build_generate(ui: Workspace) -> None:
         shown = {ui.controls[name]: value for name, value in vars(settings).items() if name != "count"}
         return shown | {ui.status: message(f"The settings of that picture, seed {settings.seed}.", *notes)}
 
+    def api(
+        request: gr.Request,
+        prompt: str,
+        model: str = ui.models.names[0],
+        seed: int = -1,
+        steps: int = Settings.steps,
+        guidance: float = Settings.guidance,
+    ) -> list[dict]:
+        """PNGs of a prompt, with its settings in their text chunks: four, of the seeds seed to seed + 3; -1 is a random
+        seed. The call waits in line with the page's own runs."""
+        given = {"prompt": str(prompt), "model": str(model), "seed": seed, "steps": steps, "guidance": guidance}
+        values = {c: given.get(name, c.value) for name, c in ui.controls.items()} | {ui.history: []}
+        try:
+            for _ in ui.in_line(generate, values, request):
+                pass
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return [gr.FileData(path=file).model_dump() for file in values[ui.history]]
+
     ui.on_start("generate", generate)
+    gr.api(api, api_name="generate", concurrency_limit=QUEUE, concurrency_id="model")
     ui.on_marked(ui.reuse, show, ui.controls.values())
     png.upload(ui.user_errors(show), png, {ui.status, *ui.controls.values()}, **IMMEDIATE)
 

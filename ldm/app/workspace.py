@@ -99,32 +99,38 @@ class Workspace:
         receives the settings and `inputs`, and yields steps of a sampling and new values of components."""
 
         def run(values: Values, request: gr.Request) -> Iterator[Values]:
-            stopped = threading.Event()
-            self.line.append((request.session_hash, stopped))
+            yield {self.gallery: gr.Gallery(selected_index=None), self.status: busy("Starting.")}
             try:
-                yield {self.gallery: gr.Gallery(selected_index=None), self.status: busy("Starting.")}
-                while place := [event for _, event in self.line].index(stopped):
-                    yield {self.status: busy(f"Number {place + 1} in line.")}
-                    if stopped.wait(INTERVAL):
-                        raise UserError("Stopped.")
-                with closing(handler(values)) as events:
-                    for shown in events:
-                        if stopped.is_set():
-                            raise UserError("Stopped.")
-                        if isinstance(shown, Progress):
-                            preview = {self.gallery: shown.decode()} if tab in SAMPLING else {}
-                            text = f"Step {shown.step + 1} of {shown.steps}."
-                            shown = {self.status: busy(text, shown.step + 1, shown.steps)} | preview
-                        yield shown
+                for shown in self.in_line(handler, values, request):
+                    if isinstance(shown, Progress):
+                        preview = {self.gallery: shown.decode()} if tab in SAMPLING else {}
+                        text = f"Step {shown.step + 1} of {shown.steps}."
+                        shown = {self.status: busy(text, shown.step + 1, shown.steps)} | preview
+                    yield shown
             except UserError as error:
                 yield {self.status: message(str(error)), self.gallery: self.earlier(values[self.history])}
-            finally:
-                self.line.remove((request.session_hash, stopped))
 
         inputs = {self.history, *self.controls.values(), *inputs}
         outputs = {self.status, self.gallery, self.history, *outputs}
         queued = IMMEDIATE | {"concurrency_limit": QUEUE, "concurrency_id": "model"}
         self.buttons[tab].click(run, inputs, outputs, **queued)
+
+    def in_line(self, handler: Handler, values: Values, request: gr.Request) -> Events:
+        """The events of a handler once the runs before it have ended. Raises UserError where Stop is pressed."""
+        stopped = threading.Event()
+        self.line.append((request.session_hash, stopped))
+        try:
+            while place := [event for _, event in self.line].index(stopped):
+                yield {self.status: busy(f"Number {place + 1} in line.")}
+                if stopped.wait(INTERVAL):
+                    raise UserError("Stopped.")
+            with closing(handler(values)) as events:
+                for shown in events:
+                    if stopped.is_set():
+                        raise UserError("Stopped.")
+                    yield shown
+        finally:
+            self.line.remove((request.session_hash, stopped))
 
     def on_marked(self, button: gr.Button, handler: Callable[[str], Values], outputs: Components) -> None:
         """Calls the handler with the path of the marked picture."""
