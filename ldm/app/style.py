@@ -5,7 +5,8 @@ HEAD = """
 <style>
 html[data-tab=generate] .only:not(.on-generate), html[data-tab=edit] .only:not(.on-edit),
 html[data-tab=compare] .only:not(.on-compare), html[data-tab=inside] .only:not(.on-inside),
-html[data-tab=judge] .only:not(.on-judge), html[data-tab=compare] .compared { display: none !important; }
+html[data-tab=judge] .only:not(.on-judge), html[data-tab=compare] .compared,
+html:not([data-tab=compare], [data-tab=inside]) #pictures .caption-label { display: none !important; }
 </style>
 <script>
 document.documentElement.dataset.tab = "generate";
@@ -29,7 +30,7 @@ document.addEventListener("keydown", event => {
     [...document.querySelectorAll("#judge-answer input")].filter(e => e.offsetParent)[event.key - 1]?.click();
 });
 document.addEventListener("load", ({target}) => {
-  if (target.naturalWidth <= 32) target.style.imageRendering = "pixelated";
+  if (target.naturalWidth) target.style.imageRendering = target.naturalWidth <= 32 ? "pixelated" : "";
   const label = target.alt && target.parentElement.querySelector(".caption-label");
   if (!label) return;
   target.parentElement.ariaLabel = target.alt;  // a thumbnail is called by its prompt, or what a comparison calls it
@@ -64,6 +65,7 @@ body:not(:has(#status progress)) #stop { display: none; }
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px;
 }
 .settings .form > * { min-width: 210px !important; }
+.settings .tab-like-container input { width: 4em; }
 #pictures { min-height: min(460px, 90vw); }
 #pictures .grid-wrap { max-height: 80vh; }
 #pictures .grid-wrap, #inside-words .grid-wrap { padding-top: 2.2em; }
@@ -72,11 +74,11 @@ body:not(:has(#status progress)) #stop { display: none; }
 #pictures:has(.empty)::after {
   content: "Your pictures appear here."; position: absolute; inset: 45% 0; text-align: center;
 }
-#pictures .caption-label { display: none; }
-:is([data-tab=compare], [data-tab=inside]) #pictures .caption-label { display: block; }
 .caption-label { padding: 0 .4em; border: 0; opacity: .9; }
-.grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; grid-auto-flow: dense; }
-.gallery-item:has(.selected) { grid-area: span 2 / span 2; }
+.grid-container {  /* three columns or more */
+  grid-template-columns: repeat(auto-fill, minmax(min(150px, 30%), 1fr)) !important; grid-auto-flow: dense;
+}
+.gallery-item:has(.selected) { grid-area: span 3 / span 3; }
 #pictures .selected { outline: 3px solid var(--color-accent); outline-offset: -1px; }
 body:not(:has(#pictures .selected img[src$=".png"]:not([src$="/image.png"]))) .taking { display: none; }
 dialog { border: 0; padding: 0; background: none; color: #fff; text-align: center; cursor: zoom-out; }
@@ -98,6 +100,5 @@ dialog img { display: block; width: 90vw; height: 85vh; object-fit: contain; }
   .columns .settings { order: 1; }
   #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
   #examples .gallery > * { flex: none; white-space: nowrap; }
-  .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important; }
 }
 """
