@@ -6,6 +6,7 @@ HEAD = """
 html[data-tab=generate] .only:not(.on-generate), html[data-tab=edit] .only:not(.on-edit),
 html[data-tab=compare] .only:not(.on-compare), html[data-tab=inside] .only:not(.on-inside),
 html[data-tab=judge] .only:not(.on-judge), html[data-tab=compare] .compared,
+html[data-tab=judge] .form:has(> .only:only-child),
 html:not([data-tab=compare], [data-tab=inside]) #pictures .caption-label { display: none !important; }
 </style>
 <script>
@@ -98,6 +99,7 @@ dialog img { display: block; width: 90vw; height: 85vh; object-fit: contain; }
   .row > button { min-width: max-content !important; flex: auto; }
   .columns > .column { display: contents; }
   .columns .settings { order: 1; }
+  #status { min-height: 0; }
   #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
   #examples .gallery > * { flex: none; white-space: nowrap; }
 }
