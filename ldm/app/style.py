@@ -61,6 +61,7 @@ document.addEventListener("change", async event => {
 CSS = """
 #status { min-height: 3.8em; }
 #status progress { width: 100%; height: .6em; accent-color: var(--color-accent); }
+#status progress::-webkit-progress-value { background: var(--color-accent); }
 body:not(:has(#status progress)) #stop { display: none; }
 :is(input, textarea, button, [tabindex]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px;
@@ -71,7 +72,7 @@ body:not(:has(#status progress)) #stop { display: none; }
 #pictures .grid-wrap { max-height: 80vh; }
 #pictures .grid-wrap, #inside-words .grid-wrap { padding-top: 2.2em; }
 :root body.dark { --color-accent: var(--primary-400); }
-:is(#pictures, #inside-words, #edit-change) .empty { display: none; }
+#pictures .empty, :is(#inside-words, #edit-change):has(.empty) { display: none; }
 #pictures:has(.empty)::after {
   content: "Your pictures appear here."; position: absolute; inset: 45% 0; text-align: center;
 }
@@ -100,6 +101,7 @@ dialog img { display: block; width: 90vw; height: 85vh; object-fit: contain; }
   .columns > .column { display: contents; }
   .columns .settings { order: 1; }
   #status { min-height: 0; }
+  #edit-editor [data-testid=block-label] { display: none; }
   #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
   #examples .gallery > * { flex: none; white-space: nowrap; }
 }
