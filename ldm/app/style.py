@@ -101,6 +101,7 @@ dialog img { display: block; width: 90vw; height: 85vh; object-fit: contain; }
   .columns > .column { display: contents; }
   .columns .settings { order: 1; }
   #status { min-height: 0; }
+  #inside-words .grid-wrap { padding-top: 3.6em; }
   #edit-editor [data-testid=block-label] { display: none; }
   #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
   #examples .gallery > * { flex: none; white-space: nowrap; }
