@@ -134,6 +134,15 @@ def read_lora(path: Path) -> dict[str, dict[str, Tensor]]:
     return factors
 
 
+def read_weight(text: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT -> the file and the weight, by default 1."""
+    file, _, weight = text.rpartition(":")
+    try:
+        return (file or text), float(weight) if file else 1.0
+    except ValueError:  # a colon in the file's name
+        return text, 1.0
+
+
 @torch.no_grad()
 def merge_lora(models: dict[str, nn.Module], file: str | Path, weight: float = 1.0) -> None:
     """Adds `weight` times the adapters of a file, or of a run folder, to the weights of "unet" and "text_encoder".

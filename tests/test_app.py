@@ -15,17 +15,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_models import tiny_parts
 
 pytest.importorskip("gradio")
+
+import gradio as gr
+from gradio_client import Client
+from gradio_client.exceptions import AppError
 
 from ldm.app import picture_sets, sampling, study, tab_judge, tabs
 from ldm.app.attention import attention_maps, token_positions, word_overlays
 from ldm.app.judgements import JudgementStore
 from ldm.app.models import Models, find_models
+from ldm.app.page import build, serve
 from ldm.app.pictures import Pictures
 from ldm.app.results import results
 from ldm.app.sampling import Settings, picture_metadata, restore, sample
+from ldm.app.workspace import Workspace
 from ldm.config import UserError
 from ldm.images import read_metadata, save_png
 from ldm.pipeline import Pipeline
@@ -142,6 +149,42 @@ def test_a_png_contains_all_that_making_it_again_takes(pipe, tmp_path):
     assert abs(pixels(same) - pixels(image)).max() <= 1
     elsewhere, notes = restore(tmp_path / "a.png", offered("other"))
     assert elsewhere.model == "other" and "not offered" in notes[0]
+
+
+def test_adapters_are_offered_by_name_merged_recorded_and_restored(pipe, tmp_path):
+    files = {name: f"{tmp_path}/{name}.safetensors" for name in ("style", "wide")}
+    factors = {"A": torch.ones(2, 16, 3, 3), "B": torch.ones(4, 2, 1, 1)}
+    tensors = {f"unet.conv_out.lora_{x}.weight": factor for x, factor in factors.items()}
+    save_file(tensors, files["style"])
+    save_file(tensors | {"unet.no.lora_A.weight": torch.ones(2)}, files["wide"])
+    pipe.save_pretrained(tmp_path / "tiny")
+    models = Models({"tiny": str(tmp_path / "tiny")}, adapters=[*files.values()])
+    with gr.Blocks():
+        ui = Workspace(models, Pictures(tmp_path / "pictures"))
+    values = {control: control.value for control in ui.controls.values()} | {ui.history: []}
+
+    def picture(**changes) -> Image.Image:
+        given = {"prompt": PROMPT, "steps": 3, "seed": 5, "count": 1} | changes
+        values.update({ui.controls[name]: value for name, value in given.items()})
+        finish(ui.sample(values, ui.settings(values)))
+        return Image.open(values[ui.history][0])
+
+    plain, adapted = picture(), picture(adapters=["style"], adapter_weight=0.5)
+    expected = Pipeline.from_pretrained(tmp_path / "tiny").load_lora(files["style"], 0.5)
+    (expected,) = expected(PROMPT, steps=3, seed=5, guidance=3.0)
+    assert np.array_equal(pixels(adapted), pixels(expected)) and abs(pixels(plain) - pixels(adapted)).max() > 4
+    assert adapted.text["lora"] == "style:0.5" and "lora" not in plain.text
+    assert models.merged("tiny", ["style"], 0.5) is models.merged("tiny", ["style"], 0.5) is not models["tiny"]
+    again, notes = restore(adapted.filename, models)
+    assert notes == [] and (again.adapters, again.adapter_weight) == (("style",), 0.5)
+    again, (note,) = restore(adapted.filename, Models(models.folders))
+    assert again.adapters == () and "'style:0.5' are not offered" in note
+    save_png(PLAIN, tmp_path / "script.png", {"prompt": "a", "seed": "1", "model": "tiny", "lora": files["style"]})
+    assert restore(tmp_path / "script.png", models)[0].adapters == ("style",)
+    for name, words in (("wide", "not fit this model: 1 of its 2 names"), (files["style"], "unknown adapter")):
+        with pytest.raises(UserError, match=words) as error:
+            picture(adapters=[name])
+        assert "\n" not in str(error.value)
 
 
 def test_pngs_without_settings_or_with_bad_ones_are_refused(tmp_path):
@@ -278,8 +321,36 @@ def test_a_study_leads_from_its_questions_to_the_results(samples, tmp_path, kind
     assert rows[name] == ("no answers yet" if flash else "50% [35%, 65%]")
 
 
+def test_one_call_is_open_to_programs(shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "served"))
+    page = build(shapes, tmp_path / "app")
+    page.launch(prevent_thread_lock=True, quiet=True, allowed_paths=[str(tmp_path / "app" / "pictures")])
+    try:
+        client = Client(page.local_url, download_files=tmp_path / "client", verbose=False)
+        described = client.view_api(return_format="dict")
+        assert [*described["named_endpoints"]] == ["/generate"] and not described["unnamed_endpoints"]
+        parameters = described["named_endpoints"]["/generate"]["parameters"]
+        assert [p["parameter_name"] for p in parameters] == ["prompt", "model", "seed", "steps", "guidance"]
+        files = client.predict(PROMPT, "shapes", 7, 2, 2.5, api_name="/generate")
+        assert all(Path(file).is_relative_to(tmp_path / "client") for file in files)
+        images = [Image.open(file) for file in files]
+        expected = shapes["shapes"]([PROMPT] * 4, seed=7, steps=2, guidance=2.5)
+        assert [image.text["seed"] for image in images] == ["7", "8", "9", "10"]
+        assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(images, expected, strict=True))
+        refused = {
+            "unknown model": {"model": "../x"},
+            "steps is": {"steps": 10**9},
+            "seed is": {"seed": "x"},
+            "unknown model .*1": {"model": [1]},
+        }
+        for words, wrong in refused.items():
+            with pytest.raises(AppError, match=words):
+                client.predict(**{"prompt": PROMPT} | wrong, api_name="/generate")
+    finally:
+        page.close(verbose=False)
+
+
 def test_the_server_gives_out_its_own_pictures_alone(tmp_path, monkeypatch):
-    from ldm.app.page import serve
     from ldm.commands.app import AppOptions
     from ldm.commands.app import check as refuse
 
@@ -304,6 +375,8 @@ def test_the_server_gives_out_its_own_pictures_alone(tmp_path, monkeypatch):
             assert page.status_code == status
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*use another --port"):
             refuse(AppOptions(port=port, out=tmp_path / "app"))
+        with pytest.raises(UserError, match="--lora no.safetensors: .* exist"):
+            refuse(AppOptions(lora=("no.safetensors",), out=tmp_path / "app"))
 
     monkeypatch.setattr(sampling.EXIT, "wait", check)
     serve(offered("shapes"), tmp_path / "app", "127.0.0.1", port)

@@ -11,17 +11,29 @@ from ldm.pipeline import Pipeline
 
 
 class Models:
-    """Pipelines by the name under which the page offers them; the last two stay open."""
+    """Pipelines and low-rank adapters by the names under which the page offers them; the last two opened stay open."""
 
-    def __init__(self, folders: Mapping[str, str], device: Any = "cpu") -> None:
-        self.folders, self.names = dict(folders), list(folders)
-        self._open = lru_cache(maxsize=2)(lambda name: Pipeline.from_pretrained(self.folders[name], device))
+    def __init__(self, folders: Mapping[str, str], device: Any = "cpu", adapters: Sequence[str] = ()) -> None:
+        self.folders, self.names, self.device = dict(folders), list(folders), device
+        self.adapters = {Path(file).stem: file for file in adapters}
+        self._open = lru_cache(maxsize=2)(self._merge)
 
     def __getitem__(self, name: str) -> Pipeline:
         """Raises UserError unless the page offers `name`: browsers choose names, never folders of this machine."""
-        if name not in self.folders:
-            raise UserError(f"unknown model {str(name)[:80]!r}; known: {', '.join(self.names)}")
-        return self._open(name)
+        return self.merged(name)
+
+    def merged(self, name: str, adapters: Sequence[str] = (), weight: float = 1.0) -> Pipeline:
+        """The model with `weight` times each of the adapters; raises UserError for one that does not fit, too."""
+        for kind, asked, known in (("model", [name], self.folders), ("adapter", adapters, self.adapters)):
+            for unknown in set(asked) - known.keys():
+                raise UserError(f"unknown {kind} {str(unknown)[:80]!r}; known: {', '.join(known)}")
+        return self._open(name, tuple(adapters), weight if adapters else 1.0)
+
+    def _merge(self, name: str, adapters: tuple[str, ...], weight: float) -> Pipeline:
+        pipe = Pipeline.from_pretrained(self.folders[name], self.device)
+        for adapter in adapters:
+            pipe.load_lora(self.adapters[adapter], weight)
+        return pipe
 
     def examples(self, name: str) -> list[list[str]]:
         """The prompts in a model's `examples.txt`, a line each; rows of one column."""

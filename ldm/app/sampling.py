@@ -16,11 +16,13 @@ from PIL import Image
 from ldm.app.models import Models
 from ldm.config import UserError
 from ldm.images import read_metadata
+from ldm.lora import read_weight
 from ldm.pipeline import Pipeline, Progress
 
 LONGEST_PROMPT = 1000  # characters
 INTERVAL = 0.3  # seconds between previews
 BOUNDS = {"steps": (1, 150), "guidance": (0.0, 30.0), "guidance_rescale": (0.0, 1.0), "count": (1, 16)}
+BOUNDS |= {"adapter_weight": (-2.0, 2.0)}
 BOUNDS |= {"seed": (0, 2**32 - 17), "strength": (0.05, 1.0), "width": (0, 1024), "height": (0, 1024)}
 EXIT = threading.Event()  # set when the program ends; sampling then stops
 _WORKER = ThreadPoolExecutor(1)  # one sampling at a time
@@ -43,6 +45,8 @@ class Settings:
     width: int = 0
     height: int = 0
     strength: float = 0.6  # of an edit
+    adapters: tuple[str, ...] = ()  # low-rank, by name
+    adapter_weight: float = 1.0  # of each
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -60,6 +64,7 @@ class Settings:
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the pipeline; sampler, width and height only where they are not the model's."""
         others, optional = ("model", "prompt", "count", "strength"), ("sampler", "width", "height")
+        others += ("adapters", "adapter_weight")
         return {name: x for name, x in vars(self).items() if name not in others and (x or name not in optional)}
 
 
@@ -109,7 +114,8 @@ def sample(
 def picture_metadata(pipe: Pipeline, settings: Settings, **more: Any) -> list[dict[str, str]]:
     """Per picture, the settings that make it again, under the names that scripts/sample.py writes too."""
     shared = {"prompt": settings.prompt, "model": settings.model, "sampler": pipe.schedule.config.sampler}
-    shared |= {"device": str(pipe.device)} | settings.options() | more
+    adapters = ", ".join(f"{name}:{settings.adapter_weight:g}" for name in settings.adapters)
+    shared |= {"device": str(pipe.device)} | settings.options() | ({"lora": adapters} if adapters else {}) | more
     seeds = range(settings.seed, settings.seed + settings.count)
     return [{name: str(value) for name, value in (shared | {"seed": seed}).items()} for seed in seeds]
 
@@ -125,6 +131,11 @@ def restore(file: str | Path, models: Models) -> tuple[Settings, list[str]]:
     if metadata.get("model") not in models.names:
         notes.append(f"Its model {metadata.get('model', '')[:80]!r} is not offered here.")
         metadata["model"] = models.names[0]
+    lora = dict(read_weight(text) for text in metadata.get("lora", "").split(", ") if text)
+    metadata |= {"adapters": [Path(file).stem for file in lora], "adapter_weight": max(lora.values(), default=1.0)}
+    if not models.adapters.keys() >= set(metadata["adapters"]) or len(set(lora.values())) > 1:
+        notes.append(f"Its adapters {metadata['lora'][:80]!r} are not offered here, or not with different weights.")
+        metadata["adapters"] = ()
     try:
         return Settings(**{f.name: f.type(metadata[f.name]) for f in fields(Settings) if f.name in metadata}), notes
     except ValueError as error:

@@ -5,7 +5,9 @@ HEAD = """
 <style>
 html[data-tab=generate] .only:not(.on-generate), html[data-tab=edit] .only:not(.on-edit),
 html[data-tab=compare] .only:not(.on-compare), html[data-tab=inside] .only:not(.on-inside),
-html[data-tab=judge] .only:not(.on-judge), html[data-tab=compare] .compared { display: none !important; }
+html[data-tab=judge] .only:not(.on-judge), html[data-tab=compare] .compared,
+html[data-tab=judge] .form:has(> .only:only-child),
+html:not([data-tab=compare], [data-tab=inside]) #pictures .caption-label { display: none !important; }
 </style>
 <script>
 document.documentElement.dataset.tab = "generate";
@@ -29,7 +31,7 @@ document.addEventListener("keydown", event => {
     [...document.querySelectorAll("#judge-answer input")].filter(e => e.offsetParent)[event.key - 1]?.click();
 });
 document.addEventListener("load", ({target}) => {
-  if (target.naturalWidth <= 32) target.style.imageRendering = "pixelated";
+  if (target.naturalWidth) target.style.imageRendering = target.naturalWidth <= 32 ? "pixelated" : "";
   const label = target.alt && target.parentElement.querySelector(".caption-label");
   if (!label) return;
   target.parentElement.ariaLabel = target.alt;  // a thumbnail is called by its prompt, or what a comparison calls it
@@ -59,24 +61,26 @@ document.addEventListener("change", async event => {
 CSS = """
 #status { min-height: 3.8em; }
 #status progress { width: 100%; height: .6em; accent-color: var(--color-accent); }
+#status progress::-webkit-progress-value { background: var(--color-accent); }
 body:not(:has(#status progress)) #stop { display: none; }
 :is(input, textarea, button, [tabindex]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px;
 }
 .settings .form > * { min-width: 210px !important; }
+.settings .tab-like-container input { width: 4em; }
 #pictures { min-height: min(460px, 90vw); }
 #pictures .grid-wrap { max-height: 80vh; }
 #pictures .grid-wrap, #inside-words .grid-wrap { padding-top: 2.2em; }
 :root body.dark { --color-accent: var(--primary-400); }
-:is(#pictures, #inside-words, #edit-change) .empty { display: none; }
+#pictures .empty, :is(#inside-words, #edit-change):has(.empty) { display: none; }
 #pictures:has(.empty)::after {
   content: "Your pictures appear here."; position: absolute; inset: 45% 0; text-align: center;
 }
-#pictures .caption-label { display: none; }
-:is([data-tab=compare], [data-tab=inside]) #pictures .caption-label { display: block; }
 .caption-label { padding: 0 .4em; border: 0; opacity: .9; }
-.grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; grid-auto-flow: dense; }
-.gallery-item:has(.selected) { grid-area: span 2 / span 2; }
+.grid-container {  /* three columns or more */
+  grid-template-columns: repeat(auto-fill, minmax(min(150px, 30%), 1fr)) !important; grid-auto-flow: dense;
+}
+.gallery-item:has(.selected) { grid-area: span 3 / span 3; }
 #pictures .selected { outline: 3px solid var(--color-accent); outline-offset: -1px; }
 body:not(:has(#pictures .selected img[src$=".png"]:not([src$="/image.png"]))) .taking { display: none; }
 dialog { border: 0; padding: 0; background: none; color: #fff; text-align: center; cursor: zoom-out; }
@@ -96,8 +100,10 @@ dialog img { display: block; width: 90vw; height: 85vh; object-fit: contain; }
   .row > button { min-width: max-content !important; flex: auto; }
   .columns > .column { display: contents; }
   .columns .settings { order: 1; }
+  #status { min-height: 0; }
+  #inside-words .grid-wrap { padding-top: 3.6em; }
+  #edit-editor [data-testid=block-label] { display: none; }
   #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
   #examples .gallery > * { flex: none; white-space: nowrap; }
-  .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important; }
 }
 """

@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from ldm.app.attention import attention_maps, word_overlays
 from ldm.app.sampling import Settings, picture_metadata, restore
-from ldm.app.workspace import IMMEDIATE, Workspace, message, only
+from ldm.app.workspace import IMMEDIATE, QUEUE, Workspace, message, only
 from ldm.config import UserError
 from ldm.images import captioned_grid, upright_rgb
 
@@ -43,7 +43,27 @@ def build_generate(ui: Workspace) -> None:
         shown = {ui.controls[name]: value for name, value in vars(settings).items() if name != "count"}
         return shown | {ui.status: message(f"The settings of that picture, seed {settings.seed}.", *notes)}
 
+    def api(
+        request: gr.Request,
+        prompt: str,
+        model: str = ui.models.names[0],
+        seed: int = -1,
+        steps: int = Settings.steps,
+        guidance: float = Settings.guidance,
+    ) -> list[dict]:
+        """PNGs of a prompt, with its settings in their text chunks: four, of the seeds seed to seed + 3; -1 is a random
+        seed. The call waits in line with the page's own runs."""
+        given = {"prompt": str(prompt), "model": str(model), "seed": seed, "steps": steps, "guidance": guidance}
+        values = {c: given.get(name, c.value) for name, c in ui.controls.items()} | {ui.history: []}
+        try:
+            for _ in ui.in_line(generate, values, request):
+                pass
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return [gr.FileData(path=file).model_dump() for file in values[ui.history]]
+
     ui.on_start("generate", generate)
+    gr.api(api, api_name="generate", concurrency_limit=QUEUE, concurrency_id="model")
     ui.on_marked(ui.reuse, show, ui.controls.values())
     png.upload(ui.user_errors(show), png, {ui.status, *ui.controls.values()}, **IMMEDIATE)
 
@@ -71,7 +91,7 @@ def build_edit(ui: Workspace) -> None:
 
     def edit(values):
         settings = ui.settings(values, width=0, height=0)
-        pipe = ui.models[settings.model]
+        pipe = ui.pipeline(settings)
         image, mask = read_drawing(values[editor], pipe.latent_shape()[1] * pipe.vae.factor, pipe.vae.factor)
         options = {"strength": settings.strength} | ({"resample": RESAMPLE} if mask else {})
         metadata = {"image": "uploaded", "mask": "drawn" if mask else ""} | options
@@ -136,7 +156,7 @@ def build_compare(ui: Workspace) -> None:
         columns = len(asked) // len(down) if values[other] else min(4, len(asked))
         sheet = captioned_grid(images, labels, columns=columns, cell=200)
         metadata = {"compared": values[name], "values": values[text], "rows": values[other], "row_values": values[rows]}
-        files = ui.pictures.save([sheet], picture_metadata(ui.models[settings.model], settings, **metadata))
+        files = ui.pictures.save([sheet], picture_metadata(ui.pipeline(settings), settings, **metadata))
         shown = [(*files, "all"), *((file, label) for label, ((file,), _) in pictures.items())]
         yield {ui.gallery: gr.Gallery(shown, selected_index=0)}
 
@@ -175,7 +195,7 @@ def build_inside(ui: Workspace) -> None:
 
     def look(values):
         settings, steps = ui.settings(values, count=1, width=0, height=0), []
-        pipe = ui.models[settings.model]
+        pipe = ui.pipeline(settings)
         with attention_maps(pipe) as maps:
             files, images = yield from ui.sample(values, settings, kept=steps)
         shown = [steps[round(i * (len(steps) - 1) / ESTIMATES)] for i in range(ESTIMATES)]

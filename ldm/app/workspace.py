@@ -14,7 +14,7 @@ from ldm.app.models import Models
 from ldm.app.pictures import Pictures
 from ldm.app.sampling import BOUNDS, INTERVAL, Settings, picture_metadata, sample
 from ldm.config import UserError
-from ldm.pipeline import Progress
+from ldm.pipeline import Pipeline, Progress
 from ldm.samplers import SAMPLERS
 
 Values = dict[Component, Any]  # of the page's components
@@ -31,6 +31,7 @@ SLIDERS = {  # label, step, tabs
     "guidance_rescale": ("Guidance rescale", 0.1, SAMPLING),
     "width": ("Width (0: model default)", 8, ("generate", "compare")),
     "height": ("Height (0: model default)", 8, ("generate", "compare")),
+    "adapter_weight": ("Adapter weight", 0.05, SAMPLING),
 }
 HISTORY = 60  # pictures
 QUEUE = 32  # runs at a time, all but the first in line
@@ -87,7 +88,7 @@ class Workspace:
         self.marked = gr.Textbox(visible=False)  # the file's name, from the script
         self.history = gr.BrowserState([], storage_key="ldm-history", secret="ldm")
         controls = [*self.controls.values()]
-        key = " ".join(["ldm", *models.names, *self.controls])  # kept values are of these models and settings
+        key = " ".join(["ldm", *models.names, *models.adapters, *self.controls])  # kept values are of these
         self.kept = gr.BrowserState([control.value for control in controls], storage_key=key, secret="ldm")
         enlarge.click(None, js="enlarge", **IMMEDIATE)
         download.click(None, js="download", **IMMEDIATE)
@@ -98,32 +99,38 @@ class Workspace:
         receives the settings and `inputs`, and yields steps of a sampling and new values of components."""
 
         def run(values: Values, request: gr.Request) -> Iterator[Values]:
-            stopped = threading.Event()
-            self.line.append((request.session_hash, stopped))
+            yield {self.gallery: gr.Gallery(selected_index=None), self.status: busy("Starting.")}
             try:
-                yield {self.gallery: gr.Gallery(selected_index=None), self.status: busy("Starting.")}
-                while place := [event for _, event in self.line].index(stopped):
-                    yield {self.status: busy(f"Number {place + 1} in line.")}
-                    if stopped.wait(INTERVAL):
-                        raise UserError("Stopped.")
-                with closing(handler(values)) as events:
-                    for shown in events:
-                        if stopped.is_set():
-                            raise UserError("Stopped.")
-                        if isinstance(shown, Progress):
-                            preview = {self.gallery: shown.decode()} if tab in SAMPLING else {}
-                            text = f"Step {shown.step + 1} of {shown.steps}."
-                            shown = {self.status: busy(text, shown.step + 1, shown.steps)} | preview
-                        yield shown
+                for shown in self.in_line(handler, values, request):
+                    if isinstance(shown, Progress):
+                        preview = {self.gallery: shown.decode()} if tab in SAMPLING else {}
+                        text = f"Step {shown.step + 1} of {shown.steps}."
+                        shown = {self.status: busy(text, shown.step + 1, shown.steps)} | preview
+                    yield shown
             except UserError as error:
                 yield {self.status: message(str(error)), self.gallery: self.earlier(values[self.history])}
-            finally:
-                self.line.remove((request.session_hash, stopped))
 
         inputs = {self.history, *self.controls.values(), *inputs}
         outputs = {self.status, self.gallery, self.history, *outputs}
         queued = IMMEDIATE | {"concurrency_limit": QUEUE, "concurrency_id": "model"}
         self.buttons[tab].click(run, inputs, outputs, **queued)
+
+    def in_line(self, handler: Handler, values: Values, request: gr.Request) -> Events:
+        """The events of a handler once the runs before it have ended. Raises UserError where Stop is pressed."""
+        stopped = threading.Event()
+        self.line.append((request.session_hash, stopped))
+        try:
+            while place := [event for _, event in self.line].index(stopped):
+                yield {self.status: busy(f"Number {place + 1} in line.")}
+                if stopped.wait(INTERVAL):
+                    raise UserError("Stopped.")
+            with closing(handler(values)) as events:
+                for shown in events:
+                    if stopped.is_set():
+                        raise UserError("Stopped.")
+                    yield shown
+        finally:
+            self.line.remove((request.session_hash, stopped))
 
     def on_marked(self, button: gr.Button, handler: Callable[[str], Values], outputs: Components) -> None:
         """Calls the handler with the path of the marked picture."""
@@ -174,12 +181,16 @@ class Workspace:
             settings["seed"] = secrets.randbelow(BOUNDS["seed"][1] + 1)
         return Settings(**settings)
 
+    def pipeline(self, settings: Settings) -> Pipeline:
+        """The model with the adapters of the settings."""
+        return self.models.merged(settings.model, settings.adapters, settings.adapter_weight)
+
     def sample(
         self, values: Values, settings: Settings, metadata: dict[str, Any] | None = None, **arguments: Any
     ) -> Events:
         """Samples with further arguments of `sampling.sample`, keeps the pictures with further metadata, shows them
         before the earlier ones, and marks the first. Returns the files and the images."""
-        pipe = self.models[settings.model]
+        pipe = self.pipeline(settings)
         images, notes = yield from sample(pipe, settings, **arguments)
         files = self.pictures.save(images, picture_metadata(pipe, settings, **metadata or {}))
         values[self.history] = [*files, *self.pictures.existing(values[self.history])][:HISTORY]
@@ -210,7 +221,10 @@ def settings_controls(models: Models) -> dict[str, Component]:
     with gr.Accordion("More settings", open=False), gr.Row():
         samplers = [("Model default", ""), *SAMPLERS]
         controls["sampler"] = gr.Dropdown(samplers, value="", label="Sampler", elem_id="setting-sampler")
-        controls |= {name: slider(name) for name in more}
+        controls |= {name: slider(name) for name in more[:-1]}
+        with gr.Row(visible=bool(models.adapters)):
+            controls["adapters"] = gr.Dropdown([*models.adapters], value=[], multiselect=True, label="Adapters")
+            controls["adapter_weight"] = slider("adapter_weight")
     return controls
 
 

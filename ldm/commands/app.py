@@ -22,6 +22,7 @@ class AppOptions:
     """Options of `ldm app`."""
 
     model: tuple[str, ...] = ()  # name or folder; may be repeated
+    lora: tuple[str, ...] = ()  # file of low-rank adapters, offered by its stem; may be repeated
     port: int = 7860  # 1 to 65535
     host: str = "127.0.0.1"  # 0.0.0.0 opens the page to everyone who can reach this machine
     out: Path = Path("outputs/app")  # folder for pictures and judgements
@@ -41,7 +42,7 @@ def main() -> None:
     from ldm.app.page import LOCAL, serve
     from ldm.distributed import find_device
 
-    models = Models(find_models(options.model), find_device(options.device))
+    models = Models(find_models(options.model), find_device(options.device), options.lora)
     for name in models.names if options.model else models.names[:1]:
         models[name]  # fails now and not in the page
     if options.host not in LOCAL:
@@ -57,6 +58,8 @@ def check(options: AppOptions) -> None:
         raise UserError("the page needs gradio: pip install -e '.[app]', or make app")
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {str(options.out)!r} is not a folder; use another name")
+    if len({Path(file).stem for file in options.lora if Path(file).exists()}) < len(options.lora):
+        raise UserError(f"--lora {', '.join(options.lora)}: these must be files that exist, with different names")
     if not 1 <= options.port <= 65535:
         raise UserError(f"--port is {options.port}; it must be from 1 to 65535")
     try:

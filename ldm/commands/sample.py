@@ -73,6 +73,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from ldm.distributed import find_device
+    from ldm.lora import read_weight
     from ldm.pipeline import Pipeline
     from ldm.prompts import encode_weighted
 
@@ -109,15 +110,6 @@ def main() -> None:
     names = [*RECORDED, "device", "compiled", *(("image", "mask", "strength", "resample") if options.image else ())]
     shared = {name: given[name] for name in names if given[name] is not None}
     write(options, images, [{key: str(value) for key, value in (own | shared).items()} for own in metadata])
-
-
-def read_weight(text: str) -> tuple[str, float]:
-    """FILE or FILE:WEIGHT -> the file and the weight, by default 1."""
-    file, _, weight = text.rpartition(":")
-    try:
-        return (file or text), float(weight) if file else 1.0
-    except ValueError:  # a colon in the file's name
-        return text, 1.0
 
 
 def read_prompts(options: Options) -> list[str]:

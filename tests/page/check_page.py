@@ -342,7 +342,7 @@ def test_a_comparison_is_labelled_and_also_one_picture(page, tmp_path):
     assert not page.locator("#setting-guidance").is_visible() and page.locator("#setting-steps").is_visible()
     start(page, steps=8, tab="compare")
     labels = page.locator("#pictures .caption-label")
-    wait(lambda: labels.all_inner_texts() == ["all", "guidance 1", "guidance 3"])
+    wait(lambda: labels.all_inner_texts() == ["all", "guidance 1", "guidance 3"] and labels.last.is_visible())
     grid = Image.open(saved(page, "#download", tmp_path / "grid.png"))
     assert grid.width > 400 and grid.text["values"] == "1, 3" and served(page, index=2).text["guidance"] == "3.0"
     field(page, "Second setting, down the rows").click()
