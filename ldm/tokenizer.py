@@ -91,7 +91,7 @@ class Tokenizer:
             *ids, end = self.encode(text)
             if warn and len(ids) >= length:
                 start, _ = self._backend.encode(_valid(text), add_special_tokens=False).offsets[length - 2]
-                cut = textwrap.shorten(text[text.rfind(" ", 0, start + 1) + 1 :], 100, placeholder=" ...")
+                cut = textwrap.shorten(text[text.rfind(" ", 0, start + 1) + 1 :], 300, placeholder=" ...")
                 warnings.warn(f"prompt too long ({length - 2} tokens at most); ignored: {cut!r}", stacklevel=2)
             ids = [*ids[: length - 1], end]
             rows.append(ids + [self.pad_token_id] * (length - len(ids)))
