@@ -37,11 +37,7 @@ def test_an_evaluation_is_drawn_over_guidance():
 def test_the_model_cards_curves_and_tables(capsys, monkeypatch, tmp_path):
     line = ("--results", RESULTS, "--out", "n/c.svg")
     code, out, _ = in_process(capsys, monkeypatch, "show_results.py", *line, cwd=tmp_path)
-    assert (
-        code == 0
-        and "| full | 27.49 [27.19, 27.76] | 0.8591 [0.8525, 0.866] | - | 0.1114 [0.1068, 0.1159] |"
-        in re.sub(" +", " ", out)
-    )
+    assert code == 0 and "| full | 27.49 [27.19, 27.76] | - | 0.1114 [0.1068, 0.1159] |" in re.sub(" +", " ", out)
     for file in (tmp_path / "n/c.svg", ROOT / ".github" / "emoji-curves.svg"):
         drawing = ElementTree.parse(file)
         assert len([g for g in drawing.iter("{http://www.w3.org/2000/svg}g") if "axes_" in g.get("id", "")]) == 6

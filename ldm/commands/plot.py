@@ -29,7 +29,7 @@ RESULTS = (  # plots of `ldm results`: title, file, curves of that file
     ("Frechet distance over guidance", "evaluation.json", ("frechet_distance over guidance",)),
 )
 PAGE = "<!doctype html><html lang=en><meta charset=utf-8><title>Curves</title>{}</html>"
-RECONSTRUCTED = ("psnr_db", "ssim", "sharpness", "perceptual_distance", "frechet_distance", "kernel_distance")
+RECONSTRUCTED = ("psnr_db", "sharpness", "perceptual_distance", "frechet_distance", "kernel_distance")
 RESULTS_HELP = """Draws and prints the results that a family of configs keeps.
 
 ldm results --results configs/emoji/results --out .github/emoji-curves.svg
