@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from ldm.model_io import ASSETS
 
@@ -247,7 +247,7 @@ def test_the_marked_picture_is_taken_and_settings_come_back(page, tmp_path):
     field(page, SEED).fill("77")
     generate(page, steps=7, pictures=3)
     thumbnails, marked = page.locator("#pictures .thumbnail-item"), lambda: page.evaluate("marked()")
-    assert thumbnails.first.get_attribute("aria-label") == PROMPT
+    expect(thumbnails.first).to_have_attribute("aria-label", PROMPT)  # once its picture is there
     page.evaluate("""() => { const own = window.fetch; window.fetch = async (...request) => {
         await new Promise(done => setTimeout(done, 1000)); return own(...request); }; }""")  # a slow server
     thumbnails.nth(2).click()
@@ -374,8 +374,9 @@ def judge(page: Page, question: str, answers: list[str]) -> None:
     until(page, "#judge-view", r"\(1 of 6\)")
     for i, answer in enumerate(answers):
         until(page, "#judge-view", rf"\({i + 1} of 6\)")
-        choices = page.locator("#judge-answer label").all_inner_texts()
-        page.keyboard.press(str(choices.index(answer) + 1))
+        choices = page.locator("#judge-answer label")
+        wait(lambda choices=choices, answer=answer: answer in choices.all_inner_texts())
+        page.keyboard.press(str(choices.all_inner_texts().index(answer) + 1))
     if answers:
         until(page, "#judge-view", "last one")
 
