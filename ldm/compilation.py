@@ -3,13 +3,14 @@
 OpenVINO's results are kept in a folder, keyed by weights, code, shapes, precision, threads and versions.
 """
 
+import ctypes
 import hashlib
 import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,6 +69,21 @@ class WhereItSaves:
         return output
 
 
+@contextmanager
+def kept_signal_stack() -> Iterator[None]:
+    """Restores this thread's stack for signal handlers. OpenVINO's compiler leaves one behind that it has freed: at the
+    next signal with a handler, such as that of a loading process which ends, the program would crash."""
+    sigaltstack = getattr(ctypes.CDLL(None), "sigaltstack", None) if os.name == "posix" else None
+    before = ctypes.create_string_buffer(64)  # a stack_t, of which only this call knows the layout
+    if sigaltstack:
+        sigaltstack(None, before)
+    try:
+        yield
+    finally:
+        if sigaltstack:
+            sigaltstack(before, None)
+
+
 class OpenVINO:
     """A function of tensors whose first dimension is the batch, or which are scalars, with static shapes.
 
@@ -108,6 +124,7 @@ class OpenVINO:
         output = self.requests[padded].infer(arrays, share_inputs=True, share_outputs=False)[0]
         return torch.from_numpy(output)[: len(inputs[0])]
 
+    @kept_signal_stack()
     def build(self, inputs: tuple[Tensor, ...]) -> Any:
         """The compiled model for the shapes of `inputs`, kept before or made now."""
         sys.modules.setdefault("openvino_telemetry", None)  # its converter would send usage data

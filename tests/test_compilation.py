@@ -1,5 +1,6 @@
 """Models compiled by OpenVINO against the models themselves, and what it keeps on disk."""
 
+import ctypes
 import sys
 from importlib.util import find_spec
 
@@ -57,6 +58,16 @@ def test_damaged_and_foreign_results_are_compiled_again(cache, capsys):
     finally:
         compilation.LARGEST = keep
     assert not list(cache.glob("*.bin"))
+
+
+@openvino
+def test_the_stack_of_signal_handlers_is_left_as_it_was(cache):
+    """OpenVINO 2026.4 leaves a freed one behind: the next signal with a handler ended the program."""
+    before, after = ctypes.create_string_buffer(64), ctypes.create_string_buffer(64)
+    ctypes.CDLL(None).sigaltstack(None, before)
+    Pipeline(tiny_parts()).compile("openvino")(PROMPTS, steps=1)
+    ctypes.CDLL(None).sigaltstack(None, after)
+    assert before.raw == after.raw
 
 
 @openvino
