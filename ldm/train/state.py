@@ -313,7 +313,7 @@ def begin(out: Path, resolved: dict[str, Any], start: int, force: bool) -> None:
     steps that are taken again. Raises UserError for a config that has changed, unless `force`."""
     if start:
         check_changes(out / "config.json", resolved, force)
-    model_io.write_json(out / "config.json", resolved | {"device": str(processes().device)})
+    model_io.write_json(out / "config.json", resolved)
     lines = [line for line in whole_lines(out / "metrics.jsonl") if json.loads(line)["step"] <= start]
     write_lines(out / "metrics.jsonl", lines)
     entry = {
