@@ -25,6 +25,7 @@ OnStep = Callable[[int, float, Tensor, Tensor], None]  # (step, t, z_t, z0)
 ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 EULER = ("euler", "euler_a", "heun", "dpmpp_sde")
 MULTISTEP = ("dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis")
+PLACED = ("euler", "heun", "dpmpp_sde", *MULTISTEP)  # samplers that take sigmas
 LCM_STEPS = 50  # on which latent consistency models are distilled
 
 
@@ -288,9 +289,6 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-PLACED = ("euler", "heun", "dpmpp_sde", *MULTISTEP)  # samplers that take sigmas
-
-
 def get_sampler(name: str) -> Callable[..., Tensor]:
     """The sampler of that name. Raises UserError for an unknown one."""
     if name not in SAMPLERS:
@@ -331,8 +329,9 @@ def make_grid(
     if sigmas not in (None, "none") and sampler not in PLACED:
         raise UserError(f"{sampler} has no sigmas {sigmas!r}; samplers that have: {', '.join(PLACED)}")
     sigmas = (sigmas or config.sigmas or "none") if sampler in PLACED else "none"
-    if not 1 <= steps <= (total if sampler != "lcm" else min(total, LCM_STEPS)):
-        raise UserError(f"steps {steps} is out of range; allowed: 1 to {total if sampler != 'lcm' else LCM_STEPS}")
+    most = min(total, LCM_STEPS) if sampler == "lcm" else total
+    if not 1 <= steps <= most:
+        raise UserError(f"steps {steps} is out of range; allowed: 1 to {most}")
     count = steps + (sampler in MULTISTEP)  # these place one timestep more and drop the last
     if sampler == "lcm":
         t = (LCM_STEPS - torch.arange(steps) * LCM_STEPS // steps) * (total // LCM_STEPS) - 1
