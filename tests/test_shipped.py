@@ -9,12 +9,11 @@ from tiny_models import arrays
 from ldm import Pipeline
 from ldm.data import DataConfig, batches, open_dataset, spread
 from ldm.images import to_float
-from ldm.metrics import retrieval
+from ldm.metrics.alignment import retrieval, sharing
 from ldm.metrics.compositional import cases, check, tally
 from ldm.metrics.judges import JUDGES, image_text_model
 from ldm.model_io import ASSETS, module_hash
 from ldm.samplers import ImageNoise
-from ldm.train.clip import sharing
 
 PROMPTS = {
     "emoji": ["a 3D emoji of a red apple", "flag of Japan"],

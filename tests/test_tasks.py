@@ -16,11 +16,12 @@ from ldm.clip import MAX_SCALE, TextEncoder
 from ldm.config import UserError
 from ldm.data import open_dataset, stack
 from ldm.images import to_float
+from ldm.metrics.alignment import sharing
 from ldm.metrics.judges import image_text_model
 from ldm.pipeline import Pipeline
 from ldm.tokenizer import Tokenizer
 from ldm.train.autoencoder import AutoencoderTask
-from ldm.train.clip import CLIPTask, sharing
+from ldm.train.clip import CLIPTask
 from ldm.train.diffusion import DiffusionTask, check_normalized
 from ldm.train.loop import Task, train
 from ldm.vae import VAE

@@ -31,9 +31,10 @@ from ldm.evaluate.pictures import (
     sample_indices,
     write_captions,
 )
-from ldm.evaluate.records import Record, headlines, sharing
+from ldm.evaluate.records import Record, headlines
 from ldm.evaluate.report import write_results
 from ldm.images import save_png, to_float, to_uint8
+from ldm.metrics.alignment import sharing
 from ldm.metrics.compositional import TASKS, Case, cases
 from ldm.metrics.features import feature_extractor, judged_by
 from ldm.metrics.judges import JUDGES, image_text_model

@@ -9,8 +9,9 @@ from ldm.data.folder import captioned
 from ldm.evaluate.config import FEWEST, FolderEvaluation
 from ldm.evaluate.evaluation import Evaluation
 from ldm.evaluate.pictures import of_files
-from ldm.evaluate.records import blank_record, find, judge_fault, sharing
+from ldm.evaluate.records import blank_record, find, judge_fault
 from ldm.images import image_size, to_float
+from ldm.metrics.alignment import sharing
 
 SHOWN = 24  # images of each folder in the report
 

@@ -3,7 +3,6 @@
 Intervals are 95% bootstrap intervals. A further metric is a function that returns records, called by an evaluation.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,18 +56,6 @@ def blank_record(source: Pictures, batch_size: int) -> Record:
     """How many images are of one plain colour: failures, which count in every other number all the same."""
     spans = [x.amax((2, 3)).int() - x.amin((2, 3)).int() for x in source.batches(batch_size)]
     return record("blank_pictures", int((torch.cat(spans).amax(1) <= BLANK).sum()), source)
-
-
-def sharing(captions: Sequence[Sequence[str]]) -> Tensor:
-    """(N, N) bool: whether two of N images, each with its captions, share one; each with itself."""
-    owners = defaultdict(list)
-    for row, texts in enumerate(captions):
-        for text in texts:
-            owners[text].append(row)
-    same = torch.eye(len(captions), dtype=torch.bool)
-    for rows in map(torch.tensor, owners.values()):
-        same[rows[:, None], rows] = True
-    return same
 
 
 def judge_fault(r: Record) -> str:

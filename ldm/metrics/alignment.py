@@ -37,6 +37,18 @@ def retrieval(
     return scores | {f"chance@{top}": chance(_right(len(image_embeddings), same), top) for top in k}
 
 
+def sharing(captions: Sequence[Sequence[str]]) -> Tensor:
+    """(N, N) bool: whether two of N pictures, each with all its captions, share one, as each does with itself."""
+    owners = defaultdict(list)
+    for row, texts in enumerate(captions):
+        for text in texts:
+            owners[text].append(row)
+    same = torch.eye(len(captions), dtype=torch.bool)
+    for rows in map(torch.tensor, owners.values()):
+        same[rows[:, None], rows] = True
+    return same
+
+
 def chance(right: Tensor, k: int) -> float:
     """The share of queries (rows) with one of their right partners, `right` (N, N) bool, among the first k of a random
     order of all N."""

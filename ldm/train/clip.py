@@ -19,7 +19,7 @@ from ldm.data import DataConfig, choose_captions
 from ldm.data.faults import all_captions
 from ldm.data.minimal_pairs import alter
 from ldm.distributed import Draws, gather_objects, mean_over_processes
-from ldm.metrics import retrieval
+from ldm.metrics.alignment import retrieval, sharing
 from ldm.tokenizer import Tokenizer
 from ldm.train.auxiliary import Grounding, GroundingConfig
 from ldm.train.config import TrainConfig, require_least
@@ -161,18 +161,3 @@ class Joined(ConcatDataset):
         """The captions of image `index`, without decoding it."""
         which = bisect_right(self.cumulative_sizes, index)
         return self.datasets[which].captions(index - [0, *self.cumulative_sizes][which])
-
-
-def sharing(captions: list[list[str]]) -> Tensor:
-    """(B, B) bool: whether two of B images have a caption in common; true on the diagonal.
-
-    Over all their captions, not those chosen for this step: another wording of the same image is no negative.
-    """
-    rows = defaultdict(list)
-    for row, texts in enumerate(captions):
-        for caption in set(texts):
-            rows[caption].append(row)
-    same = torch.eye(len(captions), dtype=torch.bool)
-    for index in map(torch.tensor, rows.values()):
-        same[index[:, None], index] = True
-    return same
