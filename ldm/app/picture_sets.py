@@ -14,8 +14,9 @@ from ldm.config import UserError, build
 from ldm.data import DATASETS, DataConfig, open_dataset
 from ldm.data.faults import readable
 from ldm.data.latents import data_hash
+from ldm.evaluate.pictures import training_data
 from ldm.images import save_png, to_float, to_pil
-from ldm.model_io import atomic_write, find_root, module_hash, read_json
+from ldm.model_io import atomic_write, module_hash
 from ldm.pipeline import Pipeline, Progress
 
 BATCH = 8
@@ -35,10 +36,8 @@ def held_out(models: Models, name: str) -> Any:
     """The held-out part of the data set of a model, from its run's config or a shipped model's name, at the size of its
     pictures. Raises UserError where neither names it."""
     pipe, model = models[name], models.folders[name]
-    root = find_root(model)
-    file = (root.parent.parent if root.parent.name == "checkpoints" else root) / "config.json"
-    config = read_json(file).get("data") if file.is_file() else None
-    if config is None and model not in DATASETS:
+    config = training_data(model)
+    if not config and model not in DATASETS:
         raise UserError("the data set of that model is unknown; choose a shipped model or a run of yours")
     size = pipe.latent_shape()[1] * pipe.vae.factor
     return open_dataset(replace(build(DataConfig, config or {"name": model}), size=size), "test")

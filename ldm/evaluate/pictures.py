@@ -58,11 +58,16 @@ def of_dataset(of: str, dataset: Any, indices: Sequence[int]) -> Pictures:
 def data_config(model: str, name: str, path: str, size: int) -> DataConfig:
     """The data `name` at `path`, with the length, seed and limits of the run that made the model where that was on
     them."""
-    root = find_root(model)
-    file = (root.parent.parent if root.parent.name == "checkpoints" else root) / "config.json"
-    trained = read_json(file).get("data", {}) if file.is_file() else {}
+    trained = training_data(model)
     kept = {key: trained[key] for key in KEPT if trained.get(key) is not None and trained.get("name") == name}
     return DataConfig(name=name, path=path, size=size, **kept)
+
+
+def training_data(model: str) -> dict[str, Any]:
+    """The table `data` in the config of the run that made a model; empty where there is none."""
+    root = find_root(model)
+    file = (root.parent.parent if root.parent.name == "checkpoints" else root) / "config.json"
+    return read_json(file).get("data", {}) if file.is_file() else {}
 
 
 def held_out_indices(dataset: Any, config: Any) -> list[int]:
