@@ -60,17 +60,14 @@ def test_its_numbers_are_those_of_its_reconstructions(measured, vae):
     mean, variance = 0.5 * posterior.mean.double(), (0.5 * posterior.std.double()) ** 2  # of the normalized latent
     normal = torch.distributions.Normal(torch.zeros_like(mean), 1)
     kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, variance.sqrt()), normal)
-    assert value["bits_of_latent"] == pytest.approx(kl.sum((1, 2, 3)).mean().item() / (3072 * math.log(2)), rel=1e-4)
-    assert value["bits_per_dimension"] == pytest.approx(value["bits_of_latent"] + value["bits_of_rest"])
-    assert value["bits_per_dimension"] < 8  # better than knowing nothing
+    of_latent = kl.sum((1, 2, 3)).mean().item() / (3072 * math.log(2))
+    assert of_latent < value["bits_per_dimension"] < 8  # better than knowing nothing
     channels = one(measured, "latent_channels", "latents")["value"]
     assert [c["std"] for c in channels] == pytest.approx(mean.std((0, 2, 3)).tolist(), rel=1e-3)
     assert [c["kl_nats"] for c in channels] == pytest.approx(kl.mean((0, 2, 3)).tolist(), rel=1e-3)
     assert all(0 < c["noise_share"] < 1 for c in channels)
     rates = value["rate_distortion"]
     assert rates["latents, 8 bits"][0][0] == 4 * 8 * 8 and len(rates["JPEG"]) == len(rates["WEBP"]) == 10
-    kl_bytes = kl.sum((1, 2, 3)).mean().item() / math.log(2) / 8
-    assert rates["latents, KL"][0][0] == pytest.approx(kl_bytes, rel=1e-4)
     perceptual = one(measured, "perceptual_distance", "reconstructions")
     assert (perceptual["extractor"], perceptual["resize"]) == ("effnet-lite0", "none; sides under 64 px doubled")
     assert perceptual["extractor_sha256"] == module_hash(perceptual_network("effnet-lite0"))
@@ -96,9 +93,9 @@ def test_probes_of_the_latents_have_intervals_and_the_report_is_complete(measure
         r["metric"] for r in results(measured)
     }
     text = report(measured)
-    titles = "Reconstruction|Latents|Rate and distortion|What the latents say|Reconstructions|Furthest off"
+    titles = "Reconstruction|Latents|Rate and distortion|What the latents say|Reconstructions"
     assert {*titles.split("|")} <= set(re.findall(r"<h2[^>]*>(.*?)</h2>", text))
-    assert "stub, weights 555555555555" in text and text.count("data:image/png") == 20 * 2 + 12 * 2
+    assert "stub, weights 555555555555" in text and text.count("data:image/png") == 20 * 2
 
 
 def test_images_that_cannot_be_read_are_left_out_and_judges_features_taken_by_name(vae, tmp_path, monkeypatch):
