@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from ldm import model_io
@@ -27,8 +27,7 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 class Tokenizer:
     """`vocab` maps token -> id, `merges` are in order of rank, `context_length` is L.
 
-    `added` tokens are found in a text before it is split; start, end and padding are always among them. Special ones,
-    as those three by default, are left out by `decode`.
+    `added` tokens are found in a text before it is split; start, end and padding are always among them.
     """
 
     def __init__(
@@ -101,10 +100,6 @@ class Tokenizer:
         """Start, the ids of the whole text, end; neither cut nor padded."""
         ids = self._backend.encode(_valid(text), add_special_tokens=False).ids
         return [self.bos_token_id, *ids, self.eos_token_id]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, in lower case, with single spaces between words and without special tokens."""
-        return self._backend.decode([int(i) for i in ids]).replace(WORD_END, " ").strip()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json`."""
@@ -181,7 +176,6 @@ def _backend(model: models.Model) -> tokenizers.Tokenizer:
     split = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
     backend.normalizer = normalizers.Sequence(steps)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    backend.decoder = decoders.ByteLevel()
     return backend
 
 

@@ -43,11 +43,9 @@ def tokenizer() -> Tokenizer:
 
 
 def assert_same(ours: Tokenizer, theirs, texts: list[str]) -> None:
-    """Equal ids for each text - whole, and cut or padded - and equal text from the ids."""
+    """Equal ids for each text: whole, and cut or padded."""
     for text in texts:
-        ids = theirs(text).input_ids
-        assert ours.encode(text) == ids, repr(text)
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), repr(text)
+        assert ours.encode(text) == theirs(text).input_ids, repr(text)
     expected = theirs(texts, padding="max_length", truncation=True, max_length=ours.context_length)
     assert ours(texts, warn=False).tolist() == expected.input_ids
 
@@ -106,7 +104,7 @@ def test_stable_diffusion_folders(tokenizer, tmp_path, pad_token):
 
 
 def test_added_tokens(tokenizer, tmp_path):
-    """Tokens that textual inversion adds are found in the text and kept by decode."""
+    """Tokens that textual inversion adds are found in the text."""
     from transformers import CLIPTokenizer
 
     tokenizer.save_pretrained(tmp_path)
@@ -125,7 +123,7 @@ def test_what_is_cut_is_named(tokenizer):
     with pytest.warns(UserWarning, match="too long \\(30 tokens at most\\); ignored: 'Green square'"):
         tokens = tokenizer([text])
     assert tokens[0, 0] == tokenizer.bos_token_id and tokens[0, -1] == tokenizer.eos_token_id
-    assert tokenizer.decode(tokens[0]) == " ".join(["circle"] * 30)
+    assert tokens[0].tolist() == tokenizer.encode("circle " * 30)
     with pytest.warns(UserWarning, match="ignored: 'greensquare'$"):  # a whole word, of which a part was read
         tokenizer(["circle " * 29 + "greensquare"])
     with warnings.catch_warnings():
