@@ -148,10 +148,10 @@ def test_data_are_those_of_the_models_run_and_fewer_begin_more(model, tmp_path):
     assert few == many[:24] and all(kinds.count((task, half)) == 6 for task in TASKS for half in (False, True))
 
 
-def test_reports_need_two_packages(monkeypatch):
+def test_evaluations_need_their_packages(monkeypatch):
     monkeypatch.setattr("ldm.evaluate.report.find_spec", lambda name: None if name == "matplotlib" else name)
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", "shapes", "--data", "shapes", "--out", "new"])
-    with pytest.raises(UserError, match="pip install matplotlib"):
+    with pytest.raises(UserError, match=r"need matplotlib: pip install 'ldm\[evaluate\]'"):
         main()
 
 

@@ -2,7 +2,6 @@
 the inputs that every public metric takes or refuses."""
 
 import itertools
-import sys
 from functools import partial
 
 import numpy as np
@@ -12,7 +11,6 @@ from scipy.ndimage import laplace
 from torchvision.transforms.v2 import functional as TF
 
 from ldm import metrics
-from ldm.config import UserError
 from ldm.metrics import clip_score, cosine, psnr, retrieval, sharpness, ssim
 from ldm.metrics.alignment import chance, retrieval_hits
 from ldm.metrics.reconstruction import ROUNDING, discretized_logistic
@@ -202,9 +200,3 @@ NOT_PAIRS = r"\(60, 8\) and \(60, 3\)"
 def test_inputs_that_cannot_be_measured_are_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
-
-
-def test_a_missing_library_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(UserError, match="scikit-learn is not installed: pip install scikit-learn"):
-        metrics.cluster_scores(X, LABELS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ldm.commands.cli import positional, read_options
@@ -41,10 +42,10 @@ def main() -> None:
     import torch
 
     from ldm.commands.benchmark_jobs import open_diffusers
-    from ldm.metrics.libraries import library
     from ldm.pipeline import Pipeline
 
-    library("diffusers")
+    if not find_spec("diffusers"):
+        raise UserError("diffusers is not installed: pip install diffusers")
     ours = Pipeline.from_pretrained(options.folder)
     try:
         theirs = open_diffusers(options.folder)

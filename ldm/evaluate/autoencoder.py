@@ -2,11 +2,9 @@
 
 import math
 import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -95,10 +93,7 @@ def evaluate_autoencoder(config: AutoencoderEvaluation) -> list[str]:
     if e.features:
         e.add(*e.features.distances(decoded, real))
     e.add(rate_record(held_out))
-    if not find_spec("sklearn"):
-        missing = "probes of the latents need scikit-learn and are left out: pip install scikit-learn"
-        warnings.warn(missing, stacklevel=2)
-    elif config.data == "emoji":
+    if config.data == "emoji":
         e.add(*label_records(*(emoji(data, config.seed, coded) for data in (train, dataset)), EMOJI, config.seed))
     elif config.data == "shapes":
         e.add(*factor_records(*scenes(max(vae.config.sample_size, MIN_SIZE), config.seed, coded), config.seed))

@@ -24,13 +24,14 @@ from ldm.images import data_url
 from ldm.model_io import atomic_write, write_json
 
 FORMATS = {"model": "ldm-evaluation-2", "folders": "ldm-evaluation-2", "autoencoder": "ldm-autoencoder-evaluation-1"}
+PACKAGES = ("scipy", "sklearn", "torch_fidelity", "jinja2", "matplotlib", "psutil")
 LARGEST = 256  # pixels per side of an image in the report; larger ones are reduced
 
 
 def check_installed() -> None:
-    """Raises UserError where a package that reports need is missing."""
-    if missing := [name for name in ("jinja2", "matplotlib") if not find_spec(name)]:
-        raise UserError(f"reports need {' and '.join(missing)}: pip install {' '.join(missing)}")
+    """Raises UserError where a package of the extra `evaluate` is missing."""
+    if missing := [name for name in PACKAGES if not find_spec(name)]:
+        raise UserError(f"evaluations need {', '.join(missing)}: pip install 'ldm[evaluate]'")
 
 
 def write_results(

@@ -9,7 +9,6 @@ from einops import rearrange
 
 from ldm.config import UserError
 from ldm.data.shapes import BACKGROUND, COLOURS, SHAPES, SIZES, Thing, coverage
-from ldm.metrics.libraries import library
 
 UNKNOWN = "unknown"  # the shape of a component that is like none of SHAPES
 SIDE = 32  # pixels a side at which pictures are read; larger ones are averaged down to it
@@ -32,6 +31,8 @@ def parse(image: np.ndarray) -> list[Thing]:
     `image` is uint8 (H, H, 3), of any side from 24 on. Fainter marks than half a colour, and specks under
     0.6% of the picture, are not seen. Raises UserError when the array is no square RGB picture.
     """
+    from scipy import ndimage
+
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.shape[0] != image.shape[1]:
         raise UserError(f"a picture to read is uint8 (H, H, 3), not {image.dtype} {image.shape}")
@@ -39,7 +40,7 @@ def parse(image: np.ndarray) -> list[Thing]:
     covers, labels = _segment(rearrange(torch.nn.functional.adaptive_avg_pool2d(x, SIDE), "c h w -> h w c").numpy())
     things = []
     for i, colour in enumerate(COLOURS):
-        components, count = library("scipy.ndimage").label(labels == i, AROUND)
+        components, count = ndimage.label(labels == i, AROUND)
         masks = [components == component for component in range(1, count + 1)]
         things += [_name(colour, mask, covers[..., i], labels < 0) for mask in masks if mask.sum() >= SPECK]
     return things
@@ -62,7 +63,9 @@ def _segment(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _name(colour: str, mask: np.ndarray, cover: np.ndarray, background: np.ndarray) -> Thing:
     """The thing whose pixels are `mask`, by the likest template around its centroid."""
-    soft = cover * (library("scipy.ndimage").binary_dilation(mask, AROUND) & (mask | background))
+    from scipy import ndimage
+
+    soft = cover * (ndimage.binary_dilation(mask, AROUND) & (mask | background))
     # a paler colour is still the colour: full coverage is the level of the component's fullest quarter
     soft = np.minimum(soft / np.quantile(soft[mask], 0.75), 1)
     x, y = _centroid(soft)

@@ -25,7 +25,6 @@ from ldm.images import to_uint8
 from ldm.metrics.extractor import FeatureExtractor, preparation, pretrained
 from ldm.metrics.inputs import resized
 from ldm.metrics.judges import published_clip, trained_judge
-from ldm.metrics.libraries import library
 from ldm.perceptual import EFFNET_MEAN, EFFNET_STD, effnet_file, effnet_lite
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -62,7 +61,8 @@ def _effnet(version: int, size: int, where: str) -> FeatureExtractor:
 
 def _inception(where: str) -> FeatureExtractor:
     """FID's graph and weights: 2048 pooled features of uint8 pictures, resized by it as TensorFlow 1 did."""
-    fidelity = library("torch_fidelity.feature_extractor_inceptionv3")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     home = Path(torch.hub.get_dir()) / "checkpoints"
     files = [Path(where)] if where else [home / name for name in INCEPTION_FILES]
     file = next((file for file in files if file.is_file()), None)
@@ -76,7 +76,7 @@ def _inception(where: str) -> FeatureExtractor:
     if sha256 != INCEPTION_SHA256:
         raise UserError(f"{str(file)!r} has SHA-256 {sha256[:8]}..., expected {INCEPTION_SHA256[:8]}...: damaged?")
     with redirect_stdout(sys.stderr):
-        net = fidelity.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(file))
+        net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(file))
     classes = nn.Linear(2048, 1008, bias=False)  # without the bias, as the Inception Score is usually computed
     classes.weight = net.fc.weight
     more = {"classifier": classes, "resize": "bilinear as in TensorFlow 1, not antialiased", "sha256": sha256}

@@ -8,7 +8,6 @@ from einops import rearrange
 from torch import Tensor
 
 from ldm.metrics.inputs import Rows
-from ldm.metrics.libraries import library
 
 Labels = Tensor | np.ndarray | Sequence
 BINS = 20  # of each dimension of a code, for mutual information
@@ -21,23 +20,29 @@ def cluster_scores(features: Rows, labels: Labels, seed: int = 0) -> dict[str, f
 
 def clusters(features: Rows, count: int, seed: int = 0) -> np.ndarray:
     """The k-means cluster, 0 to count - 1, of each of (N, D) features: (N,)."""
-    model = library("sklearn.cluster").KMeans(count, n_init=10, random_state=seed)
+    from sklearn.cluster import KMeans
+
+    model = KMeans(count, n_init=10, random_state=seed)
     return model.fit_predict(_array(features, np.float64))
 
 
 def agreement(labels: Labels, clusters: Labels) -> dict[str, float]:
     """ "homogeneity", "completeness" and "v_measure" of clusters (N,) given labels (N,), in [0, 1] (Rosenberg &
     Hirschberg 2007, eqs. 1 and 2): a cluster holds one label; a label lies in one cluster; their harmonic mean."""
-    scores = library("sklearn.metrics").homogeneity_completeness_v_measure(_array(labels), _array(clusters))
+    from sklearn.metrics import homogeneity_completeness_v_measure
+
+    scores = homogeneity_completeness_v_measure(_array(labels), _array(clusters))
     return dict(zip(("homogeneity", "completeness", "v_measure"), map(float, scores), strict=True))
 
 
 def linear_probe(train_x: Rows, train_y: Labels, test_x: Rows, test_y: Labels) -> float:
     """Accuracy on the test rows of a logistic regression (L2, C = 1, on standardized features) fitted to the training
     rows (Alain & Bengio 2016). Features (N, D), labels (N,)."""
-    regression = library("sklearn.linear_model").LogisticRegression(max_iter=2000)
-    scaler = library("sklearn.preprocessing").StandardScaler()
-    model = library("sklearn.pipeline").make_pipeline(scaler, regression)
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     model.fit(_array(train_x, np.float64), _array(train_y))
     return float(model.score(_array(test_x, np.float64), _array(test_y)))
 
@@ -68,11 +73,13 @@ def dci(codes: Rows, factors: Rows, seed: int = 0) -> dict[str, float]:
     entropy of a factor's over dimensions; informativeness: accuracy on the last fifth of the rows. In [0, 1]. Raises
     ValueError for fewer than two dimensions or factors, or a factor of one class.
     """
+    from sklearn.ensemble import GradientBoostingClassifier
+
     codes, factors = _codes_and_factors(codes, factors, least=2)
     cut = len(codes) - len(codes) // 5
     importance, accuracy = [], []
     for factor in factors.T:
-        trees = library("sklearn.ensemble").GradientBoostingClassifier(n_estimators=30, random_state=seed)
+        trees = GradientBoostingClassifier(n_estimators=30, random_state=seed)
         trees.fit(codes[:cut], factor[:cut])
         importance.append(trees.feature_importances_)
         accuracy.append(trees.score(codes[cut:], factor[cut:]))
