@@ -331,7 +331,7 @@ def make_grid(
     sigmas = (sigmas or config.sigmas or "none") if sampler in PLACED else "none"
     most = min(total, LCM_STEPS) if sampler == "lcm" else total
     if not 1 <= steps <= most:
-        raise UserError(f"steps {steps} is out of range; allowed: 1 to {most}")
+        raise UserError(f"steps {steps} is out of range for {sampler}; allowed: 1 to {most}")
     count = steps + (sampler in MULTISTEP)  # these place one timestep more and drop the last
     if sampler == "lcm":
         t = (LCM_STEPS - torch.arange(steps) * LCM_STEPS // steps) * (total // LCM_STEPS) - 1

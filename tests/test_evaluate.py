@@ -202,7 +202,7 @@ def test_pictures_of_other_settings_are_refused_and_a_damaged_one_is_one_line(do
     tiny_evaluation.tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
     shutil.copytree(model, tmp_path / "same")  # the same model in another folder
     for folder, changes, words in (
-        (model, {"steps": 3}, "steps 2, not 3; use another --out"),
+        (model, {"steps": (3,)}, "steps 2, not 3; use another --out"),
         (model, {"sampler": "euler"}, "ddim, not euler"),
         (tmp_path / "other", {}, "model_sha256"),
         (tmp_path / "same", {}, "00002.png"),

@@ -69,7 +69,7 @@ def test_groups_that_captions_name_are_reported_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(OPENED, lambda name: sees_dark)
     monkeypatch.setattr("ldm.evaluate.records.MOST", 0.0)
     out = tmp_path / "out"
-    evaluate(config_for(tmp_path / "model", out, data="emoji", num=60, guidance=(1.0,), steps=1, judge="sees-dark"))
+    evaluate(config_for(tmp_path / "model", out, data="emoji", num=60, guidance=(1.0,), steps=(1,), judge="sees-dark"))
     dataset = Emoji(16, "test")
     records = [dataset.records[i] for i in sample_indices(len(dataset), 60, 0)]
     for tone in ("light", "dark"):

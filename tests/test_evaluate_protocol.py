@@ -1,5 +1,6 @@
 """The protocol, from the command to metrics.json: guidance is chosen on validation and reported on test, kinds of
-picture and training captions are measured apart, and a network that trained the VAE is marked."""
+picture and training captions are measured apart, further samplers and steps are points of a curve, and a network that
+trained the VAE is marked."""
 
 import json
 import sys
@@ -12,6 +13,7 @@ import torch
 from tiny_evaluation import OPENED, N, captions, fill, image_text, kept, one, report, results, stub_extractor, to_x
 
 from ldm.commands.evaluate import main
+from ldm.config import UserError
 from ldm.data.emoji import Emoji
 from ldm.data.shapes import Shapes
 from ldm.evaluate.evaluation import pose_cases
@@ -20,6 +22,7 @@ from ldm.metrics import frechet_distance, retrieval
 from ldm.metrics.compositional import TASKS, check, tally
 from ldm.metrics.intervals import mean_interval
 from ldm.pipeline import Pipeline
+from ldm.unet import UNet
 
 model, networks = tiny_evaluation.model, tiny_evaluation.networks
 
@@ -28,7 +31,7 @@ def run(out: Path, model: Path, *options: object) -> dict:
     """The settings in metrics.json after the command."""
     base = ["--model", model, "--num", N, "--steps", 1, "--features", "stub", "--train-num", 40, "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldm.evaluate.model.cost_records", lambda e: [])
+        patch.setattr("ldm.evaluate.model.TIMED", 1)
         patch.setattr(sys, "argv", ["evaluate.py", *map(str, [*base, "--out", out, *options])])
         main()
     return json.loads((out / "metrics.json").read_text())["settings"]
@@ -142,3 +145,38 @@ def test_a_network_that_trained_the_vae_is_marked(model, tmp_path):
     assert settings["perceptual_net_of_vae"] == "stub, lpips-vgg"
     assert one(tmp_path / "out", "frechet_distance", "samples")["trained_the_vae"]
     assert "trained to please this very network" in report(tmp_path / "out")
+
+
+def test_further_samplers_and_steps_are_points_of_a_curve(model, tmp_path, monkeypatch, capsys):
+    options = ["--data", "shapes", "--judge", "knows-shapes", "--guidance", "2", "--train-captions", "0"]
+    run(tmp_path / "alone", model, *options)  # at 1 step
+    out, passes, forward = tmp_path / "out", [], UNet.forward
+    settings = run(out, model, *options, "--steps", 2)
+    alone, before = ([r for r in results(each) if "threads" not in r] for each in (tmp_path / "alone", out))
+    monkeypatch.setattr(UNet, "forward", lambda self, z, *rest: passes.append(len(z)) or forward(self, z, *rest))
+    assert run(out, model, *options, "--steps", "2,1", "--sampler", "ddim,heun") == settings
+    counted = {(r["sampler"], r["steps"]): r["value"] for r in results(out) if r["metric"] == "model_passes"}
+    assert counted == {("ddim", 2): 4, ("ddim", 1): 2, ("heun", 2): 6, ("heun", 1): 2}
+    # only the pictures of the curve were missing; one more of each is timed, and one of the reported is before that
+    assert sum(passes) == (2 + 6 + 2) * (N + 2 * len(TASKS) + 1) + 2 * 4
+    after = [r for r in results(out) if "threads" not in r and r["metric"] != "model_passes"]
+    assert [r for r in after if "curve" not in r] == before
+    points = [r for r in after if r["of"] == "1-step ddim samples"]
+    assert {"compositional_score", "frechet_distance", "image_to_text@1"} < {r["metric"] for r in points}
+    samples = {r["metric"]: r for r in alone if r["of"] == "samples"}
+    assert all(r == samples[r["metric"]] | {"of": r["of"], "curve": True} for r in points)
+    seconds = [r for r in results(out) if r["metric"] == "seconds_per_picture"]
+    assert [r.get("curve", False) for r in seconds] == [False, True, True, True]
+    assert {path.name for path in (out / "cases").iterdir()} == {"g2", "g2-ddim-1", "g2-heun-2", "g2-heun-1"}
+    assert "<td>heun</td><td>2</td><td>6</td>" in report(out) and ">Model passes</h2>" in report(out)
+    assert "\nheun, steps 2: model passes 6; exactly right, % " in capsys.readouterr().out
+    for wrong, words in (
+        (("--steps", "8,51", "--sampler", "ddim,lcm"), "steps 51 is out of range for lcm; allowed: 1 to 50"),
+        (("--steps", "8,1001"), "steps 1001 is out of range for ddim"),
+        (("--sampler", "ddim,"), "sampler '' is unknown"),
+        (("--steps", "8,x"), "--steps is .8,x.; it must be whole numbers, e.g. 8,30"),
+        (("--steps", ""), "--steps  is not allowed; use whole numbers of 1 or more"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(tmp_path / "new", model, *options, *wrong)
+        assert not (tmp_path / "new").exists()

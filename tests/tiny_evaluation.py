@@ -158,6 +158,6 @@ def networks():
 
 
 def config_for(model: Path, out: Path, **changes) -> EvaluateConfig:
-    base = {"data": "shapes", "num": N, "guidance": GUIDANCE, "guidance_rescale": 0.5, "steps": 2, "device": "cpu"}
+    base = {"data": "shapes", "num": N, "guidance": GUIDANCE, "guidance_rescale": 0.5, "steps": (2,), "device": "cpu"}
     base |= {"features": "stub", "judge": "knows-shapes", "train_num": 40, "choose_on": "test", "train_captions": 0}
     return EvaluateConfig(model=str(model), out=out, **base | changes)

@@ -5,8 +5,9 @@
     two folders     --images DIR --reference DIR --out DIR
 
 Of several guidance scales one is chosen on the validation split, and the test split is reported at that one alone.
-What it made is kept in --out: a run that was stopped continues there, and more captions or further guidance scales only
-add what is missing. `accelerate launch scripts/evaluate.py ...` shares the work between processes.
+Of several samplers and numbers of steps the first is reported, and all make a curve of quality against model passes.
+What it made is kept in --out: a run that was stopped continues there, and more captions, guidance scales, samplers or
+steps only add what is missing. `accelerate launch scripts/evaluate.py ...` shares the work between processes.
 """
 
 import sys

@@ -16,6 +16,7 @@ ALLOWED = (
     ("size", f"1 to {LARGEST}, or 0", lambda value: 0 <= value <= LARGEST),
     ("train_num", "1 or more", lambda value: value >= 1),
     ("train_captions", "0 or more", lambda value: value >= 0),
+    ("steps", "whole numbers of 1 or more, separated by commas", lambda values: min(values, default=0) >= 1),
     ("guidance_rescale", "a number in [0, 1]", lambda value: 0 <= value <= 1),
     (
         "guidance",
@@ -48,8 +49,8 @@ class EvaluateConfig:
     guidance: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 8.0)  # guidance scales, separated by commas; one is reported
     choose_on: Literal["val", "test", "none"] = "val"  # split that chooses it; test: the reported one; none: the first
     guidance_rescale: float = 0.0  # in [0, 1], for every guidance scale
-    steps: int = 30  # sampling steps
-    sampler: str = ""  # see `ldm sample --help`; empty: the model's own
+    steps: tuple[int, ...] = (30,)  # sampling steps, separated by commas; the first is reported, more make a curve
+    sampler: str = ""  # see `ldm sample --help`, separated by commas as steps are; empty: the model's own
     features: str = FEATURES  # or inception[:FILE], clip:FOLDER, dinov2:FOLDER, judge[:FOLDER], none
     judge: str = ""  # emoji, shapes, clip:FOLDER, folder of train_clip (judge=true), none; empty: the data's own
     train_num: int = 10_000  # training images searched for near-duplicates of samples

@@ -6,8 +6,9 @@ import random
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -110,6 +111,7 @@ class Questions:
     indices: Sequence[int] = ()  # of the real images
     real: Pictures | None = None
     cases: Sequence[Case] = ()  # for the exact checker, of shapes alone
+    sampling: dict[str, Any] = field(default_factory=dict)  # sampler and steps, of a point of their curve alone
 
     @property
     def times(self) -> int:
@@ -125,7 +127,8 @@ class Questions:
     def about_cases(self) -> "Questions":
         """The captions of the cases."""
         folder = self.folder.replace("pictures", "cases")
-        return Questions(of=self.of, folder=folder, captions=[case.caption for case in self.cases])
+        captions = [case.caption for case in self.cases]
+        return Questions(of=self.of, folder=folder, captions=captions, sampling=self.sampling)
 
 
 def pose(
@@ -165,14 +168,19 @@ class ModelEvaluation(Evaluation):
             self.pipe = pipe = Pipeline.from_pretrained(config.model, find_device(config.device))
         for note in notes:
             warnings.warn_explicit(note.message, note.category, note.filename, note.lineno)
-        sampler, size = config.sampler or pipe.schedule.config.sampler, pipe.unet.config.sample_size * pipe.vae.factor
-        make_grid(pipe.schedule, sampler, config.steps)  # refuses an unknown sampler or a wrong number of steps
+        config = replace(config, sampler=config.sampler or pipe.schedule.config.sampler)  # the model's own defaults
+        pairs = dict.fromkeys(product(config.sampler.replace(" ", "").split(","), config.steps))
+        reported, *further = ({"sampler": sampler, "steps": steps} for sampler, steps in pairs)
+        for point in (reported, *further):
+            make_grid(pipe.schedule, **point)  # refuses an unknown sampler or a wrong number of steps
+        size = pipe.unet.config.sample_size * pipe.vae.factor
         if size < SMALLEST:
             raise UserError(f"the model makes {size} px pictures; they can be measured from {SMALLEST} px on")
         self.sample = cache(self.sample)  # the same images are the same object, for which features are known
         data = data_config(config.model, config.data, config.data_path, size)
         self._open_test(data, config)
         self._open_train(data, config)
+        self.curve = [replace(self.test, of="{steps}-step {sampler} samples".format(**p), sampling=p) for p in further]
         modules = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "unet")}
         rest = json.dumps([pipe.tokenizer.vocab, asdict(pipe.schedule.config)], sort_keys=True)
         settings = {
@@ -180,7 +188,7 @@ class ModelEvaluation(Evaluation):
             "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
             "data_sha256": data_hash(self.test.dataset),
             "size": size,
-            "sampler": sampler,
+            **reported,
             "num": len(self.test.indices),
             "guidance": list(config.guidance),
             "perceptual_net_of_vae": pipe.vae.perceptual_net or "unknown",
@@ -228,8 +236,9 @@ class ModelEvaluation(Evaluation):
 
         A batch is made where one of its images is missing; several processes share the batches.
         """
-        group, pipe, sampling = processes(), pipe or self.pipe, {key: self.settings[key] for key in SAMPLING}
-        size, folder = self.config.batch_size, self.config.out / asked.folder / f"g{g:g}"
+        group, pipe, sampling = processes(), pipe or self.pipe, {k: self.settings[k] for k in SAMPLING} | asked.sampling
+        name = "-".join(map(str, (f"g{g:g}", *asked.sampling.values())))
+        size, folder = self.config.batch_size, self.config.out / asked.folder / name
         paths = [folder / f"{i:05d}.png" for i in range(len(asked.captions))]
         missing = [i for i in range(0, len(paths), size) if not all(path.is_file() for path in paths[i : i + size])]
         group.wait_for_everyone()  # all processes have seen what is missing before one of them makes it
@@ -239,7 +248,7 @@ class ModelEvaluation(Evaluation):
         starts = missing[group.process_index :: group.num_processes]
         quiet = not (starts and group.is_main_process)
         if self.config.compile != "never" and not pipe.compiled:
-            pipe.compile(passes=len(starts) * self.config.steps if self.config.compile == "auto" else None)
+            pipe.compile(passes=len(starts) * sampling["steps"] if self.config.compile == "auto" else None)
         for start in tqdm(starts, desc=f"sampling, {asked.of} at {g:g}", unit="batch", disable=quiet):
             options = sampling | {"guidance": g, "seed": self.config.seed + start}
             prompts = asked.captions[start : start + size]

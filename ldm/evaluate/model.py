@@ -3,15 +3,16 @@
 import shutil
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from ldm.config import UserError
+from ldm.diffusion import Denoiser, Schedule, guided
 from ldm.distributed import processes
 from ldm.evaluate.config import EvaluateConfig
 from ldm.evaluate.evaluation import ModelEvaluation, Questions
@@ -37,6 +38,7 @@ from ldm.metrics.compositional import Case, by_aspect, check, halves, tally
 from ldm.metrics.compositional_parse import parse
 from ldm.metrics.intervals import mean_interval
 from ldm.model_io import read_json
+from ldm.samplers import get_sampler, make_grid
 
 HEADLINES = ("frechet_distance", "clip_cosine", "image_to_text@1", "mean_kind_image_to_text@1", "compositional_score")
 # settings that a folder is for; the same weights under another path are the same model
@@ -65,9 +67,11 @@ def evaluate(config: EvaluateConfig) -> list[str]:
     e.guidance = best = choice["value"]
     if not find(e.results, "blank_pictures", "samples"):
         measure_samples(e, e.test, best)
+    measure_curve(e)
+    points = {"validation samples", *(asked.of for asked in e.curve)}
     for r in e.results:
-        if r["of"] == "validation samples" or r.get("guidance", best) != best:
-            r["curve"] = True  # no result, but a point of the curve over guidance
+        if r["of"] in points or r.get("guidance", best) != best:
+            r["curve"] = True  # no result, but a point of the curve over guidance or over model passes
     probe(e)
     if baseline:
         e.add(*compare(baseline, e.results, best))
@@ -135,6 +139,29 @@ def measure_samples(e: ModelEvaluation, asked: Questions, g: float) -> None:
             e.add(compositional_record(source, [*cases[1:], *cases[:1]], of=SHUFFLED))
             aspects = by_aspect(arrays(source), [case.required for case in cases])
             e.add(mean_record("scene_accuracy", aspects, source))
+
+
+def measure_curve(e: ModelEvaluation) -> None:
+    """Quality against model passes: samples by every further sampler and number of steps, and the passes of all."""
+    for asked in e.curve:
+        measure_samples(e, asked, e.guidance)
+    for asked in (e.test, *e.curve) if e.curve else ():
+        source = e.sample(asked, e.guidance)
+        e.add(record("model_passes", count_passes(e.pipe.schedule, **source.labels), source))
+
+
+def count_passes(schedule: Schedule, *, sampler: str, steps: int, guidance: float, **_: Any) -> int:
+    """How often each picture passes through the U-Net, counted without one: with guidance every call takes it twice,
+    and some samplers call more often than once per step."""
+    nothing, grid, passes = torch.zeros(1, 1, 1, 1), make_grid(schedule, sampler, steps), []
+
+    def predict(z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        passes.append(len(z_t))
+        return z_t
+
+    denoise = guided(Denoiser(predict, grid.schedule), nothing, nothing, guidance)
+    get_sampler(sampler)(denoise, nothing, grid, lambda: nothing)
+    return sum(passes)
 
 
 def measure_source(e: ModelEvaluation, asked: Questions, source: Pictures) -> None:
@@ -225,25 +252,29 @@ def _comparable(results: list[Record], g: float) -> dict[str, Record]:
 
 
 def cost_records(e: ModelEvaluation) -> list[Record]:
-    """Seconds and bytes per image, in a batch after a first one to warm up, and parameters.
+    """Seconds and bytes per image, in a batch after a first one to warm up, parameters, and seconds along the curve.
 
     Memory is what the batch takes on a GPU beyond weights and all else, shared by its images, and None on a CPU;
     `peak` is the most that torch held on the GPU, on a CPU what the process holds.
     """
     captions, device, source = e.test.captions[:TIMED], e.pipe.device, e.sources[1]
     n, gpu = len(captions), device.type == "cuda"
-    sample = partial(e.pipe, captions, batch_size=n, **source.labels)
-    sample()
+    fields = {"n": n, "device": str(device), "threads": torch.get_num_threads()}
+
+    def timed(asked: Questions, **labels: bool) -> Record:
+        made, start = e.sample(asked, e.guidance), time.perf_counter()
+        e.pipe(captions, batch_size=n, **made.labels)
+        return record("seconds_per_picture", (time.perf_counter() - start) / n, made, **fields, **labels)
+
+    timed(e.test)
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    before, start = torch.cuda.memory_allocated(device) if gpu else 0, time.perf_counter()
-    sample()
-    seconds = (time.perf_counter() - start) / n
+    before, seconds = torch.cuda.memory_allocated(device) if gpu else 0, timed(e.test)
     peak = torch.cuda.max_memory_allocated(device) if gpu else psutil.Process().memory_info().rss
     memory = (peak - before) / n if gpu else None
-    fields = {"n": n, "device": str(device), "threads": torch.get_num_threads()}
     return [
-        record("seconds_per_picture", seconds, source, **fields),
+        seconds,
         record("parameters", sum(e.settings["parameters"].values()), source, **fields),
         record("memory_per_picture_bytes", memory, source, peak=peak, **fields),
+        *(timed(asked, curve=True) for asked in e.curve),
     ]

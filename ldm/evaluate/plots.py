@@ -4,12 +4,14 @@ import io
 import re
 from collections.abc import Sequence
 from html import escape
+from itertools import product
 from typing import Any
 
 # Colours here, and their names in the page's CSS
 VARIABLES = {"#0b5cad": "accent", "#b3470c": "warm", "#2a9d60": "green", "#9b59b6": "violet"}
 VARIABLES |= {"#656d76": "soft", "#d8dee4": "line", "#ffffff": "paper"}
 *COLOURS, INK, LINE, PAPER = VARIABLES
+MARKERS = {"o": "", "s": "■", "^": "▲"}  # and in legends: the next where there are more lines than colours
 STYLE = {  # the salt makes the same plot the same text
     **{"svg.hashsalt": "ldm", "svg.fonttype": "none", "font.size": 8, "xtick.major.size": 0, "ytick.major.size": 0},
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
@@ -38,14 +40,16 @@ def plot(
     file, names = io.StringIO(), []
     with rc_context(STYLE):
         axes = Figure((4, 2.6), layout="constrained").subplots()
-        axes.set(xlabel=x_name, xscale="log" if log else "linear")
+        axes.set(xlabel=x_name)
+        if log:
+            axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         for name, value in levels:
             axes.axhline(value, color=INK, linewidth=1, linestyle="--")
             axes.annotate(name, (1, value), (0, -10), ("axes fraction", "data"), "offset points", ha="right")
-        for line, colour in zip(lines, COLOURS, strict=False):
-            names.append(f'<span style="color: {colour}">{escape(line["name"])}</span>')
-            axes.plot(*zip(*line["points"], strict=True), line.get("style", "o-"), color=colour)
+        for line, (marker, colour) in zip(lines, product(MARKERS, COLOURS), strict=False):
+            names.append(f'<span style="color: {colour}">{MARKERS[marker]}{escape(line["name"])}</span>')
+            axes.plot(*zip(*line["points"], strict=True), line.get("style", f"{marker}-"), color=colour)
             if "ring" in line:
                 axes.plot(*line["points"][line["ring"]], "o", color=PAPER, mec=colour, mew=1.8, markersize=8)
             for mark, point in zip(line.get("marks", ()), line["points"], strict=False):

@@ -18,6 +18,14 @@ BLANK = 4  # levels of 255; an image that spans no more in any channel is of one
 FAR, LEAST, MOST = 5.0, 0.1, 0.5  # a judge finds real images with FAR times chance, at least LEAST; MOST is enough
 # What guidance is chosen by, and 1 where less is better: the first that was measured
 CRITERIA = {"compositional_score": -1, "frechet_distance": 1, "clip_cosine": -1, "blank_pictures": 1}
+# The curve of quality against model passes: metric, name and factor of each column
+CURVE = {
+    "model_passes": ("model passes", 1),
+    "compositional_score": ("exactly right, %", 100),
+    "image_to_text@1": ("right caption first, %", 100),
+    "frechet_distance": ("Frechet distance", 1),
+    "seconds_per_picture": ("seconds per picture", 1),
+}
 
 
 def record(metric: str, value: Any, source: Pictures | str, interval: Any = None, **fields: Any) -> Record:
@@ -125,23 +133,37 @@ def named(r: Record) -> str:
     return f"{r['of']} at {r['guidance']:g}" if "guidance" in r else r["of"]
 
 
+def over_passes(results: Sequence[Record]) -> dict[str, list[Record]]:
+    """By name of CURVE its records, values times factor, for each sampler and number of steps; {} for a single one."""
+    points, columns = [r for r in results if r["metric"] == "model_passes"], {}
+    for metric, (name, factor) in CURVE.items():
+        each = [r for p in points for r in find(results, metric, p["of"], guidance=p["guidance"])]
+        for r in each:
+            scaled = {"value": factor * mean(r["value"]), "interval": [factor * x for x in r.get("interval", ())]}
+            columns.setdefault(name, []).append(r | scaled)
+    return columns
+
+
 def headlines(results: Sequence[Record], sources: Sequence[str], metrics: Sequence[str] = ()) -> list[str]:
-    """Lines for a terminal: the numbers of sources in the given metrics, or all, failures of any source, and a warning
-    where Frechet distances are of too few images for their features."""
+    """Lines for a terminal: the numbers of sources in the given metrics, or all, failures of any source, the curve over
+    model passes, and a warning where Frechet distances are of too few images for their features."""
     lines = []
     for r in results:
         failed = r["metric"] in ("blank_pictures", "left_out") and r["value"]
         shown = named(r) in sources and r["value"] is not None and (not metrics or r["metric"] in metrics)
         if failed or shown:
             network = f"{r['extractor']}, " if "extractor" in r else ""
-            value = mean(r["value"])
-            text = str(value) if isinstance(value, int) else number(r | {"value": value})
+            text = number(r | {"value": mean(r["value"])})
             lines.append(f"{r['metric'].replace('_', ' ')} of {named(r)} ({network}N={r['n']}): {text}")
+    columns = over_passes(results)
+    for point in zip(*columns.values(), strict=True):
+        cells = "; ".join(f"{name} {number(r)}" for name, r in zip(columns, point, strict=True))
+        lines.append(f"{point[0]['sampler']}, steps {point[0]['steps']}: {cells}")
     notes = dict.fromkeys(r["note"] for r in results if r["metric"] == "frechet_distance" and r.get("biased"))
     return lines + [f"Frechet distance is biased: it {n}; the kernel distance and CMMD need no more" for n in notes]
 
 
-def number(r: Record | None, factor: float = 1.0, interval: bool = True) -> str:
+def number(r: Record | None, factor: float = 1, interval: bool = True) -> str:
     """A record's value times `factor`, with its interval where it has one; "-" for none."""
     if r is None or r["value"] is None:
         return "-"
@@ -150,6 +172,6 @@ def number(r: Record | None, factor: float = 1.0, interval: bool = True) -> str:
 
 
 def short(value: float) -> str:
-    """About three digits, without exponents."""
-    digits = next((d for d, least in enumerate((1000, 10, 1, 0.1)) if abs(value) >= least), 4)
+    """About three digits, without exponents; all of a whole number."""
+    digits = next((d for d, low in enumerate((1000, 10, 1, 0.1)) if abs(value) >= low or isinstance(value, int)), 4)
     return f"{value:.{digits}f}" if value else "0"

@@ -19,7 +19,7 @@ from torch import Tensor
 from ldm.config import UserError
 from ldm.distributed import processes
 from ldm.evaluate.plots import plot
-from ldm.evaluate.records import SHUFFLED, Record, find, named, number, part, ratio, short
+from ldm.evaluate.records import SHUFFLED, Record, find, named, number, over_passes, part, ratio, short
 from ldm.images import data_url
 from ldm.model_io import atomic_write, write_json
 
@@ -61,8 +61,8 @@ def write_results(
     write_json(out / "metrics.json", {"format": FORMATS[kind], "settings": settings, "results": results})
     folder, options = FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=folder, autoescape=True, extensions=["jinja2.ext.do"], **options)
-    environment.filters |= {"cell": cell, "markup": Markup, "g": "{:g}".format}
-    functions = (number, numbers, named, part, short, ratio, image, at_size, headings, one, plot, zip)
+    environment.filters |= {"cell": cell, "markup": Markup, "g": "{:g}".format, "number": number}
+    functions = (number, numbers, named, part, short, ratio, image, at_size, headings, one, over_passes, plot, zip)
     environment.globals |= {function.__name__: function for function in functions}
     environment.globals |= {"find": partial(find, results), "percent": "{:.1%}".format, "SHUFFLED": SHUFFLED}
     values = {"kind": kind, "settings": settings, "results": results, "galleries": galleries}
