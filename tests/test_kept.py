@@ -4,7 +4,6 @@
 """
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -83,13 +82,11 @@ def test_a_sample_says_how_to_make_it_again(path):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Iterator[Scripts]:
+def run(tmp_path_factory) -> Scripts:
     """Runs scripts beside a copy of the kept files."""
     folder = tmp_path_factory.mktemp("kept")
     shutil.copytree(KEPT, folder, dirs_exist_ok=True)
-    scripts = Scripts(folder, tmp_path_factory.mktemp("logs"))
-    yield scripts
-    scripts.close()
+    return Scripts(folder, tmp_path_factory.mktemp("logs"))
 
 
 def train_diffusion(run: Scripts, *overrides: str) -> Outcome:

@@ -1,6 +1,5 @@
 """Commands end to end, from any folder. Their options, and what each refuses, are in test_inventory.py."""
 
-import os
 import runpy
 import subprocess
 import sys
@@ -15,13 +14,6 @@ from ldm.images import read_metadata
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ("--model", "shapes", "--steps", "2", "--out", "out")
-
-
-def run(*command: object, cwd: Path) -> subprocess.CompletedProcess:
-    """`ldm COMMAND ...` in a process of its own, on one core and without an accelerator."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", "ldm", *map(str, command)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, timeout=600)
 
 
 def in_process(capsys, monkeypatch, script: str, *arguments: object, cwd: Path) -> tuple[int, str, str]:
@@ -58,21 +50,28 @@ def test_a_file_of_prompts(capsys, monkeypatch, tmp_path, data):
         assert grid.text == {"grid": "2 pictures"}
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if not name.startswith("train")])
-def test_help_comes_before_heavy_imports(name):
-    """That of a training lists the config's keys, whose defaults are those of the models."""
-    code = f"import sys; sys.argv[1:] = {[*name.split(), '--help']!r}\n"
-    code += "from ldm.__main__ import main\n"
-    code += "try: main()\nexcept SystemExit as stop: sys.exit(stop.code or 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: ") and len(done.stdout.splitlines()) > 4
+LINES = f"""
+import contextlib, runpy, sys
+
+def run(*words):
+    sys.argv[1:] = words
+    runpy.run_module("ldm", run_name="__main__")
+
+run()
+for name in {[name for name in COMMANDS if not name.startswith("train")]}:
+    with contextlib.suppress(SystemExit):
+        run(*name.split(), "--help")
+assert "torch" not in sys.modules  # a training's help lists the config's keys, with the defaults of the models
+with contextlib.suppress(SystemExit):
+    run("train", "clip", "--help")
+run("smaple")
+"""
 
 
-def test_the_list_of_commands(tmp_path):
-    listed = run(cwd=tmp_path).stdout
-    assert all(name in listed for name in COMMANDS)
-    done = run("smaple", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: unknown command 'smaple'; known: train autoencoder")
-    done = run("train", "clip", "--help", cwd=tmp_path)
-    assert "train.steps = " in done.stdout and "usage: ldm train clip" in done.stdout
+def test_commands_are_listed_and_their_help_comes_before_heavy_imports():
+    done = subprocess.run([sys.executable, "-c", LINES], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    error = "error: unknown command 'smaple'; known: train autoencoder"
+    assert done.returncode == 2 and done.stderr.startswith(error), done.stderr
+    _, listed, *helps = done.stdout.split("usage: ")
+    assert all(name in listed for name in COMMANDS) and all(len(text.splitlines()) > 4 for text in helps)
+    assert len(helps) == len(COMMANDS) - 2 and "ldm train clip" in helps[-1] and "train.steps = " in helps[-1]

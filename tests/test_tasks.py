@@ -209,7 +209,6 @@ def test_a_run_whose_captions_have_changed_keeps_its_vocabulary_or_is_refused(tm
     vocabulary = (run / "tokenizer/vocab.json").read_bytes()
     shutil.copytree(run / "tokenizer", tmp_path / "copy")
     succeed(scripts(*clip, "train.steps=2", "tokenizer=copy", "--force"))
-    scripts.close()
     assert (run / "tokenizer/vocab.json").read_bytes() == vocabulary and len(checkpoints(run)) == 2
 
 
