@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_models import tiny_parts
 
 pytest.importorskip("gradio")
 
@@ -36,11 +35,6 @@ from ldm.pipeline import Pipeline
 
 PROMPT = "a red circle above a blue square"
 PLAIN = Image.new("RGB", (4, 4))
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline(tiny_parts())
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +127,8 @@ def test_models_are_found_named_and_kept_open(tmp_path, monkeypatch):
 
 
 def test_a_png_contains_all_that_making_it_again_takes(pipe, tmp_path):
-    first = settings(
-        negative_prompt="blau <b>", guidance=2.5, guidance_rescale=0.3, sampler="euler", width=16, height=16
-    )
+    sizes = {"width": 16, "height": 16}
+    first = settings(negative_prompt="blau <b>", guidance=2.5, guidance_rescale=0.3, sampler="euler", **sizes)
     (_, image), _ = finish(sample(pipe, first))
     save_png(image, tmp_path / "a.png", picture_metadata(pipe, first)[1])
     again, notes = restore(tmp_path / "a.png", offered("tiny"))
@@ -222,10 +215,8 @@ def test_comparisons_are_read_from_a_list():
 
 def test_a_drawing_becomes_a_picture_and_a_mask(tmp_path):
     background = Image.new("RGBA", (300, 200), (0, 0, 255, 255))
-    boxes = {
-        (50, 0, 150, 200): (0, 0, 16, 8),
-        (150, 100, 160, 110): (8, 8, 12, 12),
-    }  # half of the square, part of a latent
+    # half of the square, part of a latent
+    boxes = {(50, 0, 150, 200): (0, 0, 16, 8), (150, 100, 160, 110): (8, 8, 12, 12)}
     for brushed, (top, left, bottom, right) in boxes.items():
         layer, expected = Image.new("RGBA", (300, 200)), np.zeros((16, 16), bool)
         layer.paste((255, 0, 0, 255), brushed)

@@ -72,8 +72,6 @@ def test_pictures_are_those_of_then(name):
 def test_a_sample_says_how_to_make_it_again(path):
     with Image.open(path) as image:
         said, then = image.text, np.asarray(image).astype(int)
-    keys = {"prompt", "negative_prompt", "seed", "sampler", "steps", "guidance", "guidance_rescale", "model"}
-    assert said.keys() == keys
     numbers = {"steps": int(said["steps"]), "seed": int(said["seed"]), "guidance": float(said["guidance"])}
     words = {key: said[key] for key in ("prompt", "negative_prompt", "sampler")}
     pipe = Pipeline.from_pretrained(said["model"])

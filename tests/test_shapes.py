@@ -1,4 +1,4 @@
-"""The shapes data: pure, true captions, separable shapes, compositions that training never shows."""
+"""The shapes data: pure, the same for ever, compositions that training never shows."""
 
 import hashlib
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ldm.config import UserError
-from ldm.data.shapes import SHAPES, Scene, Shapes, Thing, coverage, is_held_out
+from ldm.data.minimal_pairs import alter
+from ldm.data.shapes import SHAPES, Shapes, coverage
 
 
 def test_items_follow_the_contract_and_depend_on_seed_split_and_index_alone():
@@ -27,14 +28,6 @@ def test_the_data_do_not_drift():
     items = [(data.captions(i), data.scene(i)) for data in datasets for i in range(400)]
     digest = hashlib.sha256(repr(items).encode()).hexdigest()
     assert digest == "e9245804f9b3f491fe19181da968ddd4608d4bfaf6d2a30527b5556398cc49d2"
-
-
-def test_a_relation_is_held_out_in_either_wording():
-    a, b = Thing(colour="blue", shape="circle"), Thing(colour="blue", shape="star")
-    assert is_held_out(Scene(things=(a, b), relation="left of"))
-    assert is_held_out(Scene(things=(b, a), relation="right of"))
-    assert not is_held_out(Scene(things=(a, b), relation="right of"))
-    assert not is_held_out(Scene(things=(a, b)))
 
 
 AREAS = {  # of a shape of diameter 2, in closed form
@@ -60,3 +53,36 @@ def test_mistakes_are_named():
             Shapes(**options)
     with pytest.raises(IndexError):
         Shapes(length=3)[3]
+
+
+# Captions wrong by one word
+
+
+def windows(caption: str) -> list[tuple[str, str, str]]:
+    words = caption.split()
+    return list(zip(["", *words], words, [*words[1:], ""], strict=False))
+
+
+def differing(a: str, b: str) -> list[tuple[str, str]]:
+    return [(x, y) for x, y in zip(a.split(), b.split(), strict=True) if x != y]
+
+
+def test_one_word_is_exchanged_for_one_seen_in_the_same_place_and_never_for_a_true_one():
+    data = Shapes(32, "train", 1000)
+    true = [data.captions(i) for i in range(len(data))]
+    said = [captions[i % len(captions)] for i, captions in enumerate(true)]
+    seen = {window for caption in said for window in windows(caption)}
+    altered = alter(said, true)
+    for caption, wrong, captions in zip(said, altered, true, strict=True):
+        assert wrong and wrong not in captions
+        assert len(differing(caption, wrong)) == 1
+        assert any(window in seen for window in set(windows(wrong)) - set(windows(caption)))
+    exchanged = {word for caption, wrong in zip(said, altered, strict=True) for word, _ in differing(caption, wrong)}
+    assert {"red", "star", "left", "above", "two", "large"} <= exchanged
+
+
+def test_a_true_alternative_is_avoided_and_none_gives_the_empty_caption():
+    said = ["a cat left of a dog", "a cat right of a dog"]
+    assert alter(said, [[s] for s in said]) == said[::-1]
+    assert alter(said, [said, said]) == ["", ""]
+    assert alter(["alone"], [["alone"]]) == [""]
