@@ -115,11 +115,11 @@ def test_emoji_are_reported_by_kind_with_intervals_over_concepts_and_by_group(tm
     monkeypatch.setattr("ldm.evaluate.records.MOST", 0.0)
     monkeypatch.setattr("ldm.evaluate.probes.AVERAGED", 8)
     out = tmp_path / "out"
-    options = "--data emoji --judge sees-dark --num 120 --guidance 2 --train-captions 8 --train-num 120"
+    options = "--data emoji --judge sees-dark --num 60 --guidance 2 --train-captions 8 --train-num 60"
     settings = run(out, tmp_path / "model", *options.split())
     assert settings["intervals_over"] == "concepts" and settings["guidance_choice"]["split"] is None
     test, images, texts = Emoji(16, "test"), judge.images(kept(out / "pictures/g2")), captions(out / "pictures/g2")
-    indices, averaged = sample_indices(len(test), 120, 0), []
+    indices, averaged = sample_indices(len(test), 60, 0), []
     for kind in ("people", "faces and hands", "animals and food", "objects", "flags", "symbols"):
         rows = [k for k, i in enumerate(indices) if test.kind(i) == kind]
         same = [[bool({*test.captions(indices[a])} & {*test.captions(indices[b])}) for b in rows] for a in rows]
