@@ -8,7 +8,7 @@ import torch
 
 from ldm.config import UserError
 from ldm.data.minimal_pairs import alter
-from ldm.data.shapes import SHAPES, Shapes, coverage
+from ldm.data.shapes import SHAPES, Scene, Shapes, Thing, coverage, is_held_out
 
 
 def test_items_follow_the_contract_and_depend_on_seed_split_and_index_alone():
@@ -28,6 +28,12 @@ def test_the_data_do_not_drift():
     items = [(data.captions(i), data.scene(i)) for data in datasets for i in range(400)]
     digest = hashlib.sha256(repr(items).encode()).hexdigest()
     assert digest == "e9245804f9b3f491fe19181da968ddd4608d4bfaf6d2a30527b5556398cc49d2"
+
+
+def test_a_relation_is_held_out_in_either_wording():
+    pair = Thing(colour="blue", shape="circle"), Thing(colour="blue", shape="star")
+    asked = [(pair, "left of"), (pair[::-1], "right of"), (pair, "right of"), (pair, None)]
+    assert [is_held_out(Scene(things=things, relation=r)) for things, r in asked] == [True, True, False, False]
 
 
 AREAS = {  # of a shape of diameter 2, in closed form
