@@ -6,6 +6,15 @@ import random
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_parts
+
+from ldm.pipeline import Pipeline
+
+
+@pytest.fixture(scope="session")
+def pipe() -> Pipeline:
+    """Not to be changed."""
+    return Pipeline(tiny_parts())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,7 @@
 """Runs scripts/*.py as a user does, each in a process of its own without paying for `import torch` every time, and
 looks at what they leave."""
 
+import functools
 import io
 import json
 import os
@@ -60,33 +61,31 @@ class Outcome(NamedTuple):
     err: str
 
 
+@functools.cache
+def server() -> subprocess.Popen:
+    """One for all tests, on one core and without an accelerator; it ends with this process, whose pipe it reads."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", SERVER], env=environment, **pipes)
+
+
 class Scripts:
-    """Runs `scripts/NAME.py ARGUMENTS` in the folder `cwd`, on one core and without an accelerator."""
+    """Runs `scripts/NAME.py ARGUMENTS` in the folder `cwd`."""
 
     def __init__(self, cwd: Path, logs: Path):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-        environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
         self.cwd, self.logs = cwd, logs
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
 
     def __call__(self, name: str, *arguments: object, signal: int = 0, when: str = "") -> Outcome:
         """Runs a script to its end; `signal` is sent to it as soon as the file `when` exists."""
         argv = [str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
         request = {"argv": argv, "cwd": str(self.cwd), "logs": str(self.logs)}
         request |= {"signal": int(signal), "when": str(self.cwd / when)}
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        code = int(self.server.stdout.readline())
+        server().stdin.write(json.dumps(request) + "\n")
+        server().stdin.flush()
+        code = int(server().stdout.readline())
         out, err = ((self.logs / stream).read_text(errors="replace") for stream in ("stdout", "stderr"))
         return Outcome(code, out, err)
-
-    def close(self) -> None:
-        """Ends the server."""
-        self.server.stdin.close()
-        self.server.wait(timeout=60)
-        self.server.stdout.close()
 
 
 def succeed(outcome: Outcome) -> str:

@@ -1,9 +1,6 @@
 """The page without a browser: sampling, settings in PNGs, edits, attention maps, judging; and the server's answers."""
 
-import contextlib
-import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Generator
@@ -16,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_models import tiny_parts
 
 pytest.importorskip("gradio")
 
@@ -28,24 +24,17 @@ from ldm.app import picture_sets, sampling, study, tab_judge, tabs
 from ldm.app.attention import attention_maps, token_positions, word_overlays
 from ldm.app.judgements import JudgementStore
 from ldm.app.models import Models, find_models
-from ldm.app.page import build, serve
 from ldm.app.pictures import Pictures
 from ldm.app.results import results
 from ldm.app.sampling import Settings, picture_metadata, restore, sample
 from ldm.app.workspace import Workspace
+from ldm.commands import app
 from ldm.config import UserError
 from ldm.images import read_metadata, save_png
 from ldm.pipeline import Pipeline
 
 PROMPT = "a red circle above a blue square"
 PLAIN = Image.new("RGB", (4, 4))
-
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline(tiny_parts())
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +127,8 @@ def test_models_are_found_named_and_kept_open(tmp_path, monkeypatch):
 
 
 def test_a_png_contains_all_that_making_it_again_takes(pipe, tmp_path):
-    first = settings(
-        negative_prompt="blau <b>", guidance=2.5, guidance_rescale=0.3, sampler="euler", width=16, height=16
-    )
+    sizes = {"width": 16, "height": 16}
+    first = settings(negative_prompt="blau <b>", guidance=2.5, guidance_rescale=0.3, sampler="euler", **sizes)
     (_, image), _ = finish(sample(pipe, first))
     save_png(image, tmp_path / "a.png", picture_metadata(pipe, first)[1])
     again, notes = restore(tmp_path / "a.png", offered("tiny"))
@@ -216,21 +204,15 @@ def test_browsers_reach_only_finished_pictures_by_their_names(tmp_path):
 def test_comparisons_are_read_from_a_list():
     variants = tabs.variants(settings(), "guidance", "1, 2.5,, 2.5")
     assert {label: s.guidance for label, s in variants.items()} == {"guidance 1": 1.0, "guidance 2.5": 2.5}
-    for name, text, words in (
-        ("guidance", "", "0 values"),
-        ("seed", "1,2,3,4,5,6,7,8,9", "9"),
-        ("steps", "ten", "ten"),
-    ):
+    for name, text, words in (("guidance", "", "0 values"), ("seed", "1,2,3,4,5,6,7,8,9", "9"), ("steps", "x", "x")):
         with pytest.raises(UserError, match=words):
             tabs.variants(settings(), name, text)
 
 
 def test_a_drawing_becomes_a_picture_and_a_mask(tmp_path):
     background = Image.new("RGBA", (300, 200), (0, 0, 255, 255))
-    boxes = {
-        (50, 0, 150, 200): (0, 0, 16, 8),
-        (150, 100, 160, 110): (8, 8, 12, 12),
-    }  # half of the square, part of a latent
+    # half of the square, part of a latent
+    boxes = {(50, 0, 150, 200): (0, 0, 16, 8), (150, 100, 160, 110): (8, 8, 12, 12)}
     for brushed, (top, left, bottom, right) in boxes.items():
         layer, expected = Image.new("RGBA", (300, 200)), np.zeros((16, 16), bool)
         layer.paste((255, 0, 0, 255), brushed)
@@ -321,12 +303,30 @@ def test_a_study_leads_from_its_questions_to_the_results(samples, tmp_path, kind
     assert rows[name] == ("no answers yet" if flash else "50% [35%, 65%]")
 
 
-def test_one_call_is_open_to_programs(shapes, tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "served"))
-    page = build(shapes, tmp_path / "app")
-    page.launch(prevent_thread_lock=True, quiet=True, allowed_paths=[str(tmp_path / "app" / "pictures")])
-    try:
-        client = Client(page.local_url, download_files=tmp_path / "client", verbose=False)
+def test_the_server_gives_out_its_own_pictures_alone_and_one_call_is_open_to_programs(tmp_path, monkeypatch, shapes):
+    """Behind a proxy, which would answer for the page when gradio asks it whether it runs."""
+    save_png(PLAIN, tmp_path / "secret.png", {"prompt": "a secret", "seed": "1"})
+    (mine,) = Pictures(tmp_path / "app" / "pictures").save([PLAIN], [{"prompt": "a", "seed": "1"}])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    page = f"http://127.0.0.1:{port}"
+
+    def check() -> None:
+        assert httpx.get(f"{page}/gradio_api/file={mine}").content == Path(mine).read_bytes()
+        for path in ("/etc/passwd", str(tmp_path / "secret.png"), f"{tmp_path}/app/judgements.sqlite"):
+            assert httpx.get(f"{page}/gradio_api/file={path}").status_code in (403, 404)
+            data = {"path": path, "meta": {"_type": "gradio.FileData"}}  # as if it had been uploaded
+            answer = httpx.post(f"{page}/gradio_api/run/show", json={"data": [data]})
+            assert answer.status_code >= 400 and "a secret" not in answer.text
+        assert str(tmp_path.parent) not in httpx.get(f"{page}/config").text
+        for name, status in (("localhost", 200), ("rebound.example", 400)):
+            assert httpx.get(f"{page}/config", headers={"Host": f"{name}:{port}"}).status_code == status
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*use another --port"):
+            app.check(app.AppOptions(port=port, out=tmp_path / "app"))
+        with pytest.raises(UserError, match="--lora no.safetensors: .* exist"):
+            app.check(app.AppOptions(lora=("no.safetensors",), out=tmp_path / "app"))
+        client = Client(page, download_files=tmp_path / "client", verbose=False)
         described = client.view_api(return_format="dict")
         assert [*described["named_endpoints"]] == ["/generate"] and not described["unnamed_endpoints"]
         parameters = described["named_endpoints"]["/generate"]["parameters"]
@@ -337,70 +337,17 @@ def test_one_call_is_open_to_programs(shapes, tmp_path, monkeypatch):
         expected = shapes["shapes"]([PROMPT] * 4, seed=7, steps=2, guidance=2.5)
         assert [image.text["seed"] for image in images] == ["7", "8", "9", "10"]
         assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(images, expected, strict=True))
-        refused = {
-            "unknown model": {"model": "../x"},
-            "steps is": {"steps": 10**9},
-            "seed is": {"seed": "x"},
-            "unknown model .*1": {"model": [1]},
-        }
-        for words, wrong in refused.items():
+        refused = {"unknown model": {"model": "../x"}, "steps is": {"steps": 10**9}, "seed is": {"seed": "x"}}
+        for words, wrong in (refused | {"unknown model .*1": {"model": [1]}}).items():
             with pytest.raises(AppError, match=words):
                 client.predict(**{"prompt": PROMPT} | wrong, api_name="/generate")
-    finally:
-        page.close(verbose=False)
-
-
-def test_the_server_gives_out_its_own_pictures_alone(tmp_path, monkeypatch):
-    from ldm.commands.app import AppOptions
-    from ldm.commands.app import check as refuse
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "served"))
-    save_png(PLAIN, tmp_path / "secret.png", {"prompt": "a secret", "seed": "1"})
-    (mine,) = Pictures(tmp_path / "app" / "pictures").save([PLAIN], [{"prompt": "a", "seed": "1"}])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def check() -> None:
-        api = f"http://127.0.0.1:{port}/gradio_api"
-        assert httpx.get(f"{api}/file={mine}").content == Path(mine).read_bytes()
-        for path in ("/etc/passwd", str(tmp_path / "secret.png"), f"{tmp_path}/app/judgements.sqlite"):
-            assert httpx.get(f"{api}/file={path}").status_code in (403, 404)
-            data = {"path": path, "meta": {"_type": "gradio.FileData"}}  # as if it had been uploaded
-            answer = httpx.post(f"{api}/run/show", json={"data": [data]})
-            assert answer.status_code >= 400 and "a secret" not in answer.text
-        assert str(tmp_path.parent) not in httpx.get(f"http://127.0.0.1:{port}/config").text
-        for name, status in (("localhost", 200), ("rebound.example", 400)):
-            page = httpx.get(f"http://127.0.0.1:{port}/config", headers={"Host": f"{name}:{port}"})
-            assert page.status_code == status
-        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*use another --port"):
-            refuse(AppOptions(port=port, out=tmp_path / "app"))
-        with pytest.raises(UserError, match="--lora no.safetensors: .* exist"):
-            refuse(AppOptions(lora=("no.safetensors",), out=tmp_path / "app"))
-
+    for name in ("http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr(sampling.EXIT, "wait", check)
-    serve(offered("shapes"), tmp_path / "app", "127.0.0.1", port)
+    line = ["app.py", "--model", "shapes", "--port", str(port), "--out", str(tmp_path / "app"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", line)
+    app.main()
     assert sampling.EXIT.is_set() and (tmp_path / "app" / "judgements.sqlite").is_file()
     sampling.EXIT.clear()
-
-
-def test_the_page_starts_behind_a_proxy(tmp_path):
-    """gradio asks its own page before it says that it runs; a proxy of the environment would answer instead."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "scripts/app.py", "--model", "shapes", "--port", str(port), "--out", str(tmp_path)]
-    proxies = {"http_proxy": "http://127.0.0.1:9", "ALL_PROXY": "socks5://127.0.0.1:9", "no_proxy": "[::1],localhost"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | proxies, stdout=log, stderr=log)
-    try:
-        served = False
-        while process.poll() is None and not served:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                served = True
-            time.sleep(0.2)
-        time.sleep(2)  # the question comes after the port opens
-        assert process.poll() is None, (tmp_path / "log").read_text()
-    finally:
-        process.kill()
-        process.wait()

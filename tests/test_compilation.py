@@ -40,7 +40,7 @@ def test_pictures_are_those_of_the_models_and_compiled_once(sampler, cache, caps
 
 
 @openvino
-def test_damaged_and_foreign_results_are_compiled_again(cache, capsys):
+def test_damaged_and_foreign_results_are_compiled_again(cache, capsys, monkeypatch):
     expected = arrays(Pipeline(tiny_parts()).compile("openvino")(PROMPTS, steps=1))
     for file in cache.glob("*.bin"):
         data = bytearray(file.read_bytes())
@@ -51,12 +51,8 @@ def test_damaged_and_foreign_results_are_compiled_again(cache, capsys):
     randomize(other.unet, seed=9)
     assert not np.array_equal(arrays(Pipeline(other).compile("openvino")(PROMPTS, steps=1)), expected)
     assert capsys.readouterr().err.count("compiling the UNet") == 3
-    keep = compilation.LARGEST
-    compilation.LARGEST = 1
-    try:
-        compilation.keep(cache / "new.bin", b"data")
-    finally:
-        compilation.LARGEST = keep
+    monkeypatch.setattr(compilation, "LARGEST", 1)
+    compilation.keep(cache / "new.bin", b"data")
     assert not list(cache.glob("*.bin"))
 
 
@@ -75,10 +71,8 @@ def test_bfloat16_is_near(cache):
     z, context = torch.randn(2, 4, 8, 8), torch.randn(2, 12, 24)
     unet = tiny_parts().unet
     expected = unet(z, torch.tensor(7), context).detach()
-    difference = (
-        compilation.compiled(unet, unet.forward, "openvino", "bfloat16")(z, torch.tensor(7), context) - expected
-    )
-    assert float(difference.norm() / expected.norm()) < 0.05
+    half = compilation.compiled(unet, unet.forward, "openvino", "bfloat16")(z, torch.tensor(7), context)
+    assert float((half - expected).norm() / expected.norm()) < 0.05
 
 
 @openvino

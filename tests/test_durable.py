@@ -20,52 +20,54 @@ from test_train import CONFIG, state_of
 from ldm import model_io
 from ldm.config import UserError
 from ldm.train.loop import train
+from ldm.train.state import MANIFEST
 
 EVERY = replace(CONFIG, save_every=2, keep=3)
 
 
-def flip_a_bit(file: Path) -> None:
-    data = bytearray(file.read_bytes())
+def flip_a_bit(checkpoint: Path, name: Path | str = "state/first.safetensors") -> None:
+    data = bytearray((checkpoint / name).read_bytes())
     data[-5] ^= 1
-    file.write_bytes(data)
+    (checkpoint / name).write_bytes(data)
 
 
 def name_in_manifest(checkpoint: Path, name: str) -> None:
-    table = model_io.read_json(checkpoint / "manifest.json")
+    table = model_io.read_json(checkpoint / MANIFEST)
     table["files"][name] = "0"
-    model_io.write_json(checkpoint / "manifest.json", table)
+    model_io.write_json(checkpoint / MANIFEST, table)
 
 
 def same_runs(a: Path, b: Path) -> bool:
     return tiny.same(state_of(a, 6), state_of(b, 6)) and metrics(a) == metrics(b)
 
 
-@pytest.mark.parametrize(
-    "damage, words",
-    [
-        (lambda f: flip_a_bit(f / "state/first.safetensors"), "state/first.safetensors was changed since"),
-        (lambda f: (f / "state/first-optimizer.safetensors").unlink(), "No such file.*first-optimizer.safetensors"),
-        (lambda f: (f / "manifest.json").write_text("{}"), "files"),
-        (lambda f: name_in_manifest(f, "../../../../outside"), "outside"),
-    ],
-)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage, words):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
     train(tiny.Toy(), EVERY, tmp_path / "straight", {})
-    shutil.copytree(tmp_path / "straight", tmp_path / "damaged")
-    damage(tmp_path / "damaged/checkpoints/step-00000006")
-    with pytest.warns(UserWarning, match=f"step-00000006' is damaged .*{words}"):
-        train(tiny.Toy(), EVERY, tmp_path / "damaged", {})
-    assert same_runs(tmp_path / "straight", tmp_path / "damaged")
+    last = Path("checkpoints/step-00000006")
+    names = [p.relative_to(tmp_path / "straight" / last) for p in (tmp_path / "straight" / last).rglob("*.*")]
+    damages = [(partial(flip_a_bit, name=name), f"{name} was changed since") for name in names if name.name != MANIFEST]
+    damages += [
+        (lambda f: (f / "state/first-optimizer.safetensors").unlink(), "No such file.*first-optimizer.safetensors"),
+        (lambda f: (f / MANIFEST).write_text("{}"), "files"),
+        (lambda f: name_in_manifest(f, "../../../../outside"), "outside"),
+    ]
+    assert len(names) > 8
+    for number, (damage, words) in enumerate(damages):
+        out = Path(shutil.copytree(tmp_path / "straight", tmp_path / str(number)))
+        damage(out / last)
+        with pytest.warns(UserWarning, match=f"step-00000006' is damaged .*{words}"):
+            train(tiny.Toy(), EVERY, out, {})
+        assert same_runs(tmp_path / "straight", out)
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint")
 def test_whole_checkpoints_outlive_damaged_ones_and_without_any_no_run_starts_anew(tmp_path):
     train(tiny.Toy(), replace(EVERY, steps=4), tmp_path, {})
-    flip_a_bit(tmp_path / "checkpoints/step-00000004/state/first.safetensors")
+    flip_a_bit(tmp_path / "checkpoints/step-00000004")
     (tmp_path / "checkpoints/.step-00000099").mkdir()  # as a crash leaves it
     train(tiny.Toy(), replace(EVERY, steps=3, keep=1), tmp_path, {})
     assert checkpoints(tmp_path) == ["step-00000003", "step-00000004"]
-    flip_a_bit(tmp_path / "checkpoints/step-00000003/state/first.safetensors")
+    flip_a_bit(tmp_path / "checkpoints/step-00000003")
     with pytest.raises(UserError, match="no checkpoint in .* is whole"):
         train(tiny.Toy(), EVERY, tmp_path, {})
 

@@ -1,6 +1,5 @@
 """Image-to-image, inpainting, embeddings and interpolation, against diffusers and by hand."""
 
-import io
 import math
 from collections.abc import Callable
 
@@ -19,11 +18,6 @@ from ldm.samplers import SAMPLERS as FUNCTIONS
 from ldm.samplers import ImageNoise, make_grid
 
 PROMPTS = ["a red circle", "a blue square above a red circle", ""]
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline(tiny_parts())
 
 
 def pictures(count: int = 3, width: int = 16, height: int = 16) -> list[Image.Image]:
@@ -141,7 +135,6 @@ def test_embeddings_and_latents_replace_prompts_and_seeds(pipe, sampler):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image": pictures(1)[0], "strength": 0.0}, "strength 0.0 is not allowed"),
         ({"image": pictures(1)[0], "strength": 0.2}, "leaves none of 4 steps"),
         ({"image": pictures(1)[0], "resample": 2}, "resample 2 is not allowed"),
         ({"image": pictures(2)}, "2 images for 3 prompts"),
@@ -163,17 +156,9 @@ def test_mistakes_are_one_clear_line(pipe, options, message):
         pipe()
 
 
-def test_pictures_of_any_kind_are_read_as_from_files(pipe):
-    """16 bits scaled, turned by EXIF; for masks, too. What else `upright_rgb` does is in test_images.py."""
-    picture, exif, file = pictures(1)[0], Image.Exif(), io.BytesIO()
-    grey = np.asarray(picture.convert("L"))
-    exif[0x0112] = 6
-    picture.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
-    sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
-    for image, plain in ((sixteen, Image.fromarray(grey).convert("RGB")), (Image.open(file), picture)):
-        assert np.array_equal(*(arrays(pipe("a", image=i, steps=3)) for i in (image, plain)))
+def test_a_mask_of_16_bits_is_scaled(pipe):
     black = Image.fromarray(np.full((16, 16), 300, np.uint16))  # of 65535
-    options = {"image": picture, "mask": black, "strength": 1.0, "steps": 3}
+    options = {"image": pictures(1)[0], "mask": black, "strength": 1.0, "steps": 3}
     assert np.array_equal(arrays(pipe("a", **options)), arrays(pipe("b", **options)))
 
 

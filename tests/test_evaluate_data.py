@@ -13,14 +13,12 @@ from tiny_evaluation import OPENED, N, captions, config_for, fill, image_text, o
 from ldm.clip import CLIP, VisionConfig
 from ldm.commands.evaluate import main
 from ldm.config import UserError, comments
-from ldm.data.emoji import Emoji
 from ldm.evaluate.config import AutoencoderEvaluation, EvaluateConfig, FolderEvaluation
 from ldm.evaluate.evaluation import pose_cases
 from ldm.evaluate.model import evaluate
 from ldm.evaluate.pictures import data_config, sample_indices
-from ldm.evaluate.records import find, judge_fault
+from ldm.evaluate.records import judge_fault
 from ldm.metrics import features
-from ldm.metrics.attributes import ATTRIBUTES
 from ldm.metrics.compositional import TASKS
 from ldm.pipeline import Pipeline
 
@@ -52,38 +50,6 @@ def test_a_judge_must_know_the_pictures_and_not_be_the_models_own(model, tmp_pat
     base = {"extractor": "net", "n": 480, "of": "real held-out"}
     assert judge_fault(base | {"value": 0.7, "chance": 1 / 480}) == ""
     assert "0.3% (chance 0.2%, 10.0% needed)" in judge_fault(base | {"value": 0.003, "chance": 1 / 480})
-
-
-def test_groups_that_captions_name_are_reported_apart(tmp_path, monkeypatch):
-    """On emoji, whose captions name skin tones, with a judge that sees how dark a picture is."""
-    tones = list(ATTRIBUTES[0].values)
-
-    def embed(angle: torch.Tensor) -> torch.Tensor:
-        return torch.stack([angle.cos(), angle.sin()], 1)
-
-    def texts(captions: list[str]) -> torch.Tensor:
-        return embed(torch.tensor([tones.index(ATTRIBUTES[0].named(c) or "light") for c in captions]) / -5)
-
-    tiny_evaluation.tiny_pipeline(size=4).save_pretrained(tmp_path / "model")
-    sees_dark = image_text("sees-dark", lambda x: embed(x.mean((1, 2, 3))), texts)
-    monkeypatch.setattr(OPENED, lambda name: sees_dark)
-    monkeypatch.setattr("ldm.evaluate.records.MOST", 0.0)
-    out = tmp_path / "out"
-    evaluate(config_for(tmp_path / "model", out, data="emoji", num=60, guidance=(1.0,), steps=(1,), judge="sees-dark"))
-    dataset = Emoji(16, "test")
-    records = [dataset.records[i] for i in sample_indices(len(dataset), 60, 0)]
-    for tone in ("light", "dark"):
-        mine = [r for r in results(out) if r.get("group") == tone and r["of"] == "real held-out"]
-        assert {r["metric"] for r in mine} == {"group_clip_cosine", "group_paired", "group_diversity"}
-        assert mine[0]["n"] == sum(r["skin_tone"] == tone for r in records)
-    (left_open,) = find(results(out), "left_open", "samples", attribute="skin tone")
-    assert sum(left_open["value"].values()) == pytest.approx(1)
-    prompts = captions(out / "open/skin-tone/g1")
-    assert len(prompts) == left_open["n"] and not any("skin tone" in prompt for prompt in prompts)
-    new, samples = [r for r in results(out) if r["metric"] == "new_combinations"]
-    assert new["n"] == samples["n"] == sum(r["held_out"] == "combination" for r in records)
-    assert 0 < new["every"] <= new["value"] < 1  # it cannot tell genders
-    assert all(words in report(out) for words in (">Groups<", ">No skin tone asked for<", "how often all"))
 
 
 def noise(root: Path, shared: int = 0, count: int = N) -> Path:

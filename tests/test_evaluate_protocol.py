@@ -19,6 +19,7 @@ from ldm.data.shapes import Shapes
 from ldm.evaluate.evaluation import pose_cases
 from ldm.evaluate.pictures import sample_indices
 from ldm.metrics import frechet_distance, retrieval
+from ldm.metrics.attributes import ATTRIBUTES
 from ldm.metrics.compositional import TASKS, check, tally
 from ldm.metrics.intervals import mean_interval
 from ldm.pipeline import Pipeline
@@ -101,21 +102,27 @@ def test_a_small_validation_split_is_asked_several_times_and_none_is_said(model,
     assert (choice["split"], choice["value"]) == (None, 2) and guidances(tmp_path / "none", "samples") == {1, 2}
 
 
-def test_emoji_are_reported_by_kind_with_intervals_over_concepts(tmp_path, monkeypatch):
+def test_emoji_are_reported_by_kind_with_intervals_over_concepts_and_by_group(tmp_path, monkeypatch):
+    """With a judge that sees how dark a picture is; captions of emoji name skin tones."""
+    tones = list(ATTRIBUTES[0].values)
+
+    def embed(angle: torch.Tensor) -> torch.Tensor:
+        return torch.stack([angle.cos(), angle.sin()], 1)
+
+    def words(captions: list[str]) -> torch.Tensor:
+        return embed(torch.tensor([tones.index(ATTRIBUTES[0].named(c) or "light") for c in captions]) / -5)
+
     tiny_evaluation.tiny_pipeline(size=4).save_pretrained(tmp_path / "model")
-    torch.manual_seed(0)
-    mix = torch.randn(6, 12)
-    words = lambda texts: torch.tensor([[len(t), *np.frombuffer(t.encode()[:5].ljust(5), np.uint8)] for t in texts])  # noqa: E731
-    judge = image_text("any", lambda x: stub_extractor()(x), lambda texts: words(texts).float() @ mix)
+    judge = image_text("sees-dark", lambda x: embed(x.mean((1, 2, 3))), words)
     monkeypatch.setattr(OPENED, lambda name: judge)
     monkeypatch.setattr("ldm.evaluate.records.MOST", 0.0)
     monkeypatch.setattr("ldm.evaluate.probes.AVERAGED", 8)
     out = tmp_path / "out"
-    options = "--data emoji --judge any --num 120 --guidance 2 --train-captions 8 --train-num 120"
+    options = "--data emoji --judge sees-dark --num 60 --guidance 2 --train-captions 8 --train-num 60"
     settings = run(out, tmp_path / "model", *options.split())
     assert settings["intervals_over"] == "concepts" and settings["guidance_choice"]["split"] is None
     test, images, texts = Emoji(16, "test"), judge.images(kept(out / "pictures/g2")), captions(out / "pictures/g2")
-    indices, averaged = sample_indices(len(test), 120, 0), []
+    indices, averaged = sample_indices(len(test), 60, 0), []
     for kind in ("people", "faces and hands", "animals and food", "objects", "flags", "symbols"):
         rows = [k for k, i in enumerate(indices) if test.kind(i) == kind]
         same = [[bool({*test.captions(indices[a])} & {*test.captions(indices[b])}) for b in rows] for a in rows]
@@ -130,7 +137,20 @@ def test_emoji_are_reported_by_kind_with_intervals_over_concepts(tmp_path, monke
     assert mean["interval"][0] <= mean["value"] <= mean["interval"][1]
     cosines, concepts = one(out, "clip_cosine", "samples"), [test.records[i]["concept"] for i in indices]
     assert cosines["interval"] == pytest.approx(mean_interval(cosines["each"], groups=concepts), abs=1e-5)
-    assert all(title in report(out) for title in (">By kind</h2>", ">Training captions</h2>"))
+    records = [test.records[i] for i in indices]
+    for tone in ("light", "dark"):
+        mine = [r for r in results(out) if r.get("group") == tone and r["of"] == "real held-out"]
+        assert {r["metric"] for r in mine} == {"group_clip_cosine", "group_paired", "group_diversity"}
+        assert mine[0]["n"] == sum(r["skin_tone"] == tone for r in records)
+    left_open = one(out, "left_open", "samples", attribute="skin tone")
+    assert sum(left_open["value"].values()) == pytest.approx(1)
+    prompts = captions(out / "open/skin-tone/g2")
+    assert len(prompts) == left_open["n"] and not any("skin tone" in prompt for prompt in prompts)
+    new, samples = [r for r in results(out) if r["metric"] == "new_combinations"]
+    assert new["n"] == samples["n"] == sum(r["held_out"] == "combination" for r in records)
+    assert 0 < new["every"] <= new["value"] < 1  # it cannot tell genders
+    titles = ">By kind</h2>", ">Training captions</h2>", ">Groups<", ">No skin tone asked for<", "how often all"
+    assert all(words in report(out) for words in titles)
 
 
 def test_a_network_that_trained_the_vae_is_marked(model, tmp_path):

@@ -31,11 +31,6 @@ def picture_and_pixels(size: int) -> tuple[torch.Tensor, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def effnet():
-    return feature_extractor("effnet-lite0")
-
-
-@pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     """A judge as train_clip saves it."""
     folder = tmp_path_factory.mktemp("run")

@@ -6,7 +6,6 @@ The tests hold names, values, files and exit codes. Wordings are free: an error 
 import json
 import re
 import signal
-from collections.abc import Iterator
 
 import pytest
 from inventory_tools import ROOT, Scripts, checkpoints, difference, files, flat, metrics, own_images, refuse, succeed
@@ -39,7 +38,7 @@ def training(kind: str, out: str, *overrides: str, family: str = "shapes", confi
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory) -> Iterator[Scripts]:
+def run(tmp_path_factory) -> Scripts:
     """Runs scripts in a folder with a tiny autoencoder, text encoder, judge and model, and with pictures."""
     folder = tmp_path_factory.mktemp("inventory")
     scripts = Scripts(folder, tmp_path_factory.mktemp("logs"))
@@ -54,8 +53,7 @@ def run(tmp_path_factory) -> Iterator[Scripts]:
     succeed(scripts(*training("clip", "clip", *CLIP, *READERS, *SHAPES)))
     cache = "cache=latents.safetensors"
     succeed(scripts(*training("diffusion", "model", *DIFFUSION, *PARTS, cache, *SHAPES)))
-    yield scripts
-    scripts.close()
+    return scripts
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The losses against closed forms and their own definitions."""
+"""The losses against closed forms and their own definitions; the patch discriminator."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm import losses
+from ldm.discriminator import PatchDiscriminator
 
 
 def test_kl_matches_torch_and_the_vector():
@@ -63,3 +64,29 @@ def test_contrastive_has_finite_gradients_and_ignores_autocast():
     plain = losses.contrastive(images, texts, 100.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert losses.contrastive(images, texts, 100.0).item() == plain.item()
+
+
+@pytest.mark.parametrize(("size", "layers", "side"), [(32, 3, 2), (64, 3, 6), (24, 3, 1), (32, 2, 6), (256, 3, 30)])
+def test_one_logit_for_each_patch(size, layers, side):
+    net = PatchDiscriminator(channels=8, layers=layers)
+    assert net(torch.zeros(1, 3, size, size)).shape == (1, 1, side, side)
+
+
+def test_pictures_are_judged_alone():
+    torch.manual_seed(0)
+    net = PatchDiscriminator(channels=8).train()
+    x = torch.randn(3, 3, 32, 32)
+    together, alone = net(x), torch.cat([net(x[i : i + 1]) for i in range(3)])
+    assert torch.allclose(together, alone, atol=1e-6)
+    assert not list(net.buffers())
+
+
+def test_receptive_field_is_70_pixels():
+    torch.manual_seed(0)
+    net = PatchDiscriminator(channels=4)
+    # without the normalization, which sees the whole picture
+    net.net = torch.nn.Sequential(*[m for m in net.net if not isinstance(m, torch.nn.GroupNorm)])
+    x = torch.randn(1, 3, 256, 256, requires_grad=True)
+    net(x)[0, 0, 15, 15].backward()
+    seen = x.grad.abs().sum((0, 1))
+    assert (seen.sum(0) > 0).sum() == 70 and (seen.sum(1) > 0).sum() == 70

@@ -8,6 +8,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
+from tiny import same
 from tiny_models import unet_config
 from torch import nn
 
@@ -40,16 +41,12 @@ def save(folder, saved: nn.Module | None = None) -> None:
     model_io.save_model(folder, saved or model(), {"_class_name": "Thing"}, model_io.DIFFUSERS_FILE)
 
 
-def equal(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
-
-
 def test_weights_round_trip(tmp_path):
     """In files that whoever may read the one may read the other, too; loaded as float32, in evaluation mode."""
     saved, folder = model().half(), tmp_path / "new" / "folder"
     save(folder, saved)
     loaded = load(folder)
-    assert equal(saved.float(), loaded) and loaded[0].weight.dtype == torch.float32
+    assert same(saved.float().state_dict(), loaded.state_dict()) and loaded[0].weight.dtype == torch.float32
     assert loaded[0].weight.requires_grad and not loaded.training
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     assert json.loads((folder / "config.json").read_text()) == {"_class_name": "Thing"}
@@ -62,7 +59,7 @@ def test_weights_are_found_as_safetensors_variants_and_bin(tmp_path, stem):
     for seed, (kind, variant) in enumerate(itertools.product(write, (".fp16", ""))):
         saved = model(seed).half() if variant else model(seed)
         write[kind](saved.state_dict(), tmp_path / f"{stem}{variant}.{kind}")
-        assert equal(saved.float(), load(tmp_path))
+        assert same(saved.float().state_dict(), load(tmp_path).state_dict())
 
 
 class Trap:
@@ -193,7 +190,9 @@ def test_configs_as_others_write_them(tmp_path):
     ):
         model_io.write_json(path, config | change)
         assert UNet.from_pretrained(tmp_path).config.sample_size == size
-    for change in ({"act_fn": "mish"}, {"brand_new": 3}, {"sample_size": [8, 16]}, {"attention_head_dim": 0}):
+    changes = {"act_fn": "mish", "brand_new": 3, "sample_size": [8, 16], "attention_head_dim": 0}
+    changes |= {"class_embed_type": "timestep", "up_block_types": ["UpBlock2D", "Attn"], "cross_attention_dim": "wide"}
+    for change in ({key: value} for key, value in changes.items()):
         model_io.write_json(path, config | change)
         with pytest.raises(UserError, match=next(iter(change))):
             UNet.from_pretrained(tmp_path)

@@ -15,11 +15,6 @@ from ldm.unet import UNet
 PROMPTS = ["a red circle", "a blue square", "a red square above a blue circle", "circle"] * 2
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline(tiny_parts())
-
-
 def test_a_part_that_is_exchanged_is_used():
     """As in diffusers, where a fine-tuned U-Net or another decoder is set on the pipeline."""
     pipe, parts = Pipeline(tiny_parts()), tiny_parts()

@@ -1,27 +1,23 @@
 """Commands end to end, from any folder. Their options, and what each refuses, are in test_inventory.py."""
 
-import os
+import json
+import re
 import runpy
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from ldm.__main__ import COMMANDS
+from ldm.commands import benchmark
 from ldm.images import read_metadata
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ("--model", "shapes", "--steps", "2", "--out", "out")
-
-
-def run(*command: object, cwd: Path) -> subprocess.CompletedProcess:
-    """`ldm COMMAND ...` in a process of its own, on one core and without an accelerator."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", "ldm", *map(str, command)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, timeout=600)
 
 
 def in_process(capsys, monkeypatch, script: str, *arguments: object, cwd: Path) -> tuple[int, str, str]:
@@ -58,21 +54,50 @@ def test_a_file_of_prompts(capsys, monkeypatch, tmp_path, data):
         assert grid.text == {"grid": "2 pictures"}
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if not name.startswith("train")])
-def test_help_comes_before_heavy_imports(name):
-    """That of a training lists the config's keys, whose defaults are those of the models."""
-    code = f"import sys; sys.argv[1:] = {[*name.split(), '--help']!r}\n"
-    code += "from ldm.__main__ import main\n"
-    code += "try: main()\nexcept SystemExit as stop: sys.exit(stop.code or 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: ") and len(done.stdout.splitlines()) > 4
+LINES = f"""
+import contextlib, runpy, sys
+
+def run(*words):
+    sys.argv[1:] = words
+    runpy.run_module("ldm", run_name="__main__")
+
+run()
+for name in {[name for name in COMMANDS if not name.startswith("train")]}:
+    with contextlib.suppress(SystemExit):
+        run(*name.split(), "--help")
+assert "torch" not in sys.modules  # a training's help lists the config's keys, with the defaults of the models
+with contextlib.suppress(SystemExit):
+    run("train", "clip", "--help")
+run("smaple")
+"""
 
 
-def test_the_list_of_commands(tmp_path):
-    listed = run(cwd=tmp_path).stdout
-    assert all(name in listed for name in COMMANDS)
-    done = run("smaple", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: unknown command 'smaple'; known: train autoencoder")
-    done = run("train", "clip", "--help", cwd=tmp_path)
-    assert "train.steps = " in done.stdout and "usage: ldm train clip" in done.stdout
+def test_commands_are_listed_and_their_help_comes_before_heavy_imports():
+    done = subprocess.run([sys.executable, "-c", LINES], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown command 'smaple'; known: train"), done.stderr
+    _, listed, *helps = re.split("(?m)^usage: ldm ", done.stdout)
+    assert all(name in listed for name in COMMANDS) and all(len(text.splitlines()) > 4 for text in helps)
+    shown = {text.split(" [-h]")[0] for text in helps}
+    assert shown == {name for name in COMMANDS if not name.startswith("train")} | {"train clip"}
+    assert "train.steps = " in helps[-1]
+
+
+def test_the_interval_of_a_ratio():
+    assert benchmark.ratio([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]) == (2, 2, 2)  # rounds are drawn in pairs
+    rng = np.random.default_rng(0)
+    intervals = [benchmark.ratio(*np.exp(rng.normal(0, 0.1, (2, 15))).tolist()) for _ in range(40)]
+    assert sum(low <= 1 <= high for _, low, high in intervals) >= 34
+
+
+def test_the_command_compares_and_writes_tables(capsys, monkeypatch, tmp_path):
+    """A case that agrees, one that does not, and one that fails: exit code 1, and the failure names its side."""
+    monkeypatch.setitem(benchmark.WORKLOADS, "vae", (1e-12, (("emoji", 64, 1),)))
+    monkeypatch.setitem(benchmark.WORKLOADS, "nothing", (1.0, (("shapes", 32, 1),)))
+    line = ["--only", "unet-forward,vae,nothing", "--quick", "--rounds", "2", "--threads", "1", "--out", "b"]
+    code, out, _ = in_process(capsys, monkeypatch, "benchmark.py", *line, cwd=tmp_path)
+    row, wrong, failed = json.loads((tmp_path / "b/benchmark.json").read_text())["rows"]
+    assert row["name"] == "unet-forward: shapes 32 px, batch 1" and 0 < row["difference"] < 1e-4
+    assert [len(seconds) for seconds in row["seconds"].values()] == [2, 2] and min(row["peaks"]) > 2**26
+    assert row["name"] in out and all((tmp_path / "b" / f"benchmark.{x}").is_file() for x in ("md", "html"))
+    assert "outputs differ by" in wrong["problem"] and "WRONG" in out and "allowed 1e-12" in code
+    assert failed["problem"] == "ldm: KeyError: 'nothing'" and failed["problem"] in code

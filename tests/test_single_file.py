@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_stable_diffusion import stable_diffusion
 from test_tokenizer import TEXTS, assert_same
 from test_unet import SD15, SD21
+from tiny import same
 from tiny_models import arrays, normal, randomize, shapes, tiny_parts, unet_config, vae_config
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -32,11 +33,6 @@ SIZES2 = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads":
 TEXT2 = TextConfig(**SIZES2, hidden_act="gelu")
 
 
-def same(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
-    state = model.state_dict()
-    return state.keys() == tensors.keys() and all(state[name].equal(tensor) for name, tensor in tensors.items())
-
-
 @pytest.mark.parametrize("generation", [1, 2])
 def test_both_ways(tmp_path, generation):
     """Here bit for bit; in diffusers the same pictures, from the names and shapes of the original code."""
@@ -47,7 +43,7 @@ def test_both_ways(tmp_path, generation):
         save_single_file(out, load_parts(pipe))
     folder, ours = Pipeline.from_pretrained(pipe), Pipeline.from_pretrained(out, tokenizer=pipe)
     assert all(getattr(ours, part).config == getattr(folder, part).config for part in (*MODELS, "schedule"))
-    assert all(same(getattr(folder, part), getattr(ours, part).state_dict()) for part in MODELS)
+    assert all(same(*(getattr(pipe, part).state_dict() for pipe in (folder, ours))) for part in MODELS)
     single = diffusers.StableDiffusionPipeline.from_single_file(str(out), config=str(pipe))
     prompts, z = ["a red circle", "a blue square above a circle"], normal(2, 4, 8, 8)
     a, b = (arrays(x(prompts, num_inference_steps=4, guidance_scale=5.0, latents=z).images) for x in (original, single))
@@ -111,16 +107,16 @@ def test_a_checkpoint_of_others(others):
     assert pipe.schedule.config.prediction_type == ("v_prediction" if second else "epsilon")
     assert (len(pipe.tokenizer), pipe.tokenizer.pad_token_id) == (49408, 0 if second else 49407)
     for part, model in ((getattr(pipe, name), getattr(parts, name)) for name in MODELS):
-        assert same(part, model.state_dict()) and part.config == model.config
+        assert same(part.state_dict(), model.state_dict()) and part.config == model.config
     pipe = Pipeline.from_pretrained(file, prediction="v_prediction", zero_snr=True, ema=True)
-    assert same(pipe.unet, {name: 2 * tensor for name, tensor in parts.unet.state_dict().items()})
-    assert pipe.schedule.config.rescale_betas_zero_snr and same(pipe.vae, parts.vae.state_dict())
+    assert same(pipe.unet.state_dict(), {name: 2 * tensor for name, tensor in parts.unet.state_dict().items()})
+    assert pipe.schedule.config.rescale_betas_zero_snr and same(pipe.vae.state_dict(), parts.vae.state_dict())
     tensors = torch.load(file)["state_dict"]
     for named, prediction in (("v", "v_prediction"), ("epsilon", "epsilon")):
         save_file(tensors, new, metadata={"modelspec.prediction_type": named})
         assert Pipeline.from_pretrained(new).schedule.config.prediction_type == prediction
     save_file({n.split(".", 1)[1]: tensor for n, tensor in tensors.items() if n.startswith("first_stage")}, new)
-    assert same(VAE.from_pretrained(new), parts.vae.state_dict())
+    assert same(VAE.from_pretrained(new).state_dict(), parts.vae.state_dict())
     with pytest.raises(UserError, match="no SD 1.x or 2.x unet .*missing: all of it"):
         Pipeline.from_pretrained(new)
 

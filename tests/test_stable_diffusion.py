@@ -45,9 +45,7 @@ def stable_diffusion(folder: Path, generation: int, scheduler: str) -> diffusers
     pipe = diffusers.StableDiffusionPipeline(
         vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(
-            folder / "tokenizer", **({"pad_token": "!"} if generation == 2 else {})
-        ),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", **{"pad_token": "!"} if generation == 2 else {}),
         unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
         scheduler=getattr(diffusers, scheduler)(**BETAS, **SCHEDULERS[scheduler], prediction_type=prediction),
         safety_checker=None,
@@ -80,12 +78,9 @@ def test_through_here_and_back_every_tensor_is_the_same(tmp_path, generation, sa
     theirs.save_pretrained(tmp_path / "pipe", **SAVED[saved])
     assert (len(list((tmp_path / "pipe" / "unet").glob("*-of-*"))) > 1) == ("shards" in saved)
     Pipeline.from_pretrained(tmp_path / "pipe").save_pretrained(tmp_path / "ours")
-    for part, file in (
-        ("vae", "diffusion_pytorch_model"),
-        ("unet", "diffusion_pytorch_model"),
-        ("text_encoder", "model"),
-    ):
-        written = load_file(tmp_path / "ours" / part / f"{file}.safetensors")
+    for part in ("vae", "unet", "text_encoder"):
+        (file,) = (tmp_path / "ours" / part).glob("*.safetensors")
+        written = load_file(file)
         written = {name.removeprefix("text_model."): tensor for name, tensor in written.items()}  # theirs may lack it
         expected = {n.removeprefix("text_model."): t for n, t in getattr(theirs, part).state_dict().items()}
         assert written.keys() == expected.keys()

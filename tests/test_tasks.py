@@ -157,6 +157,26 @@ def test_a_decoder_trained_alone_leaves_the_latents_as_they_were(vae_run, tmp_pa
 # CLIP
 
 
+@pytest.mark.parametrize("name", ["words", "picture"])
+def test_heads_move_the_text_tower_alone_and_are_not_exported(name, tmp_path):
+    weights = {"words": 0.0, "picture": 0.0} | {name: 3.0}
+    task = CLIPTask(tiny.clip(grounding=replace(tiny.READERS, **weights)))
+    _, total, values = next(task.losses(task.modules, stack(tiny.samples(4)), 0, tiny.draws()))
+    assert values.keys() == {"scale", "contrastive", name}
+    torch.testing.assert_close(total, values["contrastive"] + 3 * values[name])
+    values[name].backward()
+    clip = task.modules["clip"]
+    assert all(p.grad is not None for p in clip.text_model.parameters())
+    others = (clip.vision_model, clip.visual_projection, clip.text_projection)
+    assert all(p.grad is None for module in others for p in module.parameters())
+    assert all(p.grad is not None for p in task.modules["grounding"].parameters())
+    with torch.no_grad():
+        validated = task.validate(task.modules)
+    assert validated.keys() & weights.keys() == {name} and 0 < validated[name] < 9
+    task.export(task.modules, tmp_path, final=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"clip", "text_encoder", "tokenizer"}
+
+
 def test_clip_starts_from_another_text_encoder(clip_run):
     start = TextEncoder.from_pretrained(clip_run)
     config = replace(tiny.clip(), text_encoder=str(clip_run), vocab_size=300)
@@ -210,7 +230,6 @@ def test_a_run_whose_captions_have_changed_keeps_its_vocabulary_or_is_refused(tm
     vocabulary = (run / "tokenizer/vocab.json").read_bytes()
     shutil.copytree(run / "tokenizer", tmp_path / "copy")
     succeed(scripts(*clip, "train.steps=2", "tokenizer=copy", "--force"))
-    scripts.close()
     assert (run / "tokenizer/vocab.json").read_bytes() == vocabulary and len(checkpoints(run)) == 2
 
 

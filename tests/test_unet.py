@@ -1,6 +1,5 @@
 """The U-Net against diffusers' UNet2DConditionModel on copied random weights, and its folders opened by both."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -64,17 +63,7 @@ def test_stable_diffusion_sizes(tmp_path, table):
         assert config == UNetConfig() == load(DiffusionConfig, CONFIGS / "sd15" / "diffusion.toml").model
 
 
-def test_mistakes(tmp_path):
+def test_an_odd_size_is_refused():
     unet = UNet(unet_config())
     with pytest.raises(UserError, match="multiple of 2"):
         unet(*inputs(unet.config, (8, 7)))
-    unet.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for change, message in (
-        ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep' is not supported"),
-        ({"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "AttnUpBlock2D'; it must be one of 'UpBlock2D', 'Cross"),
-        ({"cross_attention_dim": "wide"}, "cross_attention_dim"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(UserError, match=message):
-            UNet.from_pretrained(tmp_path)

@@ -1,9 +1,7 @@
 """The smallest trainings that still have every part; shared by the tests of the loop, the tasks and the scripts."""
 
-import io
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from ldm.config import to_dict
 from ldm.data import DataConfig, open_dataset
 from ldm.diffusion import ScheduleConfig
 from ldm.distributed import Draws
-from ldm.images import to_float, to_pil
 from ldm.model_io import load_tensors, save_tensors, write_json
 from ldm.train.autoencoder import AutoencoderConfig, LossConfig
 from ldm.train.auxiliary import GroundingConfig
@@ -89,15 +86,6 @@ def samples(count: int) -> list[dict]:
     """The first shapes scenes."""
     dataset = open_dataset(DATA, "train")
     return [dataset[i] for i in range(count)]
-
-
-def files(count: int) -> Iterator[dict]:
-    """The same scenes as the files of shards."""
-    for sample in samples(count):
-        buffer = io.BytesIO()
-        to_pil(to_float(sample["image"][None]))[0].save(buffer, "PNG")
-        key = f"scene-{sample['key']}".replace("/", "-")
-        yield {"key": key, "image": buffer.getvalue(), "captions": sample["captions"]}
 
 
 def fail(error: BaseException) -> None:

@@ -108,7 +108,10 @@ def read_points(path: Path) -> Iterator[Point]:
 def draw(points: list[Point], out: Path, page: str = "{}") -> list[str]:
     """Writes all plots, two in a row, as one SVG within a page; returns their titles. Raises UserError where there are
     none."""
-    from ldm.metrics.libraries import library
+    from ldm.evaluate.report import check_installed
+
+    check_installed()
+    from matplotlib.figure import Figure
 
     if not points:
         raise UserError("there are no curves: none of the files is of a run or of a model's evaluation")
@@ -116,7 +119,7 @@ def draw(points: list[Point], out: Path, page: str = "{}") -> list[str]:
     for title, line, *xy in points:
         plots[title][line].append(xy)
     rows = -(-len(plots) // 2)
-    figure = library("matplotlib.figure").Figure(figsize=(10, 3.4 * rows), layout="constrained")
+    figure = Figure(figsize=(10, 3.4 * rows), layout="constrained")
     for i, (title, lines) in enumerate(plots.items(), 1):
         axes = figure.add_subplot(rows, 2, i, title=title, xlabel="guidance" if "guidance" in title else "step")
         for colour, (label, line) in enumerate(lines.items()):

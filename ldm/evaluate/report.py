@@ -31,7 +31,7 @@ LARGEST = 256  # pixels per side of an image in the report; larger ones are redu
 def check_installed() -> None:
     """Raises UserError where a package of the extra `evaluate` is missing."""
     if missing := [name for name in PACKAGES if not find_spec(name)]:
-        raise UserError(f"evaluations need {', '.join(missing)}: pip install 'ldm[evaluate]'")
+        raise UserError(f"reports and curves need {', '.join(missing)}: pip install 'ldm[evaluate]'")
 
 
 def write_results(
