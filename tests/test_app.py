@@ -110,7 +110,7 @@ def test_a_model_is_compiled_once_while_the_status_says_so(pipe, tmp_path, monke
         assert capsys.readouterr().err.count("compiling the") == count
         with attention_maps(compiled) as maps:
             finish(sample(compiled, settings(count=1)))
-        assert maps and "compiled" not in picture_metadata(compiled, settings())[0]
+            assert maps and "compiled" not in picture_metadata(compiled, settings())[0]
 
 
 @pytest.mark.parametrize(
