@@ -26,6 +26,7 @@ from ldm.model_io import atomic_write, module_hash
 Precision = Literal["float32", "bfloat16"]
 LARGEST = 2**31  # bytes of all kept results; the oldest beyond that are removed
 OLDEST = (2024, 4)  # release of OpenVINO
+Shapes = tuple[tuple[int, ...], ...]  # of a call's inputs
 COMPILING, SAVED = 8.0, 0.4  # seconds that compiling takes, and the share of the time that it saves, both about
 
 
@@ -37,7 +38,7 @@ def compiled(
     `backend` is "openvino" or one of torch.compile's; by default the former for a CPU where it is installed, else
     "inductor". Raises UserError for one that is missing or cannot run the model, and for bfloat16 with others.
     """
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    on_cpu = is_on_cpu(model)
     backend = backend or ("openvino" if on_cpu and find_spec("openvino") else "inductor")
     if backend == "openvino":
         return OpenVINO(model, function, precision)
@@ -48,24 +49,31 @@ def compiled(
 
 
 class WhereItSaves:
-    """A function that runs a model, and is compiled by OpenVINO once its time shows that the rest of `calls` calls will
-    repay that; without OpenVINO or on another device than a CPU, the function itself."""
+    """A function that runs a model, compiled by OpenVINO for shapes whose result is kept on disk, and for others once
+    their time shows that the rest of `calls` calls will repay that; without OpenVINO or on another device than a CPU,
+    the function itself."""
 
     def __init__(self, model: nn.Module, function: Callable[..., Tensor], calls: int) -> None:
-        self.model, self.function, self.left, self.compiled = model, function, calls, None
-        self.shapes: tuple[tuple[int, ...], ...] = ()  # of the last call, or those that are compiled
+        self.model, self.function, self.left = model, function, calls
+        self.network: OpenVINO | None = None
+        self.chosen: set[Shapes] = set()  # that are worth compiling
+        self.shapes: Shapes = ()  # of the last call that ran as it is
+        self.compiled = False  # whether the last call ran compiled
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The output of inputs; other shapes than those that are compiled run as they are."""
-        shapes, start = tuple(tuple(x.shape) for x in inputs), perf_counter()
-        if self.compiled and fits(shapes, self.shapes):
-            return self.compiled(*inputs)
+        """The output of inputs. A lone call is not worth opening what is kept."""
+        shapes = shapes_of(inputs)
+        if not self.network and self.left > 1 and inputs[0].device.type == "cpu" and openvino_release() >= OLDEST:
+            self.network = OpenVINO(self.model, self.function, "float32")
+        self.compiled = bool(self.network) and (shapes in self.chosen or self.network.has(shapes))
+        if self.compiled:
+            return self.network(*inputs)
+        start = perf_counter()
         output = self.function(*inputs)
-        self.left -= 1
-        if not self.compiled and inputs[0].device.type == "cpu" and find_spec("openvino"):
-            again, self.shapes = shapes == self.shapes, shapes  # a first call prepares, and takes longer
-            if again and SAVED * self.left * (perf_counter() - start) > COMPILING:
-                self.compiled = compiled(self.model, self.function)
+        again, self.shapes, self.left = shapes == self.shapes, shapes, self.left - 1
+        # the first call prepares, and takes longer
+        if self.network and again and SAVED * self.left * (perf_counter() - start) > COMPILING:
+            self.chosen.add(shapes)
         return output
 
 
@@ -92,13 +100,12 @@ class OpenVINO:
     """
 
     def __init__(self, model: nn.Module, function: Callable[..., Tensor], precision: Precision) -> None:
-        installed = version("openvino") if find_spec("openvino") else "none"
-        if installed == "none" or tuple(map(int, installed.split(".")[:2])) < OLDEST:
-            least = ".".join(map(str, OLDEST))
+        if (release := openvino_release()) < OLDEST:
+            least, installed = (".".join(map(str, numbers)) or "none" for numbers in (OLDEST, release))
             raise UserError(f"needs OpenVINO {least} or later, installed is {installed}: pip install 'ldm[openvino]'")
-        if next(model.parameters()).device.type != "cpu":
+        if not is_on_cpu(model):
             raise UserError("OpenVINO runs the models on CPUs alone, and these are elsewhere; use backend 'inductor'")
-        self.model, self.function, self.requests = model, function, {}
+        self.model, self.function, self.requests, self.compiling = model, function, {}, False
         self.options = {
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -108,13 +115,13 @@ class OpenVINO:
         code |= {path.read_text() for path in Path(__file__).parent.rglob("*.py")}
         options = getattr(model, "config", ""), getattr(model, "metadata", "")
         parts = [module_hash(model), model, *options, function.__qualname__, *sorted(code)]
-        parts += [version("torch"), installed, torch.backends.cpu.get_cpu_capability(), self.options]
+        parts += [version("torch"), version("openvino"), torch.backends.cpu.get_cpu_capability(), self.options]
         self.identity = "\0".join(map(str, parts))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The output (B, ...) of inputs (B, ...) and scalars."""
         inputs = tuple(x.float() if x.ndim == 0 else x for x in inputs)
-        shapes = tuple(tuple(x.shape) for x in inputs)
+        shapes = shapes_of(inputs)
         padded = min((key for key in self.requests if fits(shapes, key)), default=shapes)
         if padded not in self.requests:
             self.requests[padded] = self.build(inputs).create_infer_request()
@@ -124,15 +131,22 @@ class OpenVINO:
         output = self.requests[padded].infer(arrays, share_inputs=True, share_outputs=False)[0]
         return torch.from_numpy(output)[: len(inputs[0])]
 
+    def has(self, shapes: Shapes) -> bool:
+        """Whether what is compiled for these shapes is loaded or kept on disk."""
+        return any(fits(shapes, key) for key in self.requests) or self.file(shapes).is_file()
+
+    def file(self, shapes: Shapes) -> Path:
+        """Where the result for these shapes is kept."""
+        return cache_folder() / f"{hashlib.sha256(f'{self.identity} {shapes}'.encode()).hexdigest()}.bin"
+
     @kept_signal_stack()
     def build(self, inputs: tuple[Tensor, ...]) -> Any:
         """The compiled model for the shapes of `inputs`, kept before or made now."""
         sys.modules.setdefault("openvino_telemetry", None)  # its converter would send usage data
         import openvino
 
-        core, shapes = openvino.Core(), [list(x.shape) for x in inputs]
-        key = hashlib.sha256(f"{self.identity}\0{shapes}".encode()).hexdigest()
-        file = cache_folder() / f"{key}.bin"
+        core, shapes = openvino.Core(), shapes_of(inputs)
+        file = self.file(shapes)
         with suppress(OSError, RuntimeError):  # not there, or not readable by this OpenVINO
             data = file.read_bytes()
             if hashlib.sha256(data[32:]).digest() == data[:32]:
@@ -140,15 +154,35 @@ class OpenVINO:
                 return core.import_model(data[32:], "CPU", self.options)
         name = type(self.model).__name__
         print(f"compiling the {name} for batches of {shapes[0][0]}, kept in {file.parent}", file=sys.stderr)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tracing, and that torch will drop it
-            model = openvino.convert_model(Traced(self.model, self.function), example_input=inputs, input=shapes)
-        result = core.compile_model(model, "CPU", self.options)
+        self.compiling = True
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of tracing, and that torch will drop it
+                traced, sizes = Traced(self.model, self.function), [list(shape) for shape in shapes]
+                model = openvino.convert_model(traced, example_input=inputs, input=sizes)
+            result = core.compile_model(model, "CPU", self.options)
+        finally:
+            self.compiling = False
         keep(file, result.export_model().getvalue())
         return result
 
 
-def fits(shapes: tuple[tuple[int, ...], ...], larger: tuple[tuple[int, ...], ...]) -> bool:
+def is_on_cpu(model: nn.Module) -> bool:
+    """Whether the parameters, if any, are on a CPU."""
+    return all(x.device.type == "cpu" for x in model.parameters())
+
+
+def openvino_release() -> tuple[int, ...]:
+    """The year and the number of the OpenVINO that is installed; () without one."""
+    return tuple(map(int, version("openvino").split(".")[:2])) if find_spec("openvino") else ()
+
+
+def shapes_of(inputs: tuple[Tensor, ...]) -> Shapes:
+    """The shapes of a call's inputs."""
+    return tuple(tuple(x.shape) for x in inputs)
+
+
+def fits(shapes: Shapes, larger: Shapes) -> bool:
     """Whether shapes are others with a batch that is smaller, but not below half."""
     return [s[1:] for s in shapes] == [s[1:] for s in larger] and shapes[0][0] <= larger[0][0] <= 2 * shapes[0][0]
 

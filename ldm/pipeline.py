@@ -66,8 +66,14 @@ class Pipeline:
 
     @property
     def compiled(self) -> bool:
-        """Whether the U-Net runs as compiled."""
+        """Whether the U-Net runs as compiled; with `passes`, whether its last call did."""
         return bool(getattr(self.predict, "compiled", self.predict))
+
+    @property
+    def compiling(self) -> bool:
+        """Whether the U-Net is being compiled, in another thread, with `passes`."""
+        network = getattr(self.predict, "network", None)
+        return bool(network and network.compiling)
 
     def to(self, device: str | torch.device) -> "Pipeline":
         """Moves the models."""

@@ -18,9 +18,10 @@ def pipe() -> Pipeline:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _train_on_cpu():
+def _environment(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("LDM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

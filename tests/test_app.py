@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import numpy as np
@@ -20,6 +21,7 @@ import gradio as gr
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
+from ldm import compilation
 from ldm.app import picture_sets, sampling, study, tab_judge, tabs
 from ldm.app.attention import attention_maps, token_positions, word_overlays
 from ldm.app.judgements import JudgementStore
@@ -78,6 +80,28 @@ def test_steps_are_shown_and_the_pictures_are_the_pipelines_own(pipe, monkeypatc
     assert len(finish(sample(pipe, settings(steps=2)))[0]) == 2 and len(stopped) < 150
 
 
+def test_a_model_is_compiled_once_while_the_status_says_so(pipe, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sampling, "INTERVAL", 0.001)
+    pipe.save_pretrained(tmp_path / "tiny")
+    expected = pixels(finish(sample(pipe, settings()))[0][1])
+    for seconds, count in ((0, 1), (1e9, 0)):  # of compiling; the second one is kept on disk
+        monkeypatch.setattr(compilation, "COMPILING", seconds)
+        compiled = Models({"tiny": str(tmp_path / "tiny")})["tiny"]
+        if count:  # stopped while it compiles
+            stopped = sample(compiled, settings(steps=150))
+            next(shown for shown in stopped if isinstance(shown, str))
+            stopped.close()
+        images, _ = finish(sample(compiled, settings()))
+        assert abs(pixels(images[1]) - expected).max() <= 1
+        assert picture_metadata(compiled, settings())[0]["compiled"] == "float32"
+        assert capsys.readouterr().err.count("compiling the") == count
+        with attention_maps(compiled) as maps:
+            finish(sample(compiled, settings(count=1)))
+            assert maps and "compiled" not in picture_metadata(compiled, settings())[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -116,7 +140,7 @@ def test_models_are_found_named_and_kept_open(tmp_path, monkeypatch):
     given = ["emoji", "/home/me/sd", "/home/you/sd", "runs/one", "../sd"]
     assert find_models(given) == dict(zip(["emoji", "sd", "/home/you/sd", "runs/one", "../sd"], given, strict=True))
     opened = []
-    monkeypatch.setattr(Pipeline, "from_pretrained", lambda name, device: opened.append(name))
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda name, device: opened.append(name) or Mock())
     models = offered("a", "b", "c")
     for name in "abacab":
         models[name]

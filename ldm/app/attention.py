@@ -35,11 +35,13 @@ def attention_maps(pipe: Pipeline) -> Iterator[list[Tensor]]:
         weights = rearrange(weights, "(h w) l -> 1 l h w", h=math.isqrt(len(weights)))
         maps.append(F.interpolate(weights, size, mode="bilinear")[0])
 
+    predict, pipe.predict = pipe.predict, None  # a compiled U-Net calls no hooks
     layers = [module for name, module in pipe.unet.named_modules() if name.endswith("attn2")]
     handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     try:
         yield maps
     finally:
+        pipe.predict = predict
         for handle in handles:
             handle.remove()
 

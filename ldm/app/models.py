@@ -9,6 +9,8 @@ from ldm.config import UserError
 from ldm.model_io import ASSETS, find_root
 from ldm.pipeline import Pipeline
 
+PASSES = 3000  # of a model that a page samples with, about: 100 pictures
+
 
 class Models:
     """Pipelines and low-rank adapters by the names under which the page offers them; the last two opened stay open."""
@@ -33,7 +35,7 @@ class Models:
         pipe = Pipeline.from_pretrained(self.folders[name], self.device)
         for adapter in adapters:
             pipe.load_lora(self.adapters[adapter], weight)
-        return pipe
+        return pipe.compile(passes=PASSES)
 
     def examples(self, name: str) -> list[list[str]]:
         """The prompts in a model's `examples.txt`, a line each; rows of one column."""

@@ -45,7 +45,7 @@ def held_out(models: Models, name: str) -> Any:
 
 def prepare(
     pipe: Pipeline, model: str, dataset: Any, count: int, seed: int, folder: Path
-) -> Generator[Progress, None, list[Sample]]:
+) -> Generator[Progress | str, None, list[Sample]]:
     """Makes the pictures that are missing, and returns the samples.
 
     Picture i has the caption of the i-th of `count` samples of the data set, drawn by `seed`, and the seed `seed + i`.

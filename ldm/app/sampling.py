@@ -70,8 +70,9 @@ class Settings:
 
 def sample(
     pipe: Pipeline, settings: Settings, kept: MutableSequence[Progress] | None = None, **arguments: Any
-) -> Generator[Progress, None, tuple[list[Image.Image], list[str]]]:
-    """Yields the latest step now and then, and returns the pictures and warnings, such as that a prompt was cut.
+) -> Generator[Progress | str, None, tuple[list[Image.Image], list[str]]]:
+    """Yields the latest step now and then, a status while it compiles, and returns the pictures and warnings, such as
+    that a prompt was cut.
 
     Closing the generator stops the sampling. All steps are appended to `kept`; `arguments` go to the pipeline, such as
     other prompts. Raises UserError for settings that the pipeline refuses or that need too much memory.
@@ -100,7 +101,9 @@ def sample(
     future, shown = _WORKER.submit(run), None
     try:
         while wait([future], INTERVAL).not_done:
-            if kept and kept[-1] is not shown:
+            if pipe.compiling:
+                yield "Compiling the model for this number and size of pictures, once."
+            elif kept and kept[-1] is not shown:
                 yield (shown := kept[-1])
         return future.result()
     except RuntimeError as error:  # on a CPU torch raises a plain one when memory runs out
@@ -115,7 +118,8 @@ def picture_metadata(pipe: Pipeline, settings: Settings, **more: Any) -> list[di
     """Per picture, the settings that make it again, under the names that scripts/sample.py writes too."""
     shared = {"prompt": settings.prompt, "model": settings.model, "sampler": pipe.schedule.config.sampler}
     adapters = ", ".join(f"{name}:{settings.adapter_weight:g}" for name in settings.adapters)
-    shared |= {"device": str(pipe.device)} | settings.options() | ({"lora": adapters} if adapters else {}) | more
+    optional = {"lora": adapters, "compiled": "float32" if pipe.compiled else ""}
+    shared |= {"device": str(pipe.device)} | settings.options() | {k: x for k, x in optional.items() if x} | more
     seeds = range(settings.seed, settings.seed + settings.count)
     return [{name: str(value) for name, value in (shared | {"seed": seed}).items()} for seed in seeds]
 

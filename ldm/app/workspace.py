@@ -19,7 +19,7 @@ from ldm.samplers import SAMPLERS
 
 Values = dict[Component, Any]  # of the page's components
 Components = Iterable[Component]
-Events = Generator[Values | Progress, None, Any]
+Events = Generator[Values | Progress | str, None, Any]
 Handler = Callable[[Values], Events]
 SAMPLING = {"generate": "Generate", "edit": "Edit", "compare": "Compare", "inside": "Look inside"}
 TABS = SAMPLING | {"judge": "Judge"}
@@ -96,7 +96,7 @@ class Workspace:
 
     def on_start(self, tab: str, handler: Handler, inputs: Components = (), outputs: Components = ()) -> None:
         """Runs a tab's handler at its button, one in all browsers at a time, until it ends or Stop is pressed. It
-        receives the settings and `inputs`, and yields steps of a sampling and new values of components."""
+        receives the settings and `inputs`, and yields steps of a sampling, a status, or new values of components."""
 
         def run(values: Values, request: gr.Request) -> Iterator[Values]:
             yield {self.gallery: gr.Gallery(selected_index=None), self.status: busy("Starting.")}
@@ -106,6 +106,8 @@ class Workspace:
                         preview = {self.gallery: shown.decode()} if tab in SAMPLING else {}
                         text = f"Step {shown.step + 1} of {shown.steps}."
                         shown = {self.status: busy(text, shown.step + 1, shown.steps)} | preview
+                    elif isinstance(shown, str):
+                        shown = {self.status: busy(shown)}
                     yield shown
             except UserError as error:
                 yield {self.status: message(str(error)), self.gallery: self.earlier(values[self.history])}
