@@ -1,4 +1,4 @@
-"""The long check behind `make soak`: trainings killed, stopped, without room on the disk, and what is opened fuzzed."""
+"""The long check behind `make soak`: trainings killed, stopped, damaged, fed with what is broken or malicious."""
 
 import os
 

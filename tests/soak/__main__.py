@@ -10,15 +10,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from soak import fuzz, interrupts
+from soak import files, fuzz, interrupts
 from soak.common import Child, Row
 
 LONGEST = 1200  # seconds per group
 GROUPS = {
     "kill": interrupts.kill,
+    "resume": interrupts.resume,
+    "damage": files.damage,
     "disk": interrupts.disk,
     "stop": interrupts.stop,
     "fuzz": fuzz.run,
+    "pair": interrupts.pair,
 }
 
 

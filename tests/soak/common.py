@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ import torch.utils.tensorboard  # noqa: F401
 from inventory_tools import metrics
 
 from ldm.commands.cli import run_command
+from ldm.train.autoencoder import AutoencoderTask
+from ldm.train.clip import CLIPTask
 from ldm.train.config import TrainConfig
+from ldm.train.diffusion import DiffusionTask
 from ldm.train.loop import train
 
 FORK = multiprocessing.get_context("fork")  # imports, 4 s of every start, are made once
@@ -127,6 +131,19 @@ def finish(row: Row, make: Work, config: TrainConfig, out: Path, log: Path, code
     child = Child(training(make, config, out), log)
     row.expect(child.end() == code, f"{log.name}: exit code {child.process.exitcode}: {child.error()[-300:]}")
     return child
+
+
+def trained(row: Row, folder: Path) -> dict[str, Work]:
+    """Trains the smallest models into `autoencoder`, `clip` and `diffusion` of `folder`; returns their tasks."""
+    cache = str(folder / "latents.safetensors")
+    tasks = {
+        "autoencoder": lambda: AutoencoderTask(tiny.autoencoder(loss=replace(tiny.LOSS, gan_start=5, gan_ramp=4))),
+        "clip": lambda: CLIPTask(tiny.clip(grounding=tiny.READERS)),
+        "diffusion": lambda: DiffusionTask(tiny.diffusion(folder / "autoencoder", folder / "clip", cache=cache)),
+    }
+    for name, task in tasks.items():
+        finish(row, task, replace(tiny.TRAIN, save_every=2), folder / name, folder / f"{name}-log")
+    return tasks
 
 
 def checkpoints(out: Path) -> list[Path]:

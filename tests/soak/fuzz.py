@@ -17,18 +17,16 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
-import tiny
-
 from ldm.commands import sample
 from ldm.commands.cli import run_command
 from ldm.config import load
 from ldm.model_io import load_tensors
 from ldm.pipeline_io import load_parts
 from ldm.tokenizer import Tokenizer
-from ldm.train.autoencoder import AutoencoderConfig, AutoencoderTask
-from ldm.train.clip import CLIPConfig, CLIPTask
-from ldm.train.diffusion import DiffusionConfig, DiffusionTask
-from soak.common import Row, finish, one_error
+from ldm.train.autoencoder import AutoencoderConfig
+from ldm.train.clip import CLIPConfig
+from ldm.train.diffusion import DiffusionConfig
+from soak.common import Row, one_error, trained
 
 ROOT = Path(__file__).parents[2]
 MEMORY, SECONDS, COUNT = 3 * 2**30, 30, 300  # limits of one input; inputs per kind
@@ -67,10 +65,7 @@ def replace_token(draw: Draw, data: bytes) -> bytes:
 def run(folder: Path, seed: int) -> list[Row]:
     """A row per kind of input."""
     rows = []
-    row, parts = Row("preparation"), (folder / "autoencoder", folder / "clip")
-    tasks = {"autoencoder": lambda: AutoencoderTask(tiny.autoencoder()), "clip": lambda: CLIPTask(tiny.clip())}
-    for name, task in (tasks | {"diffusion": lambda: DiffusionTask(tiny.diffusion(*parts))}).items():
-        finish(row, task, tiny.TRAIN, folder / name, folder / f"{name}-log")
+    trained(Row("preparation"), folder)
     signal.signal(signal.SIGALRM, _too_long)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))

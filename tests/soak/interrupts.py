@@ -13,10 +13,10 @@ from pathlib import Path
 
 import tiny
 
-from soak.common import Child, Row, Work, finish, identical, training, watched
+from soak.common import Child, Row, Work, checkpoints, finish, identical, trained, training, watched
 
 CONFIG = replace(tiny.TRAIN, save_every=2, keep=2, log_every=1, ema_decay=0.9)
-TIMES, BLOCK = 30, 4096
+TIMES, STEPS, BLOCK = 30, 14, 4096
 
 
 def kill(folder: Path, seed: int) -> list[Row]:
@@ -52,6 +52,27 @@ def _interrupted(folder: Path, seed: int, number: signal.Signals) -> list[Row]:
     finish(row, tiny.Toy, replace(config, steps=last + 11, save_every=0), straight, folder / "straight-log")
     row.expect(identical(out, straight), "other weights or log than an undisturbed run")
     row.notes.append(f"exit code {code}; after {last:,} steps bit-identical to an undisturbed run")
+    return [row]
+
+
+def resume(folder: Path, seed: int) -> list[Row]:
+    """The three real trainings, stopped by SIGTERM or SIGKILL at random steps."""
+    row, draw = Row("resume of autoencoder with discriminator, CLIP, diffusion from a cache"), random.Random(seed)
+    config = replace(tiny.TRAIN, steps=STEPS, save_every=4, validate_every=5, log_every=1, ema_decay=0.9, batch_size=5)
+    for name, task in trained(row, folder).items():
+        for accumulate in (1, 2):
+            straight = folder / f"{name}-straight-{accumulate}"
+            finish(row, task, replace(config, accumulate=accumulate), straight, folder / f"{straight.name}-log")
+        for number, step in enumerate(draw.sample(range(STEPS - 1), 5)):
+            changed = replace(config, workers=(0, 2)[number % 2], accumulate=(1, 2)[number // 2 % 2])
+            how, out = (signal.SIGTERM, signal.SIGKILL)[number % 2], folder / f"{name}-{number}"
+            stopped = watched(task, stop=step, number=how)
+            finish(row, stopped, changed, out, folder / f"{out.name}-stop", {15: 143, 9: -9}[how])
+            finish(row, task, changed, out, folder / f"{out.name}-end")
+            straight = folder / f"{name}-straight-{changed.accumulate}"
+            row.expect(identical(out, straight), f"{name} at step {step}, {how.name}, {changed}: other weights or log")
+            row.count += 1
+    row.notes.append("0 and 2 loading processes, 1 and 2 micro-batches; tensors and log lines bit-identical")
     return [row]
 
 
@@ -101,3 +122,31 @@ def disk(folder: Path, seed: int) -> list[Row]:
     for row in (limits, disks):
         row.notes.append("exit code 2 in one line, then bit-identical")
     return [limits, disks]
+
+
+def pair(folder: Path, seed: int) -> list[Row]:
+    """Two processes that train together: where one is killed the other ends too, and both resume."""
+    row, draw, out = Row("two processes, one killed by SIGKILL"), random.Random(seed), folder / "killed"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "soak.pair"]
+
+    def start(run: Path, log: Path) -> subprocess.Popen:
+        return subprocess.Popen([*launch, run], stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True)
+
+    for number in range(2):
+        before, log = len(checkpoints(out)), folder / f"kill-{number}"
+        process = start(out, log)
+        while process.poll() is None and (len(checkpoints(out)) <= before or log.read_text().count("pid ") < 2):
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0.0, 0.6))
+        ids = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("pid ")]
+        os.kill(ids[number], signal.SIGKILL)
+        code = process.wait(120)
+        alive = [pid for pid in ids if Path(f"/proc/{pid}").exists()]
+        text = log.read_text(errors="replace")
+        row.expect(code != 0 and not alive and "SIGKILL" in text, f"kill {number}: {code}, {alive}, {text[-300:]}")
+        row.count += 1
+    for run in (out, folder / "straight"):
+        row.expect(start(run, folder / f"{run.name}-log").wait(120) == 0, f"{run.name} did not end")
+    row.expect(identical(out, folder / "straight"), "other weights or log")
+    row.notes.append("the other one ended too; resumed, then bit-identical")
+    return [row]
