@@ -71,10 +71,10 @@ class Pipeline:
         return bool(getattr(self.predict, "compiled", self.predict))
 
     @property
-    def defaults(self) -> tuple[int, float]:
-        """Steps and guidance by default; of a distilled model those that it was made for."""
+    def defaults(self) -> dict[str, Any]:
+        """Steps and guidance of a call that names none; of a distilled model those that it was made for."""
         steps = self.unet.distilled_steps
-        return (steps, 1.0) if steps else (30, 5.0)
+        return {"steps": steps or 30, "guidance": 1.0 if steps else 5.0}
 
     def to(self, device: str | torch.device) -> "Pipeline":
         """Moves the models."""
@@ -155,7 +155,8 @@ class Pipeline:
         if prompt == []:
             return []
         name = sampler or self.schedule.config.sampler
-        steps, guidance = (x if x is not None else y for x, y in zip((steps, guidance), self.defaults, strict=True))
+        steps = self.defaults["steps"] if steps is None else steps
+        guidance = self.defaults["guidance"] if guidance is None else guidance
         if self.unet.distilled_steps and guidance != 1:
             warnings.warn(f"guidance {guidance:g} is added to the one that is distilled into the model", stacklevel=3)
         sample, grid = get_sampler(name), make_grid(self.schedule, name, steps, spacing, sigmas)

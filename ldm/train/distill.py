@@ -25,6 +25,7 @@ from ldm.pipeline_io import Parts, save_parts
 from ldm.samplers import ImageNoise, ddim, make_grid
 from ldm.train.config import TrainConfig, require_least
 from ldm.train.loop import Losses, Modules, Task
+from ldm.unet import UNet
 
 PICTURES = 16  # of a preview
 
@@ -80,7 +81,7 @@ class DistillTask(Task):
         grids = (make_grid(schedule, "ddim", n, "trailing") for n in (config.teacher_steps, config.steps))
         self.grid, self.steps = next(grids), next(grids).steps
         self.null = self.context([""])
-        student = copy.deepcopy(self.teacher.unet).requires_grad_(True)
+        student = UNet.from_pretrained(config.teacher)
         student.distilled_steps = config.steps
         self.modules = {"unet": student}
 
