@@ -9,6 +9,8 @@ from ldm.config import UserError
 from ldm.model_io import ASSETS, find_root
 from ldm.pipeline import Pipeline
 
+GUIDANCE = 3.0  # to begin with
+
 
 class Models:
     """Pipelines and low-rank adapters by the names under which the page offers them; the last two opened stay open."""
@@ -34,6 +36,11 @@ class Models:
         for adapter in adapters:
             pipe.load_lora(self.adapters[adapter], weight)
         return pipe
+
+    def defaults(self, name: str) -> dict[str, Any]:
+        """Steps and guidance to begin with."""
+        pipe = self[name]
+        return pipe.defaults if pipe.unet.distilled_steps else pipe.defaults | {"guidance": GUIDANCE}
 
     def examples(self, name: str) -> list[list[str]]:
         """The prompts in a model's `examples.txt`, a line each; rows of one column."""
