@@ -1,8 +1,8 @@
 """Distilling a model and its guidance into a U-Net that samples in a few steps without guidance.
 
-Progressive distillation (Salimans & Ho 2022) with guidance (Meng et al. 2023, section 3.1), in one round: from points
-of the teacher's guided paths, a step of the student must land where several steps of the teacher do. It starts from
-the teacher's weights and needs captions alone.
+Progressive distillation (Salimans & Ho 2022) with guidance (Meng et al. 2023, section 3.1), in one round and on the
+student's own paths from noise (Ross et al. 2011, "DAgger"): each of its steps must land where several guided steps of
+the teacher do from the same point. It starts from the teacher's weights and needs captions alone.
 """
 
 import copy
@@ -39,7 +39,9 @@ class DistillConfig:
     steps: int = 4  # of the student
     teacher_steps: int = 20  # of the teacher, a multiple of steps
     data: DataConfig = field(default_factory=DataConfig)  # only its captions are read
-    train: TrainConfig = field(default_factory=TrainConfig)  # each caption of a batch gives `steps` samples
+    train: TrainConfig = field(
+        default_factory=TrainConfig
+    )  # a batch is of captions, of which each is sampled in all steps
     held_out: int = 64  # validation captions
 
     def __post_init__(self) -> None:
@@ -68,7 +70,7 @@ class Captions:
 
 
 class DistillTask(Task):
-    """One step of the student from each of its timesteps, on the teacher's paths from noise."""
+    """All steps of the student from noise to pictures of a batch of captions."""
 
     def __init__(self, config: DistillConfig) -> None:
         super().__init__(config)
@@ -91,32 +93,31 @@ class DistillTask(Task):
         return self.teacher.text_encoder(self.teacher.tokenizer(captions, warn=False).to(self.device))
 
     @torch.no_grad()
-    def path(self, noise: Tensor, context: Tensor) -> list[Tensor]:
-        """The teacher's z_t (B, C, h, w) at the student's timesteps, from noise, and last its z0."""
+    def guide(self, z: Tensor, context: Tensor, step: int) -> Tensor:
+        """z_t (B, C, h, w) where the teacher's guided steps from the start of a student's step end."""
+        many = self.config.teacher_steps // self.config.steps
+        part = replace(self.grid, steps=self.grid.steps[step * many : (step + 1) * many])
         denoiser = Denoiser(self.teacher.unet, self.grid.schedule)
-        denoise = guided(denoiser, context, self.null.expand(len(context), -1, -1), self.config.guidance)
-        z: list[Tensor] = []
-        z0 = ddim(denoise, noise, self.grid, None, lambda step, t, z_t, _: z.append(z_t))
-        return [*z[:: self.config.teacher_steps // self.config.steps], z0]
+        return ddim(guided(denoiser, context, self.null.expand_as(context), self.config.guidance), z, part, None)
 
     def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
-        """The squared error of the student's steps along new paths of the teacher."""
+        """The squared error of the student's steps on new paths."""
         captions = choose_captions(batch["captions"], draws.rand(len(batch["captions"])))
         yield "unet", self.loss(modules, captions, draws.randn(len(captions), *self.shape)), {}
 
-    def loss(self, modules: Modules, captions: list[str], noise: Tensor) -> Tensor:
-        """The squared error of the prediction whose step lands on the teacher's path, from noise (B, C, h, w)."""
+    def loss(self, modules: Modules, captions: list[str], z: Tensor) -> Tensor:
+        """The squared error of the prediction at each step from noise z (B, C, h, w)."""
         context, denoiser = self.context(captions), Denoiser(modules["unet"], self.grid.schedule)
-        z, samples = self.path(noise, context), []
-        for s, start, end in zip(self.steps, z, z[1:], strict=False):
-            # end = to_alpha z0 + to_sigma eps, with the eps that start and z0 imply
+        total = z.new_zeros(())
+        for i, s in enumerate(self.steps):
+            # A step with a constant z0 goes to kept z_t + change z0.
             kept = s.to_sigma / s.sigma
-            z0 = (end - kept * start) / (s.to_alpha - kept * s.alpha)
-            samples.append((start, denoiser.target(z0, (start - s.alpha * z0) / s.sigma, s.t)))
-        t = torch.tensor([s.t for s in self.steps]).repeat_interleave(len(noise))
-        starts, targets = map(torch.cat, zip(*samples, strict=True))
-        prediction = denoiser.predict(starts, t.to(self.device), context.repeat(len(self.steps), 1, 1))
-        return losses.diffusion(prediction, targets)
+            change = s.to_alpha - kept * s.alpha
+            z0 = (self.guide(z, context, i) - kept * z) / change
+            prediction = denoiser.predict(z, s.t, context)
+            total = total + losses.diffusion(prediction, denoiser.target(z0, (z - s.alpha * z0) / s.sigma, s.t))
+            z = kept * z + change * denoiser.to_z0(z, s.t, prediction.detach())
+        return total / len(self.steps)
 
     def validate(self, modules: Modules) -> dict[str, float]:
         """The loss on held-out captions with fixed noise."""
