@@ -11,6 +11,7 @@ COMMANDS = {
     "train autoencoder": "train the VAE on images",
     "train clip": "train the text encoder on captioned images",
     "train diffusion": "train the U-Net on latents and captions",
+    "train distill": "distill a model into one that samples in a few steps",
     "sample": "make pictures from prompts",
     "evaluate": "measure a model, an autoencoder or a folder of pictures",
     "export": "write a model as one file for ComfyUI, A1111 and others",

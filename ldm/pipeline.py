@@ -1,6 +1,7 @@
 """Prompt -> tokens -> context -> denoised latent -> picture."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -75,6 +76,12 @@ class Pipeline:
         network = getattr(self.predict, "network", None)
         return bool(network and network.compiling)
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Steps and guidance of a call that names none; of a distilled model those that it was made for."""
+        steps = self.unet.distilled_steps
+        return {"steps": steps or 30, "guidance": 1.0 if steps else 5.0}
+
     def to(self, device: str | torch.device) -> "Pipeline":
         """Moves the models."""
         for model in (self.vae, self.text_encoder, self.unet):
@@ -118,8 +125,8 @@ class Pipeline:
         strength: float = 0.8,
         resample: int = 1,
         latents: Tensor | None = None,
-        steps: int = 30,
-        guidance: float = 5.0,
+        steps: int | None = None,
+        guidance: float | None = None,
         sampler: str | None = None,
         seed: int = 0,
         height: int | None = None,
@@ -143,7 +150,8 @@ class Pipeline:
             latents: the first standard normal noise (B, C, h, w) instead of the seeds'.
             sampler, spacing, sigmas, height, width: the model's by default; see `ldm.samplers.make_grid`. An image has
                 its own size, in pixels.
-            guidance: 0 or more; at 1 there is none, and one model call per step.
+            steps, guidance: 30 and 5 by default, or those of a distilled model. Guidance is 0 or more; at 1 there is
+                none, and one model call per step.
             guidance_rescale: in [0, 1]. guidance_interval: the t, ends included, where guidance acts.
             batch_size: most pictures made at once.
             eta: in [0, 1], the share of fresh noise in each step of ddim; 1 is ddpm.
@@ -153,6 +161,10 @@ class Pipeline:
         if prompt == []:
             return []
         name = sampler or self.schedule.config.sampler
+        steps = self.defaults["steps"] if steps is None else steps
+        guidance = self.defaults["guidance"] if guidance is None else guidance
+        if self.unet.distilled_steps and guidance != 1:
+            warnings.warn(f"guidance {guidance:g} is added to the one that is distilled into the model", stacklevel=3)
         sample, grid = get_sampler(name), make_grid(self.schedule, name, steps, spacing, sigmas)
         for option, value, fits, allowed in (
             ("guidance", guidance, 0 <= guidance < math.inf, "0 or more, where 1 is none"),

@@ -100,6 +100,7 @@ def save_single_file(path: Path, parts: Parts, half: bool = False) -> None:
     models = _models(parts, half)
     configs = {name: asdict(part.config) for name, part in (models | {"scheduler": parts.schedule}).items()}
     configs["vae"]["_perceptual_net"] = parts.vae.perceptual_net
+    configs["unet"]["_distilled_steps"] = parts.unet.distilled_steps
     single_file.write(path, models, configs)
 
 

@@ -123,7 +123,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig):
         super().__init__()
-        self.config = config
+        self.config, self.distilled_steps = config, 0  # in which it samples without guidance; 0: not distilled
         widths, layers, last = config.block_out_channels, config.layers_per_block, len(config.block_out_channels) - 1
         temb = 4 * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
@@ -167,6 +167,8 @@ class UNet(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and safetensors that diffusers' UNet2DConditionModel opens."""
         config = {"_class_name": "UNet2DConditionModel"} | asdict(self.config)
+        if self.distilled_steps:
+            config["_distilled_steps"] = self.distilled_steps  # diffusers ignores names with an underscore
         model_io.save_model(folder, self, config, model_io.DIFFUSERS_FILE)
 
     @classmethod
@@ -175,4 +177,6 @@ class UNet(nn.Module):
         averaged one. Raises UserError where there is none."""
         folder, table, tensors = open_part(folder, "unet", ema)
         config = model_io.read_config(folder, table, UNetConfig, "UNet2DConditionModel", SUPPORTED)
-        return model_io.load_model(lambda: cls(config), folder, tensors, config)
+        unet = model_io.load_model(lambda: cls(config), folder, tensors, config)
+        unet.distilled_steps = int(table.get("_distilled_steps", 0))
+        return unet

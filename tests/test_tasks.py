@@ -23,6 +23,7 @@ from ldm.tokenizer import Tokenizer
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
 from ldm.train.diffusion import DiffusionTask, check_normalized
+from ldm.train.distill import DistillConfig, DistillTask
 from ldm.train.loop import Task, train
 from ldm.vae import VAE
 
@@ -70,7 +71,9 @@ def interrupted(losses, stop: int):
     return changed
 
 
-@pytest.mark.parametrize(("name", "muon"), [("autoencoder", False), ("clip", True), ("diffusion", True)])
+@pytest.mark.parametrize(
+    ("name", "muon"), [("autoencoder", False), ("clip", True), ("diffusion", True), ("distill", True)]
+)
 def test_previews_change_no_bit_and_resuming_is_exact(name, muon, tmp_path, one_thread, vae_run, clip_run):
     """Six steps: with previews, validation and checkpoints at every second step; without; and resumed at steps 1, 3."""
     optimizer = replace(tiny.TRAIN.optimizer, muon_lr=2e-3 if muon else None, weight_decay=0.1)
@@ -81,6 +84,7 @@ def test_previews_change_no_bit_and_resuming_is_exact(name, muon, tmp_path, one_
         "autoencoder": lambda: AutoencoderTask(replace(tiny.autoencoder(config, loss), **flip)),
         "clip": lambda: CLIPTask(replace(tiny.clip(config, tiny.READERS), **flip)),
         "diffusion": lambda: DiffusionTask(tiny.diffusion(vae_run, clip_run, config, train_text_encoder=True)),
+        "distill": lambda: DistillTask(DistillConfig(teacher="shapes", data=tiny.DATA, train=config, held_out=4)),
     }
     for case in ("plain", "looked", "resumed"):
         for stop in (1, 3, 6) if case == "resumed" else (6,):

@@ -10,6 +10,7 @@ from ldm.model_io import ASSETS, find_root
 from ldm.pipeline import Pipeline
 
 PASSES = 3000  # of a model that a page samples with, about: 100 pictures
+GUIDANCE = 3.0  # to begin with
 
 
 class Models:
@@ -36,6 +37,11 @@ class Models:
         for adapter in adapters:
             pipe.load_lora(self.adapters[adapter], weight)
         return pipe.compile(passes=PASSES)
+
+    def defaults(self, name: str) -> dict[str, Any]:
+        """Steps and guidance to begin with."""
+        pipe = self[name]
+        return pipe.defaults if pipe.unet.distilled_steps else pipe.defaults | {"guidance": GUIDANCE}
 
     def examples(self, name: str) -> list[list[str]]:
         """The prompts in a model's `examples.txt`, a line each; rows of one column."""

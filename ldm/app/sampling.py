@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ldm.app.models import Models
+from ldm.app.models import GUIDANCE, Models
 from ldm.config import UserError
 from ldm.images import read_metadata
 from ldm.lora import read_weight
@@ -37,7 +37,7 @@ class Settings:
     prompt: str = ""
     negative_prompt: str = ""
     steps: int = 30
-    guidance: float = 3.0
+    guidance: float = GUIDANCE
     guidance_rescale: float = 0.0
     sampler: str = ""
     seed: int = 0

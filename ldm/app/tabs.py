@@ -48,14 +48,16 @@ def build_generate(ui: Workspace) -> None:
         prompt: str,
         model: str = ui.models.names[0],
         seed: int = -1,
-        steps: int = Settings.steps,
-        guidance: float = Settings.guidance,
+        steps: int | None = None,
+        guidance: float | None = None,
     ) -> list[dict]:
         """PNGs of a prompt, with its settings in their text chunks: four, of the seeds seed to seed + 3; -1 is a random
-        seed. The call waits in line with the page's own runs."""
+        seed. Steps and guidance are by default the model's. The call waits in line with the page's own runs."""
         given = {"prompt": str(prompt), "model": str(model), "seed": seed, "steps": steps, "guidance": guidance}
-        values = {c: given.get(name, c.value) for name, c in ui.controls.items()} | {ui.history: []}
+        given = {name: value for name, value in given.items() if value is not None}
         try:
+            given = ui.models.defaults(given["model"]) | given
+            values = {c: given.get(name, c.value) for name, c in ui.controls.items()} | {ui.history: []}
             for _ in ui.in_line(generate, values, request):
                 pass
         except UserError as error:

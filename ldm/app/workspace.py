@@ -161,12 +161,19 @@ class Workspace:
         def examples(model):
             return gr.Dataset(samples=self.models.examples(model))
 
+        def defaults(model):
+            return {self.controls[name]: value for name, value in self.models.defaults(model).items()}
+
         controls = [*self.controls.values()]
         page.load(self.earlier, self.history, self.gallery, **IMMEDIATE)
         page.load(None, self.kept, controls, js="values => values", **IMMEDIATE)
         gr.on([c.change for c in controls], None, controls, self.kept, js="(...values) => [values]", **IMMEDIATE)
         self.stop.click(stop, queue=False, **IMMEDIATE)
         self.controls["model"].change(examples, self.controls["model"], self.examples, **IMMEDIATE)
+        asked = self.controls["steps"], self.controls["guidance"]
+        self.controls["model"].input(
+            self.user_errors(defaults), self.controls["model"], {self.status, *asked}, **IMMEDIATE
+        )
         self.examples.click(lambda sample: sample[0], self.examples, self.prompt, **IMMEDIATE)
         self.prompt.submit(None, js="() => shown('.start').click()", **IMMEDIATE)
         for name, tab in self.tabs.items():
@@ -207,10 +214,11 @@ class Workspace:
 
 def settings_controls(models: Models) -> dict[str, Component]:
     """The controls by setting, without the prompt."""
+    values = {name: getattr(Settings, name) for name in SLIDERS} | models.defaults(models.names[0])
 
     def slider(name: str) -> gr.Slider:
         label, step, tabs = SLIDERS[name]
-        default, look = getattr(Settings, name), {"elem_id": f"setting-{name}", "elem_classes": only(*tabs)}
+        default, look = values[name], {"elem_id": f"setting-{name}", "elem_classes": only(*tabs)}
         return gr.Slider(*BOUNDS[name], default, step=step, label=label, **look)
 
     first, more = list(SLIDERS)[:4], list(SLIDERS)[4:]

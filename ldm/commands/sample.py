@@ -44,8 +44,8 @@ class Options:
     weights: bool = False  # read (more), [less] and (word:1.3) in prompts as A1111 does, of any length
     out: Path  # folder for the PNGs and grid.png
     lora: tuple[str, ...] = ()  # low-rank adapter, as FILE or FILE:WEIGHT; may be repeated
-    steps: int = 30  # denoising steps
-    guidance: float = 5.0  # scale of classifier-free guidance; 1 is none
+    steps: int | None = None  # denoising steps; default: 30, or those of a distilled model
+    guidance: float | None = None  # scale of classifier-free guidance; 1 is none; default: 5, distilled 1
     guidance_rescale: float = 0.0  # 0 to 1: reduces overexposure at high guidance
     sampler: str | None = None  # one of those above; default: the model's own
     sigmas: Literal["karras", "exponential", "beta", "none"] | None = None  # noise levels; default: the model's own
@@ -83,11 +83,12 @@ def main() -> None:
         pipe.load_lora(file, weight)
     given = vars(options) | {"lora": ", ".join(options.lora) or None, "weights": options.weights or None}
     given |= {name: vars(options)[name] or getattr(pipe.schedule.config, name) for name in OWN}
+    given |= {name: value for name, value in pipe.defaults.items() if given[name] is None}
     batches = -(-(options.interpolate or len(prompts)) // max(options.batch_size, 1))
     if options.compile == "always" or options.precision != "float32":
         pipe.compile(precision=options.precision)
     elif options.compile == "auto":
-        pipe.compile(passes=batches * options.steps)
+        pipe.compile(passes=batches * given["steps"])
     inputs = {name: given[name] for name in inspect.signature(pipe.__call__).parameters if name in given}
     inputs |= {"prompt": prompts} | read_squares(options, pipe)
     metadata: list[dict[str, Any]] = [{"prompt": text, "seed": options.seed + i} for i, text in enumerate(prompts)]

@@ -42,6 +42,16 @@ def diffusion() -> None:
     train(DiffusionConfig, DiffusionTask, diffusion)
 
 
+def distill() -> None:
+    """Distills a model and its guidance into one that samples in a few steps.
+
+    ldm train distill --config configs/shapes/distill.toml --out runs/shapes/turbo
+    """
+    from ldm.train.distill import DistillConfig, DistillTask
+
+    train(DistillConfig, DistillTask, distill)
+
+
 def train(config_class: type, make_task: Callable[[Any], Any], command: Callable[[], None]) -> None:
     """Reads the command line of `command`, builds the config and the task, trains."""
     keys = "config keys, with their defaults:\n" + "\n".join(_keys(config_class))

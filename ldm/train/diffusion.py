@@ -124,7 +124,7 @@ class DiffusionTask(Task):
         multiple = self.vae.factor * 2 ** (len(unet.config.block_out_channels) - 1)
         allowed = f"a multiple of {multiple}, the reduction of VAE and U-Net together"
         require(size % multiple == 0, "data.size", size, allowed)
-        unet.config = replace(unet.config, sample_size=size // self.vae.factor)
+        unet.config, unet.distilled_steps = replace(unet.config, sample_size=size // self.vae.factor), 0
         freeze(unet, config.frozen)
         return unet
 
