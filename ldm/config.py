@@ -125,8 +125,10 @@ def _read(kind: Any, text: str) -> Any:
 
 def type_name(kind: Any) -> str:
     """How a type is written in messages."""
-    if kind in (tuple[float, ...], tuple[int, ...]):
-        return "numbers with commas, e.g. 1,7.5" if kind == tuple[float, ...] else "whole numbers, e.g. 8,30"
+    if kind in (tuple[float, ...], tuple[float, ...] | None):
+        return "numbers with commas, e.g. 1,7.5"
+    if kind in (tuple[int, ...], tuple[int, ...] | None):
+        return "whole numbers, e.g. 8,30"
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(kind)))
     if dataclasses.is_dataclass(kind):

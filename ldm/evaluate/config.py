@@ -7,6 +7,7 @@ from typing import Any, Literal
 from ldm.config import UserError
 
 FEATURES = "effnet-lite1"  # network of the distances by default
+GUIDANCE = (1.0, 2.0, 3.0, 5.0, 8.0)  # scales by default, of a model that is not distilled
 FEWEST = 16  # images; fewer measure nothing
 SMALLEST, LARGEST = 11, 4000  # pixels per side: SSIM's window, and the largest image that is read
 ALLOWED = (
@@ -46,11 +47,11 @@ class EvaluateConfig:
     data_path: str = ""  # where a folder or shards are
     split: Literal["test", "val"] = "test"  # held-out split that is reported
     num: int = 0  # held-out captions, 16 or more; 0: 600, or all of a smaller split
-    guidance: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 8.0)  # guidance scales, separated by commas; one is reported
+    guidance: tuple[float, ...] | None = None  # scales, of which one is reported; default: 1,2,3,5,8, distilled: 1
     choose_on: Literal["val", "test", "none"] = "val"  # split that chooses it; test: the reported one; none: the first
     guidance_rescale: float = 0.0  # in [0, 1], for every guidance scale
-    steps: tuple[int, ...] = (30,)  # sampling steps, separated by commas; the first is reported, more make a curve
-    sampler: str = ""  # see `ldm sample --help`, separated by commas as steps are; empty: the model's own
+    steps: tuple[int, ...] | None = None  # the first is reported, more make a curve; default: 30, or as distilled
+    sampler: str = ""  # see `ldm sample --help`; the first is reported, as of steps; empty: the model's own
     features: str = FEATURES  # or inception[:FILE], clip:FOLDER, dinov2:FOLDER, judge[:FOLDER], none
     judge: str = ""  # emoji, shapes, clip:FOLDER, folder of train_clip (judge=true), none; empty: the data's own
     train_num: int = 10_000  # training images searched for near-duplicates of samples

@@ -20,7 +20,7 @@ from ldm.data import DataConfig, open_dataset
 from ldm.data.faults import readable
 from ldm.data.latents import data_hash
 from ldm.distributed import find_device, processes
-from ldm.evaluate.config import FEWEST, SMALLEST, EvaluateConfig
+from ldm.evaluate.config import FEWEST, GUIDANCE, SMALLEST, EvaluateConfig
 from ldm.evaluate.features import Features
 from ldm.evaluate.pictures import (
     USUAL,
@@ -168,7 +168,9 @@ class ModelEvaluation(Evaluation):
             self.pipe = pipe = Pipeline.from_pretrained(config.model, find_device(config.device))
         for note in notes:
             warnings.warn_explicit(note.message, note.category, note.filename, note.lineno)
-        config = replace(config, sampler=config.sampler or pipe.schedule.config.sampler)  # the model's own defaults
+        own = {"sampler": pipe.schedule.config.sampler, "steps": (pipe.defaults["steps"],)}
+        own["guidance"] = (1.0,) if pipe.unet.distilled_steps else GUIDANCE
+        config = replace(config, **{name: value for name, value in own.items() if not getattr(config, name)})
         pairs = dict.fromkeys(product(config.sampler.replace(" ", "").split(","), config.steps))
         reported, *further = ({"sampler": sampler, "steps": steps} for sampler, steps in pairs)
         for point in (reported, *further):
