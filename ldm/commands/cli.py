@@ -67,12 +67,12 @@ def read_options(cls: type[T], description: str | None, argv: Sequence[str] | No
     parser, hints, texts = Parser(description or ""), typing.get_type_hints(cls), comments(cls)
     for field in dataclasses.fields(cls):
         kind, name, value = hints[field.name], field.name.replace("_", "-"), field.default
-        many = kind == tuple[str, ...]
+        many = kind in (tuple[str, ...], tuple[Path, ...])
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": texts[field.name].replace("%", "%%")}
         if kind is bool:
             options["action"] = "store_true"
         elif many or kind in (str, Path):  # taken as it is typed
-            options["type"] = str if many else kind
+            options["type"] = typing.get_args(kind)[0] if many else kind
         else:
             options["type"] = lambda text, kind=kind, name=name: convert(kind, Typed(text), name, "--{}")
         if typing.get_origin(kind) is typing.Literal:
@@ -80,7 +80,7 @@ def read_options(cls: type[T], description: str | None, argv: Sequence[str] | No
         if kind is not bool and value not in (None, "", (), dataclasses.MISSING):
             options["help"] += f"; default: {','.join(map(str, value)) if isinstance(value, tuple) else value}"
         if field.metadata.get("positional"):
-            parser.add_argument(field.name, metavar=field.name.upper(), **options)
+            parser.add_argument(field.name, metavar=field.name.upper(), nargs="+" if many else None, **options)
         else:
             options |= {"action": "append"} if many else {}
             parser.add_argument(f"--{name}", required=value is dataclasses.MISSING, **options)

@@ -111,6 +111,7 @@ def draw(points: list[Point], out: Path, page: str = "{}") -> list[str]:
     from ldm.evaluate.report import check_installed
 
     check_installed()
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     if not points:
@@ -131,7 +132,7 @@ def draw(points: list[Point], out: Path, page: str = "{}") -> list[str]:
                 axes.plot(x, y, ".-", markersize=4, **style)
         axes.grid(alpha=0.3)
         axes.legend()
-    with library("matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": "ldm"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "ldm"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page.format("<svg" + file.getvalue().partition("<svg")[2]), encoding="utf-8")
