@@ -75,7 +75,8 @@ class Adapters(nn.Module):
 
     def __init__(self, model: nn.Module, config: LoRAConfig) -> None:
         super().__init__()
-        self.config, known = model.config, layers(model.requires_grad_(False))
+        self.config, self.distilled_steps = model.config, getattr(model, "distilled_steps", 0)
+        known = layers(model.requires_grad_(False))
         names = [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in config.targets)]
         require(names != [], "lora.targets", config.targets, f"patterns of layers, e.g. {next(iter(known))!r}")
         self.names = {name.replace(".", "_"): name for name in names}

@@ -39,9 +39,7 @@ class DistillConfig:
     steps: int = 4  # of the student
     teacher_steps: int = 20  # of the teacher, a multiple of steps
     data: DataConfig = field(default_factory=DataConfig)  # only its captions are read
-    train: TrainConfig = field(
-        default_factory=TrainConfig
-    )  # a batch is of captions, of which each is sampled in all steps
+    train: TrainConfig = field(default_factory=TrainConfig)  # a batch is of captions, each taken through all steps
     held_out: int = 64  # validation captions
 
     def __post_init__(self) -> None:
@@ -137,7 +135,7 @@ class DistillTask(Task):
     def parts(self, modules: Modules) -> Parts:
         """The teacher's parts with the student's U-Net, and its sampler by default."""
         schedule = copy.copy(self.teacher.schedule)
-        schedule.config = replace(schedule.config, sampler="ddim", timestep_spacing="trailing", set_alpha_to_one=True)
+        schedule.config = replace(schedule.config, sampler="ddim", timestep_spacing="trailing")
         return self.teacher.parts._replace(unet=modules["unet"], schedule=schedule)
 
     def export(self, modules: Modules, folder: Path, final: bool) -> None:
