@@ -8,6 +8,7 @@ SHAPES := runs/shapes
 demo: .venv/.ready
 	$(RUN) scripts/sample.py --model shapes --prompts configs/shapes/demo.txt --guidance 3 --guidance-rescale 0.7 --out outputs/demo --grid outputs/demo.png
 	$(RUN) scripts/sample.py --model emoji --prompts configs/emoji/demo.txt --guidance 3 --out outputs/emoji --grid outputs/emoji.png
+	$(RUN) scripts/sample.py --model emoji-turbo --prompts configs/emoji/demo.txt --out outputs/turbo --grid outputs/turbo.png
 
 test: .venv/.ready
 	.venv/bin/ruff check .

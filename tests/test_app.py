@@ -136,7 +136,8 @@ def test_models_are_found_named_and_kept_open(tmp_path, monkeypatch):
     for run in ("runs/one", "runs/two/diffusion"):
         Path(run).mkdir(parents=True)
         Path(run, "model_index.json").touch()
-    assert find_models() == {name: name for name in ("emoji", "shapes", "runs/one", "runs/two/diffusion")}
+    shipped = ("emoji", "emoji-turbo", "shapes", "shapes-turbo")
+    assert find_models() == {name: name for name in (*shipped, "runs/one", "runs/two/diffusion")}
     given = ["emoji", "/home/me/sd", "/home/you/sd", "runs/one", "../sd"]
     assert find_models(given) == dict(zip(["emoji", "sd", "/home/you/sd", "runs/one", "../sd"], given, strict=True))
     opened = []
@@ -361,6 +362,8 @@ def test_the_server_gives_out_its_own_pictures_alone_and_one_call_is_open_to_pro
         expected = shapes["shapes"]([PROMPT] * 4, seed=7, steps=2, guidance=2.5)
         assert [image.text["seed"] for image in images] == ["7", "8", "9", "10"]
         assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(images, expected, strict=True))
+        settings = Image.open(client.predict(PROMPT, "shapes-turbo", 7, api_name="/generate")[0]).text
+        assert (settings["steps"], settings["guidance"]) == ("4", "1.0")  # as it was distilled
         refused = {"unknown model": {"model": "../x"}, "steps is": {"steps": 10**9}, "seed is": {"seed": "x"}}
         for words, wrong in (refused | {"unknown model .*1": {"model": [1]}}).items():
             with pytest.raises(AppError, match=words):
@@ -370,7 +373,19 @@ def test_the_server_gives_out_its_own_pictures_alone_and_one_call_is_open_to_pro
     for name in ("http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr(sampling.EXIT, "wait", check)
-    line = ["app.py", "--model", "shapes", "--port", str(port), "--out", str(tmp_path / "app"), "--device", "cpu"]
+    line = [
+        "app.py",
+        "--model",
+        "shapes",
+        "--model",
+        "shapes-turbo",
+        "--port",
+        str(port),
+        "--out",
+        str(tmp_path / "app"),
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr(sys, "argv", line)
     app.main()
     assert sampling.EXIT.is_set() and (tmp_path / "app" / "judgements.sqlite").is_file()

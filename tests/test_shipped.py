@@ -19,21 +19,25 @@ PROMPTS = {
     "emoji": ["a 3D emoji of a red apple", "flag of Japan"],
     "shapes": ["a red circle above a blue square", "three green crosses"],
 }
+TURBO = {f"{name}-turbo": prompts for name, prompts in PROMPTS.items()}
 
 
 def test_every_shipped_model_and_judge_is_tested():
-    for folder in (ASSETS, JUDGES):
-        assert {path.name for path in folder.iterdir() if path.is_dir()} == PROMPTS.keys()
+    for folder, tested in ((ASSETS, PROMPTS | TURBO), (JUDGES, PROMPTS)):
+        assert {path.name for path in folder.iterdir() if path.is_dir()} == tested.keys()
 
 
-@pytest.mark.parametrize("name", PROMPTS)
-def test_shipped_model_gives_the_same_pictures_in_diffusers(name):
+@pytest.mark.parametrize(("name", "prompts"), (PROMPTS | TURBO).items())
+def test_shipped_model_gives_the_same_pictures_in_diffusers(name, prompts):
     ours = Pipeline.from_pretrained(name)
-    images = ours(PROMPTS[name], steps=6, guidance=3.0, seed=5)
+    options = {"steps": 4, "guidance": 1.0} if name in TURBO else {"steps": 6, "guidance": 3.0}
+    assert name in PROMPTS or ours.defaults == options
+    images = ours(prompts, seed=5, **options)
     theirs = open_in_diffusers(ASSETS / name)
     theirs.set_progress_bar_config(disable=True)
     noise = ImageNoise(range(5, 7), ours.latent_shape())()
-    expected = theirs(PROMPTS[name], num_inference_steps=6, guidance_scale=3.0, latents=noise).images
+    renamed = {"num_inference_steps": options["steps"], "guidance_scale": options["guidance"]}
+    expected = theirs(prompts, latents=noise, **renamed).images
     assert arrays(images).std() > 10 and abs(arrays(images) - arrays(expected)).max() <= 1
 
 
@@ -54,11 +58,16 @@ def test_a_shipped_models_picture_is_the_same_in_any_batch_on_any_number_of_thre
     assert abs(together[0] - together[2]).max() > 20  # the same prompt, another seed
 
 
-def test_shipped_shapes_is_small_and_draws_what_captions_say():
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("shapes", {"steps": 20, "guidance": 3.0, "guidance_rescale": 0.7}), ("shapes-turbo", {})],
+    ids=["shapes", "turbo"],
+)
+def test_shipped_shapes_is_small_and_draws_what_captions_say(name, options):
     """36 cases, three of each task and half, none of them those that the README's score is of."""
-    pipe, posed = Pipeline.from_pretrained("shapes"), cases(3, seed=1)
+    pipe, posed = Pipeline.from_pretrained(name), cases(3, seed=1)
     assert sum(p.numel() for part in (pipe.vae, pipe.text_encoder, pipe.unet) for p in part.parameters()) < 5e6
-    images = pipe([case.caption for case in posed], steps=20, guidance=3.0, guidance_rescale=0.7, seed=100)
+    images = pipe([case.caption for case in posed], seed=100, **options)
     right = [check(np.asarray(image), case.required) for image, case in zip(images, posed, strict=True)]
     assert tally(right, posed)["mean"]["all"] > 0.75
 
