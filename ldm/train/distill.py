@@ -94,7 +94,9 @@ class DistillTask(Task):
     def guide(self, z: Tensor, context: Tensor, step: int) -> Tensor:
         """z_t (B, C, h, w) where the teacher's guided steps from the start of a student's step end."""
         many = self.config.teacher_steps // self.config.steps
-        part = replace(self.grid, steps=self.grid.steps[step * many : (step + 1) * many])
+        end = {"to_alpha": self.steps[step].to_alpha, "to_sigma": self.steps[step].to_sigma}
+        *begin, last = self.grid.steps[step * many : (step + 1) * many]
+        part = replace(self.grid, steps=(*begin, last._replace(**end)))
         denoiser = Denoiser(self.teacher.unet, self.grid.schedule)
         return ddim(guided(denoiser, context, self.null.expand_as(context), self.config.guidance), z, part, None)
 
@@ -104,7 +106,7 @@ class DistillTask(Task):
         yield "unet", self.loss(modules, captions, draws.randn(len(captions), *self.shape)), {}
 
     def loss(self, modules: Modules, captions: list[str], z: Tensor) -> Tensor:
-        """The squared error of the prediction at each step from noise z (B, C, h, w)."""
+        """The squared error of v, whatever the model predicts, at each step from noise z (B, C, h, w)."""
         context, denoiser = self.context(captions), Denoiser(modules["unet"], self.grid.schedule)
         total = z.new_zeros(())
         for i, s in enumerate(self.steps):
@@ -112,9 +114,9 @@ class DistillTask(Task):
             kept = s.to_sigma / s.sigma
             change = s.to_alpha - kept * s.alpha
             z0 = (self.guide(z, context, i) - kept * z) / change
-            prediction = denoiser.predict(z, s.t, context)
-            total = total + losses.diffusion(prediction, denoiser.target(z0, (z - s.alpha * z0) / s.sigma, s.t))
-            z = kept * z + change * denoiser.to_z0(z, s.t, prediction.detach())
+            own = denoiser(z, torch.tensor(s.t), context)
+            total = total + losses.diffusion(own / s.sigma, z0 / s.sigma)
+            z = kept * z + change * own.detach()
         return total / len(self.steps)
 
     def validate(self, modules: Modules) -> dict[str, float]:
@@ -130,7 +132,7 @@ class DistillTask(Task):
     def preview(self, modules: Modules) -> Image.Image:
         """A captioned grid of the student's pictures of held-out captions, from fixed seeds."""
         prompts = [self.held_out.captions(i)[0] for i in spread(self.held_out, PICTURES)]
-        return captioned_grid(Pipeline(self.parts(modules))(prompts), prompts, columns=8)
+        return captioned_grid(Pipeline(self.parts(modules))(prompts), prompts, min(8, len(prompts)))
 
     def parts(self, modules: Modules) -> Parts:
         """The teacher's parts with the student's U-Net, and its sampler by default."""
