@@ -13,6 +13,11 @@ PASSES = 3000  # of a model that a page samples with, about: 100 pictures
 GUIDANCE = 3.0  # to begin with
 
 
+def usual(pipe: Pipeline) -> dict[str, Any]:
+    """Steps and guidance of a model on the page, where nothing else is chosen."""
+    return pipe.defaults if pipe.unet.distilled_steps else pipe.defaults | {"guidance": GUIDANCE}
+
+
 class Models:
     """Pipelines and low-rank adapters by the names under which the page offers them; the last two opened stay open."""
 
@@ -40,8 +45,7 @@ class Models:
 
     def defaults(self, name: str) -> dict[str, Any]:
         """Steps and guidance to begin with."""
-        pipe = self[name]
-        return pipe.defaults if pipe.unet.distilled_steps else pipe.defaults | {"guidance": GUIDANCE}
+        return usual(self[name])
 
     def examples(self, name: str) -> list[list[str]]:
         """The prompts in a model's `examples.txt`, a line each; rows of one column."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.app.models import Models
+from ldm.app.models import Models, usual
 from ldm.app.sampling import Settings, picture_metadata, sample
 from ldm.config import UserError, build
 from ldm.data import DATASETS, DataConfig, open_dataset
@@ -66,7 +66,7 @@ def prepare(
         batch = samples[start : start + BATCH]
         if all((folder / file).is_file() for s in batch for file in (s.real, s.made)):
             continue
-        settings = Settings(model=model, seed=seed + start, count=len(batch))
+        settings = Settings(model=model, seed=seed + start, count=len(batch), **usual(pipe))
         images, _ = yield from sample(pipe, settings, prompt=[s.caption for s in batch])
         metadata = picture_metadata(pipe, settings)
         for i, s in enumerate(batch):

@@ -1,4 +1,5 @@
-"""The images of an evaluation. Those that it makes are kept: OUT/<set>/g<guidance>/00000.png and metadata.jsonl."""
+"""The images of an evaluation. Those that it makes are kept: OUT/<set>/g<guidance>[-<sampler>-<steps>]/00000.png and
+metadata.jsonl."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
