@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ldm.config import UserError
 from ldm.model_io import atomic_write, module_hash
 
+sys.modules.setdefault("openvino_telemetry", None)  # by which OpenVINO's converter would send usage data
 Precision = Literal["float32", "bfloat16"]
 LARGEST = 2**31  # bytes of all kept results; the oldest beyond that are removed
 OLDEST = (2024, 4)  # release of OpenVINO
@@ -143,7 +144,6 @@ class OpenVINO:
     @kept_signal_stack()
     def build(self, inputs: tuple[Tensor, ...]) -> Any:
         """The compiled model for the shapes of `inputs`, kept before or made now."""
-        sys.modules.setdefault("openvino_telemetry", None)  # its converter would send usage data
         import openvino
 
         core, shapes = openvino.Core(), shapes_of(inputs)
