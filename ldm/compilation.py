@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import UserError
-from ldm.model_io import atomic_write, module_hash
+from ldm.model_io import atomic_write, cache_folder, module_hash
 
 sys.modules.setdefault("openvino_telemetry", None)  # by which OpenVINO's converter would send usage data
 Precision = Literal["float32", "bfloat16"]
@@ -198,12 +198,6 @@ class Traced(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """The function's output."""
         return self.function(*inputs)
-
-
-def cache_folder() -> Path:
-    """$LDM_CACHE, or `ldm` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm"
-    return Path(os.environ.get("LDM_CACHE") or default)
 
 
 def keep(file: Path, data: bytes) -> None:

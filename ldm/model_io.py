@@ -47,6 +47,12 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def cache_folder() -> Path:
+    """$LDM_CACHE, or `ldm` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm"
+    return Path(os.environ.get("LDM_CACHE") or default)
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises UserError where the file is missing or broken."""
     try:

@@ -1,9 +1,10 @@
 """Cached latents: a frozen VAE's moments of every picture of a data set, computed once, sampled anew every epoch.
 
-One safetensors file holds, for every sample in the order of the data set, mean and std as raw `moments` (N, 2, C, h, w)
-in float16 and the `identities` (N, 16) of the pictures; captions come from the data set. Half precision halves the
-file; its rounding, at most a 2048th of the mean, is below the std of a usual VAE. Shift and scale are not in it: the
-VAE applies those (`vae.normalize`). Neither are mirror images, whose latents are no mirrored latents.
+One safetensors file, or in a folder or behind a URL one per shard, holds for its samples in the order of the data set
+mean and std as raw `moments` (N, 2, C, h, w) in float16 and the `identities` (N, 16) of the pictures; captions come
+from the data set. Half precision halves the file; its rounding, at most a 2048th of the mean, is below the std of a
+usual VAE. Shift and scale are not in it: the VAE applies those (`vae.normalize`). Neither are mirror images, whose
+latents are no mirrored latents.
 """
 
 import hashlib
@@ -11,18 +12,24 @@ import itertools
 import json
 import math
 import os
+import re
+from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.config import UserError
-from ldm.data.faults import all_captions, attempt
+from ldm.data.faults import Faults, all_captions, attempt
+from ldm.data.loader import in_workers
+from ldm.data.remote import File, MissingFile, is_url, open_file, put, share
 from ldm.distributed import gather_objects, rank_and_world
 from ldm.images import to_float
 from ldm.model_io import atomic_write, module_hash
@@ -30,11 +37,12 @@ from ldm.model_io import atomic_write, module_hash
 FORMAT = "ldm-latents-2"
 KEY = 16  # bytes of a picture's hash
 AGAIN = "delete it to write it again"
+PICTURES = 4096  # per file, where the data set has no shards
 
 
-def identities(dataset: Any) -> list[bytes]:
+def identities(dataset: Any, indices: range | None = None) -> list[bytes]:
     """A hash of each picture, KEY bytes: another where its file, or the size that it is read at, changes."""
-    rows = (repr((dataset.size, *dataset.identity(i))) for i in range(len(dataset)))
+    rows = (repr((dataset.size, *dataset.identity(i))) for i in indices or range(len(dataset)))
     return [hashlib.sha256(row.encode()).digest()[:KEY] for row in rows]
 
 
@@ -46,113 +54,205 @@ def data_hash(dataset: Any) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Part:
+    """A file of the cache, with the latents of some consecutive pictures."""
+
+    file: File
+    header: bytes
+    count: int
+    shape: tuple[int, ...]  # of the moments of a picture: (2, C, h, w)
+
+    @classmethod
+    def open(cls, path: str, vae: str, cache: int) -> "Part":
+        """Raises ValueError for a damaged file, and UserError for one of another version or VAE."""
+        file = open_file(path, cache)
+        start = file.read(0, min(file.size, 65536))
+        header = start[: 8 + int.from_bytes(start[:8], "little")]
+        table = json.loads(header[8:])
+        known = table.get("__metadata__", {})
+        if known.get("format") != FORMAT:
+            raise UserError(f"latent cache {path!r} is of another version; {AGAIN}")
+        if known.get("vae") != vae:
+            raise UserError(f"latent cache {path!r} was made by another VAE; {AGAIN}")
+        count, *shape = table["moments"]["shape"]
+        if header != _header(known, count, shape) or file.size != len(header) + count * (KEY + 2 * math.prod(shape)):
+            raise ValueError("it is cut short")
+        return cls(file, header, count, tuple(shape))
+
+    def rows(self) -> dict[bytes, int]:
+        """{identity: row} of the pictures in the file, in order."""
+        keys = self.file.read(len(self.header), self.count * KEY)
+        return {keys[row * KEY : (row + 1) * KEY]: row for row in range(self.count)}
+
+    def moments(self, row: int) -> Tensor:
+        """Mean and std of a picture, float16 (2, C, h, w)."""
+        size = 2 * math.prod(self.shape)
+        data = self.file.read(len(self.header) + self.count * KEY + row * size, size)
+        return torch.frombuffer(bytearray(data), dtype=torch.float16).view(self.shape)
+
+
 class CachedLatents:
-    """The latents of a data set, map-style and read piece by piece from a file that `open_latents` keeps up to date.
+    """The latents of a data set, map-style and read piece by piece from files that `open_latents` keeps up to date.
 
     `cached[i]` -> {"mean": float32 (C, h, w), "std": float32 (C, h, w), "captions": list[str]}. Raises SampleError for
-    a picture that could not be read, and UserError when another run has replaced the file.
+    a picture that could not be read, and UserError when another run has replaced a local file.
     """
 
-    def __init__(self, path: Path, dataset: Any, metadata: dict[str, str]) -> None:
-        self.path, self.dataset, self.metadata = path, dataset, metadata
+    def __init__(self, path: str, dataset: Any, vae: str, cache: int) -> None:
+        self.path, self.dataset, self.vae, self.cache = path, dataset, vae, cache
         self.faults = getattr(dataset, "faults", None)
         self.lengths = getattr(dataset, "lengths", None)
         self.captions = dataset.captions
         if hasattr(dataset, "concept"):
             self.concept = dataset.concept
+        self.single = not (is_url(path) or path.endswith("/") or Path(path).is_dir())
+        names, lengths = getattr(dataset, "names", None), self.lengths
+        if self.single or not names:
+            each = len(self) if self.single else PICTURES
+            lengths = [min(each, len(self) - first) for first in range(0, len(self), each)]
+            names = [f"{number:06d}" for number in range(len(lengths))]
+        names = [re.sub(r"[^\w.-]", "_", name.removesuffix(".tar")) for name in names]
+        self.paths = [path] if self.single else [f"{path.rstrip('/')}/{name}.safetensors" for name in names]
+        self.firsts = [0, *itertools.accumulate(lengths)]
+        self.parts: list[Part | None] = []
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         i = range(len(self))[index]
-        with self.open() as file:
-            if file.metadata() != self.metadata:
-                raise UserError(f"latent cache {str(self.path)!r} was replaced by another run; give each its own")
-            mean, std = file.get_slice("moments")[i].float()
+        number = bisect_right(self.firsts, i) - 1
+        path, part = self.paths[number], self.parts[number]
+        if not is_url(path) and part.file.read(0, len(part.header)) != part.header:
+            raise UserError(f"latent cache {path!r} was replaced by another run; give each its own")
+        mean, std = part.moments(i - self.firsts[number]).float()
         if not mean.isfinite().all():
             self.dataset[i]  # raises the SampleError again
-            raise UserError(f"latent cache {str(self.path)!r} lacks a picture that is readable by now; {AGAIN}")
+            raise UserError(f"latent cache {path!r} lacks a picture that is readable by now; {AGAIN}")
         return {"mean": mean, "std": std, "captions": self.captions(i)}
 
-    def open(self) -> Any:
-        """The safetensors file. Raises UserError for one that is damaged."""
-        try:
-            return safe_open(self.path, "pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"latent cache {str(self.path)!r} is damaged ({error}); {AGAIN}") from None
+    def keys(self, number: int) -> list[bytes]:
+        """The identities of the pictures that belong into a file."""
+        return identities(self.dataset, range(*self.firsts[number : number + 2]))
 
-    def rows(self, keys: list[bytes]) -> dict[bytes, int]:
-        """{identity: row} of the pictures in the file, in order. Raises UserError if another version or VAE wrote
-        it, or it holds none of the pictures `keys`."""
-        with self.open() as file:
-            known = file.metadata() or {}
-            if known.get("format") != FORMAT:
-                reason = "is of another version"
-            elif known.get("vae") != self.metadata["vae"]:
-                reason = "was made by another VAE"
-            else:
-                rows = {bytes(key): row for row, key in enumerate(file.get_tensor("identities").numpy())}
-                if not rows.keys().isdisjoint(keys):
-                    return rows
-                reason = "was made from another data set, split or picture size"
-        raise UserError(f"latent cache {str(self.path)!r} {reason}; {AGAIN}")
+    def look(self) -> list[int]:
+        """Opens the files. Returns the numbers of those that are missing or damaged, or have other pictures. Raises
+        UserError where another version, VAE or data set wrote them, and for a single damaged one."""
+
+        def look(number: int) -> tuple[Part | None, bool, bool]:
+            path, keys = self.paths[number], self.keys(number)
+            try:
+                part = Part.open(path, self.vae, self.cache)
+                rows = part.rows()
+                return part, [*rows] == keys, rows.keys().isdisjoint(keys)
+            except MissingFile:
+                return None, False, False
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                if self.single:
+                    raise UserError(f"latent cache {path!r} is damaged ({error}); {AGAIN}") from None
+                return None, False, False
+
+        seen = share(look, range(len(self.paths)), "opening latents")
+        self.parts = [part for part, _, _ in seen]
+        if any(self.parts) and all(foreign for part, _, foreign in seen if part):
+            raise UserError(
+                f"latent cache {self.path!r} was made from another data set, split or picture size; {AGAIN}"
+            )
+        return [number for number, (_, complete, _) in enumerate(seen) if not complete]
 
     @torch.inference_mode()
-    def write(self, vae: nn.Module, batch_size: int, keys: list[bytes], rows: dict[bytes, int]) -> None:
-        """Writes the file, as a whole or not at all: `rows` of the old one are copied, the others encoded.
+    def write(self, vae: nn.Module, numbers: list[int], batch_size: int, workers: int, pin_memory: bool) -> None:
+        """Writes files, each as a whole or not at all: rows of the old ones are copied, the others encoded.
 
-        Each process writes its samples into one file, which then replaces the old one.
+        Of several files each process writes its own; into a single one each writes its samples.
         """
         rank, world = rank_and_world()
+        plans = []
+        for number in numbers if self.single else numbers[rank::world]:
+            keys, part = self.keys(number), self.parts[number]
+            rows = part.rows() if part else {}
+            missing = [i for i, key in enumerate(keys, self.firsts[number]) if key not in rows]
+            batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+            plans.append((number, keys, rows, batches[rank::world] if self.single else batches))
         blank = torch.zeros(3, self.dataset.size, self.dataset.size, dtype=torch.uint8)
-        header = _header(self.metadata, len(keys), encode(vae, blank[None]).shape[1:]) + b"".join(keys)
-        missing = [i for i, key in enumerate(keys) if key not in rows]
-        batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.path) if rank == 0 else nullcontext(self.path.with_name(self.path.name + ".tmp")) as new:
-            if rank == 0:
-                new.write_bytes(header)
-            gather_objects(None)  # so the file is there for all
-            old = self.open().get_slice("moments") if rows else None
-            copied = ((i, old[rows[key]]) for i, key in enumerate(keys) if rank == 0 and key in rows)
+        shape = encode(vae, blank[None]).shape[1:]
+        todo = [batch for *_, batches in plans for batch in batches]
+        read = partial(read_pictures, self.dataset, blank)
+        with TemporaryDirectory() as scratch, closing(in_workers(read, todo, workers, pin_memory)) as loaded:
+            encoded = self._encode(vae, tqdm(loaded, "encoding", len(todo), unit="batch", disable=rank > 0))
+            for number, keys, rows, batches in plans:
+                path = Path(scratch, "part") if is_url(self.paths[number]) else Path(self.paths[number])
+                copied = ((i, self.parts[number].moments(rows[key])) for i, key in enumerate(keys) if key in rows)
+                moments = itertools.islice(encoded, sum(map(len, batches)))
+                fresh = ((i - self.firsts[number], each) for i, each in moments)
+                metadata = {"format": FORMAT, "vae": self.vae, "data": hashlib.sha256(b"".join(keys)).hexdigest()}
+                header = _header(metadata, len(keys), shape)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._write_file(path, header, b"".join(keys), copied, fresh)
+                if is_url(self.paths[number]):
+                    put(path, self.paths[number])
+
+    def _write_file(self, path: Path, header: bytes, keys: bytes, copied, fresh) -> None:
+        first = not self.single or rank_and_world()[0] == 0
+        wait = partial(gather_objects, None) if self.single else (lambda: None)
+        with atomic_write(path) if first else nullcontext(path.with_name(path.name + ".tmp")) as new:
+            if first:
+                new.write_bytes(header + keys)
+            wait()  # so the file is there for all
             with new.open("r+b") as file:
-                for i, moments in itertools.chain(copied, self._encode(vae, batches[rank::world], blank)):
-                    file.seek(len(header) + i * moments.nbytes)
+                for row, moments in itertools.chain(copied if first else (), fresh):
+                    file.seek(len(header) + len(keys) + row * moments.nbytes)
                     file.write(moments.numpy().tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-            gather_objects(None)  # so all have written
-        gather_objects(None)  # so the cache is there for all
+            wait()  # so all have written
 
-    def _encode(self, vae: nn.Module, batches: list[list[int]], blank: Tensor) -> Iterator[tuple[int, Tensor]]:
-        for batch in tqdm(batches, desc="encoding", unit="batch", disable=rank_and_world()[0] > 0):
-            samples = [attempt(self.faults, self.dataset.__getitem__, i) for i in batch]
-            moments = encode(vae, torch.stack([sample["image"] if sample else blank for sample in samples]))
-            moments[[sample is None for sample in samples]] = torch.nan
-            yield from zip(batch, moments, strict=True)
+    def _encode(self, vae: nn.Module, loaded: Iterator) -> Iterator[tuple[int, Tensor]]:
+        for indices, images, unreadable, faults in loaded:
+            for fault in faults.items():
+                self.faults.add(*fault)
+            moments = encode(vae, images)
+            moments[unreadable] = torch.nan
+            yield from zip(indices, moments, strict=True)
 
 
-def open_latents(path: Path, vae: nn.Module, dataset: Any, batch_size: int, device: torch.device) -> CachedLatents:
-    """The latents of a data set, of which those that the cache at `path` does not have are encoded now.
+def read_pictures(dataset: Any, blank: Tensor, indices: list[int]) -> tuple[list[int], Tensor, Tensor, dict[str, str]]:
+    """`indices`, their pictures uint8 (B, 3, H, W), which of them (B,) are blank as they cannot be read, and why."""
+    faults = Faults(share=1)
+    images = [sample and sample["image"] for sample in (attempt(faults, dataset.__getitem__, i) for i in indices)]
+    unreadable = torch.tensor([image is None for image in images])
+    return indices, torch.stack([blank if image is None else image for image in images]), unreadable, faults.reasons
 
-    Pictures that have changed are encoded again, those that are gone are dropped. Processes of one launch, which must
-    all call this, share the work. `vae.encode(x)`, x (B, 3, H, W) in [-1, 1], has `.mean` and `.std` (B, C, h, w); the
-    VAE is left in eval mode. Raises UserError if the cache is of another VAE, other pictures or an older version, or
-    damaged; if the disk is full; and if latents are not finite.
+
+def open_latents(
+    path: str | Path,
+    vae: nn.Module,
+    dataset: Any,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    cache_gb: float = 0,
+) -> CachedLatents:
+    """The latents of a data set, of which those that the cache at `path` does not have are encoded now: a file, or for
+    one file per shard (or PICTURES) a folder, which exists or ends with "/", or a URL.
+
+    Pictures that have changed are encoded again, those that are gone are dropped; of several files one that is lost or
+    cut is written again. Processes of one launch, which must all call this, share the work. `vae.encode(x)`, x (B, 3,
+    H, W) in [-1, 1], has `.mean` and `.std` (B, C, h, w); the VAE is left in eval mode. Raises UserError if the cache
+    is of another VAE, other pictures or an older version, or a single damaged file; if the disk is full; and if
+    latents are not finite.
     """
-    path, keys = Path(path), identities(dataset)
-    if not keys:
+    if not len(dataset):
         raise UserError("the data set has no samples to encode")
-    metadata = {"format": FORMAT, "vae": module_hash(vae), "data": hashlib.sha256(b"".join(keys)).hexdigest()}
-    cached = CachedLatents(path, dataset, metadata)
-    rows = cached.rows(keys) if path.exists() else {}
-    gather_objects(None)  # all have looked before one writes
-    if [*rows] != keys:
+    cached = CachedLatents(str(path), dataset, module_hash(vae), int(cache_gb * 1e9))
+    if numbers := cached.look():
         try:
-            cached.write(vae.to(device).eval(), batch_size, keys, rows)
+            cached.write(vae.to(device).eval(), numbers, batch_size, workers, device.type == "cuda")
         except OSError as error:
-            raise UserError(f"cannot write the latent cache {str(path)!r}: {error.strerror or error}") from None
+            raise UserError(f"cannot write the latent cache {cached.path!r}: {error.strerror or error}") from None
+        gather_objects(None)  # so the cache is there for all
+        cached.look()
     return cached
 
 

@@ -60,7 +60,9 @@ class DiffusionConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
-    cache: str = ""  # file for the latents of all training images, written once; empty: encode every batch
+    cache: str = (
+        ""  # file, or FOLDER/ or URL for many files, of the latents of all training images; empty: encode every batch
+    )
     caption_dropout: float = 0.1  # share of captions replaced by "", which sampling uses as the null
     timesteps: Density = "uniform"  # density of the training timesteps: uniform, stratified or logit_normal
     logit_mean: float = 0.0  # of logit_normal; above 0 takes more of the noisy timesteps
@@ -103,7 +105,8 @@ class DiffusionTask(Task):
             adapted = {name: Adapters(model.to(self.device), config.lora) for name, model in self.modules.items()}
             self.modules = adapted
         if config.cache:
-            self.dataset = open_latents(Path(config.cache), self.vae, self.dataset, self.batch_size, self.device)
+            options = {"workers": config.train.workers, "cache_gb": config.data.cache_gb}
+            self.dataset = open_latents(config.cache, self.vae, self.dataset, self.batch_size, self.device, **options)
         batch = stack([self.dataset[i] for i in spread(self.dataset, self.batch_size)])
         draws = Draws(config.train.seed, 0, device=self.device)
         check_normalized(self.latents(to_device(batch, self.device), draws))

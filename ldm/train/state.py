@@ -41,6 +41,7 @@ MANIFEST = "manifest.json"
 # Keys of a config that do not change the trained weights.
 FREE = ("train.log_every", "train.validate_every", "train.preview_every", "train.save_every", "train.keep")
 FREE += ("train.trackers", "train.workers", "train.max_skipped", "train.best", "preview.", "cache", "data.max_broken")
+FREE += ("data.cache_gb",)
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "einops", "safetensors", "numpy")
 
 
