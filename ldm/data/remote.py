@@ -54,7 +54,7 @@ def share(work: Callable[[Item], Result], items: Sequence[Item], name: str) -> l
     def run(some: Sequence[Item]) -> list[Result] | UserError:
         with ThreadPoolExecutor(THREADS) as pool:
             try:
-                return [*tqdm(pool.map(work, some), name, len(some), delay=5, disable=rank > 0)]
+                return [*tqdm(pool.map(work, some), name, len(some), leave=False, disable=rank > 0 or None)]
             except UserError as error:  # raised here, it would leave the other processes waiting
                 return error
 
@@ -76,7 +76,7 @@ def insist(url: str, work: Callable[[AbstractFileSystem, str, int], Result]) -> 
         except Exception as error:  # every library has its own
             response = getattr(error, "response", None)
             status = getattr(error, "status", None) or getattr(response, "status_code", None)
-            reason = " ".join(f"{status or ''} {str(error) or type(error).__name__}".split())[:300]
+            reason = " ".join((str(error) or type(error).__name__).split())[:300]
             if isinstance(error, FileNotFoundError):
                 raise MissingFile(f"{url!r} does not exist") from None
             if isinstance(error, ImportError):
