@@ -166,13 +166,13 @@ def test_latents_lie_in_a_file_per_shard(tmp_path, storage):
 
 
 WRONG = {
-    "URL/gone/train-0.tar": "'[^']*/gone/train-0.tar' does not exist",
-    "URL/secret/train-0.tar": "'[^']*/train-0.tar' is refused: 403, message='Forbidden'.*; check the address.*",
+    "URL/gone/train-0.tar": "'[^']*/gone/train-0.tar' cannot be reached: FileNotFoundError: .*; check address.*",
+    "URL/secret/train-0.tar": "'[^']*/train-0.tar' cannot be reached: ClientResponseError: 403.*; check address.*",
     "URL/shards/train-{000000..000001}.tar": "'[^']*train-000001.tar' is cut short; write it again",
     "URL/empty/": "shard folder '[^']*empty/' has no .*tar",
-    "http://127.0.0.1:9/x.tar": "'[^']*x.tar' cannot be reached in 8 attempts: .*; check address and network.*",
-    "az://container/x.tar": "'az:[^']*' needs a library: .*adlfs.*pip install.*",
-    "ipx://x.tar": "'ipx:[^']*' is refused: Protocol not known: ipx.*",
+    "http://127.0.0.1:9/x.tar": "'[^']*x.tar' cannot be reached: ClientConnectorError: .*; check .* network",
+    "az://container/x.tar": "'az:[^']*' cannot be reached: ImportError: .*adlfs.*; pip install 'ldm.remote.'",
+    "ipx://x.tar": "'ipx:[^']*' cannot be reached: ValueError: Protocol not known: ipx;.*",
 }
 
 
@@ -187,6 +187,5 @@ def test_a_wrong_address_ends_in_one_line(tmp_path, storage, capsys, monkeypatch
         if url.startswith("http") or "secret" not in path:
             line = ["--out", "run", *tiny.EMPTY, "data.name=shards", f"data.path={path.replace('URL', url)}"]
             code, _, err = in_process(capsys, monkeypatch, "train_autoencoder.py", *line, cwd=tmp_path)
-            *warnings, line = err.splitlines()
-            assert (code, len(warnings)) == (2, "reached" in line) and re.fullmatch(f"error: {message}", line), err
+            assert (code, err.count("\n")) == (2, 1) and re.fullmatch(f"error: {message}\n", err), err
             assert not (tmp_path / "run").exists()

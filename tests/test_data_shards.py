@@ -166,7 +166,7 @@ def test_bad_samples_are_left_out(tmp_path, name):
 
 def test_bad_folders(tmp_path):
     for folder, split, message in (
-        ("gone", "train", "does not exist"),
+        ("gone", "train", "cannot be read: No such file"),
         ("", "train", r"has no \*.tar"),
         ("", "dev", "unknown split 'dev'"),
     ):

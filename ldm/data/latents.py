@@ -14,7 +14,7 @@ import math
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ldm.config import UserError
 from ldm.data.faults import Faults, all_captions, attempt
 from ldm.data.loader import in_workers
-from ldm.data.remote import File, MissingFile, is_url, open_file, put, share
+from ldm.data.remote import File, MissingFile, insist, is_url, open_file, share
 from ldm.distributed import gather_objects, rank_and_world
 from ldm.images import to_float
 from ldm.model_io import atomic_write, module_hash
@@ -38,6 +38,7 @@ FORMAT = "ldm-latents-2"
 KEY = 16  # bytes of a picture's hash
 AGAIN = "delete it to write it again"
 PICTURES = 4096  # per file, where the data set has no shards
+Rows = Iterator[tuple[int, Tensor]]
 
 
 def identities(dataset: Any, indices: range | None = None) -> list[bytes]:
@@ -65,16 +66,15 @@ class Part:
 
     @classmethod
     def open(cls, path: str, vae: str, cache: int) -> "Part":
-        """Raises ValueError for a damaged file, and UserError for one of another version or VAE."""
+        """Raises ValueError or others for a damaged file, and UserError for one of another version or VAE."""
         file = open_file(path, cache)
         start = file.read(0, min(file.size, 65536))
         header = start[: 8 + int.from_bytes(start[:8], "little")]
         table = json.loads(header[8:])
         known = table.get("__metadata__", {})
-        if known.get("format") != FORMAT:
-            raise UserError(f"latent cache {path!r} is of another version; {AGAIN}")
-        if known.get("vae") != vae:
-            raise UserError(f"latent cache {path!r} was made by another VAE; {AGAIN}")
+        if known.get("format") != FORMAT or known.get("vae") != vae:
+            reason = "was made by another VAE" if known.get("format") == FORMAT else "is of another version"
+            raise UserError(f"latent cache {path!r} {reason}; {AGAIN}")
         count, *shape = table["moments"]["shape"]
         if header != _header(known, count, shape) or file.size != len(header) + count * (KEY + 2 * math.prod(shape)):
             raise ValueError("it is cut short")
@@ -107,7 +107,7 @@ class CachedLatents:
         if hasattr(dataset, "concept"):
             self.concept = dataset.concept
         self.single = not (is_url(path) or path.endswith("/") or Path(path).is_dir())
-        names, lengths = getattr(dataset, "names", None), self.lengths
+        names, lengths = getattr(dataset, "names", ()), self.lengths
         if self.single or not names:
             each = len(self) if self.single else PICTURES
             lengths = [min(each, len(self) - first) for first in range(0, len(self), each)]
@@ -136,30 +136,30 @@ class CachedLatents:
         """The identities of the pictures that belong into a file."""
         return identities(self.dataset, range(*self.firsts[number : number + 2]))
 
-    def look(self) -> list[int]:
+    def open(self) -> list[int]:
         """Opens the files. Returns the numbers of those that are missing or damaged, or have other pictures. Raises
         UserError where another version, VAE or data set wrote them, and for a single damaged one."""
-
-        def look(number: int) -> tuple[Part | None, bool, bool]:
-            path, keys = self.paths[number], self.keys(number)
-            try:
-                part = Part.open(path, self.vae, self.cache)
-                rows = part.rows()
-                return part, [*rows] == keys, rows.keys().isdisjoint(keys)
-            except MissingFile:
-                return None, False, False
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                if self.single:
-                    raise UserError(f"latent cache {path!r} is damaged ({error}); {AGAIN}") from None
-                return None, False, False
-
-        seen = share(look, range(len(self.paths)), "opening latents")
+        seen = share(self._open, range(len(self.paths)), "opening latents")
         self.parts = [part for part, _, _ in seen]
-        if any(self.parts) and all(foreign for part, _, foreign in seen if part):
+        if any(self.parts) and not any(related for _, related, _ in seen):
             raise UserError(
                 f"latent cache {self.path!r} was made from another data set, split or picture size; {AGAIN}"
             )
-        return [number for number, (_, complete, _) in enumerate(seen) if not complete]
+        return [number for number, (_, _, complete) in enumerate(seen) if not complete]
+
+    def _open(self, number: int) -> tuple[Part | None, bool, bool]:
+        """A file, whether it has any of its pictures, and whether it has all in order."""
+        path, keys = self.paths[number], self.keys(number)
+        try:
+            part = Part.open(path, self.vae, self.cache)
+            rows = part.rows()
+            return part, not rows.keys().isdisjoint(keys), [*rows] == keys
+        except MissingFile:
+            return None, False, False
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            if self.single:
+                raise UserError(f"latent cache {path!r} is damaged ({error}); {AGAIN}") from None
+            return None, False, False
 
     @torch.inference_mode()
     def write(self, vae: nn.Module, numbers: list[int], batch_size: int, workers: int, pin_memory: bool) -> None:
@@ -175,40 +175,40 @@ class CachedLatents:
             missing = [i for i, key in enumerate(keys, self.firsts[number]) if key not in rows]
             batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
             plans.append((number, keys, rows, batches[rank::world] if self.single else batches))
+        todo = [batch for *_, batches in plans for batch in batches]
         blank = torch.zeros(3, self.dataset.size, self.dataset.size, dtype=torch.uint8)
         shape = encode(vae, blank[None]).shape[1:]
-        todo = [batch for *_, batches in plans for batch in batches]
-        read = partial(read_pictures, self.dataset, blank)
-        with TemporaryDirectory() as scratch, closing(in_workers(read, todo, workers, pin_memory)) as loaded:
+        loaded = in_workers(partial(read_pictures, self.dataset, blank), todo, workers, pin_memory)
+        with TemporaryDirectory() as scratch, closing(loaded):
             encoded = self._encode(vae, tqdm(loaded, "encoding", len(todo), unit="batch", disable=rank > 0))
             for number, keys, rows, batches in plans:
-                path = Path(scratch, "part") if is_url(self.paths[number]) else Path(self.paths[number])
-                copied = ((i, self.parts[number].moments(rows[key])) for i, key in enumerate(keys) if key in rows)
-                moments = itertools.islice(encoded, sum(map(len, batches)))
-                fresh = ((i - self.firsts[number], each) for i, each in moments)
+                url, part, first = self.paths[number], self.parts[number], self.firsts[number]
                 metadata = {"format": FORMAT, "vae": self.vae, "data": hashlib.sha256(b"".join(keys)).hexdigest()}
-                header = _header(metadata, len(keys), shape)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._write_file(path, header, b"".join(keys), copied, fresh)
-                if is_url(self.paths[number]):
-                    put(path, self.paths[number])
+                fresh = ((i - first, moments) for i, moments in itertools.islice(encoded, sum(map(len, batches))))
+                copied = ((i, part.moments(rows[key])) for i, key in enumerate(keys) if key in rows)
+                path = Path(scratch, "part") if is_url(url) else Path(url)
+                self._write(path, _header(metadata, len(keys), shape) + b"".join(keys), copied, fresh)
+                if is_url(url):
+                    insist(url, lambda fs, name, _, path=path: fs.put_file(str(path), name))
 
-    def _write_file(self, path: Path, header: bytes, keys: bytes, copied, fresh) -> None:
-        first = not self.single or rank_and_world()[0] == 0
-        wait = partial(gather_objects, None) if self.single else (lambda: None)
-        with atomic_write(path) if first else nullcontext(path.with_name(path.name + ".tmp")) as new:
-            if first:
-                new.write_bytes(header + keys)
-            wait()  # so the file is there for all
+    def _write(self, path: Path, start: bytes, copied: Rows, fresh: Rows) -> None:
+        main = not self.single or rank_and_world()[0] == 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) if main else nullcontext(path.with_name(path.name + ".tmp")) as new:
+            if main:
+                new.write_bytes(start)
+            if self.single:
+                gather_objects(None)  # so the file is there for all
             with new.open("r+b") as file:
-                for row, moments in itertools.chain(copied if first else (), fresh):
-                    file.seek(len(header) + len(keys) + row * moments.nbytes)
+                for row, moments in itertools.chain(copied if main else (), fresh):
+                    file.seek(len(start) + row * moments.nbytes)
                     file.write(moments.numpy().tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-            wait()  # so all have written
+            if self.single:
+                gather_objects(None)  # so all have written
 
-    def _encode(self, vae: nn.Module, loaded: Iterator) -> Iterator[tuple[int, Tensor]]:
+    def _encode(self, vae: nn.Module, loaded: Iterable) -> Rows:
         for indices, images, unreadable, faults in loaded:
             for fault in faults.items():
                 self.faults.add(*fault)
@@ -246,13 +246,13 @@ def open_latents(
     if not len(dataset):
         raise UserError("the data set has no samples to encode")
     cached = CachedLatents(str(path), dataset, module_hash(vae), int(cache_gb * 1e9))
-    if numbers := cached.look():
+    if numbers := cached.open():
         try:
             cached.write(vae.to(device).eval(), numbers, batch_size, workers, device.type == "cuda")
         except OSError as error:
             raise UserError(f"cannot write the latent cache {cached.path!r}: {error.strerror or error}") from None
         gather_objects(None)  # so the cache is there for all
-        cached.look()
+        cached.open()
     return cached
 
 

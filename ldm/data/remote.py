@@ -9,12 +9,10 @@ import hashlib
 import os
 import re
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,11 +28,12 @@ from ldm.model_io import cache_folder
 
 BLOCK = 8 << 20  # bytes of one request, and of one file in the cache
 AHEAD = 8192  # bytes read with each header of a tar: caption and next header are usually among them
-ATTEMPTS, WAIT = 8, 0.5  # seconds before the second attempt; twice as many before each further one
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP's errors that a later attempt may not meet
 THREADS = 16  # requests of one process at once, when indexing
+ATTEMPTS, WAIT = 8, 0.5  # seconds before the second attempt; twice as many before each further one
+PATIENCE = 60  # seconds for an answer of at most BLOCK bytes
+FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)  # not tried again
+PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP's errors that are
 VERSIONS = ("ETag", "etag", "blob_id", "generation", "Content-MD5", "LastModified", "Last-Modified", "mtime")
-LACKING = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)  # for good
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
@@ -43,7 +42,7 @@ class MissingFile(UserError):
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is fsspec's to open."""
+    """Whether fsspec is to open a path."""
     return "://" in path
 
 
@@ -52,11 +51,11 @@ def share(work: Callable[[Item], Result], items: Sequence[Item], name: str) -> l
     rank, world = rank_and_world()
 
     def run(some: Sequence[Item]) -> list[Result] | UserError:
-        with ThreadPoolExecutor(THREADS) as pool:
-            try:
+        try:
+            with ThreadPoolExecutor(THREADS) as pool:
                 return [*tqdm(pool.map(work, some), name, len(some), leave=False, disable=rank > 0 or None)]
-            except UserError as error:  # raised here, it would leave the other processes waiting
-                return error
+        except UserError as error:  # raised here, it would leave the other processes waiting
+            return error
 
     bounds = [len(items) * i // world for i in range(world + 1)]
     parts = map_over_processes(run, [items[bounds[i] : bounds[i + 1]] for i in range(world)])
@@ -66,199 +65,167 @@ def share(work: Callable[[Item], Result], items: Sequence[Item], name: str) -> l
 
 
 def insist(url: str, work: Callable[[AbstractFileSystem, str, int], Result]) -> Result:
-    """`work(file system, path, attempt)`, again where network or server fail. Raises UserError, for a file that does
-    not exist MissingFile."""
+    """`work(file system, path, attempt)`, again where network or server fail. Raises UserError, MissingFile for a file
+    that does not exist."""
     for attempt in range(ATTEMPTS):
         try:
             return work(*url_to_fs(url), attempt)
-        except UserError:
-            raise
         except Exception as error:  # every library has its own
-            response = getattr(error, "response", None)
-            status = getattr(error, "status", None) or getattr(response, "status_code", None)
-            reason = " ".join((str(error) or type(error).__name__).split())[:300]
-            if isinstance(error, FileNotFoundError):
-                raise MissingFile(f"{url!r} does not exist") from None
-            if isinstance(error, ImportError):
-                raise UserError(
-                    f"{url!r} needs a library: {reason} (pip install 'ldm[remote]' has the usual)"
-                ) from None
-            if isinstance(error, LACKING) or status and status not in PASSING or "Credential" in type(error).__name__:
-                raise UserError(f"{url!r} is refused: {reason}; check the address, and the keys it needs") from None
-            if attempt + 1 == ATTEMPTS:
-                text = f"{url!r} cannot be reached in {ATTEMPTS} attempts: {reason}"
-                raise UserError(f"{text}; check address and network, then give the same command again") from None
-            if attempt == 2:
-                warnings.warn(f"{url!r}: {reason}; trying on", stacklevel=2)
-            time.sleep(WAIT * 2**attempt)
+            kind, reason = type(error).__name__, " ".join(str(error).split())[:300]
+            status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+            final = isinstance(error, FINAL) or "Credential" in kind or status and status not in PASSING
+            if final or attempt + 1 == ATTEMPTS:
+                way = "pip install 'ldm[remote]'" if kind == "ImportError" else "check address, keys and network"
+                text = f"{url!r} cannot be reached: {kind}: {reason}; {way}"
+                raise (MissingFile if isinstance(error, FileNotFoundError) else UserError)(text) from None
+        time.sleep(WAIT * 2**attempt)
     raise AssertionError
 
 
 @dataclass(frozen=True)
 class File:
-    """A file at a path or URL. `stamp` is its size, and its time or version: another where the file is."""
+    """A file at a path or URL; `version` is another where the file is: its time or tag."""
 
     url: str
-    stamp: tuple[int, int | str]
-    cache: int = 0  # bytes of the local disk for all blocks; 0: only what is asked for is fetched
-
-    @property
-    def size(self) -> int:
-        return self.stamp[0]
+    size: int
+    version: int | str
+    cache: int = 0  # bytes of the local disk for blocks of all files; 0: only what is asked for is fetched
 
     def read(self, offset: int, size: int) -> bytes:
         """A part of the file. Raises UserError where the file is gone, out of reach or too short."""
-        cut = UserError(f"{self.url!r} is cut short; write it again")
-        if offset + size > self.size:
-            raise cut
-        if is_url(self.url):
-            return self._from_blocks(offset, size) if self.cache else self.fetch(offset, size)
-        try:
-            data = np.fromfile(self.url, np.uint8, size, offset=offset).tobytes()
-        except OSError as error:
-            raise UserError(f"{self.url!r} cannot be read: {error.strerror}") from None
-        if len(data) < size:
-            raise cut
+        data = b""
+        while len(data) < size:
+            read = self._from_block if self.cache and is_url(self.url) else self._from_file
+            if not (more := read(offset + len(data), size - len(data))):
+                raise UserError(f"{self.url!r} is cut short; write it again")
+            data += more
         return data
 
     def read_spans(self, spans: Sequence[Sequence[int]]) -> list[bytes]:
-        """The parts at (offset, size), in one read where they lie together; b"" for those of size 0."""
-        used = [(offset, offset + size) for offset, size in spans if size]
-        first, last = min(start for start, _ in used), max(end for _, end in used)
-        if last - first > AHEAD + sum(end - start for start, end in used):
-            return [self.read(*span) if span[1] else b"" for span in spans]
-        data = self.read(first, last - first)
-        return [data[offset - first : offset - first + size] if size else b"" for offset, size in spans]
-
-    def fetch(self, offset: int, size: int) -> bytes:
-        """A part of the file behind the URL. After a failure a smaller piece is asked for, and the rest from there."""
-        data = b""
-        while len(data) < size:
-            data += insist(self.url, partial(_piece, offset + len(data), size - len(data)))
-        return data
+        """The parts at (offset, size), some of size 0; in one request where they lie together."""
+        used = [span for span in spans if span[1]]
+        first, end = min(offset for offset, _ in used), max(offset + size for offset, size in used)
+        if end - first > AHEAD + sum(size for _, size in used):
+            return [self.read(*span) for span in spans]
+        data = self.read(first, end - first)
+        return [data[max(offset - first, 0) :][:size] for offset, size in spans]
 
     def open(self) -> Any:
-        """The file as a stream, of which little more is fetched than is read. The cache is not used."""
+        """The file as a stream, of which little more is fetched than is read, past the cache."""
         if is_url(self.url):
-            return _Stream(self, self.url, block_size=AHEAD, cache_type="readahead", size=self.size)
+            return _Stream(replace(self, cache=0), self.url, block_size=AHEAD, cache_type="readahead", size=self.size)
         return open(self.url, "rb")
 
-    def _from_blocks(self, offset: int, size: int) -> bytes:
-        end, data = offset + size, b""
-        while offset < end:
-            number, start = divmod(offset, BLOCK)
-            data += self._block(number, start, min(end - offset, BLOCK - start))
-            offset = (number + 1) * BLOCK
-        return data
+    def _from_file(self, offset: int, size: int) -> bytes:
+        """The first bytes of a part, up to all. What follows those that came is asked for again, not they."""
 
-    def _block(self, number: int, start: int, size: int) -> bytes:
-        """A part of a block from the cache. One process fetches the block while others that need it wait."""
-        key = hashlib.sha256(f"{self.url} {self.stamp} {BLOCK} {number}".encode()).hexdigest()
+        def fetch(fs: AbstractFileSystem, path: str, attempt: int) -> bytes:
+            end = offset + min(size, self.size - offset, BLOCK >> attempt)  # the less, the more often it fails
+            data = fs.cat_file(path, start=offset, end=end, **{"timeout": PATIENCE} if fs.async_impl else {})
+            if len(data) > end - offset:
+                raise ValueError("the server sends whole files only")
+            if not data:
+                raise OSError("the answer is empty")
+            return data
+
+        if offset >= self.size:
+            return b""
+        if is_url(self.url):
+            return insist(self.url, fetch)
+        try:
+            return np.fromfile(self.url, np.uint8, size, offset=offset).tobytes()
+        except OSError as error:
+            raise UserError(f"{self.url!r} cannot be read: {error.strerror}") from None
+
+    def _from_block(self, offset: int, size: int) -> bytes:
+        """The same from the cache, whose block one process fetches while others that need it wait."""
+        first = offset // BLOCK * BLOCK
+        key = hashlib.sha256(f"{self.url} {self.size} {self.version} {BLOCK} {first}".encode()).hexdigest()
         path = cache_folder() / "blocks" / key
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            while True:  # another process may remove it
-                with suppress(FileNotFoundError):
+            while True:
+                with suppress(FileNotFoundError):  # another process may remove it
                     os.utime(path)
-                    return np.fromfile(path, np.uint8, size, offset=start).tobytes()
+                    return np.fromfile(path, np.uint8, size, offset=offset - first).tobytes()
                 with suppress(FileNotFoundError), open(f"{path}.part", "ab") as part:
                     fcntl.flock(part, fcntl.LOCK_EX)
                     if not path.exists():
                         part.truncate(0)
-                        part.write(self.fetch(number * BLOCK, min(BLOCK, self.size - number * BLOCK)))
+                        part.write(replace(self, cache=0).read(first, min(BLOCK, self.size - first)))
                         part.flush()
                         os.fsync(part.fileno())
                         os.replace(part.name, path)
-                        # Listing many files takes long: the larger the cache, the less often.
-                        if int(key[:8], 16) % (1 + self.cache // (2000 * BLOCK)) == 0:
-                            shrink(path.parent, self.cache)
+                        if int(key[:8], 16) % (1 + self.cache // (2000 * BLOCK)) == 0:  # rarely where listing is long
+                            shrink(path.parent, self.cache * 15 // 16)
         except OSError as error:
             way = "lower data.cache_gb, or set LDM_CACHE to a folder on another disk"
             raise UserError(f"cannot keep {self.url!r} in {str(path.parent)!r}: {error.strerror}; {way}") from None
 
 
 class _Stream(AbstractBufferedFile):
-    """Its first argument is a File."""
+    """Of a File, its first argument."""
 
     def _fetch_range(self, start: int, end: int) -> bytes:
-        return self.fs.fetch(start, end - start)
-
-
-def _piece(offset: int, size: int, fs: AbstractFileSystem, path: str, attempt: int) -> bytes:
-    size = min(size, BLOCK >> attempt)
-    data = fs.cat_file(path, start=offset, end=offset + size)
-    if len(data) > size:
-        raise UserError(f"the server of {path!r} sends whole files only; a copy on another one, or here, can be read")
-    if len(data) < size:
-        raise OSError(f"{len(data)} bytes came instead of {size}")
-    return data
+        return self.fs.read(start, end - start)
 
 
 def shrink(folder: Path, limit: int) -> None:
-    """Removes the files of a folder that were not used for the longest time, down to 15/16 of `limit` bytes."""
-    files = []
-    for entry in os.scandir(folder):
-        with suppress(FileNotFoundError):
-            files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
-    total = sum(size for _, size, _ in files)
-    for _, size, path in sorted(files):
-        if total > limit * 15 // 16:
-            Path(path).unlink(missing_ok=True)
-            total -= size
+    """Removes the files of a folder that were not used for the longest time, down to `limit` bytes."""
+    with suppress(FileNotFoundError):  # another process does so too
+        files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in folder.iterdir())
+        total = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if total > limit:
+                path.unlink()
+                total -= size
 
 
 def open_file(path: str, cache: int = 0) -> File:
     """The file at a path or URL. Raises MissingFile, or UserError for one that cannot be read."""
+
+    def info(fs: AbstractFileSystem, name: str, _: int) -> dict[str, Any]:
+        with suppress(FileNotFoundError):  # which HTTP's says of any error
+            return fs.info(name)
+        fs.cat_file(name, start=0, end=1)
+        return fs.info(name)
+
     if is_url(path):
-        info = insist(path, _info)
-        if info.get("size") is None:
-            raise UserError(f"the server of {path!r} does not say its size, without which it cannot be read in parts")
-        return File(path, (info["size"], next((str(info[name]) for name in VERSIONS if info.get(name)), "")), cache)
+        known = insist(path, info)
+        if known.get("size") is None:
+            raise UserError(f"the server of {path!r} does not tell its size, without which it cannot be read in parts")
+        return File(path, known["size"], next((str(known[key]) for key in VERSIONS if known.get(key)), ""), cache)
     try:
         stat = os.stat(path)
     except OSError as error:
         kind = MissingFile if isinstance(error, FileNotFoundError) else UserError
         raise kind(f"{path!r} cannot be read: {error.strerror}") from None
-    return File(path, (stat.st_size, stat.st_mtime_ns))
+    return File(path, stat.st_size, stat.st_mtime_ns)
 
 
-def _info(fs: AbstractFileSystem, path: str, _: int) -> dict[str, Any]:
-    try:
-        return fs.info(path)
-    except FileNotFoundError:  # which HTTP's says of any error
-        fs.cat_file(path, start=0, end=1)
-        return fs.info(path)
-
-
-def put(source: Path, url: str) -> None:
-    """Writes a file to a URL."""
-    insist(url, lambda fs, path, _: fs.put_file(str(source), path))
-
-
-def find_files(path: str, kind: str) -> list[str]:
-    """The files `*.KIND` that `path` names, sorted: a file, a folder, or several with blanks between, which may have
-    `{0000..0099}`, `{a,b}` and, where the storage lists its files, `*`; folders too behind URLs."""
+def find_tars(path: str) -> list[str]:
+    """The `*.tar` that `path` names, sorted: a file, a folder, or several of both with blanks between, also URLs. They
+    may have `{0000..0099}`, `{a,b}` and, where the storage lists its files, `*`."""
     found: set[str] = set()
-    for word in [path] if Path(path).exists() else path.split():
-        for name in _expand(word):
-            if not re.search(rf"\.{kind}(\?|$)", name) and not Path(name).is_file():
-                name = f"{name.rstrip('/')}/*.{kind}"
-            if "*" not in name:
-                found.add(name)
-            elif is_url(name):
-                found |= {*insist(name, lambda fs, path, _: [fs.unstrip_protocol(each) for each in fs.glob(path)])}
-            else:
-                found |= {*glob.glob(name)}
+    for name in (name for word in ([path] if Path(path).exists() else path.split()) for name in _expand(word)):
+        if Path(name).is_dir():
+            found |= {*map(str, Path(name).glob("*.tar"))}
+        elif is_url(name) and not re.search(r"\.tar(\?|$)", name) or "*" in name:
+            pattern = name if name.endswith(".tar") else f"{name.rstrip('/')}/*.tar"
+            found |= {*(insist(pattern, _list) if is_url(name) else glob.glob(name))}
+        else:
+            found.add(name)
     return sorted(found)
 
 
-def _expand(name: str) -> Iterator[str]:
-    """`name` with all braces written out."""
-    if not (brace := re.search(r"\{([^{}]*)\}", name)):
-        yield name
-        return
-    words = brace[1].split(",")
-    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", brace[1]):
-        words = [f"{i:0{len(numbers[1])}}" for i in range(int(numbers[1]), int(numbers[2]) + 1)]
-    for word in words:
-        yield from _expand(name[: brace.start()] + word + name[brace.end() :])
+def _list(fs: AbstractFileSystem, pattern: str, _: int) -> list[str]:
+    return [fs.unstrip_protocol(name) for name in fs.glob(pattern)]
+
+
+def _expand(name: str) -> list[str]:
+    """`name` with its braces written out."""
+    if not (brace := re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*)\}", name)):
+        return [name]
+    first, last, words = brace.groups()
+    words = words.split(",") if first is None else [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
+    return [each for word in words for each in _expand(name[: brace.start()] + word + name[brace.end() :])]

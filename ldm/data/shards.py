@@ -9,18 +9,17 @@ import json
 import re
 import tarfile
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ldm.config import UserError
 from ldm.data.config import DataConfig
-from ldm.data.faults import Faults, SampleError, attempt, read_picture
+from ldm.data.faults import Faults, SampleError, read_picture
 from ldm.data.order import WINDOW
-from ldm.data.remote import File, find_files, is_url, open_file, share
+from ldm.data.remote import File, find_tars, is_url, open_file, share
 from ldm.data.splits import Samples, named_split, select
 from ldm.data.text import clean_captions, decode
 from ldm.images import SUFFIXES
@@ -29,8 +28,19 @@ from ldm.model_io import atomic_write, cache_folder, parse_object
 KINDS = ("image", "txt", "json")  # of the members of a sample
 
 
+class Index(NamedTuple):
+    """Of a shard: its usable samples, keys and the (offset, size) of KINDS, (0, 0) where there is none; {name: reason}
+    of the others; and where it is named after no split, the captions and split {name: fields} of each."""
+
+    file: File
+    shard: str
+    samples: np.ndarray
+    faults: dict[str, str]
+    fields: Samples
+
+
 class Shards:
-    """Samples of one split of tar shards, map-style: of a folder of `*.tar`, or of what else `find_files` takes.
+    """Samples of one split of tar shards, map-style: of a folder of `*.tar`, or of what else `find_tars` takes.
 
     Shards named after a split, as in `train-0000.tar`, are of that split; samples of other shards have that of their
     JSON's field `split`, or else are split by a hash of their captions, which are read for it. Else opening reads the
@@ -45,59 +55,55 @@ class Shards:
 
     def __init__(self, config: DataConfig, split: str) -> None:
         self.config, self.size, self.faults = config, config.size, Faults(config.max_broken)
-        if not (urls := find_files(config.path, "tar")):
-            exists = is_url(config.path) or Path(config.path).exists()
-            raise UserError(f"shard folder {config.path!r} {'has no *.tar' if exists else 'does not exist'}")
+        if not (urls := find_tars(config.path)):
+            raise UserError(f"shard folder {config.path!r} has no *.tar")
         names = [PurePosixPath(url.partition("?")[0]).name for url in urls]
         named = [split_of_shard(name) for name in names]
         names = names if len({*names}) == len(names) else urls  # of several folders
         items = [item for item in zip(urls, names, named, strict=True) if item[2] in ("", split)]
         indices = share(partial(index_shard, int(config.cache_gb * 1e9)), items, "indexing")
-        for fault in (fault for each in indices for fault in each.faults.items()):
+        for fault in (fault for index in indices for fault in index.faults.items()):
             self.faults.add(*fault)
-        self.faults.settle(sum(len(each.samples) for each in indices) + len(self.faults.reasons))
-        fields = {name: row for each in indices for name, row in each.fields.items()}
+        self.faults.settle(sum(len(index.samples) for index in indices) + len(self.faults.reasons))
+        fields = {name: row for index in indices for name, row in index.fields.items()}
         chosen = {*select(fields, split, config.seed, self.faults)}
-        tables = [
-            each.samples[[*map(chosen.__contains__, each.fields)]] if each.fields else each.samples for each in indices
-        ]
-        kept = [(each, table) for each, table in zip(indices, tables, strict=True) if len(table)]
-        self.files, self.names = [each.file for each, _ in kept], [each.name for each, _ in kept]
-        self.lengths = [len(table) for _, table in kept]
+        for i, index in enumerate(indices):
+            if index.fields:
+                indices[i] = index._replace(samples=index.samples[[name in chosen for name in index.fields]])
+        indices = [index for index in indices if len(index.samples)]
+        self.files, self.names = [index.file for index in indices], [index.shard for index in indices]
+        self.lengths = [len(index.samples) for index in indices]
         # Arrays, whose memory worker processes share: a million samples take 100 MB.
-        self.shard = np.repeat(np.arange(len(kept)), self.lengths)
-        self.samples = np.concatenate([as_table([], []), *(table for _, table in kept)])
-        remote = sorted(file.size for file in self.files if is_url(file.url))
-        needed = sum(remote[-WINDOW:]) / 1e9
-        if 0 < config.cache_gb < needed:
-            text = f"data.cache_gb is {config.cache_gb:g}; {WINDOW} shards, which are read at once, need {needed:.2g}"
+        self.shards = np.repeat(np.arange(len(indices)), self.lengths)
+        self.samples = np.concatenate([index.samples for index in indices]) if indices else np.array([])
+        window = sum(sorted(file.size for file in self.files if is_url(file.url))[-WINDOW:]) / 1e9
+        if 0 < config.cache_gb < window:
+            text = f"data.cache_gb is {config.cache_gb:g}; {WINDOW} shards, which are read at once, need {window:.2g}"
             raise UserError(f"{text}; set more, or 0 to fetch each sample alone")
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        (key, spans), name = self.samples[index], self._name(index)
-        picture, *texts = self._file(index).read_spans(spans.tolist())
+        name, (picture, *texts) = self._read(index, slice(None))
         captions = parse_fields(name, *texts)["captions"]
-        return {"image": read_picture(picture, self.config, name), "captions": captions, "key": str(key)}
+        image = read_picture(picture, self.config, name)
+        return {"image": image, "captions": captions, "key": str(self.samples[index]["key"])}
 
     def captions(self, index: int) -> list[str]:
         """The captions of sample `index`; its picture is not read. Raises SampleError."""
-        spans = self.samples[index]["spans"][1:].tolist()
-        return parse_fields(self._name(index), *self._file(index).read_spans(spans))["captions"]
+        name, texts = self._read(index, slice(1, None))
+        return parse_fields(name, *texts)["captions"]
 
     def identity(self, index: int) -> tuple[str, str]:
-        """The key of sample `index`; and its shard with size and time or version, and where in it the picture lies."""
-        shard, (key, spans) = self.shard[index], self.samples[index]
+        """The key of sample `index`; and its shard with size and time or tag, and where in it the picture lies."""
+        shard, (key, spans) = self.shards[index], self.samples[index]
         file, span = self.files[shard], tuple(spans[0].tolist())
-        return str(key), f"{self.names[shard]} {file.stamp} {span} {self.config.max_pixels}"
+        return str(key), f"{self.names[shard]} {(file.size, file.version)} {span} {self.config.max_pixels}"
 
-    def _file(self, index: int) -> File:
-        return self.files[self.shard[index]]
-
-    def _name(self, index: int) -> str:
-        return f"{self.samples[index]['key']} in {self.names[self.shard[index]]}"
+    def _read(self, index: int, kinds: slice) -> tuple[str, list[bytes]]:
+        (key, spans), shard = self.samples[index], self.shards[index]
+        return f"{key} in {self.names[shard]}", self.files[shard].read_spans(spans[kinds].tolist())
 
 
 def parse_fields(name: str, text: bytes, table: bytes) -> dict[str, Any]:
@@ -120,48 +126,31 @@ def split_of_shard(name: str) -> str:
     return "".join(splits)
 
 
-@dataclass(frozen=True)
-class Index:
-    """The usable samples of a shard (`as_table`), {name: reason} of the others, and the fields {name: {"captions",
-    "split"}} of each where the shard is named after no split."""
-
-    file: File
-    name: str
-    samples: np.ndarray
-    faults: dict[str, str]
-    fields: Samples
-
-
-def as_table(keys: list[str], spans: list) -> np.ndarray:
-    """Rows of a key and the (offset, size) of KINDS, (0, 0) where there is none."""
-    longest = max(map(len, keys), default=1)
-    return np.array([*zip(keys, spans, strict=True)], [("key", f"U{longest}"), ("spans", int, (len(KINDS), 2))])
-
-
 def index_shard(cache: int, item: tuple[str, str, str]) -> Index:
-    """The samples of the shard (url, name, split or ""). Those behind URLs are remembered on the local disk."""
-    url, name, split = item
+    """The samples of a shard (url, name, split or ""). Of one behind a URL they are kept on the local disk."""
+    url, shard, split = item
     file = open_file(url, cache)
-    key = hashlib.sha256(f"1 {url} {file.stamp} {name} {split}".encode()).hexdigest()
-    remembered = cache_folder() / "shards" / f"{key}.json"
+    key = hashlib.sha256(f"1 {url} {file.size} {file.version} {shard} {split}".encode()).hexdigest()
+    kept = cache_folder() / "shards" / f"{key}.json"
     try:
-        keys, spans, faults, fields = json.loads(remembered.read_bytes())
+        samples, faults, fields = json.loads(kept.read_bytes())
     except (OSError, ValueError):
-        keys, spans, faults, fields = scan(file, name, split)
+        samples, faults, fields = scan(file, shard, split)
         if is_url(url):
             with suppress(OSError):
-                remembered.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(remembered) as temporary:
-                    temporary.write_text(json.dumps([keys, spans, faults, fields]))
-    return Index(file, name, as_table(keys, spans), faults, fields)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(kept) as temporary:
+                    temporary.write_text(json.dumps([samples, faults, fields]))
+    kinds = [("key", f"U{max(map(len, samples), default=1)}"), ("spans", int, (len(KINDS), 2))]
+    return Index(file, shard, np.array([*samples.items()], kinds), faults, fields)
 
 
-def scan(file: File, shard: str, split: str) -> tuple[list[str], list, dict[str, str], Samples]:
-    """Keys, spans, faults and fields of a shard, as in Index, from its headers, and its captions without a `split`.
+def scan(file: File, shard: str, split: str) -> tuple[dict[str, list], dict[str, str], Samples]:
+    """{key: spans}, faults and fields of a shard, as in Index, from its headers, and its captions without a `split`.
 
     Raises UserError for a shard that is cut short or no plain tar.
     """
-    samples: dict[str, list[tuple[str, tuple[int, int]]]] = {}
+    members: dict[str, list[tuple[str, tuple[int, int]]]] = {}
     try:
         with file.open() as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
@@ -171,33 +160,30 @@ def scan(file: File, shard: str, split: str) -> tuple[list[str], list, dict[str,
                 kind = "image" if f".{suffix.lower()}" in SUFFIXES else suffix.lower()
                 if stem and kind in KINDS and member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     span = member.offset_data, member.size
-                    samples.setdefault(str(name.with_name(stem)), []).append((kind, span))
+                    members.setdefault(str(name.with_name(stem)), []).append((kind, span))
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"shard {file.url!r} cannot be read, is cut short or no plain tar: {error}") from None
     # tarfile ends at a broken header without an error
     if file.read(archive.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise UserError(f"shard {file.url!r} is damaged after {archive.offset} bytes; write it again")
-    keys, spans, faults, fields = [], [], Faults(share=1), {}
-    for key, members in samples.items():
-        parts, sample = dict(members), f"{key} in {shard}"
+    samples, faults, fields = {}, Faults(share=1), {}
+    for key, parts in members.items():
+        kinds, name = dict(parts), f"{key} in {shard}"
+        spans = [kinds.get(kind, (0, 0)) for kind in KINDS]
         if key.startswith("/") or ".." in key.split("/"):
             reason = "has an unsafe name; rename it"
-        elif len(parts) < len(members):
+        elif len(kinds) < len(parts):
             reason = "has two members of a kind; keep one"
-        elif "image" not in parts or len(parts) == 1:
-            reason = f"has no {'caption (.txt or .json)' if 'image' in parts else 'picture'}"
+        elif "image" not in kinds or len(kinds) == 1:
+            reason = f"has no {'caption (.txt or .json)' if 'image' in kinds else 'picture'}"
         else:
-            found = [parts.get(kind, (0, 0)) for kind in KINDS]
-            row = (
-                None
-                if split
-                else attempt(faults, lambda a: parse_fields(a[0], *file.read_spans(a[1])), (sample, found[1:]))
-            )
-            if row:
-                fields[sample] = {"captions": row["captions"], "split": row.get("split")}
-            if split or row:
-                keys.append(key)
-                spans.append(found)
+            try:
+                row = {} if split else parse_fields(name, *file.read_spans(spans[1:]))
+                samples[key] = spans
+                if row:
+                    fields[name] = {field: row.get(field) for field in ("captions", "split")}
+            except SampleError as error:
+                faults.add(*error.args)
             continue
-        faults.add(sample, f"sample {key!r} of shard {shard!r} {reason}")
-    return keys, spans, faults.reasons, fields
+        faults.add(name, f"sample {key!r} of shard {shard!r} {reason}")
+    return samples, faults.reasons, fields
