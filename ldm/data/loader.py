@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from ldm.config import UserError
 from ldm.data.faults import Faults, attempt
 from ldm.data.order import EpochBatches
+from ldm.data.remote import close_connections
 
 GRACE = 120  # seconds that a worker process outlives a SIGTERM
 ATTEMPTS = 1000  # at finding a replacement
@@ -43,6 +44,7 @@ def in_workers(
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # leaves the global generator alone
     )
+    close_connections()
     batches = iter(loader)
     try:
         for batch in batches:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from fsspec.registry import registry
 from fsspec.spec import AbstractBufferedFile
 from tqdm import tqdm
 
@@ -80,6 +81,12 @@ def insist(url: str, work: Callable[[AbstractFileSystem, str, int], Result]) -> 
                 raise (MissingFile if isinstance(error, FileNotFoundError) else UserError)(text) from None
         time.sleep(WAIT * 2**attempt)
     raise AssertionError
+
+
+def close_connections() -> None:
+    """Before a fork, which shares the event loop's list of sockets: the child, dropping its copies, would remove ours."""
+    for kind in registry.values():
+        kind.clear_instance_cache()
 
 
 @dataclass(frozen=True)
