@@ -84,7 +84,7 @@ def insist(url: str, work: Callable[[AbstractFileSystem, str, int], Result]) -> 
 
 
 def close_connections() -> None:
-    """Before a fork, which shares the event loop's list of sockets: the child, dropping its copies, would remove ours."""
+    """Before a fork, which shares the event loop's list of sockets: the child would remove ours."""
     for kind in registry.values():
         kind.clear_instance_cache()
 
