@@ -12,6 +12,7 @@ COMMANDS = {
     "train clip": "train the text encoder on captioned images",
     "train diffusion": "train the U-Net on latents and captions",
     "train distill": "distill a model into one that samples in a few steps",
+    "train preference": "train a model on pairs of pictures of which one is preferred",
     "sample": "make pictures from prompts",
     "evaluate": "measure a model, an autoencoder or a folder of pictures",
     "export": "write a model as one file for ComfyUI, A1111 and others",

@@ -14,7 +14,7 @@ from PIL import Image
 from ldm import model_io
 from ldm.clip import MAX_SCALE, TextEncoder
 from ldm.config import UserError
-from ldm.data import open_dataset, stack
+from ldm.data import DataConfig, open_dataset, stack
 from ldm.images import to_float
 from ldm.metrics.alignment import sharing
 from ldm.metrics.judges import image_text_model
@@ -22,9 +22,10 @@ from ldm.pipeline import Pipeline
 from ldm.tokenizer import Tokenizer
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
-from ldm.train.diffusion import DiffusionTask, check_normalized
+from ldm.train.diffusion import DiffusionTask, PreviewConfig, check_normalized
 from ldm.train.distill import DistillConfig, DistillTask
 from ldm.train.loop import Task, train
+from ldm.train.preference import PreferenceConfig, PreferenceTask
 from ldm.vae import VAE
 
 
@@ -72,7 +73,8 @@ def interrupted(losses, stop: int):
 
 
 @pytest.mark.parametrize(
-    ("name", "muon"), [("autoencoder", False), ("clip", True), ("diffusion", True), ("distill", True)]
+    ("name", "muon"),
+    [("autoencoder", False), ("clip", True), ("diffusion", True), ("distill", True), ("preference", True)],
 )
 def test_previews_change_no_bit_and_resuming_is_exact(name, muon, tmp_path, one_thread, vae_run, clip_run):
     """Six steps: with previews, validation and checkpoints at every second step; without; and resumed at steps 1, 3."""
@@ -80,11 +82,14 @@ def test_previews_change_no_bit_and_resuming_is_exact(name, muon, tmp_path, one_
     config, states = replace(tiny.TRAIN, optimizer=optimizer, steps=6), []
     loss = replace(tiny.LOSS, gan_start=4, gan_ramp=2)  # the discriminator starts between save and resume
     flip = {"data": replace(tiny.DATA, flip=True)}
+    pairs = {"pairs": str(tmp_path / "pairs.jsonl"), "scorer": "judge:shapes", "prompts": 64, "candidates": 2}
+    pairs |= {"data": DataConfig(length=64), "steps": 1, "held_out": 4, "preview": PreviewConfig(count=2, steps=2)}
     tasks = {
         "autoencoder": lambda: AutoencoderTask(replace(tiny.autoencoder(config, loss), **flip)),
         "clip": lambda: CLIPTask(replace(tiny.clip(config, tiny.READERS), **flip)),
         "diffusion": lambda: DiffusionTask(tiny.diffusion(vae_run, clip_run, config, train_text_encoder=True)),
         "distill": lambda: DistillTask(DistillConfig(teacher="shapes", data=tiny.DATA, train=config, held_out=4)),
+        "preference": lambda: PreferenceTask(PreferenceConfig(model="shapes", train=config, **pairs)),
     }
     for case in ("plain", "looked", "resumed"):
         for stop in (1, 3, 6) if case == "resumed" else (6,):

@@ -52,6 +52,16 @@ def distill() -> None:
     train(DistillConfig, DistillTask, distill)
 
 
+def preference() -> None:
+    """Trains the U-Net on pairs of pictures of which people, or a scorer, prefer one.
+
+    ldm train preference --config configs/shapes/preference.toml --out runs/shapes/preference
+    """
+    from ldm.train.preference import PreferenceConfig, PreferenceTask
+
+    train(PreferenceConfig, PreferenceTask, preference)
+
+
 def train(config_class: type, make_task: Callable[[Any], Any], command: Callable[[], None]) -> None:
     """Reads the command line of `command`, builds the config and the task, trains."""
     keys = "config keys, with their defaults:\n" + "\n".join(_keys(config_class))

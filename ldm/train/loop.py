@@ -35,11 +35,12 @@ class Task:
     modules: Modules
     optimizers: dict[str, OptimizerConfig] = {}  # of modules that do not use that of the run
     balance = "picture"  # what is drawn alike often: see DataConfig
+    open_data = staticmethod(open_dataset)  # (data config, split, need_captions) -> the data set
 
     def __init__(self, config: Any, need_captions: bool = True) -> None:
         """`config` has the tables `data` and `train`; seeds the initial weights."""
         self.config, self.device, self.balance = config, processes().device, config.data.balance
-        self.dataset, self.held_out = (open_dataset(config.data, split, need_captions) for split in ("train", "val"))
+        self.dataset, self.held_out = (self.open_data(config.data, split, need_captions) for split in ("train", "val"))
         self.batch_size = min(64, config.train.batch_size)  # outside the training steps
         torch.manual_seed(config.train.seed)
 
