@@ -90,7 +90,7 @@ def find_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 def fast_kernels(device: torch.device, tf32: bool = True) -> Iterator[None]:
     """On a GPU, lets cuDNN time its convolutions for each shape and, with `tf32`, float32 products round their factors
     to 10 bits; then restores the settings, which are the program's. They stay as they are where it has set torch's
-    newer `fp32_precision`, which does not mix with these; torch.compile reads these."""
+    newer `fp32_precision`, with which these cannot be read; torch.compile reads these."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     try:
         before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32

@@ -209,16 +209,15 @@ class Apart(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_steps_neither_wait_for_the_gpu_nor_send_to_it(sampler, prediction):
+def test_steps_neither_wait_for_the_gpu_nor_send_to_it(sampler):
     """Once computed on the CPU, and once as if on a GPU, where tensors have a device and no values."""
-    grid = make_grid(Schedule(ScheduleConfig(prediction_type=prediction)), sampler, 5)
+    grid = make_grid(Schedule(ScheduleConfig()), sampler, 3)
     for device, numbers in ("cpu", contextlib.nullcontext()), ("cuda", FakeTensorMode()):
         with numbers:
             with torch.device(device):
-                unet, context, mask = UNet(unet_config()), torch.zeros(2, 3, 24), torch.ones(2, 1, 8, 8)
-            noise = ImageNoise([0, 1], (4, 8, 8), device, count_draws(sampler, 5, resample=2))
+                unet, context, mask = UNet(unet_config((16,))), torch.zeros(2, 3, 24), torch.ones(2, 1, 8, 8)
+            noise = ImageNoise([0, 1], (4, 8, 8), device, count_draws(sampler, 3, resample=2))
             eps, denoiser = noise(), Denoiser(unet, grid.schedule)
             denoise = keep(guided(denoiser, context, context, 5.0, 0.7, (200, 800)), eps, eps, mask, noise, 2)
             with torch.no_grad(), Apart():
