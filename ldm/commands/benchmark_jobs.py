@@ -60,7 +60,7 @@ def open_diffusers(model: str) -> Any:
 def open_pipeline(case: Case) -> Any:
     """The pipeline of a side, whose parts have the same names; random inputs are the same from here on."""
     model = case.model if case.ours else case.model.removesuffix("-turbo")
-    pipe = (Pipeline.from_pretrained if case.ours else open_diffusers)(model).to(case.device)
+    pipe = (Pipeline.from_pretrained(model, "cpu") if case.ours else open_diffusers(model)).to(case.device)
     if case.workload != "train-unet":  # where diffusers is faster in the layout that it opens in
         for model in (pipe.unet, pipe.vae):
             model.to(memory_format=torch.channels_last)

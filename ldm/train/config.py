@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from ldm.config import require
+from ldm.distributed import find_dtype
 
 
 def require_least(config: Any, table: str, least: int, *names: str) -> None:
@@ -84,10 +85,9 @@ class TrainConfig:
 
     def on(self, device: torch.device) -> "TrainConfig":
         """With the precision that "auto" means on a device. Raises UserError for one that it lacks."""
-        has = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        lacking = self.precision == "bf16" and device.type == "cuda" and not has
-        require(not lacking, "train.precision", "bf16", f"'auto' or 'no' on {device}, which has no bfloat16")
-        return replace(self, precision="bf16" if has else "no") if self.precision == "auto" else self
+        dtype = find_dtype("bfloat16" if self.precision == "bf16" else "auto", device)
+        precision = "bf16" if dtype == torch.bfloat16 else "no"
+        return replace(self, precision=precision) if self.precision == "auto" else self
 
     def due(self, step: int, every: int) -> bool:
         """Whether an action at intervals of `every` steps follows step `step`, counted from 1."""

@@ -22,7 +22,7 @@ from ldm.config import UserError
 from ldm.data import batches, flip_half, open_dataset, sampling_weights, spread
 from ldm.data.loader import load
 from ldm.data.order import EpochBatches
-from ldm.distributed import Draws, from_main, processes, upload
+from ldm.distributed import Draws, fast_kernels, from_main, memory_errors, processes, upload
 from ldm.images import to_float
 from ldm.train import sharding, state
 from ldm.train.config import OptimizerConfig, TrainConfig
@@ -91,7 +91,9 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
         # Set up, or resume
         from_main(stack.enter_context, state.lock(out))
         signals = stack.enter_context(caught_signals())
-        stack.enter_context(memory_errors(c))
+        way_out = "train.checkpointing=true, or a smaller batch, as much more train.accumulate, and --force"
+        stack.enter_context(memory_errors(f"with train.batch_size={c.batch_size}; resume with {way_out}"))
+        stack.enter_context(fast_kernels(processes().device))
         run = state.Run(task, c, out)
         a, optimizers = run.accelerator, run.optimizers.values()
         start = run.resume()
@@ -234,17 +236,3 @@ def caught_signals() -> Iterator[list[int]]:
     finally:
         for handler in handlers.items():
             signal.signal(*handler)
-
-
-@contextmanager
-def memory_errors(config: TrainConfig) -> Iterator[None]:
-    """Turns running out of memory into a UserError; on the CPU torch raises a plain RuntimeError for it."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise UserError(
-            f"out of memory with train.batch_size={config.batch_size}; go on from the last checkpoint with"
-            " train.checkpointing=true, or a smaller batch, as much more train.accumulate, and --force"
-        ) from None
