@@ -79,6 +79,7 @@ class Schedule:
             if finite:
                 self.alphas_cumprod[-1] = TINY_ALPHA2
         self.ratio = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+        self.ratios = {self.ratio.device: self.ratio}  # by device
 
     def __len__(self) -> int:
         return len(self.ratio)
@@ -87,7 +88,9 @@ class Schedule:
         """sigma_t / alpha_t for integer or fractional t of any shape; float64 on the CPU, float32 on accelerators, of
         which not all have float64. Infinite where alpha_t is 0."""
         t = torch.as_tensor(t)
-        ratio = self.ratio if t.device.type == "cpu" else self.ratio.to(t.device, torch.float32)
+        if t.device not in self.ratios:
+            self.ratios[t.device] = self.ratio.to(t.device, torch.float32)
+        ratio = self.ratios[t.device]
         low = t.long().clamp(max=len(self) - 1)
         weight = (t - low).to(ratio.dtype)
         high = (low + 1).clamp(max=len(self) - 1)

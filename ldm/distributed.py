@@ -156,6 +156,11 @@ def mean_over_processes(x: Tensor) -> Tensor:
     return reduce(x.detach().contiguous(), "mean")
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on the device; to a GPU it is copied from pinned memory, without waiting."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
 class Draws:
     """The random numbers of one step, drawn for the samples of all processes; each process gets its own rows.
 

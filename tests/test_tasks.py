@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from inventory_tools import Scripts, checkpoints, refuse, succeed
+from inventory_tools import Scripts, checkpoints, metrics, refuse, succeed
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm import model_io
 from ldm.clip import MAX_SCALE, TextEncoder
@@ -22,6 +23,7 @@ from ldm.pipeline import Pipeline
 from ldm.tokenizer import Tokenizer
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
+from ldm.train.config import TrainConfig
 from ldm.train.diffusion import DiffusionTask, PreviewConfig, check_normalized
 from ldm.train.distill import DistillConfig, DistillTask
 from ldm.train.loop import Task, train
@@ -101,6 +103,68 @@ def test_previews_change_no_bit_and_resuming_is_exact(name, muon, tmp_path, one_
         states.append(tiny.tensors(tmp_path / case / "checkpoints" / "step-00000006"))
     assert len(states[0]) > 100 and tiny.same(states[0], states[1]) and tiny.same(states[0], states[2])
     assert all(module.training for module in task.modules.values())
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses to read a number from a tensor, for which a host waits for its GPU, between `armed` and the end of a
+    step."""
+
+    armed = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not (self.armed and func is torch.ops.aten._local_scalar_dense.default), "a step reads a number"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "clip", "diffusion", "distill"])
+def test_a_step_waits_for_no_number_of_the_device(name, tmp_path, monkeypatch, vae_run, clip_run):
+    config = replace(tiny.TRAIN, optimizer=replace(tiny.TRAIN.optimizer, muon_lr=2e-3), accumulate=2, steps=2)
+    flip, mode, due = {"data": replace(tiny.DATA, flip=True)}, NoWaiting(), TrainConfig.due
+    if name == "autoencoder":
+        task = AutoencoderTask(replace(tiny.autoencoder(config), **flip))
+    elif name == "clip":
+        task = CLIPTask(replace(tiny.clip(config, tiny.READERS), **flip))
+    elif name == "diffusion":
+        task = DiffusionTask(tiny.diffusion(vae_run, clip_run, config, min_snr_gamma=5.0))
+    else:
+        task = DistillTask(DistillConfig(teacher="shapes", data=tiny.DATA, train=config, held_out=4))
+
+    def losses(*arguments):
+        mode.armed = True
+        yield from type(task).losses(task, *arguments)
+
+    def disarm(*arguments):
+        mode.armed = False
+        return due(*arguments)
+
+    monkeypatch.setattr(task, "losses", losses)
+    monkeypatch.setattr(TrainConfig, "due", disarm)
+    with mode:
+        train(task, replace(config, log_every=1), tmp_path, {})
+    assert len(metrics(tmp_path)) >= 2
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "clip", "diffusion"])
+def test_recomputed_blocks_give_the_same_weights(name, tmp_path, one_thread, vae_run, clip_run):
+    states = []
+    for checkpointing in (False, True):
+        config = replace(tiny.TRAIN, checkpointing=checkpointing, steps=2)
+        if name == "diffusion":
+            task = DiffusionTask(tiny.diffusion(vae_run, clip_run, config))
+        else:
+            task = {"autoencoder": AutoencoderTask, "clip": CLIPTask}[name](getattr(tiny, name)(config))
+        train(task, config, tmp_path / str(checkpointing), {})
+        states.append(tiny.tensors(tmp_path / str(checkpointing)))
+    assert tiny.same(*states)
+
+
+def test_frozen_parts_run_in_the_precision_of_the_run(vae_run, clip_run):
+    task, seen = DiffusionTask(tiny.diffusion(vae_run, clip_run, replace(tiny.TRAIN, precision="bf16"))), set()
+    for layer in (task.vae.encoder.conv_in, task.text_encoder.text_model.encoder.layers[0].mlp.fc1):
+        layer.register_forward_hook(lambda module, inputs, output: seen.add((type(module), output.dtype)))
+    task.loss = lambda modules, z0, *rest: seen.add(z0.dtype) or DiffusionTask.loss(task, modules, z0, *rest)
+    next(losses_of(task, stack(tiny.samples(4))))
+    assert seen == {(torch.nn.Conv2d, torch.bfloat16), (torch.nn.Linear, torch.bfloat16), torch.float32}
 
 
 # Autoencoder

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -14,8 +15,9 @@ from inventory_tools import metrics
 
 from ldm.config import UserError
 from ldm.model_io import read_json
+from ldm.train import loop
 from ldm.train.config import OptimizerConfig
-from ldm.train.loop import train
+from ldm.train.loop import Late, train
 
 CONFIG = replace(tiny.TRAIN, steps=6, save_every=3, log_every=1, ema_decay=0.9)
 
@@ -53,11 +55,24 @@ def test_resume_is_exact(tmp_path, monkeypatch, workers, accumulate, muon):
     assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
 
 
-@pytest.mark.parametrize(("where", "wrong"), [("loss", math.nan), ("loss", math.inf), ("gradient", math.nan)])
-def test_a_non_finite_step_never_reaches_weights_averages_or_log(tmp_path, where, wrong):
+@pytest.mark.parametrize(
+    ("where", "wrong", "late"),
+    [("loss", math.nan, True), ("loss", math.inf, False), ("gradient", math.nan, False), ("gradient", math.nan, True)],
+)
+def test_a_non_finite_step_never_reaches_weights_averages_or_log(tmp_path, monkeypatch, where, wrong, late):
     """Infinity is added to the loss as a constant: the gradient stays finite, and the step is skipped all the same; and
-    the other way around. After three in a row the run gives up, with the last good checkpoint and the batch."""
-    config, at, steps = replace(CONFIG, steps=20, save_every=1, keep=9, max_skipped=3), (1, 2, 5, 6, 7), count()
+    the other way around. After three in a row the run gives up, with the last good checkpoint and the batch; so it does
+    where the host learns of each step `late`, as with a GPU. Muon moves a matrix."""
+    if late:
+        monkeypatch.setattr(loop, "Late", lambda device: Late(torch.device("cuda")))
+        monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    monkeypatch.setattr("ldm.train.optim.NARROW", 1)
+    optimizer = replace(CONFIG.optimizer, muon_lr=1e-2)
+    config, at, steps = (
+        replace(CONFIG, optimizer=optimizer, steps=20, save_every=1, keep=9, max_skipped=3),
+        (1, 2, 5, 6, 7),
+        count(),
+    )
     toy = tiny.Toy(wrong=dict.fromkeys(at, wrong) if where == "loss" else {})
     if where == "gradient":
         toy.modules["first"].weight.register_hook(lambda gradient: gradient * (wrong if next(steps) in at else 1))

@@ -77,7 +77,8 @@ def train(config_class: type, make_task: Callable[[Any], Any], command: Callable
 
     process = processes()  # refuses an unsupported launch before any work
     try:
-        train(make_task(config), config.train, args.out, to_dict(config), args.force)
+        task = make_task(config)
+        train(task, task.config.train, args.out, to_dict(task.config), args.force)
     except KeyboardInterrupt:
         print("the same command goes on from the last checkpoint", file=sys.stderr)
         raise

@@ -18,7 +18,7 @@ from ldm.config import UserError, require
 from ldm.data import DataConfig, choose_captions
 from ldm.data.faults import all_captions
 from ldm.data.minimal_pairs import alter
-from ldm.distributed import Draws, gather_objects, mean_over_processes
+from ldm.distributed import Draws, gather_objects, mean_over_processes, upload
 from ldm.metrics.alignment import retrieval, sharing
 from ldm.tokenizer import Tokenizer
 from ldm.train.auxiliary import Grounding, GroundingConfig
@@ -88,16 +88,19 @@ class CLIPTask(Task):
         """The contrastive loss, where images that share a caption are not each other's negatives, and the auxiliary
         losses."""
         x, captions = self.images(batch, draws), batch["captions"]
-        tokens = self.tokens(choose_captions(captions, draws.rand(len(captions))))
+        ids = self.tokenizer(choose_captions(captions, draws.rand(len(captions))), warn=False)
+        tokens = upload(ids, self.device)
         images, texts, scale, context = modules["clip"](x, tokens)
         if distributed.is_initialized():
             images, texts = (torch.cat(all_gather(rows)) for rows in (images, texts))
             captions = [each for part in gather_objects(captions) for each in part]
-        same = sharing(captions).to(x.device)
+        same = upload(sharing(captions), x.device)
         loss, values = losses.contrastive(images, texts, scale, same), {"scale": scale}
         if "grounding" in modules:
             values["contrastive"] = loss
-            for name, (total, count) in modules["grounding"](context, tokens, x, draws).items():
+            places = self.modules["grounding"].places(ids)
+            places = places if places is None else upload(places, self.device)
+            for name, (total, count) in modules["grounding"](context, tokens, x, draws, places).items():
                 values[name] = total / mean_over_processes(count).clamp(min=1)
                 loss = loss + getattr(self.config.grounding, name) * values[name]
         yield "clip", loss, values

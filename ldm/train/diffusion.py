@@ -14,7 +14,7 @@ from ldm.config import UserError, require
 from ldm.data import DataConfig, choose_captions, spread, stack
 from ldm.data.latents import open_latents
 from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weight, sample_timesteps
-from ldm.distributed import Draws
+from ldm.distributed import Draws, upload
 from ldm.images import captioned_grid
 from ldm.lora import Adapters, LoRAConfig, save_lora
 from ldm.pipeline import Pipeline
@@ -132,8 +132,9 @@ class DiffusionTask(Task):
     def latents(self, batch: dict, draws: Draws) -> Tensor:
         """Normalized latents (B, C, h, w), sampled from the posterior that is in the batch or of its images."""
         if "image" in batch:
-            posterior = self.vae.encode(self.images(batch, draws))
-            batch = {"mean": posterior.mean, "std": posterior.std}
+            with self.autocast():
+                posterior = self.vae.encode(self.images(batch, draws))
+            batch = {"mean": posterior.mean.float(), "std": posterior.std.float()}
         mean, std = batch["mean"], batch["std"]
         return self.vae.normalize(mean + std * draws.randn(*mean.shape))
 
@@ -147,13 +148,14 @@ class DiffusionTask(Task):
             lambda n, g: sample_timesteps(n, len(self.schedule), c.timesteps, g, c.logit_mean, c.logit_std), len(z0)
         )
         eps = draws.randn(*z0.shape)
-        yield "unet", self.loss(modules, z0, captions, t.to(z0.device), eps), {"z_std": z0.std()}
+        yield "unet", self.loss(modules, z0, captions, upload(t, z0.device), eps), {"z_std": z0.std()}
 
     def loss(self, modules: Modules, z0: Tensor, captions: list[str], t: Tensor, eps: Tensor) -> Tensor:
         """The weighted squared error at timesteps t (B,) with noise eps (B, C, h, w)."""
         denoiser = Denoiser(modules["unet"], self.schedule)
-        tokens = self.tokenizer(captions, warn=False).to(z0.device)
-        context = modules.get("text_encoder", self.text_encoder)(tokens)
+        tokens = upload(self.tokenizer(captions, warn=False), z0.device)
+        with self.autocast():
+            context = modules.get("text_encoder", self.text_encoder)(tokens).float()
         prediction = denoiser.predict(self.schedule.add_noise(z0, eps, t), t, context)
         weight = loss_weight(self.schedule, t, denoiser.prediction, self.config.min_snr_gamma)
         return losses.diffusion(prediction, denoiser.target(z0, eps, t), weight.to(z0.device, z0.dtype))

@@ -18,7 +18,7 @@ from ldm import losses
 from ldm.config import UserError, require
 from ldm.data import DataConfig, choose_captions, spread
 from ldm.diffusion import Denoiser, guided
-from ldm.distributed import Draws
+from ldm.distributed import Draws, upload
 from ldm.images import captioned_grid
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts, save_parts
@@ -88,7 +88,9 @@ class DistillTask(Task):
     @torch.no_grad()
     def context(self, captions: list[str]) -> Tensor:
         """Captions -> context (B, L, D)."""
-        return self.teacher.text_encoder(self.teacher.tokenizer(captions, warn=False).to(self.device))
+        tokens = upload(self.teacher.tokenizer(captions, warn=False), self.device)
+        with self.autocast():
+            return self.teacher.text_encoder(tokens).float()
 
     @torch.no_grad()
     def guide(self, z: Tensor, context: Tensor, step: int) -> Tensor:
@@ -98,7 +100,8 @@ class DistillTask(Task):
         *begin, last = self.grid.steps[step * many : (step + 1) * many]
         part = replace(self.grid, steps=(*begin, last._replace(**end)))
         denoiser = Denoiser(self.teacher.unet, self.grid.schedule)
-        return ddim(guided(denoiser, context, self.null.expand_as(context), self.config.guidance), z, part, None)
+        with self.autocast():
+            return ddim(guided(denoiser, context, self.null.expand_as(context), self.config.guidance), z, part, None)
 
     def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
         """The squared error of the student's steps on new paths."""

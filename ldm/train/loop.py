@@ -5,8 +5,10 @@ is a pure function of (seed, step), so a run that is resumed, or shared by many 
 """
 
 import signal
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from ldm.config import UserError
 from ldm.data import batches, flip_half, open_dataset, sampling_weights, spread
 from ldm.data.loader import load
 from ldm.data.order import EpochBatches
-from ldm.distributed import Draws, from_main, memory_errors, processes
+from ldm.distributed import Draws, fast_kernels, from_main, memory_errors, processes, upload
 from ldm.images import to_float
 from ldm.train import sharding, state
 from ldm.train.config import OptimizerConfig, TrainConfig
@@ -39,7 +41,8 @@ class Task:
 
     def __init__(self, config: Any, need_captions: bool = True) -> None:
         """`config` has the tables `data` and `train`; seeds the initial weights."""
-        self.config, self.device, self.balance = config, processes().device, config.data.balance
+        self.device, self.balance = processes().device, config.data.balance
+        self.config = replace(config, train=config.train.on(self.device))
         self.dataset, self.held_out = (self.open_data(config.data, split, need_captions) for split in ("train", "val"))
         self.batch_size = min(64, config.train.batch_size)  # outside the training steps
         torch.manual_seed(config.train.seed)
@@ -47,7 +50,11 @@ class Task:
     def images(self, batch: dict, draws: Draws) -> Tensor:
         """The images x (B, 3, H, W) in [-1, 1] of a batch, half of them mirrored where `data.flip` is set."""
         x = to_float(batch["image"])
-        return flip_half(x, draws.rand(len(x))) if self.config.data.flip else x
+        return flip_half(x, upload(draws.rand(len(x)), x.device)) if self.config.data.flip else x
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the run, for models that it does not train."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
     def samples(self, dataset: Any, count: int, batch_size: int) -> Iterator[tuple[Tensor, list[list[str]]]]:
         """At most `count` samples, spread over the data set: batches of images x (B, 3, H, W) in [-1, 1], captions."""
@@ -80,14 +87,14 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
     one, unless `force`; where losses stay non-finite; and where memory runs out. At SIGINT or SIGTERM the step is
     finished and saved, then `Stopped` is raised; a second signal ends the process at once.
     """
-    c, out = config, Path(out)
+    c, out = config.on(processes().device), Path(out)
     with ExitStack() as stack:
         # Set up, or resume
-        processes()
         from_main(stack.enter_context, state.lock(out))
         signals = stack.enter_context(caught_signals())
-        way_out = "go on from the last checkpoint with a smaller one, as much more train.accumulate, and --force"
-        stack.enter_context(memory_errors(f"with train.batch_size={c.batch_size}; {way_out}"))
+        way_out = "train.checkpointing=true, or a smaller batch, as much more train.accumulate, and --force"
+        stack.enter_context(memory_errors(f"with train.batch_size={c.batch_size}; resume with {way_out}"))
+        stack.enter_context(fast_kernels(processes().device))
         run = state.Run(task, c, out)
         a, optimizers = run.accelerator, run.optimizers.values()
         start = run.resume()
@@ -97,7 +104,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
         a.init_trackers("ldm")
         loaded = stack.enter_context(closing(micro_batches(task, c, a, start)))
         bar = stack.enter_context(tqdm(initial=start, total=c.steps, disable=not a.is_main_process, unit="step"))
-        skipped = 0  # steps in a row
+        late, skipped = Late(a.device), 0  # skipped steps in a row
 
         for step in range(start, c.steps):
             # Gradients of every micro-batch
@@ -112,31 +119,29 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
                     (loss / c.accumulate).backward()
                     values.append({f"{name}_loss": loss} | extra)
 
-            # Clip and update, in all processes or in none
+            # Clip and update, in all processes or in none: the device decides
             values.append({f"{n}_grad_norm": sharding.clip(m, c.clip, a) for n, m in task.modules.items()})
-            finite, stopped_by = agree(values, signals, a)
-            if finite:
-                rate = c.optimizer.rate(step, c.steps)
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate * optimizer.defaults["lr"]
-                    optimizer.step()
-                task.after_step()
-                for name, average in run.averages.items():
-                    average.update(task.modules[name], step)
-                for table in (*values, {"lr": rate * c.optimizer.lr}):
-                    run.log(table)
+            votes = agree(values, signals, a)
+            rate, skip = c.optimizer.rate(step, c.steps), votes[0]
             for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * optimizer.defaults["lr"]
+                optimizer.found_inf = skip
+                optimizer.step()
                 optimizer.zero_grad()
+            task.after_step()
+            for name, average in run.averages.items():
+                average.update(task.modules[name], step, skip)
+            run.log([*values, {"lr": rate * c.optimizer.lr}], skip)
 
             # Give up where losses stay non-finite
-            run.skipped += not finite
-            skipped = 0 if finite else skipped + 1
+            (broken, stopped_by), (at, kept) = late(votes, (step, kept))
+            skipped = skipped + 1 if broken else 0
             if skipped == c.max_skipped:
-                file = out / f"non-finite-step-{step:08d}-process-{a.process_index}.pt"
+                file = out / f"non-finite-step-{at:08d}-process-{a.process_index}.pt"
                 torch.save(kept, file)
                 raise UserError(
-                    f"{skipped} steps in a row had a non-finite loss or gradient, the last at step {step}, whose batch"
+                    f"{skipped} steps in a row had a non-finite loss or gradient, the last at step {at}, whose batch"
                     f" is in {str(file)!r}. Lower train.optimizer.lr, or set train.precision='no'"
                 )
 
@@ -174,14 +179,29 @@ def micro_batches(task: Task, config: TrainConfig, accelerator: Accelerator, sta
 
 
 @torch.no_grad()
-def agree(tables: list[dict[str, Any]], signals: list[int], accelerator: Accelerator) -> tuple[bool, int]:
-    """Whether all losses and gradient norms of all processes are finite, and the number of a signal that any of them
-    got, else 0."""
+def agree(tables: list[dict[str, Any]], signals: list[int], accelerator: Accelerator) -> Tensor:
+    """Votes (2,) on the device: 1 where a loss or gradient norm of any process is not finite, else 0; and the number of
+    a signal that any of them got, else 0."""
     checked = torch.stack([v for table in tables for k, v in table.items() if k.endswith(("_loss", "_norm"))])
-    broken = (~checked.isfinite()).any().int()
+    broken = (~checked.isfinite()).any().float()
     votes = torch.stack([broken, torch.full_like(broken, signals[0] if signals else 0)])
-    skip, number = accelerator.gather(votes[None]).amax(0).tolist()
-    return not skip, number
+    return accelerator.gather(votes[None]).amax(0)
+
+
+class Late:
+    """Reads the votes of a step: on a GPU those of the step before, as waiting for them would leave it without work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.steps = deque([(torch.zeros(2), (0, []), None)] * (device.type == "cuda"))
+
+    def __call__(self, votes: Tensor, note: Any) -> tuple[list[int], Any]:
+        """The votes (2,) of that step, and its `note`."""
+        votes = votes.to("cpu", non_blocking=True)  # pinned, where they come from a GPU
+        self.steps.append((votes, note, torch.cuda.current_stream().record_event() if self.steps else None))
+        votes, note, copied = self.steps.popleft()
+        if copied:
+            copied.synchronize()
+        return [int(vote) for vote in votes.tolist()], note
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

@@ -76,7 +76,6 @@ class PreferenceTask(DiffusionTask):
         reference = UNet.from_pretrained(config.model)
         if steps := reference.distilled_steps:
             raise UserError(f"model {config.model!r} is distilled to {steps} steps; train the model it came from")
-        self.options = config
         self.scorer = Scorer(config.scorer, config.data) if config.scorer else None
         if self.scorer and not Path(config.pairs).exists():
             from_main(make_pairs, config, self.scorer)
@@ -92,6 +91,7 @@ class PreferenceTask(DiffusionTask):
         if len(self.dataset) < FEWEST:
             count = f"{config.pairs!r} has {len(self.dataset)} pairs to train on"
             raise UserError(f"{count}; it takes {FEWEST} or more, best a thousand: judge or make more")
+        self.config = replace(config, train=self.config.train)
         self.reference = reference.requires_grad_(False).to(self.device)
 
     def images(self, batch: dict, draws: Draws) -> Tensor:
@@ -120,14 +120,14 @@ class PreferenceTask(DiffusionTask):
         after = denoiser.predict(z_t, t, context)
         gain = ((before - target).square() - (after - target).square()).flatten(1).mean(1)
         chosen, rejected = gain.unflatten(0, (-1, 2)).unbind(1)
-        reward = self.options.beta * (chosen - rejected)
+        reward = self.config.beta * (chosen - rejected)
         values = {"accuracy": (reward > 0).float().mean(), "drift": (after.detach() - before).square().mean()}
         return -F.logsigmoid(reward).mean(), values
 
     def validate(self, modules: Modules) -> dict[str, float]:
         """Loss, accuracy and drift on held-out pairs, each at a fixed timestep and with fixed noise; and the scorer's
         mean score of pictures of further prompts, beside that of the reference's."""
-        config, fixed = self.options, torch.Generator().manual_seed(self.options.train.seed)
+        config, fixed = self.config, torch.Generator().manual_seed(self.config.train.seed)
         indices, sums = spread(self.held_out, config.held_out), {"loss": 0.0, "accuracy": 0.0, "drift": 0.0}
         timesteps = torch.linspace(0, len(self.schedule) - 1, len(indices)).long()
         timesteps = timesteps[torch.randperm(len(indices), generator=fixed)].split(self.batch_size)
@@ -145,10 +145,10 @@ class PreferenceTask(DiffusionTask):
 
     def scores(self, modules: Modules) -> dict[str, float]:
         """The mean scores of pictures by the model and by the reference."""
-        posed, scores = self.scorer.pose(self.options.held_out, held_out=True), {}
+        posed, scores = self.scorer.pose(self.config.held_out, held_out=True), {}
         for name, unet in {"score": modules["unet"], "reference_score": self.reference}.items():
             pipe = Pipeline(self.parts({"unet": unet}))
-            images = pipe([case.caption for case in posed], steps=self.options.steps, guidance=self.options.guidance)
+            images = pipe([case.caption for case in posed], steps=self.config.steps, guidance=self.config.guidance)
             scores[name] = float(self.scorer(images, posed).mean())
         return scores
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm.distributed import fsdp_requested, rank_and_world
+from ldm.distributed import fsdp_requested, rank_and_world, upload
 
 LAYERS = ("ResnetBlock", "SpatialTransformer", "Layer")  # classes whose parameters are gathered together
 
@@ -58,7 +58,7 @@ def clip(module: nn.Module, maximum: float, accelerator: Accelerator) -> Tensor:
     for parameter in module.parameters() if isinstance(module, FSDPModule) else ():
         if not parameter.ndim and parameter.grad is not None:  # not sharded, so FSDP does not sum it
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
-    return full(nn.utils.clip_grad_norm_(module.parameters(), maximum)).to(accelerator.device)
+    return upload(full(nn.utils.clip_grad_norm_(module.parameters(), maximum)), accelerator.device)
 
 
 def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

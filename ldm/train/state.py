@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ldm import model_io
 from ldm.config import UserError
 from ldm.distributed import from_main, gather_objects, processes
-from ldm.train import sharding
+from ldm.train import blocks, sharding
 from ldm.train.config import TrainConfig
 from ldm.train.optim import EMA, make_optimizers
 
@@ -41,6 +41,7 @@ MANIFEST = "manifest.json"
 # Keys of a config that do not change the trained weights.
 FREE = ("train.log_every", "train.validate_every", "train.preview_every", "train.save_every", "train.keep")
 FREE += ("train.trackers", "train.workers", "train.max_skipped", "train.best", "preview.", "cache", "data.max_broken")
+FREE += ("train.checkpointing",)
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "einops", "safetensors", "numpy")
 
 
@@ -66,13 +67,14 @@ class Run:
         for name, module in task.modules.items():
             module.train().to(self.accelerator.device)
             average = self.averages[name] = EMA(module, config.ema_decay, config.ema_power)
+            blocks.prepare(module, config)
             self.called[name], average.whole = sharding.prepare(module, average.module, self.accelerator)
             self.optimizers |= make_optimizers(name, module, task.optimizers.get(name, config.optimizer))
         self.parts = task.modules | {f"{name}-ema": average.module for name, average in self.averages.items()}
         self.names = {p: name for module in task.modules.values() for name, p in module.named_parameters()}
         self.best: dict[str, Any] | None = None  # step, value and name of the best validation
-        self.logged: dict[str, list[Tensor]] = defaultdict(list)  # since the last line, on the device
-        self.skipped = 0  # steps since the last line
+        self.logged: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # since the last line, on the device
+        self.skips: list[Tensor] = []  # of each step since then: 1 where it was skipped
 
     # Resume, validate, preview, export, save
 
@@ -191,20 +193,25 @@ class Run:
         if self.main:
             tqdm.write(text)
 
-    def log(self, values: dict[str, Any]) -> None:
-        """Adds scalars to the means of the next line."""
-        for name, value in values.items():
-            x = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
-            self.logged[name].append(x.detach())
+    def log(self, tables: list[dict[str, Any]], skip: Tensor) -> None:
+        """Adds the scalars of a step to the means of the next line, unless `skip` is 1."""
+        self.skips.append(skip)
+        for name, value in (entry for table in tables for entry in table.items()):
+            x = value.detach().float() if torch.is_tensor(value) else torch.full_like(skip, value)
+            self.logged[name].append((x, skip))
 
     def write_means(self, step: int) -> str:
         """Writes the means over steps and processes since the last line; returns the losses for the progress bar."""
-        means = {name: torch.stack(values).mean() for name, values in self.logged.items()}
+        means = {}
+        for name, rows in self.logged.items():
+            values, skips = map(torch.stack, zip(*rows, strict=True))
+            if len(kept := values[skips == 0]):
+                means[name] = kept.mean()
         means = {name: float(x) for name, x in self.accelerator.reduce(means, "mean").items()}
-        self.write_line(step, means | {"skipped": self.skipped})
+        self.write_line(step, means | {"skipped": int(sum(self.skips))})
         self.list_left_out()
         self.logged.clear()
-        self.skipped = 0
+        self.skips.clear()
         return " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("_loss"))
 
     def write_line(self, step: int, values: dict[str, float]) -> None:
