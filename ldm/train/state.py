@@ -156,7 +156,8 @@ class Run:
             states[f"{name}-optimizer"] = {
                 f"{self.names[p]}/{key}": x for p, entry in optimizer.state.items() for key, x in entry.items()
             }
-        folder, files = checkpoint / "state", [path for path in checkpoint.rglob("*") if path.is_file() and self.main]
+        folder, exported = checkpoint / "state", checkpoint.rglob("*") if self.main else ()
+        files = [path for path in exported if folder not in path.parents and path.is_file()]  # others write there
         folder.mkdir(exist_ok=True)
         if self.main:
             model_io.write_json(folder / "state.json", progress)
