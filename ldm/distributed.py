@@ -82,21 +82,25 @@ class Watch(Thread):
         return [self.store.add(f"{name}/{rank}", 0) for rank in range(self.world)]
 
     def missing(self) -> str:
-        """Who is missing, and what to do."""
+        """Who is missing, as the first that asks finds out, and what to do."""
+        hint = "see its own output; the same command goes on from what is saved"
         try:
             before, beats = self.read("alive"), self.read("beats")
-            time.sleep(3)
+            for _ in range(3):
+                time.sleep(1)
+                self.store.add(f"alive/{self.rank}", 1)
             dead = [rank for rank, (a, b) in enumerate(zip(before, self.read("alive"), strict=True)) if a == b]
-            behind = [rank for rank, count in enumerate(beats) if count == min(beats) < max(beats)]
+            late = [rank for rank, count in enumerate(beats) if count == min(beats) < max(beats)]
+            who = f"rank {', '.join(map(str, dead or late or range(self.world)))} of {self.world} processes"
+            text = (
+                f"{who} {'has ended' if dead else f'has made no progress for {self.limit:g} s (LDM_TIMEOUT)'}: {hint}"
+            )
+            return self.store.compare_set("missing", "", text).decode()
         except RuntimeError:
-            dead, behind = [0], []
-        text = f"no process has made progress for {self.limit:g} s (LDM_TIMEOUT); they wait for a device or the network"
-        if missing := ", ".join(map(str, dead or behind)):
-            text = f"process {missing} of 0 to {self.world - 1} " + ("has ended" if dead else "does not go on")
-        return f"{text}: see its own output for the reason. The same command goes on from what is saved"
+            return f"rank 0 of {self.world} processes has ended: {hint}"
 
     def end(self) -> None:
-        print(f"error: process {self.rank}: {self.missing()}", file=sys.stderr, flush=True)
+        print(f"error: {self.missing()}", file=sys.stderr, flush=True)
         os._exit(2)
 
 
@@ -115,7 +119,7 @@ def connected() -> Iterator[None]:
         lost = isinstance(error, distributed.DistError) or "Connection" in str(error)
         if not lost or rank_and_world()[1] == 1:
             raise
-        raise UserError(f"process {watch().rank}: {watch().missing()}") from None
+        raise UserError(watch().missing()) from None
 
 
 def leave() -> None:

@@ -4,6 +4,8 @@ import math
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +167,30 @@ def test_two_processes_hold_about_half_of_every_parameter_each(tmp_path):
     assert [size for size, a, b in shares if a is None and b is None] == [1]
     assert all(a + b == size for size, a, b in shares if a is not None)
     assert 0.4 < sum(a or 0 for _, a, _ in shares) / sum(first["sizes"]) < 0.75
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("sleep", "has made no progress for 6 s (LDM_TIMEOUT)"), ("kill", "has ended")]
+)
+def test_a_process_that_hangs_or_dies_is_named_and_ends_the_others(tmp_path, fault, said):
+    """Without a launcher, which would end them itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    environment = os.environ | address | {"LDM_TIMEOUT": "6", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "tests" / "two_processes.py", tmp_path / "run", fault]
+    started = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    error, _ = (process.communicate(timeout=120)[1] for process in started)
+    assert [process.returncode for process in started] == [2, 2 if fault == "sleep" else -signal.SIGKILL]
+    assert f"error: rank 1 of 2 processes {said}: see its own output" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
