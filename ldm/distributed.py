@@ -92,10 +92,8 @@ class Watch(Thread):
             dead = [rank for rank, (a, b) in enumerate(zip(before, self.read("alive"), strict=True)) if a == b]
             late = [rank for rank, count in enumerate(beats) if count == min(beats) < max(beats)]
             who = f"rank {', '.join(map(str, dead or late or range(self.world)))} of {self.world} processes"
-            text = (
-                f"{who} {'has ended' if dead else f'has made no progress for {self.limit:g} s (LDM_TIMEOUT)'}: {hint}"
-            )
-            return self.store.compare_set("missing", "", text).decode()
+            what = "has ended" if dead else f"has made no progress for {self.limit:g} s (LDM_TIMEOUT)"
+            return self.store.compare_set("missing", "", f"{who} {what}: {hint}").decode()
         except RuntimeError:
             return f"rank 0 of {self.world} processes has ended: {hint}"
 

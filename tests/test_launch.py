@@ -137,15 +137,16 @@ def test_two_processes_train_as_one_with_their_batches_together(folder, one_thre
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_one_or_two_processes_sharded_or_not(folder, one_thread):
+    """Two sharded ones, then one, then two, against one all the time."""
     runs(folder, "fsdp", "clip")
-    for before, after in (("fsdp-one", "fsdp-one"), ("fsdp", "fsdp-one"), ("fsdp-one", "fsdp")):
-        out = folder / after / f"from-{before}"
-        shutil.copytree(folder / before / "clip", out)
-        if after == "fsdp":
-            launched("fsdp", "clip", "train.steps=9", "--force", cwd=out.parent, out=out.name)
-        else:
-            train_here("clip", given("fsdp", "clip", 8, "train.steps=9"), out.name, out.parent, force=True)
-        check_same_lines(folder / "fsdp-one" / "from-fsdp-one", out, 11)
+    for kind, processes in (("fsdp-one", (1, 1)), ("fsdp", (1, 2))):
+        out = Path(shutil.copytree(folder / kind / "clip", folder / kind / "resumed"))
+        for count, steps in zip(processes, ("train.steps=9", "train.steps=12"), strict=True):
+            if count == 2:
+                launched("fsdp", "clip", steps, "--force", cwd=out.parent, out=out.name)
+            else:
+                train_here("clip", given("fsdp", "clip", 8, steps), out.name, out.parent, force=True)
+    check_same_lines(folder / "fsdp-one" / "resumed", folder / "fsdp" / "resumed", 15)
 
 
 @pytest.mark.slow
@@ -169,8 +170,11 @@ def test_two_processes_hold_about_half_of_every_parameter_each(tmp_path):
     assert 0.4 < sum(a or 0 for _, a, _ in shares) / sum(first["sizes"]) < 0.75
 
 
+STUCK = "has made no progress for 6 s (LDM_TIMEOUT)"
+
+
 @pytest.mark.parametrize(
-    ("fault", "said"), [("sleep", "has made no progress for 6 s (LDM_TIMEOUT)"), ("kill", "has ended")]
+    ("fault", "said"), [pytest.param("sleep", STUCK, marks=pytest.mark.slow), ("kill", "has ended")]
 )
 def test_a_process_that_hangs_or_dies_is_named_and_ends_the_others(tmp_path, fault, said):
     """Without a launcher, which would end them itself."""
