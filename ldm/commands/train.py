@@ -72,17 +72,17 @@ def train(config_class: type, make_task: Callable[[Any], Any], command: Callable
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. train.steps=1000")
     args = parser.parse_intermixed_args()
     config = load(config_class, args.config, args.overrides)
-    from ldm.distributed import processes
+    from ldm.distributed import leave, processes
     from ldm.train.loop import train
 
-    process = processes()  # refuses an unsupported launch before any work
+    processes()  # refuses an unsupported launch before any work
     try:
         task = make_task(config)
         train(task, task.config.train, args.out, to_dict(task.config), args.force)
     except KeyboardInterrupt:
         print("the same command goes on from the last checkpoint", file=sys.stderr)
         raise
-    process.destroy_process_group()
+    leave()
 
 
 def _keys(cls: type, prefix: str = "") -> Iterator[str]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ldm.config import UserError
 from ldm.data.faults import all_captions, attempt
-from ldm.distributed import gather_objects, rank_and_world
+from ldm.distributed import beat, gather_objects, rank_and_world
 from ldm.images import to_float
 from ldm.model_io import atomic_write, module_hash
 
@@ -127,6 +127,7 @@ class CachedLatents:
 
     def _encode(self, vae: nn.Module, batches: list[list[int]], blank: Tensor) -> Iterator[tuple[int, Tensor]]:
         for batch in tqdm(batches, desc="encoding", unit="batch", disable=rank_and_world()[0] > 0):
+            beat()
             samples = [attempt(self.faults, self.dataset.__getitem__, i) for i in batch]
             moments = encode(vae, torch.stack([sample["image"] if sample else blank for sample in samples]))
             moments[[sample is None for sample in samples]] = torch.nan

@@ -18,12 +18,12 @@ from ldm import losses
 from ldm.config import UserError, require
 from ldm.data import DataConfig, choose_captions, spread
 from ldm.diffusion import Denoiser, guided
-from ldm.distributed import Draws, upload
-from ldm.images import captioned_grid
+from ldm.distributed import Draws, fsdp_requested, map_over_processes, upload
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts, save_parts
 from ldm.samplers import ImageNoise, ddim, make_grid
 from ldm.train.config import TrainConfig, require_least
+from ldm.train.diffusion import share_pictures
 from ldm.train.loop import Losses, Modules, Task
 from ldm.unet import UNet
 
@@ -126,16 +126,19 @@ class DistillTask(Task):
         """The loss on held-out captions with fixed noise."""
         indices = spread(self.held_out, self.config.held_out)
         noise = ImageNoise(indices, self.shape, self.device)()
-        captions, total = [self.held_out.captions(i)[0] for i in indices], 0.0
-        for i in range(0, len(captions), self.batch_size):
-            part = slice(i, i + self.batch_size)
-            total += float(self.loss(modules, captions[part], noise[part])) * len(noise[part])
-        return {"loss": total / len(captions)}
+        captions = [self.held_out.captions(i)[0] for i in indices]
+
+        def measure(start: int) -> float:
+            rows = slice(start, start + self.batch_size)
+            return float(self.loss(modules, captions[rows], noise[rows])) * len(noise[rows])
+
+        starts = range(0, len(captions), self.batch_size)
+        return {"loss": sum(map_over_processes(measure, starts, even=fsdp_requested())) / len(captions)}
 
     def preview(self, modules: Modules) -> Image.Image:
         """A captioned grid of the student's pictures of held-out captions, from fixed seeds."""
         prompts = [self.held_out.captions(i)[0] for i in spread(self.held_out, PICTURES)]
-        return captioned_grid(Pipeline(self.parts(modules))(prompts), prompts, min(8, len(prompts)))
+        return share_pictures(Pipeline(self.parts(modules)), prompts)
 
     def parts(self, modules: Modules) -> Parts:
         """The teacher's parts with the student's U-Net, and its sampler by default."""
@@ -143,6 +146,6 @@ class DistillTask(Task):
         schedule.config = replace(schedule.config, sampler="ddim", timestep_spacing="trailing")
         return self.teacher.parts._replace(unet=modules["unet"], schedule=schedule)
 
-    def export(self, modules: Modules, folder: Path, final: bool) -> None:
+    def export(self, modules: Modules, folder: Path, measured: None) -> None:
         """Writes the whole pipeline into `folder`."""
         save_parts(folder, self.parts(modules))

@@ -6,7 +6,7 @@ is a pure function of (seed, step), so a run that is resumed, or shared by many 
 
 import signal
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +19,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.config import UserError
-from ldm.data import batches, flip_half, open_dataset, sampling_weights, spread
+from ldm.data import flip_half, open_dataset, sampling_weights
 from ldm.data.loader import load
 from ldm.data.order import EpochBatches
-from ldm.distributed import Draws, fast_kernels, from_main, memory_errors, processes, upload
+from ldm.distributed import (
+    Draws,
+    beat,
+    connected,
+    fast_kernels,
+    from_main,
+    fsdp_requested,
+    map_over_processes,
+    memory_errors,
+    processes,
+    upload,
+)
 from ldm.images import to_float
 from ldm.train import sharding, state
 from ldm.train.config import OptimizerConfig, TrainConfig
@@ -56,10 +67,17 @@ class Task:
         """The precision of the run, for models that it does not train."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
-    def samples(self, dataset: Any, count: int, batch_size: int) -> Iterator[tuple[Tensor, list[list[str]]]]:
-        """At most `count` samples, spread over the data set: batches of images x (B, 3, H, W) in [-1, 1], captions."""
-        for batch in batches(dataset, spread(dataset, count), batch_size):
-            yield to_float(batch["image"].to(self.device)), batch["captions"]
+    def share(self, work: Callable[[slice, Tensor], Any], dataset: Any, indices: list[int], size: int = 0) -> list[Any]:
+        """`work(rows, x)` of batches of a data set's images x (B, 3, H, W) in [-1, 1], of which those of `rows` among
+        the indices; shared by the processes, all results in order in all of them."""
+        size = size or self.batch_size
+
+        def batch(start: int) -> Any:
+            rows = slice(start, start + size)
+            images = torch.stack([dataset[i]["image"] for i in indices[rows]])
+            return work(rows, to_float(images.to(self.device)))
+
+        return map_over_processes(batch, range(0, len(indices), size), "held-out batches", fsdp_requested())
 
     def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
         """The losses of a batch in turn; the loop runs backward after each."""
@@ -68,13 +86,16 @@ class Task:
         """Restores constraints after the weights have changed, e.g. by a clamp."""
 
     def validate(self, modules: Modules) -> dict[str, float]:
-        """Values on held-out data, of the averaged `modules`."""
+        """Values on held-out data, of the averaged `modules`; all processes call it, and get the same."""
 
     def preview(self, modules: Modules) -> Image.Image | None:
-        """A picture to look at, from fixed inputs and seeds."""
+        """A picture to look at, from fixed inputs and seeds; all processes call it."""
 
-    def export(self, modules: Modules, folder: Path, final: bool) -> None:
-        """Writes the loadable folder; `final` at the end of the run."""
+    def measure(self, modules: Modules, final: bool) -> Any:
+        """What `export` needs to know of the data, by all processes; `final` at the end of the run."""
+
+    def export(self, modules: Modules, folder: Path, measured: Any) -> None:
+        """Writes the loadable folder, in the main process."""
 
     def check_export(self, folder: Path) -> None:
         """Raises UserError where the run that exported `folder` cannot be resumed by this task."""
@@ -95,6 +116,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
         way_out = "train.checkpointing=true, or a smaller batch, as much more train.accumulate, and --force"
         stack.enter_context(memory_errors(f"with train.batch_size={c.batch_size}; resume with {way_out}"))
         stack.enter_context(fast_kernels(processes().device))
+        stack.enter_context(connected())
         run = state.Run(task, c, out)
         a, optimizers = run.accelerator, run.optimizers.values()
         start = run.resume()
@@ -116,6 +138,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
                 for module in run.called.values():
                     sharding.set_gradient_sync(module, micro == c.accumulate - 1)
                 for name, loss, extra in task.losses(run.called, batch, step, draws):
+                    beat()
                     (loss / c.accumulate).backward()
                     values.append({f"{name}_loss": loss} | extra)
 

@@ -132,7 +132,7 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float = 0.999, power: float = 0.75) -> None:
         self.decay, self.power = decay, power
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self.whole: nn.Module | None = None  # where it is sharded, an unsharded copy to evaluate
+        self.blank: nn.Module | None = None  # where it is sharded, an unsharded copy without values
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int, skip: Tensor | float = 0.0) -> None:

@@ -20,7 +20,7 @@ from ldm.data import DataConfig, open_dataset, spread
 from ldm.data.pairs import FILES, Pairs
 from ldm.data.shapes import Scene
 from ldm.diffusion import Denoiser, sample_timesteps
-from ldm.distributed import Draws, from_main, processes
+from ldm.distributed import Draws, beat, from_main, upload
 from ldm.images import save_png, to_float
 from ldm.lora import LoRAConfig
 from ldm.metrics.alignment import cosine
@@ -102,20 +102,20 @@ class PreferenceTask(DiffusionTask):
         """The loss of pairs at random timesteps."""
         z0, captions = self.latents(batch, draws), [texts[0] for texts in batch["captions"]]
         t = draws.rows(lambda n, g: sample_timesteps(n, len(self.schedule), "uniform", g), len(captions))
-        loss, values = self.compared(modules, z0, captions, t.to(z0.device), draws.randn(len(captions), *z0.shape[1:]))
-        yield "unet", loss, values
+        eps = draws.randn(len(captions), *z0.shape[1:])
+        yield "unet", *self.compared(modules, z0, captions, upload(t, z0.device), eps)
 
     def compared(
         self, modules: Modules, z0: Tensor, captions: list[str], t: Tensor, eps: Tensor
-    ) -> tuple[Tensor, dict]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of B pairs of latents (2 B, C, h, w) at timesteps t (B,) with noise eps (B, C, h, w), both the same
         for the two of a pair; how often the implicit reward of the chosen one is higher, and the mean squared change
         of the predictions from the reference's."""
         t, eps = (x.repeat_interleave(2, 0) for x in (t, eps))
         denoiser, reference = (Denoiser(unet, self.schedule) for unet in (modules["unet"], self.reference))
-        with torch.no_grad():
-            context = self.text_encoder(self.tokenizer(captions, warn=False).to(z0.device)).repeat_interleave(2, 0)
-            z_t, target = self.schedule.add_noise(z0, eps, t), denoiser.target(z0, eps, t)
+        z_t, target = self.schedule.add_noise(z0, eps, t), denoiser.target(z0, eps, t)
+        with torch.no_grad(), self.autocast():
+            context = self.context(modules, captions).repeat_interleave(2, 0)
             before = reference.predict(z_t, t, context)
         after = denoiser.predict(z_t, t, context)
         gain = ((before - target).square() - (after - target).square()).flatten(1).mean(1)
@@ -127,20 +127,21 @@ class PreferenceTask(DiffusionTask):
     def validate(self, modules: Modules) -> dict[str, float]:
         """Loss, accuracy and drift on held-out pairs, each at a fixed timestep and with fixed noise; and the scorer's
         mean score of pictures of further prompts, beside that of the reference's."""
-        config, fixed = self.config, torch.Generator().manual_seed(self.config.train.seed)
-        indices, sums = spread(self.held_out, config.held_out), {"loss": 0.0, "accuracy": 0.0, "drift": 0.0}
-        timesteps = torch.linspace(0, len(self.schedule) - 1, len(indices)).long()
-        timesteps = timesteps[torch.randperm(len(indices), generator=fixed)].split(self.batch_size)
-        for part, t in zip(torch.tensor(indices).split(self.batch_size), timesteps, strict=True):
-            samples = [self.held_out[i] for i in part.tolist()]
-            x = rearrange(to_float(torch.stack([each["image"] for each in samples])), "b pair c h w -> (b pair) c h w")
-            z0 = self.vae.normalize(self.vae.encode(x.to(self.device)).mean)
-            eps = torch.randn(len(t), *z0.shape[1:], generator=fixed).to(self.device)
-            captions = [each["captions"][0] for each in samples]
-            loss, values = self.compared(modules, z0, captions, t.to(self.device), eps)
-            for name, value in (values | {"loss": loss}).items():
-                sums[name] += float(value) * len(part)
-        values = {name: total / len(indices) for name, total in sums.items()}
+        indices, fixed = spread(self.held_out, self.config.held_out), torch.Generator()
+        fixed.manual_seed(self.config.train.seed)
+        order = torch.randperm(len(indices), generator=fixed)
+        timesteps = torch.linspace(0, len(self.schedule) - 1, len(indices)).long()[order].to(self.device)
+        side = self.config.data.size // self.vae.factor
+        noise = torch.randn(len(indices), self.vae.config.latent_channels, side, side, generator=fixed)
+
+        def measure(rows: slice, x: Tensor) -> Tensor:
+            z0 = self.vae.normalize(self.vae.encode(rearrange(x, "b pair c h w -> (b pair) c h w")).mean)
+            captions, eps = [self.held_out.captions(i)[0] for i in indices[rows]], noise[rows].to(self.device)
+            loss, values = self.compared(modules, z0, captions, timesteps[rows], eps)
+            return len(x) * torch.stack([loss, *values.values()]).cpu()
+
+        means = sum(self.share(measure, self.held_out, indices)) / len(indices)
+        values = dict(zip(("loss", "accuracy", "drift"), means.tolist(), strict=True))
         return values | (self.scores(modules) if self.scorer else {})
 
     def scores(self, modules: Modules) -> dict[str, float]:
@@ -186,7 +187,7 @@ class Scorer:
 
 def make_pairs(config: PreferenceConfig, scorer: Scorer) -> None:
     """Writes the best and the worst of each prompt's pictures as PNGs beside `config.pairs`, and then that file."""
-    path, pipe, lines = Path(config.pairs), Pipeline.from_pretrained(config.model, processes().device), []
+    path, pipe, lines = Path(config.pairs), Pipeline.from_pretrained(config.model), []
     folder, rng = path.parent / f"{path.stem}-pictures", random.Random(config.train.seed)
     folder.mkdir(parents=True, exist_ok=True)
     posed, size, seed = scorer.pose(config.prompts), -(-BATCH // config.candidates), config.train.seed
@@ -195,6 +196,7 @@ def make_pairs(config: PreferenceConfig, scorer: Scorer) -> None:
         asked = [case for case in posed[first : first + size] for _ in range(config.candidates)]
         prompts, begin = [case.caption for case in asked], seed + first * config.candidates
         images = pipe(prompts, steps=config.steps, guidance=config.guidance, seed=begin, batch_size=len(prompts))
+        beat()
         for row, scores in enumerate(scorer(images, asked).split(config.candidates)):
             if scores.max() == scores.min():
                 continue
