@@ -1,7 +1,8 @@
 """This process among the others of the run: device, rank, gathering, and the random numbers of a global batch."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -54,7 +55,7 @@ def fsdp_requested() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str | torch.device) -> torch.device:
     """The device called `name`; for an empty name this process's GPU, or the CPU. Raises UserError where it is
     unusable."""
     if not name:
@@ -64,8 +65,56 @@ def find_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()  # "meta" holds no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used ({reason}); without --device the best one is") from None
+        raise UserError(f"device {str(name)!r} cannot be used ({reason}); without --device the best one is") from None
     return device
+
+
+def find_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The floating-point type called `name`; for "auto" bfloat16 where a GPU computes in it, else float16 on GPUs and
+    float32 on CPUs. Raises UserError where it is none of these or the GPU lacks it."""
+    on_gpu = device.type == "cuda"
+    lacks = on_gpu and torch.cuda.get_device_capability(device) < (8, 0)  # it would be emulated
+    if name == "auto":
+        return (torch.float16 if lacks else torch.bfloat16) if on_gpu else torch.float32
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"dtype {name} is not allowed: float32, bfloat16, float16 or auto")
+    if lacks and dtype == torch.bfloat16:
+        raise UserError(
+            f"dtype bfloat16 is too new for the GPU {torch.cuda.get_device_name(device)}; use float16 or auto"
+        )
+    return dtype
+
+
+@contextmanager
+def fast_kernels(device: torch.device, tf32: bool = True) -> Iterator[None]:
+    """On a GPU, lets cuDNN time its convolutions for each shape and, with `tf32`, float32 products round their factors
+    to 10 bits; then restores the settings, which are the program's. They stay as they are where it has set torch's
+    newer `fp32_precision`, with which these cannot be read; torch.compile reads these."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    try:
+        before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    except RuntimeError:
+        before = None
+    if before is None or device.type != "cuda":
+        yield
+        return
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, tf32 or before[1], tf32 or before[2]
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turns running out of memory into a UserError; on the CPU torch raises a plain RuntimeError for it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(f"out of memory {advice}") from None
 
 
 def rank_and_world() -> tuple[int, int]:

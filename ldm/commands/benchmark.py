@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ldm.commands.cli import markdown_table, read_options
-from ldm.config import UserError
+from ldm.config import Dtype, UserError
 
 SINGLE = (("shapes", 32, 1), ("emoji", 64, 1), ("emoji", 128, 1), ("emoji", 256, 1))  # model, pixels, batch
 EIGHT = (("shapes", 32, 8), ("emoji", 64, 8), ("emoji", 128, 8))
@@ -57,7 +57,7 @@ class Options:
     rounds: int = 7  # measurements per case
     threads: int = 0  # CPU threads per side; 0: all cores
     device: Literal["cpu", "cuda"] = "cpu"  # device of both sides
-    dtype: Literal["", "float32", "bfloat16", "float16"] = ""  # of both sides; default: bfloat16 on a GPU, else float32
+    dtype: Dtype = "auto"  # of both sides; auto: what a GPU is fast in, bfloat16 or float16; float32 on CPUs
     quick: bool = False  # run only the first case of each workload
     compile: bool = False  # also with compiled models, on CPUs sampling, where those of diffusers stay as they are
 
@@ -110,17 +110,16 @@ def choose(o: Options) -> list[Case]:
         raise UserError(f"--rounds {o.rounds} --threads {o.threads} is not allowed; give 1 or more, and 0 or more")
     if o.out.exists() and not o.out.is_dir():
         raise UserError(f"--out {str(o.out)!r} is a file; give a folder, which may be new")
-    on_gpu, cases = o.device == "cuda", []
+    on_gpu, cases, dtype = o.device == "cuda", [], o.dtype.replace("auto", "float32")
     if on_gpu:
-        from ldm.distributed import find_device
+        from ldm.distributed import find_device, find_dtype
 
-        find_device(o.device)
+        dtype = str(find_dtype(o.dtype, find_device(o.device))).removeprefix("torch.")
     for name in map(str.strip, o.only.split(",")):
         if name not in WORKLOADS:
             raise UserError(f"workload {name!r} is unknown; known: {', '.join(WORKLOADS)}")
-        modes = sorted({False, o.compile and (name == "sampling" or on_gpu and name in GPU)})
+        modes = sorted({False, o.compile and (name == "sampling" or (on_gpu and name in GPU))})
         rows = GPU[name] if on_gpu and name in GPU else WORKLOADS[name][1]
-        dtype = o.dtype or ("bfloat16" if on_gpu else "float32")
         for row in rows[: 1 if o.quick else None]:
             cases += [Case(name, *row, compiled, o.device, dtype) for compiled in modes]
     return cases

@@ -93,19 +93,6 @@ def open_diffusers(model: str) -> Any:
     return pipe
 
 
-def open_ours(model: str, device: torch.device | str, dtype: torch.dtype) -> Pipeline:
-    """Our pipeline in a precision."""
-    return in_precision(Pipeline.from_pretrained(model, device), dtype)
-
-
-def in_precision(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
-    """The pipeline with its U-Net in a precision."""
-    if dtype != torch.float32:
-        forward = pipe.unet.to(dtype).forward
-        pipe.unet.forward = lambda z_t, t, context: forward(z_t.to(dtype), t, context.to(dtype))
-    return pipe
-
-
 def open_pipeline(case: Case) -> Any:
     """The pipeline of a side, whose parts have the same names; random inputs are the same from here on. A U-Net that is
     trained has float32 weights."""
@@ -113,7 +100,7 @@ def open_pipeline(case: Case) -> Any:
     if case.model in RANDOM:
         pipe = open_random(case, dtype)
     elif case.ours:
-        pipe = open_ours(case.model, case.device, dtype)
+        pipe = Pipeline.from_pretrained(case.model, case.device, dtype)
     else:
         pipe = open_diffusers(case.model.removesuffix("-turbo")).to(case.device, dtype)
     if case.workload != "train-unet":  # where diffusers is faster in the layout that it opens in
@@ -126,7 +113,7 @@ def open_pipeline(case: Case) -> Any:
 
 
 def open_random(case: Case, dtype: torch.dtype) -> Any:
-    """A pipeline without a text encoder, of RANDOM, whose weights diffusers draws for both sides."""
+    """A pipeline of RANDOM without a text encoder, whose weights diffusers draws for both sides."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     configs, schedule = RANDOM[case.model], ScheduleConfig(sampler="ddim")
@@ -134,14 +121,13 @@ def open_random(case: Case, dtype: torch.dtype) -> Any:
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
     torch.manual_seed(0)
     with torch.device(case.device):
-        theirs = UNet2DConditionModel(**asdict(configs[0])), AutoencoderKL(**asdict(configs[1]), **kinds)
+        unet, vae = UNet2DConditionModel(**asdict(configs[0])).to(dtype), AutoencoderKL(**asdict(configs[1]), **kinds)
     if case.ours:
         with torch.device("meta"):
-            unet, vae = UNet(configs[0]), VAE(configs[1])
-        for ours, model in zip((unet, vae), theirs, strict=True):
-            ours.eval().load_state_dict(model.state_dict(), assign=True)
-        return in_precision(Pipeline(Parts(vae, None, None, unet, Schedule(schedule))), dtype)
-    unet, vae = theirs
+            ours = UNet(configs[0]).eval(), VAE(configs[1]).eval()
+        for model, theirs in zip(ours, (unet, vae.to(dtype)), strict=True):
+            model.load_state_dict(theirs.state_dict(), assign=True)
+        return Pipeline(Parts(ours[1], None, None, ours[0], Schedule(schedule)))
     betas = {name: value for name, value in asdict(schedule).items() if name not in ("sampler", "sigmas")}
     absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     scheduler = DDIMScheduler(**betas, clip_sample=False)

@@ -165,7 +165,7 @@ class ModelEvaluation(Evaluation):
 
     def __init__(self, config: EvaluateConfig):
         with warnings.catch_warnings(record=True) as notes:  # such as of a sampler that takes another's place
-            self.pipe = pipe = Pipeline.from_pretrained(config.model, find_device(config.device))
+            self.pipe = pipe = Pipeline.from_pretrained(config.model, config.device, config.dtype)
         for note in notes:
             warnings.warn_explicit(note.message, note.category, note.filename, note.lineno)
         own = {"sampler": pipe.schedule.config.sampler, "steps": (pipe.defaults["steps"],)}
@@ -193,6 +193,7 @@ class ModelEvaluation(Evaluation):
             **reported,
             "num": len(self.test.indices),
             "guidance": list(config.guidance),
+            "dtype": str(pipe.dtype).removeprefix("torch."),
             "perceptual_net_of_vae": pipe.vae.perceptual_net or "unknown",
             "intervals_over": "concepts" if self.test.real.concepts else "pictures",
             "notes": [str(note.message) for note in notes],

@@ -73,7 +73,7 @@ class DistillTask(Task):
     def __init__(self, config: DistillConfig) -> None:
         super().__init__(config)
         require(config.teacher != "", "teacher", "", "the run folder (or model) to distill")
-        self.teacher = Pipeline.from_pretrained(config.teacher, self.device)
+        self.teacher = Pipeline.from_pretrained(config.teacher, self.device, torch.float32)
         if steps := self.teacher.unet.distilled_steps:
             raise UserError(f"teacher {config.teacher!r} is distilled to {steps} steps; distill the model it came from")
         self.dataset, self.held_out = Captions(self.dataset), Captions(self.held_out)
@@ -114,7 +114,7 @@ class DistillTask(Task):
             kept = s.to_sigma / s.sigma
             change = s.to_alpha - kept * s.alpha
             z0 = (self.guide(z, context, i) - kept * z) / change
-            own = denoiser(z, torch.tensor(s.t), context)
+            own = denoiser(z, s, context)
             total = total + losses.diffusion(own / s.sigma, z0 / s.sigma)
             z = kept * z + change * own.detach()
         return total / len(self.steps)

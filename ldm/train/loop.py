@@ -20,7 +20,7 @@ from ldm.config import UserError
 from ldm.data import batches, flip_half, open_dataset, sampling_weights, spread
 from ldm.data.loader import load
 from ldm.data.order import EpochBatches
-from ldm.distributed import Draws, from_main, processes
+from ldm.distributed import Draws, from_main, memory_errors, processes
 from ldm.images import to_float
 from ldm.train import sharding, state
 from ldm.train.config import OptimizerConfig, TrainConfig
@@ -85,7 +85,8 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
         processes()
         from_main(stack.enter_context, state.lock(out))
         signals = stack.enter_context(caught_signals())
-        stack.enter_context(memory_errors(c))
+        way_out = "go on from the last checkpoint with a smaller one, as much more train.accumulate, and --force"
+        stack.enter_context(memory_errors(f"with train.batch_size={c.batch_size}; {way_out}"))
         run = state.Run(task, c, out)
         a, optimizers = run.accelerator, run.optimizers.values()
         start = run.resume()
@@ -215,17 +216,3 @@ def caught_signals() -> Iterator[list[int]]:
     finally:
         for handler in handlers.items():
             signal.signal(*handler)
-
-
-@contextmanager
-def memory_errors(config: TrainConfig) -> Iterator[None]:
-    """Turns running out of memory into a UserError; on the CPU torch raises a plain RuntimeError for it."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise UserError(
-            f"out of memory with train.batch_size={config.batch_size}; go on from the last checkpoint with a smaller"
-            " one, as much more train.accumulate, and --force"
-        ) from None
