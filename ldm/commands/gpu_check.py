@@ -36,7 +36,7 @@ class Options:
 
 
 class Row(NamedTuple):
-    """One check: `run` returns a figure, which must be finite and at most `allowed`, and a note."""
+    """One check: `run` returns a figure, which must be finite and at most `allowed`, or a figure and a note."""
 
     name: str
     allowed: float
@@ -59,19 +59,20 @@ def main() -> None:
     from ldm.distributed import find_device
 
     device = find_device(o.device)
-    o.out.mkdir(parents=True, exist_ok=True)
     settings = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"}
     settings |= {name: version(name) for name in ("torch", "transformers")}
     results, start = [], time.perf_counter()
-    with TemporaryDirectory() as work, (o.out / "gpu-check.log").open("w") as log:
-        every = rows(device, Path(work))
-        chosen = [row for row in every if row.name.startswith(tuple(o.only.split(",")))]
+    with TemporaryDirectory() as work:
+        table = rows(device, Path(work))
+        chosen = [row for row in table if row.name.startswith(tuple(o.only.split(",")))]
         if not chosen:
-            raise UserError(f"no row begins with {o.only!r}; known: {', '.join(row.name for row in every)}")
-        for row in chosen:
-            print(row.name, file=sys.stderr)
-            with redirect_stdout(log), redirect_stderr(log):
-                results.append(result(row))
+            raise UserError(f"no row begins with {o.only!r}; known: {', '.join(row.name for row in table)}")
+        o.out.mkdir(parents=True, exist_ok=True)
+        with (o.out / "gpu-check.log").open("w") as log:
+            for row in chosen:
+                print(row.name, file=sys.stderr)
+                with redirect_stdout(log), redirect_stderr(log):
+                    results.append(result(row))
     settings["seconds"] = round(time.perf_counter() - start)
     table = markdown_table(HEAD, *map(cells, results))
     table += f"\n{', '.join(f'{name} {value}' for name, value in settings.items())}\n"
@@ -83,8 +84,7 @@ def main() -> None:
 
 def result(row: Row) -> dict[str, Any]:
     """What came of a row; an error, as of memory that runs out or a device that vanishes, is wrong."""
-    start, figure, note, verdict = time.perf_counter(), None, "", "ok"
-    print(f"--- {row.name}", flush=True)
+    start, figure, note, verdict = time.perf_counter(), None, "", "WRONG"
     try:
         value = row.run()
         figure, note = value if isinstance(value, tuple) else (value, "")
@@ -93,9 +93,8 @@ def result(row: Row) -> dict[str, Any]:
         verdict, note = "skipped", str(reason)
     except Exception as error:
         traceback.print_exc()
-        verdict, note = "WRONG", " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    text = f"{verdict}: {note}" if note else verdict
-    seconds = time.perf_counter() - start
+        note = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    text, seconds = f"{verdict}: {note}" if note else verdict, time.perf_counter() - start
     return {"name": row.name, "figure": figure, "allowed": row.allowed, "result": text, "seconds": seconds}
 
 

@@ -20,7 +20,6 @@ from ldm.pipeline import Pipeline
 from ldm.train import autoencoder, clip, diffusion, loop
 from ldm.train.config import TrainConfig
 
-Result = float | tuple[float, str]
 MODELS, CONFIGS = ("shapes", "emoji"), Path("configs/shapes")
 PARTS = ("VAE encode", "VAE decode", "text encoder", "U-Net", "pictures")
 # dtype, TF32, and allowed: the largest difference of a part, relative, and the mean one of pictures, in levels. Half
@@ -41,14 +40,14 @@ TRAININGS = {  # by the configs of shapes
     ),
 }
 CHANGES = "data.length=256 held_out=32 train.batch_size=16 train.log_every=1 train.save_every=0 train.trackers=[]"
-CHANGES += " train.precision=bf16 train.optimizer.decay=constant"
+CHANGES += " train.precision=bf16 train.optimizer.decay=constant train.steps=4 train.max_skipped=1"
 
 
 def rows(device: torch.device, work: Path) -> list[Row]:
     """All checks on a device, in order: trainings read what earlier ones wrote into the folder `work`."""
     on_gpu, table = device.type == "cuda", []
 
-    def add(name: str, allowed: float, check: Callable[..., Result], *arguments: Any) -> None:
+    def add(name: str, allowed: float, check: Callable[..., float | tuple[float, str]], *arguments: Any) -> None:
         table.append(Row(name, allowed, partial(check, *arguments)))
 
     for name, (*_, relative, mean) in PRECISIONS.items():
@@ -72,17 +71,15 @@ def rows(device: torch.device, work: Path) -> list[Row]:
 # --- parity with float32 on the CPU
 
 
-def parity(part: str, precision: str, device: torch.device) -> Result:
+def parity(part: str, precision: str, device: torch.device) -> float:
     """The largest difference over MODELS."""
     dtype, tf32, *_ = PRECISIONS[precision]
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if not ampere and (tf32 or dtype == torch.bfloat16 and device.type == "cuda"):
         raise Skipped(f"no {precision} on this device")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    pairs = [(output(part, model, device, dtype), reference(part, model)) for model in MODELS]
-    if part == "pictures":
-        return max(mean_difference(*pair) for pair in pairs)
-    return max(relative_difference(*pair) for pair in pairs)
+    pairs = ((output(part, model, device, dtype), reference(part, model)) for model in MODELS)
+    return max(difference(*pair, relative=part != "pictures") for pair in pairs)
 
 
 opened = cache(Pipeline.from_pretrained)
@@ -119,77 +116,67 @@ def pictures(pipe: Pipeline) -> Tensor:
     return torch.from_numpy(np.stack(pipe(PROMPTS[:2], steps=10, guidance=3.0))).float()
 
 
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest value of b."""
-    return float((a - b).abs().max() / b.abs().max())
-
-
-def mean_difference(a: Tensor, b: Tensor) -> float:
-    """The mean absolute difference."""
-    return float((a - b).abs().mean())
+def difference(a: Tensor, b: Tensor, relative: bool = False) -> float:
+    """The mean absolute difference, or the largest one relative to the largest value of b."""
+    gap = (a - b).abs()
+    return float(gap.max() / b.abs().max() if relative else gap.mean())
 
 
 # --- trainings, in small
 
 
-def trained(work: Path, kind: str, out: str, *overrides: str, watch: Callable | None = None) -> Result:
-    """The loss of the last step of a training into `work/out`; NaN where a step was skipped. `watch` wraps the losses
-    of a task."""
+def trained(work: Path, kind: str, out: str, *overrides: str, watch: Callable | None = None) -> float:
+    """The loss of the last step of a training into `work/out`, which raises an error where a loss is not finite.
+    `watch` wraps the losses of the task."""
+    torch.use_deterministic_algorithms(not watch, warn_only=True)
     config_class, make_task, changes = TRAININGS[kind]
-    changes = f"{CHANGES} train.steps=4 {changes.format(work)}".split()
+    changes = f"{CHANGES} {changes.format(work)}".split()
     config = load(config_class, CONFIGS / f"{kind}.toml", [*changes, *overrides])
     task = make_task(config)
     task.losses = watch(task.losses) if watch else task.losses
     loop.train(task, config.train, work / out, to_dict(config))
     lines = [json.loads(line) for line in (work / out / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if "skipped" in line][-1]
-    loss = last[f"{next(iter(task.modules))}_loss"]
-    return math.nan if any(line.get("skipped") for line in lines) else loss
+    return [line for line in lines if "skipped" in line][-1][f"{next(iter(task.modules))}_loss"]
 
 
-def trained_pictures(work: Path, device: torch.device) -> Result:
+def trained_pictures(work: Path, device: torch.device) -> float:
     """The standard deviation of the levels of pictures from the trained parts."""
     return float(pictures(opened(work / "diffusion", device, torch.float32)).std())
 
 
-def resumed(work: Path) -> Result:
+def resumed(work: Path) -> float:
     """The difference of the U-Net's weights after 2 steps and 2 more from those after 4."""
     for steps in (2, 4):
         trained(work, "diffusion", "resumed", f"train.steps={steps}")
     folders = (work / name / "checkpoints/step-00000004/state" for name in ("resumed", "diffusion"))
     a, b = (torch.cat([x.flatten() for x in load_tensors(f / "unet.safetensors").values()]) for f in folders)
-    return relative_difference(a, b)
+    return difference(a, b, relative=True)
 
 
 # --- compilation, and host syncs
 
 
-def compiled_pictures(device: torch.device) -> Result:
+def compiled_pictures(device: torch.device) -> float:
     """The mean difference of compiled and eager pictures, in levels of 255."""
     pipe = Pipeline.from_pretrained("shapes", device)
     eager = pictures(pipe)
-    return mean_difference(pictures(pipe.compile()), eager)
+    return difference(pictures(pipe.compile()), eager)
 
 
-def compiled_training(work: Path) -> Result:
+def compiled_training(work: Path) -> float:
     """The relative difference of the loss of a compiled training."""
     if not hasattr(TrainConfig, "compile"):
         raise Skipped("train.compile is no option")
-    eager, compiled = (
-        trained(work, "diffusion", f"{value}", f"train.compile={value}")[0] for value in ("false", "true")
-    )
+    eager, compiled = (trained(work, "diffusion", x, f"train.compile={x}") for x in ("false", "true"))
     return abs(compiled - eager) / eager
 
 
-def unsynced(kind: str, work: Path, device: torch.device) -> Result:
+def unsynced(kind: str, work: Path, device: torch.device) -> float:
     """Raises an error where the host waits for the GPU between the first and the last step of sampling, or in the
     losses or backward passes of a training after the first step."""
     if device.type != "cuda":
         raise Skipped("only a GPU can tell")
     mode = torch.cuda.set_sync_debug_mode
-
-    def on_step(progress: Any) -> None:
-        mode("error" if progress.step + 1 < progress.steps else "default")
 
     def watch(losses: Callable) -> Callable:
         def watched(modules: Any, batch: Any, step: int, draws: Any) -> Iterator:
@@ -200,15 +187,16 @@ def unsynced(kind: str, work: Path, device: torch.device) -> Result:
         return watched
 
     try:
-        if kind == "sampling":
-            opened("emoji", device, None)(PROMPTS, steps=4, callback=on_step)
-            return 0.0
-        return trained(work, kind, f"unsynced-{kind}", watch=watch)
+        if kind != "sampling":
+            return trained(work, kind, f"unsynced-{kind}", watch=watch)
+        pipe, steps = opened("emoji", device, None), 4
+        pipe(PROMPTS, steps=steps, callback=lambda p: mode("error" if p.step + 1 < steps else "default"))
+        return 0.0
     finally:
         mode("default")
 
 
-def benchmark(case: Case) -> Result:
+def benchmark(case: Case) -> tuple[float, str]:
     """A case of `ldm benchmark`: the difference from diffusers; times, ratio, memory and shares in the note."""
     row = {"name": str(case)} | measure(case, 3)
     _, ours, theirs, ratio, memory, _, rate, idle = cells(row)
