@@ -71,7 +71,7 @@ OPTIONS = {
     " sampler features judge train-num train-captions baseline size without-frechet perceptual seed batch-size out"
     " device",
     "app": "model port host out device seed",
-    "benchmark": "only rounds threads device quick compile out",
+    "benchmark": "only rounds threads device dtype quick compile out",
     "compare_diffusers": "prompt steps guidance seed",
     "plan_training": "family pictures epochs size gpus peak utilization rate price bandwidth storage caption-bytes"
     " picture-bytes no-cache measure batch accumulate",
