@@ -52,18 +52,15 @@ class ImageNoise:
             if not 0 <= seed < 2**63:
                 raise UserError(f"seed {seed} is not allowed: 0 to 2^63 - 1")
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        self.shape, self.device, self.count, self.block = tuple(shape), device, count, iter(())
+        self.shape, self.device, self.count, self.block = tuple(shape), device, count, []
 
     def __call__(self) -> Tensor:
-        drawn = next(self.block, None)
-        if drawn is None:
-            most = BLOCK // (len(self.generators) * math.prod(self.shape))
-            size = max(1, min(self.count, most))
+        if not self.block:
+            size = max(1, min(self.count, BLOCK // (len(self.generators) * math.prod(self.shape))))
             self.count -= size
             draws = [torch.randn(self.shape, generator=g) for _ in range(size) for g in self.generators]
-            self.block = iter(torch.stack(draws).to(self.device).unflatten(0, (size, -1)).unbind())
-            drawn = next(self.block)
-        return drawn
+            self.block = [*torch.stack(draws).to(self.device).unflatten(0, (size, -1))]
+        return self.block.pop(0)
 
 
 def ddpm(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:

@@ -100,25 +100,18 @@ def test_folders_give_the_same_pictures(pipe, tmp_path):
     assert not (tmp_path / "large").exists()
 
 
-@pytest.fixture(scope="module")
-def folder(pipe, tmp_path_factory):
-    pipe.save_pretrained(tmp_path_factory.mktemp("model"))
-    return tmp_path_factory.getbasetemp() / "model0"
-
-
 @pytest.mark.parametrize(("dtype", "vae", "far"), [("bfloat16", torch.bfloat16, 8), ("float16", torch.float32, 2)])
-def test_half_precision_is_near(pipe, folder, dtype, vae, far):
-    """Also of an edit, compiled, and with embeddings in float32; latents stay in float32."""
-    half, seen = Pipeline.from_pretrained(folder, dtype=dtype), []
-    assert {half.dtype, half.text_encoder.text_model.final_layer_norm.weight.dtype} == {getattr(torch, dtype)}
+def test_half_precision_is_near(pipe, tmp_path, dtype, vae, far):
+    """Also of an edit and with embeddings in float32; latents stay in float32."""
+    pipe.save_pretrained(tmp_path)
+    half, seen = Pipeline.from_pretrained(tmp_path, dtype=dtype).compile(passes=100), []
+    assert half.dtype == half.text_encoder.text_model.final_layer_norm.weight.dtype == getattr(torch, dtype)
     assert half.vae.quant_conv.weight.dtype == vae and half.device.type == "cpu"
     image, embeds = pipe("circle", steps=1)[0], pipe.encode_prompt(["circle"])
     for options in {"prompt": PROMPTS[0]}, {"prompt_embeds": embeds}, {"prompt": "circle", "image": image}:
         options |= {"steps": 5, "seed": 2, "callback": seen.append}
         assert abs(arrays(half(**options)) - arrays(pipe(**options))).max() <= far
-    half.compile(passes=100)
-    assert np.array_equal(arrays(half("circle", steps=5)), arrays(half("circle", steps=5))) and not half.compiled
-    assert {x.dtype for step in seen for x in (step.z_t, step.z0)} == {torch.float32}
+    assert {x.dtype for step in seen for x in (step.z_t, step.z0)} == {torch.float32} and not half.compiled
 
 
 @pytest.mark.parametrize(("dtype", "error", "least"), [("bfloat16", 0.015, 44), ("float16", 0.002, 58)])
@@ -139,19 +132,17 @@ def test_half_precision_of_shipped_models(dtype, error, least):
         assert 20 * np.log10(255 / np.std(np.subtract(*images))) >= least
 
 
-def test_the_precision_is_one_that_the_device_is_fast_in(folder, monkeypatch):
+def test_the_precision_is_one_that_the_device_is_fast_in(monkeypatch):
     gpu = torch.device("cuda", 0)
-    assert find_dtype("auto", torch.device("cpu")) == Pipeline.from_pretrained(folder).dtype == torch.float32
-    for capability, best in ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16):
+    assert find_dtype("auto", torch.device("cpu")) == Pipeline.from_pretrained("shapes").dtype == torch.float32
+    for capability, best in ((8, 0), torch.bfloat16), ((7, 5), torch.float16):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, now=capability: now)
         assert find_dtype("auto", gpu) == best
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
     with pytest.raises(UserError, match="dtype bfloat16 is too new for the GPU T4; use float16"):
         find_dtype(torch.bfloat16, gpu)
-    for unknown in ("int8", torch.float64, "nn"):
-        with pytest.raises(UserError, match=f"dtype {unknown} is not allowed: float32, bfloat16, float16 or auto"):
-            Pipeline.from_pretrained(folder, "cpu", unknown)
+    with pytest.raises(UserError, match="dtype int8 is not allowed: float32, bfloat16, float16 or auto"):
+        Pipeline.from_pretrained("shapes", "cpu", "int8")
 
 
 def test_kernels_are_fast_within_alone():
@@ -162,18 +153,14 @@ def test_kernels_are_fast_within_alone():
         return cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision
 
     before, gpu = settings(), torch.device("cuda")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for tf32, product in (True, "tf32"), (False, "ieee"):
-            with fast_kernels(gpu, tf32):
-                assert settings() == (True, "tf32", product) and matmul.allow_tf32 == tf32
-            assert settings()[:2] == before[:2] and not matmul.allow_tf32
-        with fast_kernels(torch.device("cpu")):
-            assert not cudnn.benchmark
-        matmul.fp32_precision = "tf32"
-        with fast_kernels(gpu):
-            assert settings() == (False, "tf32", "tf32")
-        matmul.fp32_precision = "ieee"
+    for tf32, product in (True, "tf32"), (False, "ieee"):
+        with warnings.catch_warnings(action="error"), fast_kernels(gpu, tf32):
+            assert settings() == (True, "tf32", product) and matmul.allow_tf32 == tf32
+        assert settings()[:2] == before[:2] and not matmul.allow_tf32
+    matmul.fp32_precision = "tf32"
+    with fast_kernels(gpu):
+        assert settings() == (*before[:2], "tf32")
+    matmul.fp32_precision = "ieee"
 
 
 def test_large_pictures_are_decoded_few_at_a_time(pipe, monkeypatch):
@@ -181,11 +168,3 @@ def test_large_pictures_are_decoded_few_at_a_time(pipe, monkeypatch):
     monkeypatch.setattr(pipeline, "PIXELS", 2 * 16 * 16 + 1)
     monkeypatch.setattr(pipe.vae, "decode", lambda z: sizes.append(len(z)) or decode(z))
     assert abs(arrays(pipe(PROMPTS[:3], steps=2)) - whole).max() <= 1 and sizes == [2, 1]
-
-
-def test_lack_of_memory_names_what_fits(pipe, monkeypatch):
-    monkeypatch.setattr(pipe.unet, "forward", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
-    with pytest.raises(UserError, match="out of memory with 8 of 32x16 px at once; make fewer .* as with batch size 4"):
-        pipe(PROMPTS, width=32, height=16)
-    with pytest.raises(UserError, match="out of memory with 1 of 16x16 px at once; make it smaller"):
-        pipe("circle")
