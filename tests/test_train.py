@@ -67,12 +67,8 @@ def test_a_non_finite_step_never_reaches_weights_averages_or_log(tmp_path, monke
         monkeypatch.setattr(loop, "Late", lambda device: Late(torch.device("cuda")))
         monkeypatch.setattr(torch.cuda, "current_stream", Mock())
     monkeypatch.setattr("ldm.train.optim.NARROW", 1)
-    optimizer = replace(CONFIG.optimizer, muon_lr=1e-2)
-    config, at, steps = (
-        replace(CONFIG, optimizer=optimizer, steps=20, save_every=1, keep=9, max_skipped=3),
-        (1, 2, 5, 6, 7),
-        count(),
-    )
+    config, at, steps = replace(CONFIG, steps=20, save_every=1, keep=9, max_skipped=3), (1, 2, 5, 6, 7), count()
+    config = replace(config, optimizer=replace(config.optimizer, muon_lr=1e-2))
     toy = tiny.Toy(wrong=dict.fromkeys(at, wrong) if where == "loss" else {})
     if where == "gradient":
         toy.modules["first"].weight.register_hook(lambda gradient: gradient * (wrong if next(steps) in at else 1))
@@ -80,7 +76,7 @@ def test_a_non_finite_step_never_reaches_weights_averages_or_log(tmp_path, monke
         train(toy, config, tmp_path, {})
     states = [state_of(tmp_path, step) for step in range(1, 8)]
     assert [tiny.same(a, b) for a, b in pairwise(states)] == [True, True, False, False, True, True]
-    lines = metrics(tmp_path)
+    lines = metrics(tmp_path)[:7]
     assert [line["skipped"] for line in lines] == [0, 1, 1, 0, 0, 1, 1]
     assert all(math.isfinite(value) for line in lines for value in line.values())
     (batch,) = torch.load(tmp_path / "non-finite-step-00000007-process-0.pt", weights_only=True)
