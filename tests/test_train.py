@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count, pairwise
@@ -16,7 +17,7 @@ from inventory_tools import metrics
 from ldm.config import UserError
 from ldm.model_io import read_json
 from ldm.train import loop
-from ldm.train.config import OptimizerConfig
+from ldm.train.config import OptimizerConfig, TrainConfig
 from ldm.train.loop import Late, train
 
 CONFIG = replace(tiny.TRAIN, steps=6, save_every=3, log_every=1, ema_decay=0.9)
@@ -128,6 +129,16 @@ def test_refuses_the_state_of_another_model_or_optimizer(tmp_path, monkeypatch):
     muon = replace(CONFIG, optimizer=replace(CONFIG.optimizer, muon_lr=1e-2))
     with pytest.raises(UserError, match="of another model than the config describes"):
         train(tiny.Toy(), muon, tmp_path / "run", {})
+
+
+@pytest.mark.parametrize(("capability", "auto"), [((8, 0), "bf16"), ((7, 5), "no")])
+def test_the_precision_is_that_of_the_device_and_no_other(monkeypatch, capability, auto):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+    cpu, gpu, config = torch.device("cpu"), torch.device("cuda"), TrainConfig()
+    assert config.on(cpu).precision == "no" and config.on(gpu).precision == auto
+    with nullcontext() if auto == "bf16" else pytest.raises(UserError, match="bfloat16 .* T4"):
+        assert replace(config, precision="bf16").on(gpu).precision == "bf16"
 
 
 class Failing(list):
