@@ -15,6 +15,7 @@ import tiny
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from inventory_tools import metrics
+from two_processes import moved
 
 from ldm.config import UserError, load, to_dict
 from ldm.diffusion import sample_timesteps
@@ -159,8 +160,8 @@ def test_bf16_is_autocast_over_float32_weights_with_and_without_fsdp(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_hold_about_half_of_every_parameter_each(tmp_path):
-    """Except CLIP's scale, which has no dimensions."""
+def test_two_processes_hold_about_half_of_every_parameter_each_and_share_muon(tmp_path, one_thread):
+    """Except CLIP's scale, which has no dimensions. Muon moves matrices as in one process."""
     done = launch("tests/two_processes.py", tmp_path, cwd=tmp_path, options=FSDP)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (read_json(tmp_path / f"process-{rank}.json") for rank in range(2))
@@ -168,6 +169,7 @@ def test_two_processes_hold_about_half_of_every_parameter_each(tmp_path):
     assert [size for size, a, b in shares if a is None and b is None] == [1]
     assert all(a + b == size for size, a, b in shares if a is not None)
     assert 0.4 < sum(a or 0 for _, a, _ in shares) / sum(first["sizes"]) < 0.75
+    assert all(tiny.same(load_tensors(tmp_path / f"muon-{rank}.safetensors"), moved()) for rank in range(2))
 
 
 STUCK = "has made no progress for 6 s (LDM_TIMEOUT)"

@@ -12,6 +12,8 @@ from ldm.train.sharding import LAYERS
 
 def prepare(module: nn.Module, config: TrainConfig) -> None:
     """Changes how the blocks of a module run, but no name in its state."""
+    if config.compile:
+        torch.compiler.config.recompile_limit = 64  # a block is compiled once for each of its sizes
     for block in module.modules():
         if type(block).__name__ in LAYERS:
             if config.compile:
