@@ -177,7 +177,7 @@ def test_heads_move_the_text_tower_alone_and_are_not_exported(name, tmp_path):
     with torch.no_grad():
         validated = task.validate(task.modules)
     assert validated.keys() & weights.keys() == {name} and 0 < validated[name] < 9
-    task.export(task.modules, tmp_path, final=True)
+    task.export(task.modules, tmp_path, None)
     assert {path.name for path in tmp_path.iterdir()} == {"clip", "text_encoder", "tokenizer"}
 
 
