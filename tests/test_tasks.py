@@ -246,7 +246,7 @@ def test_heads_move_the_text_tower_alone_and_are_not_exported(name, tmp_path):
     with torch.no_grad():
         validated = task.validate(task.modules)
     assert validated.keys() & weights.keys() == {name} and 0 < validated[name] < 9
-    task.export(task.modules, tmp_path, final=True)
+    task.export(task.modules, tmp_path, None)
     assert {path.name for path in tmp_path.iterdir()} == {"clip", "text_encoder", "tokenizer"}
 
 
@@ -282,7 +282,7 @@ def test_a_judge_learns_from_validation_too_and_cannot_condition(tmp_path, vae_r
     samples = [part[i] for part in parts for i in (0, len(part) - 1)]
     for index, sample in zip((0, n - 1, n, total - 1), samples, strict=True):
         assert task.dataset[index]["key"] == sample["key"] and task.dataset.captions(index) == sample["captions"]
-    task.export(task.modules, tmp_path / "run", final=True)
+    task.export(task.modules, tmp_path / "run", None)
     assert len(task.dataset) == total and image_text_model(str(tmp_path / "run")).size == tiny.DATA.size
     with pytest.raises(UserError, match="text_encoder|tokenizer"):
         DiffusionTask(tiny.diffusion(vae_run, tmp_path / "run"))

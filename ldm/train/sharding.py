@@ -28,7 +28,7 @@ def prepare(module: nn.Module, average: nn.Module, accelerator: Accelerator) -> 
     with FSDP both are sharded in place instead, and a copy of the average without values is returned too, for
     `whole`."""
     device = accelerator.device
-    if not requested(accelerator.num_processes):
+    if not (fsdp_requested() and accelerator.num_processes > 1):
         average.to(device)
         return accelerator.prepare_model(module), None
     called = accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)  # autocast alone
@@ -44,11 +44,6 @@ def prepare(module: nn.Module, average: nn.Module, accelerator: Accelerator) -> 
         if hasattr(average, name):
             register_fsdp_forward_method(average, name)
     return called, blank
-
-
-def requested(world: int) -> bool:
-    """Whether the launch shards the models."""
-    return fsdp_requested() and world > 1
 
 
 def whole(average: nn.Module, blank: nn.Module | None) -> nn.Module:
