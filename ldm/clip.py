@@ -156,14 +156,15 @@ class TextEncoder(nn.Module):
         model_io.save_model(folder, self, config, model_io.TRANSFORMERS_FILE)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "TextEncoder":
+    def from_pretrained(cls, folder: str | Path, **placement: Any) -> "TextEncoder":
         """The text tower in a single file, in a folder, or in `text_encoder/` within it, of a CLIP text model or a
-        complete CLIP, with or without the prefix `text_model.`. Raises UserError where anything does not fit."""
+        complete CLIP, with or without the prefix `text_model.`, on a `device` in a `dtype`. Raises UserError where
+        anything does not fit."""
         folder, table, tensors = _read(folder, "text_encoder", "clip_text_model", "clip")
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHER_PARTS)}
         tensors = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in own.items()}
         config = _build(TextConfig, table.get("text_config", table), folder)
-        return model_io.load_model(lambda: cls(config), folder, tensors, config)
+        return model_io.load_model(lambda: cls(config), folder, tensors, config, **placement)
 
 
 class ImageEncoder(nn.Module):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import UserError
-from ldm.model_io import atomic_write, cache_folder, module_hash
+from ldm.model_io import atomic_write, cache_folder, module_hash, shrink
 
 sys.modules.setdefault("openvino_telemetry", None)  # by which OpenVINO's converter would send usage data
 Precision = Literal["float32", "bfloat16"]
@@ -64,7 +64,8 @@ class WhereItSaves:
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The output of inputs. A lone call is not worth opening what is kept."""
         shapes = shapes_of(inputs)
-        if not self.network and self.left > 1 and inputs[0].device.type == "cpu" and openvino_release() >= OLDEST:
+        fits = inputs[0].device.type == "cpu" and inputs[0].dtype == torch.float32
+        if not self.network and self.left > 1 and fits and openvino_release() >= OLDEST:
             self.network = OpenVINO(self.model, self.function, "float32")
         self.left -= 1
         self.compiled = bool(self.network) and (shapes in self.chosen or self.network.has(shapes))
@@ -106,7 +107,7 @@ class OpenVINO:
             least, installed = (".".join(map(str, numbers)) or "none" for numbers in (OLDEST, release))
             raise UserError(f"needs OpenVINO {least} or later, installed is {installed}: pip install 'ldm[openvino]'")
         if not is_on_cpu(model):
-            raise UserError("OpenVINO runs the models on CPUs alone, and these are elsewhere; use backend 'inductor'")
+            raise UserError("OpenVINO takes models in float32 on a CPU, and these are not; use backend 'inductor'")
         self.model, self.function, self.requests, self.compiling = model, function, {}, False
         self.options = {
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
@@ -169,8 +170,8 @@ class OpenVINO:
 
 
 def is_on_cpu(model: nn.Module) -> bool:
-    """Whether the parameters, if any, are on a CPU."""
-    return all(x.device.type == "cpu" for x in model.parameters())
+    """Whether the parameters, if any, are on a CPU, in float32."""
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in model.parameters())
 
 
 def openvino_release() -> tuple[int, ...]:
@@ -206,10 +207,6 @@ def keep(file: Path, data: bytes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with atomic_write(file) as temporary:
             temporary.write_bytes(hashlib.sha256(data).digest() + data)
-        size = 0
-        for old in sorted(file.parent.glob("*.bin"), key=lambda path: path.stat().st_mtime, reverse=True):
-            size += old.stat().st_size
-            if size > LARGEST:
-                old.unlink()
+        shrink(file.parent.glob("*.bin"), LARGEST)
     except OSError:
         pass

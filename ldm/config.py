@@ -14,9 +14,10 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # auto: bfloat16 or float16 on GPUs, float32 on CPUs
 
 
 class UserError(Exception):

@@ -6,7 +6,7 @@ Variance preserving throughout: z_t = alpha_t z0 + sigma_t eps with alpha_t^2 + 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -17,7 +17,7 @@ from ldm.config import UserError, require
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 Sigmas = Literal["karras", "exponential", "beta"]
 Density = Literal["uniform", "stratified", "logit_normal"]
-Denoise = Callable[[Tensor, Tensor], Tensor]  # (z_t, t) -> z0
+Denoise = Callable[[Tensor, "Step"], Tensor]  # (z_t, step) -> z0
 
 TINY_ALPHA2 = 2.0**-24  # replaces a last alpha^2 of zero for samplers that divide by it, as in diffusers
 
@@ -56,17 +56,11 @@ class Schedule:
 
     `alphas_cumprod` (T,) is alpha_t^2 and `ratio` (T,) sigma_t / alpha_t (diffusers' `sigmas`), float64 on the CPU.
     Between integers `ratio` is interpolated linearly, as in diffusers' Euler samplers; `geometric`: its logarithm is.
-    `finite` raises a last alpha of 0 to 2^-12. The model is asked at `rounding` of t.
+    `finite` raises a last alpha of 0 to 2^-12.
     """
 
-    def __init__(
-        self,
-        config: ScheduleConfig,
-        finite: bool = False,
-        geometric: bool = False,
-        rounding: Callable[[Tensor], Tensor] = torch.Tensor.clone,
-    ):
-        self.config, self.geometric, self.rounding = config, geometric, rounding
+    def __init__(self, config: ScheduleConfig, finite: bool = False, geometric: bool = False):
+        self.config, self.geometric = config, geometric
         total = config.num_train_timesteps
         if config.beta_schedule == "squaredcos_cap_v2":
             # Nichol & Dhariwal 2021, eq. 17: alpha^2 falls as a squared cosine, no beta above 0.999.
@@ -85,6 +79,7 @@ class Schedule:
             if finite:
                 self.alphas_cumprod[-1] = TINY_ALPHA2
         self.ratio = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+        self.ratios = {self.ratio.device: self.ratio}  # by device
 
     def __len__(self) -> int:
         return len(self.ratio)
@@ -93,7 +88,9 @@ class Schedule:
         """sigma_t / alpha_t for integer or fractional t of any shape; float64 on the CPU, float32 on accelerators, of
         which not all have float64. Infinite where alpha_t is 0."""
         t = torch.as_tensor(t)
-        ratio = self.ratio if t.device.type == "cpu" else self.ratio.to(t.device, torch.float32)
+        if t.device not in self.ratios:
+            self.ratios[t.device] = self.ratio.to(t.device, torch.float32)
+        ratio = self.ratios[t.device]
         low = t.long().clamp(max=len(self) - 1)
         weight = (t - low).to(ratio.dtype)
         high = (low + 1).clamp(max=len(self) - 1)
@@ -127,14 +124,28 @@ def _along(values: Tensor, z: Tensor) -> Tensor:
     return rearrange(values, "b -> b" + " 1" * (z.ndim - 1)) if values.ndim else values
 
 
+class Step(NamedTuple):
+    """One step of a sampler: the model is evaluated at t, where z_t has (alpha, sigma); the step ends at (to_alpha,
+    to_sigma). Numbers of Python, which an accelerator neither waits for nor has to be sent."""
+
+    t: float
+    alpha: float
+    sigma: float
+    to_alpha: float = 1.0
+    to_sigma: float = 0.0
+    second: "Step | None" = None  # dpmpp_sde: from the midpoint; pndm: of usual length, to where this one starts
+
+
 class Denoiser:
     """A model `(z_t (B,C,h,w), t, context (B,L,D)) -> prediction (B,C,h,w)` as an estimate of z0.
 
-    The only place that knows eps from v (Salimans & Ho 2022, appendix D) from z0.
+    The only place that knows eps from v (Salimans & Ho 2022, appendix D) from z0. The model, whose weights and context
+    are in `dtype`, sees z_t in it; by default in its own.
     """
 
-    def __init__(self, model: Callable[..., Tensor], schedule: Schedule):
-        self.model, self.schedule, self.prediction = model, schedule, schedule.config.prediction_type
+    def __init__(self, model: Callable[..., Tensor], schedule: Schedule, dtype: torch.dtype | None = None):
+        self.model, self.schedule, self.dtype = model, schedule, dtype
+        self.prediction = schedule.config.prediction_type
 
     def target(self, z0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
         """The training target at t: eps, v = alpha_t eps - sigma_t z0, or z0; shapes as in add_noise."""
@@ -145,22 +156,21 @@ class Denoiser:
         return _along(self.schedule.alpha(t), z0) * eps - _along(self.schedule.sigma(t), z0) * z0
 
     def predict(self, z_t: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
-        """The model's prediction at z_t (B,C,h,w), t (B,) or a scalar, in z_t's dtype."""
-        t = self.schedule.rounding(torch.as_tensor(t))
-        return self.model(z_t, t.to(z_t.device), context).to(z_t.dtype)
+        """The model's prediction at z_t (B,C,h,w), t (B,) or a number, in z_t's dtype."""
+        t = t.to(z_t.device) if torch.is_tensor(t) else z_t.new_full((), t, dtype=torch.float32)  # filled there
+        return self.model(z_t.to(self.dtype or z_t.dtype), t, context).to(z_t.dtype)
 
-    def to_z0(self, z_t: Tensor, t: Tensor | float, prediction: Tensor) -> Tensor:
-        """The estimate of z0 that a prediction at (z_t, t) implies."""
+    def to_z0(self, z_t: Tensor, s: Step, prediction: Tensor) -> Tensor:
+        """The estimate of z0 that a prediction at the start of a step implies."""
         if self.prediction == "sample":
             return prediction
-        alpha_t, sigma_t = _along(self.schedule.alpha(t), z_t), _along(self.schedule.sigma(t), z_t)
         if self.prediction == "epsilon":
-            return (z_t - sigma_t * prediction) / alpha_t
-        return alpha_t * z_t - sigma_t * prediction
+            return (z_t - s.sigma * prediction) / s.alpha
+        return s.alpha * z_t - s.sigma * prediction
 
-    def __call__(self, z_t: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
-        """(z_t (B,C,h,w), t, context) -> estimate of z0 (B,C,h,w)."""
-        return self.to_z0(z_t, t, self.predict(z_t, t, context))
+    def __call__(self, z_t: Tensor, s: Step, context: Tensor) -> Tensor:
+        """z_t (B,C,h,w) at the start of a step, context -> estimate of z0 (B,C,h,w)."""
+        return self.to_z0(z_t, s, self.predict(z_t, s.t, context))
 
 
 def loss_weight(schedule: Schedule, t: Tensor, prediction: str, min_snr_gamma: float | None) -> Tensor:
@@ -208,7 +218,7 @@ def guided(
     rescale: float = 0.0,
     interval: tuple[float, float] = (0, math.inf),
 ) -> Denoise:
-    """`denoise(z_t (B,C,h,w), t) -> z0` with classifier-free guidance (Ho & Salimans 2022, eq. 6); t is a scalar.
+    """`denoise(z_t (B,C,h,w), step) -> z0` with classifier-free guidance (Ho & Salimans 2022, eq. 6).
 
     context, negative: (B, L, D). guidance: 1 is none. rescale, in [0, 1]: the share of the guided prediction scaled to
     the conditional one's standard deviation per image (Lin et al. 2023, eq. 15-16). interval: the t, ends included,
@@ -217,15 +227,15 @@ def guided(
     """
     both = torch.cat([negative, context])
 
-    def denoise(z_t: Tensor, t: Tensor) -> Tensor:
-        if guidance == 1 or not interval[0] <= float(t) <= interval[1]:
-            return denoiser(z_t, t, context)
-        unconditional, conditional = denoiser.predict(torch.cat([z_t, z_t]), t, both).chunk(2)
+    def denoise(z_t: Tensor, s: Step) -> Tensor:
+        if guidance == 1 or not interval[0] <= s.t <= interval[1]:
+            return denoiser(z_t, s, context)
+        unconditional, conditional = denoiser.predict(torch.cat([z_t, z_t]), s.t, both).chunk(2)
         prediction = unconditional + guidance * (conditional - unconditional)
         if rescale:
             axes = tuple(range(1, prediction.ndim))
             matched = prediction * (conditional.std(axes, keepdim=True) / prediction.std(axes, keepdim=True))
             prediction = rescale * matched + (1 - rescale) * prediction
-        return denoiser.to_z0(z_t, t, prediction)
+        return denoiser.to_z0(z_t, s, prediction)
 
     return denoise

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.config import UserError
-from ldm.diffusion import Denoise, Schedule
+from ldm.diffusion import Denoise, Step
 from ldm.images import to_float, upright_rgb
 from ldm.samplers import Grid, Noise
 from ldm.vae import VAE
@@ -28,6 +28,13 @@ class Edit:
     mask: Tensor | None
     strength: float
     resample: int
+
+    def size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width of the pictures. Raises UserError for others that were asked for."""
+        h, w = self.x.shape[2:]
+        if height not in (None, h) or width not in (None, w):
+            raise UserError(f"the image is {w}x{h}; resize it instead of giving height {height}, width {width}")
+        return h, w
 
     def shorten(self, grid: Grid) -> Grid:
         """The last `strength` of a grid's steps, rounded down. Raises UserError where none is left."""
@@ -48,7 +55,7 @@ class Edit:
     ) -> Tensor:
         """z0 (B, C, h, w) for the pictures `part`: `run(denoise, z_t)` samples on a shortened grid, from the pictures
         with the noise of its first step."""
-        posterior = vae.encode(self.x[part].to(next(vae.parameters()).device))
+        posterior = vae.encode(self.x[part].to(next(vae.parameters())))
         z0 = vae.normalize(posterior.mean + posterior.std * noise())  # drawn before the first noise, as in diffusers
         eps = noise()
         eps = eps if latents is None else latents.to(eps)
@@ -59,12 +66,10 @@ class Edit:
         mask = self.mask[part, :, :: vae.factor, :: vae.factor].to(z0)
         if self.strength == 1:
             z_t = torch.lerp(z_t, grid.initial_scale * eps, mask)
-        return torch.lerp(z0, run(keep(denoise, grid.schedule, z0, eps, mask, noise, self.resample), z_t), mask)
+        return torch.lerp(z0, run(keep(denoise, z0, eps, mask, noise, self.resample), z_t), mask)
 
 
-def keep(
-    denoise: Denoise, schedule: Schedule, z0: Tensor, eps: Tensor, mask: Tensor, noise: Noise, resample: int = 1
-) -> Denoise:
+def keep(denoise: Denoise, z0: Tensor, eps: Tensor, mask: Tensor, noise: Noise, resample: int = 1) -> Denoise:
     """`denoise` that sees z0 with the noise eps where the mask is 0, and returns z0 there, as diffusers does between
     steps.
 
@@ -72,11 +77,11 @@ def keep(
     the part that is kept: after RePaint (Lugmayr et al. 2022, section 4.2), which goes back by steps of the sampler.
     """
 
-    def keeping(z_t: Tensor, t: Tensor) -> Tensor:
-        z_t = torch.lerp(schedule.add_noise(z0, eps, t), z_t, mask)
-        estimate = torch.lerp(z0, denoise(z_t, t), mask)
+    def keeping(z_t: Tensor, s: Step) -> Tensor:
+        z_t = torch.lerp(s.alpha * z0 + s.sigma * eps, z_t, mask)
+        estimate = torch.lerp(z0, denoise(z_t, s), mask)
         for _ in range(resample - 1):
-            estimate = torch.lerp(z0, denoise(schedule.add_noise(estimate, noise(), t), t), mask)
+            estimate = torch.lerp(z0, denoise(s.alpha * estimate + s.sigma * noise(), s), mask)
         return estimate
 
     return keeping

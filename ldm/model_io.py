@@ -6,8 +6,8 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +51,16 @@ def cache_folder() -> Path:
     """$LDM_CACHE, or `ldm` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm"
     return Path(os.environ.get("LDM_CACHE") or default)
+
+
+def shrink(files: Iterable[Path], limit: float) -> None:
+    """Keeps of files the newest, up to `limit` bytes, and removes the others."""
+    with suppress(FileNotFoundError):  # another process does so too
+        size = 0
+        for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            size += path.stat().st_size
+            if size > limit:
+                path.unlink()
 
 
 def read_json(path: Path) -> dict:
@@ -210,20 +220,28 @@ class _SkipInit(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def load_model(make: Callable[[], Model], folder: Path, tensors: dict[str, Tensor], *configs: Any) -> Model:
-    """The model that `make` builds from `configs`, with the weights `tensors` as float32, in evaluation mode.
+def load_model(
+    make: Callable[[], Model],
+    folder: Path,
+    tensors: dict[str, Tensor],
+    *configs: Any,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """The model that `make` builds from `configs`, with the weights `tensors`, in evaluation mode.
 
-    It is built on the meta device, so that sizes in a config cost no memory before the weights fit. Raises UserError
-    for a config that describes no model, and unless names and shapes of the weights are exactly the model's and all
-    values finite.
+    It is built on the meta device, so that sizes in a config cost no memory before the weights fit; each weight goes
+    straight to `device` and `dtype`. Raises UserError for a config that describes no model, and unless names and shapes
+    of the weights are exactly the model's and all values finite.
     """
     for key, value in (item for config in configs for item in asdict(config).items() if "layers" in item[0]):
         most = max(value) if isinstance(value, tuple) else value  # each layer has a weight
         require(most <= len(tensors), key, value, f"at most {len(tensors)} in {str(folder / 'config.json')!r}")
     # Copied, since tensors of safetensors are views of the file, not aligned in memory.
-    weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    weights = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
     if infinite := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise UserError(f"the weights in {str(folder)!r} are not finite (NaN or infinite): {', '.join(infinite)[:300]}")
+        fault = "are not finite (NaN or infinite)" if dtype != torch.float16 else "are not finite in float16"
+        raise UserError(f"the weights in {str(folder)!r} {fault}: {', '.join(infinite)[:300]}")
     try:
         with torch.device("meta"), _SkipInit():
             model = make()

@@ -15,13 +15,27 @@ from torch import Tensor
 from ldm.compilation import Precision, WhereItSaves, compiled
 from ldm.config import UserError
 from ldm.diffusion import Denoiser, guided
+from ldm.distributed import fast_kernels, find_device, find_dtype, memory_errors
 from ldm.edit import Pictures, read_edit
 from ldm.images import to_pil
 from ldm.lora import merge_lora
 from ldm.pipeline_io import Parts, load_parts, save_parts
-from ldm.samplers import ImageNoise, get_sampler, make_grid
+from ldm.samplers import ImageNoise, count_draws, get_sampler, make_grid
 
 LARGEST = 2**14  # pixels of a side
+PIXELS = 2**20  # decoded at once, or one picture: each needs about 2 kB in the sizes of Stable Diffusion
+
+
+def check_options(sampler: str, guidance: float, rescale: float, batch_size: int, eta: float) -> None:
+    """Raises UserError for a number that is out of range."""
+    for option, value, fits, allowed in (
+        ("guidance", guidance, 0 <= guidance < math.inf, "0 or more, where 1 is none"),
+        ("guidance rescale", rescale, 0 <= rescale <= 1, "in [0, 1], where 0 is none"),
+        ("batch size", batch_size, batch_size >= 1, "1 or more"),
+        ("eta", eta, eta == 0 or (sampler == "ddim" and 0 < eta <= 1), "in [0, 1], and above 0 with ddim alone"),
+    ):
+        if not fits:
+            raise UserError(f"{option} {value} is not allowed: {allowed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +61,22 @@ class Pipeline:
         self.predict = self.decode_latents = None  # the U-Net and the decoder as `compile` has made them
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", **options: Any) -> "Pipeline":
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        **options: Any,
+    ) -> "Pipeline":
         """A shipped model's name, a run folder, a Stable Diffusion folder in diffusers' layout or single file (else
-        UserError); `options` such as `vae` and `tokenizer` are those of `load_parts`. The convolutions are laid out
-        channels-last, which is faster on CPU and GPU."""
-        pipe = cls(load_parts(folder, **options)).to(device)
+        UserError); `options` such as `vae` and `tokenizer` are those of `load_parts`.
+
+        By default it is on this process's GPU, else the CPU, in the precision that is fast there: see `find_dtype`. To
+        save it again, or to compare numbers, open it in float32."""
+        device = find_device(device or "")
+        pipe = cls(load_parts(folder, device, find_dtype(dtype or "auto", device), **options))
         for model in (pipe.vae, pipe.unet):
-            model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)  # measured on CPUs alone
         return pipe
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
@@ -64,6 +87,11 @@ class Pipeline:
     def device(self) -> torch.device:
         """The device of the U-Net; all models must be on it."""
         return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the U-Net's weights, in which it is asked; latents are float32."""
+        return next(self.unet.parameters()).dtype
 
     @property
     def compiled(self) -> bool:
@@ -160,60 +188,63 @@ class Pipeline:
         """
         if prompt == []:
             return []
-        name = sampler or self.schedule.config.sampler
-        steps = self.defaults["steps"] if steps is None else steps
-        guidance = self.defaults["guidance"] if guidance is None else guidance
+        name, own = sampler or self.schedule.config.sampler, self.defaults
+        steps, guidance = own["steps"] if steps is None else steps, own["guidance"] if guidance is None else guidance
         if self.unet.distilled_steps and guidance != 1:
             warnings.warn(f"guidance {guidance:g} is added to the one that is distilled into the model", stacklevel=3)
-        sample, grid = get_sampler(name), make_grid(self.schedule, name, steps, spacing, sigmas)
-        for option, value, fits, allowed in (
-            ("guidance", guidance, 0 <= guidance < math.inf, "0 or more, where 1 is none"),
-            ("guidance rescale", guidance_rescale, 0 <= guidance_rescale <= 1, "in [0, 1], where 0 is none"),
-            ("batch size", batch_size, batch_size >= 1, "1 or more"),
-            ("eta", eta, eta == 0 or (name == "ddim" and 0 < eta <= 1), "in [0, 1], and above 0 with ddim alone"),
-        ):
-            if not fits:
-                raise UserError(f"{option} {value} is not allowed: {allowed}")
-        context = negative = self._context("prompt", prompt, prompt_embeds, batch_size)
-        count, length, _ = context.shape
+        grid = make_grid(self.schedule, name, steps, spacing, sigmas)
+        check_options(name, guidance, guidance_rescale, batch_size, eta)
+        context = self._context("prompt", prompt, prompt_embeds, batch_size)
+        negative = context
         if guidance != 1:
-            if negative_prompt_embeds is None:
-                negative_prompt = negative_prompt or ""
-            negative = self._context("negative_prompt", negative_prompt, negative_prompt_embeds, batch_size)
-        if len(negative) not in (1, count) or negative.shape[1] != length:
-            shapes = f"{len(negative)} of {negative.shape[1]} tokens for {count} prompts of {length}"
-            raise UserError(f"the negative prompts are {shapes}; give one for all, or one each, of the same length")
-        negative = negative.expand(count, -1, -1)
-        edit = read_edit(image, mask, strength, resample, count)
+            negative = self._negative(context, negative_prompt, negative_prompt_embeds, batch_size)
+        count, edit = len(context), read_edit(image, mask, strength, resample, len(context))
         if edit is not None:
-            grid, (h, w) = edit.shorten(grid), edit.x.shape[2:]
-            if height not in (None, h) or width not in (None, w):
-                raise UserError(f"the image is {w}x{h}; resize it instead of giving height {height}, width {width}")
-            height, width = h, w
+            grid, (height, width) = edit.shorten(grid), edit.size(height, width)
         shape = self.latent_shape(height, width)
         if latents is not None and latents.shape != (count, *shape):
             raise UserError(f"latents are {tuple(latents.shape)}; {count} prompts need {(count, *shape)}")
-        denoiser = Denoiser(self.predict or self.unet, grid.schedule)
         images: list[Image.Image] = []
         batch_size = -(-count // -(-count // batch_size))  # batches of nearly one size, compiled once
-        for start in range(0, count, batch_size):
-            part = slice(start, min(start + batch_size, count))
+        draws = count_draws(name, len(grid.steps), eta, resample) + (edit is not None)
+        sample = partial(get_sampler(name), grid=grid, **({"eta": eta} if eta else {}))
+        denoiser = Denoiser(self.predict or self.unet, grid.schedule, self.dtype)
+        with fast_kernels(self.device, self.dtype != torch.float32), memory_errors(self._advice(batch_size, shape)):
+            for start in range(0, count, batch_size):
+                part = slice(start, min(start + batch_size, count))
 
-            def on_step(step, t, z_t, z0, first=start):
-                steps, decode = len(grid.steps), partial(self.decode, z0)
-                callback(Progress(first=first, step=step, steps=steps, t=t, z_t=z_t, z0=z0, decode=decode))
+                def on_step(step, t, z_t, z0, first=start):
+                    steps, decode = len(grid.steps), partial(self.decode, z0)
+                    callback(Progress(first=first, step=step, steps=steps, t=t, z_t=z_t, z0=z0, decode=decode))
 
-            noise = ImageNoise(range(seed + start, seed + part.stop), shape, self.device)
-            denoise = guided(denoiser, context[part], negative[part], guidance, guidance_rescale, guidance_interval)
-            run = partial(sample, grid=grid, noise=noise, on_step=callback and on_step, **({"eta": eta} if eta else {}))
-            first = None if latents is None else latents[part]
-            if edit is None:
-                eps = noise()  # drawn in any case, so that later noise does not depend on `latents`
-                z0 = run(denoise, grid.initial_scale * (eps if first is None else first.to(eps)))
-            else:
-                z0 = edit.sample(run, denoise, self.vae, grid, noise, first, part)
-            images += self.decode(z0)
+                noise = ImageNoise(range(seed + start, seed + part.stop), shape, self.device, draws)
+                denoise = guided(denoiser, context[part], negative[part], guidance, guidance_rescale, guidance_interval)
+                run = partial(sample, noise=noise, on_step=callback and on_step)
+                first = None if latents is None else latents[part]
+                if edit is None:
+                    eps = noise()  # drawn in any case, so that later noise does not depend on `latents`
+                    z0 = run(denoise, grid.initial_scale * (eps if first is None else first.to(eps)))
+                else:
+                    z0 = edit.sample(run, denoise, self.vae, grid, noise, first, part)
+                images += self.decode(z0)
         return images
+
+    def _negative(self, context: Tensor, texts: Any, embeds: Tensor | None, batch_size: int) -> Tensor:
+        """The context (B, L, D) of negative prompts, for those of `context`."""
+        texts = texts or "" if embeds is None else texts
+        negative, (count, length, _) = self._context("negative_prompt", texts, embeds, batch_size), context.shape
+        if len(negative) not in (1, count) or negative.shape[1] != length:
+            shapes = f"{len(negative)} of {negative.shape[1]} tokens for {count} prompts of {length}"
+            raise UserError(f"the negative prompts are {shapes}; give one for all, or one each, of the same length")
+        return negative.expand(count, -1, -1)
+
+    def _advice(self, count: int, shape: tuple[int, ...]) -> str:
+        """The way out where memory is too small for `count` latents of a shape."""
+        height, width = (side * self.vae.factor for side in shape[1:])
+        fewer = (
+            f"make fewer at once, as with batch size {count // 2}, or smaller ones" if count > 1 else "make it smaller"
+        )
+        return f"with {count} of {width}x{height} px at once; {fewer}"
 
     def _context(self, name: str, texts: str | list[str] | None, embeds: Tensor | None, batch_size: int) -> Tensor:
         """The context (B, L, D) of texts, or of embeds, which must be one."""
@@ -226,16 +257,20 @@ class Pipeline:
         width = self.unet.config.cross_attention_dim
         if embeds.ndim != 3 or embeds.shape[2] != width:
             raise UserError(f"{name}_embeds are {tuple(embeds.shape)}; they must be (B, L, {width})")
-        return embeds.to(self.device)
+        return embeds.to(self.device, self.dtype)
 
     def decode(self, z: Tensor) -> list[Image.Image]:
-        """Normalized latents (B, C, h, w) -> pictures, in float32: half precision overflows in VAE decoders. Raises
-        UserError for pixels that are not finite."""
+        """Normalized latents (B, C, h, w) -> pictures, PIXELS at a time, never under autocast: float16 overflows in VAE
+        decoders. Raises UserError for pixels that are not finite."""
+        images: list[Image.Image] = []
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            x = (self.decode_latents or self.vae.decode)(z.float())
-        if not x.isfinite().all():
-            raise UserError("the picture has values that are NaN or infinite; the weights or options are at fault")
-        return to_pil(x)
+            for part in z.split(max(1, PIXELS // (z[0, 0].numel() * self.vae.factor**2))):
+                x = (self.decode_latents or self.vae.decode)(part.float())
+                if not x.isfinite().all():
+                    fault = f"the weights, the options or {self.dtype} are at fault"
+                    raise UserError(f"the picture has values that are NaN or infinite; {fault}")
+                images += to_pil(x)
+        return images
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) of the latents of one picture. Raises UserError for a size that the model cannot make."""

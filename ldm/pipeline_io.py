@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from ldm import model_io, single_file
@@ -116,6 +117,8 @@ def _models(parts: Parts, half: bool) -> dict[str, nn.Module]:
 
 def load_parts(
     folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     *,
     vae: str | Path = "",
     tokenizer: str | Path = "",
@@ -123,9 +126,10 @@ def load_parts(
     zero_snr: bool = False,
     ema: bool = False,
 ) -> Parts:
-    """The parts in a run folder, a Stable Diffusion folder or file, or of a shipped model; `vae` and `tokenizer` are
-    those of another. `prediction`, `zero_snr` and `ema` are for single files: see `ldm.single_file`. Raises
-    UserError where a part is missing, is not supported, or does not fit the others."""
+    """The parts in a run folder, a Stable Diffusion folder or file, or of a shipped model, on `device` in `dtype`; the
+    VAE stays float32 instead of float16, in which it overflows. `vae` and `tokenizer` are those of another model;
+    `prediction`, `zero_snr` and `ema` are for single files: see `ldm.single_file`. Raises UserError where a part is
+    missing, is not supported, or does not fit the others."""
     root = model_io.find_root(folder)
     if root.is_file():
         config = single_file.read_schedule(root, prediction, zero_snr)
@@ -138,8 +142,10 @@ def load_parts(
         raise UserError(f"{str(root)!r} is not a whole pipeline: {', '.join(missing)} missing; {way_out}")
     else:
         config = read_schedule(root / "scheduler")  # first, since it is read at once
-    autoencoder, text_encoder = VAE.from_pretrained(vae or root), TextEncoder.from_pretrained(root)
-    tokens, unet = Tokenizer.from_pretrained(tokenizer or root), UNet.from_pretrained(root, ema)
+    placement = {"device": device, "dtype": dtype}
+    wide = placement | {"dtype": torch.float32 if dtype == torch.float16 else dtype}
+    autoencoder, text_encoder = VAE.from_pretrained(vae or root, **wide), TextEncoder.from_pretrained(root, **placement)
+    tokens, unet = Tokenizer.from_pretrained(tokenizer or root), UNet.from_pretrained(root, ema, **placement)
     latent, c, text = autoencoder.config.latent_channels, unet.config, text_encoder.config
     if (c.in_channels, c.out_channels, c.cross_attention_dim) != (latent, latent, text.hidden_size):
         sizes = f"{c.in_channels} channels in, {c.out_channels} out, contexts of width {c.cross_attention_dim}"

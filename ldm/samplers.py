@@ -1,4 +1,4 @@
-"""Samplers: one short pure function each, from noise to z0 through `denoise(z_t, t) -> z0`.
+"""Samplers: one short pure function each, from noise to z0 through `denoise(z_t, step) -> z0`.
 
 All work on variance-preserving z_t = alpha z0 + sigma eps. diffusers runs its Euler family on x = z_t / alpha with
 noise level sigma / alpha; the same steps are written here for z_t, so that all samplers see one `denoise`.
@@ -12,13 +12,13 @@ noise level sigma / alpha; the same steps are written here for z_t, so that all 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.config import UserError
-from ldm.diffusion import Denoise, Schedule, ScheduleConfig, Sigmas
+from ldm.diffusion import Denoise, Schedule, ScheduleConfig, Sigmas, Step
 
 Noise = Callable[[], Tensor]  # draws a standard normal of z's shape
 OnStep = Callable[[int, float, Tensor, Tensor], None]  # (step, t, z_t, z0)
@@ -26,46 +26,41 @@ ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24,
 EULER = ("euler", "euler_a", "heun", "dpmpp_sde")
 MULTISTEP = ("dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis")
 PLACED = ("euler", "heun", "dpmpp_sde", *MULTISTEP)  # samplers that take sigmas
+BLOCK = 2**24  # random numbers that are drawn ahead
 LCM_STEPS = 50  # on which latent consistency models are distilled
-
-
-class Step(NamedTuple):
-    """One step: the model is evaluated at t, where z_t has (alpha, sigma); the step ends at (to_alpha, to_sigma)."""
-
-    t: float
-    alpha: float
-    sigma: float
-    to_alpha: float
-    to_sigma: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The steps of a sampler. It starts from `initial_scale` times a standard normal; its Denoiser must use `schedule`.
-    `stride` is T // steps."""
+    """The steps of a sampler from `initial_scale` times a standard normal; `schedule` is its Denoiser's."""
 
     schedule: Schedule
     steps: tuple[Step, ...]
     initial_scale: float
-    stride: int
 
 
 class ImageNoise:
     """Noise that depends on each image's seed alone, never on the batch it is drawn in.
 
     Each call returns the next (len(seeds), *shape) float32 standard normals, image i from
-    `torch.Generator("cpu").manual_seed(seeds[i])`. Raises UserError unless 0 <= seed < 2**63.
+    `torch.Generator("cpu").manual_seed(seeds[i])`. `count` calls are drawn ahead, within BLOCK, and uploaded as one.
+    Raises UserError unless 0 <= seed < 2**63.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"):
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu", count: int = 1):
         for seed in seeds:
             if not 0 <= seed < 2**63:
                 raise UserError(f"seed {seed} is not allowed: 0 to 2^63 - 1")
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        self.shape, self.device = tuple(shape), device
+        self.shape, self.device, self.count, self.block = tuple(shape), device, count, []
 
     def __call__(self) -> Tensor:
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        if not self.block:
+            size = max(1, min(self.count, BLOCK // (len(self.generators) * math.prod(self.shape))))
+            self.count -= size
+            draws = [torch.randn(self.shape, generator=g) for _ in range(size) for g in self.generators]
+            self.block = [*torch.stack(draws).to(self.device).unflatten(0, (size, -1))]
+        return self.block.pop(0)
 
 
 def ddpm(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
@@ -105,11 +100,8 @@ def dpmpp_sde(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: On
     for i, s in enumerate(grid.steps):
         z0, _ = _evaluate(denoise, z, s, i, on_step)
         if s.to_sigma:
-            ratio = torch.tensor(s.sigma * s.to_sigma / s.alpha / s.to_alpha, dtype=torch.float64).sqrt()
-            t = grid.schedule.timestep(ratio).float()
-            alpha, sigma = grid.schedule.alpha(t).item(), grid.schedule.sigma(t).item()
-            half = _ancestral_step(z, z0, s._replace(to_alpha=alpha, to_sigma=sigma), noise)
-            z0 = denoise(half, t)
+            half = _ancestral_step(z, z0, s._replace(to_alpha=s.second.alpha, to_sigma=s.second.sigma), noise)
+            z0 = denoise(half, s.second)
         z = _ancestral_step(z, z0, s, noise)
     return z
 
@@ -196,8 +188,7 @@ def unipc(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep
 def pndm(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep | None = None) -> Tensor:
     """Pseudo linear multistep of order 4 (Liu et al. 2022, eq. 9 and 12-13; "PLMS"), which begins with Heun's rule: one
     model call more than steps. As in diffusers, the model's predictions are averaged: v of a v model, else eps."""
-    schedule, past = grid.schedule, []
-    v = schedule.config.prediction_type == "v_prediction"
+    v, past = grid.schedule.config.prediction_type == "v_prediction", []
 
     def predict(z: Tensor, s: Step, *report: Any) -> Tensor:
         z0, eps = _evaluate(denoise, z, s, *report)
@@ -213,10 +204,7 @@ def pndm(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep 
         if i == 0 and len(grid.steps) > 1:
             there = grid.steps[1]
             again = predict(move(z, past[0], s), there)
-            # The step of usual length that ends where `there` starts; with leading spacing it is this one.
-            t = there.t + grid.stride
-            s = Step(t, schedule.alpha(t).item(), schedule.sigma(t).item(), there.alpha, there.sigma)
-            z = move(z, (past[0] + again) / 2, s)
+            z = move(z, (past[0] + again) / 2, there.second)  # with leading spacing it is this step
         else:
             z = move(z, sum(w * output for w, output in zip(ADAMS_BASHFORTH[min(i, 3)], past, strict=True)), s)
     return z
@@ -224,7 +212,7 @@ def pndm(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, on_step: OnStep 
 
 def _evaluate(denoise: Denoise, z: Tensor, s: Step, i: int = 0, on_step: OnStep | None = None) -> tuple[Tensor, Tensor]:
     """z0 and eps at the start of a step, reported to `on_step`."""
-    z0 = denoise(z, torch.tensor(s.t))
+    z0 = denoise(z, s)
     if on_step is not None:
         on_step(i, s.t, z, z0)
     return z0, (z - s.alpha * z0) / s.sigma
@@ -289,6 +277,13 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def count_draws(name: str, steps: int, eta: float = 0.0, resample: int = 1) -> int:
+    """Calls of `noise` in a sampling, at most: the first, those of its steps, and `resample` - 1 per model call."""
+    fresh = 2 if name == "dpmpp_sde" else int(eta > 0 or name in ("ddpm", "euler_a", "dpmpp_2m_sde", "lcm"))
+    calls = (2 if name in ("heun", "dpmpp_sde") else 1) * steps + (name == "pndm")
+    return 1 + steps * fresh + (resample - 1) * calls
+
+
 def get_sampler(name: str) -> Callable[..., Tensor]:
     """The sampler of that name. Raises UserError for an unknown one."""
     if name not in SAMPLERS:
@@ -318,7 +313,7 @@ def make_grid(
     """The timesteps of diffusers' scheduler for `sampler`, with `spacing` (Lin et al. 2023, table 2) or at the noise
     levels `sigmas` (default: the config's; "none": those of the spacing).
 
-    They are whole numbers, but for `sigmas` and for the Euler family with linspace. Where alpha ends at exactly 0,
+    They are whole numbers, but for the Euler family with linspace or `sigmas`. Where alpha ends at exactly 0,
     samplers that divide by it get the finite schedule. Raises UserError for an unknown sampler, spacing or sigmas, or
     more steps than the timesteps allow.
     """
@@ -352,7 +347,7 @@ def make_grid(
         if sigmas != "none":
             ends = ratios[[-1, 0]] if sampler in EULER else schedule.ratio[[0, -1]]
             ratios = place_ratios(sigmas, *ends, steps)
-        schedule = Schedule(config, finite=True, geometric=True, rounding=_rounding(sampler, sigmas, config))
+        schedule = Schedule(config, finite=True, geometric=True)
         t = schedule.timestep(ratios)
     t = t.float()
     alpha, sigma = schedule.alpha(t).tolist(), schedule.sigma(t).tolist()
@@ -366,17 +361,24 @@ def make_grid(
             ends[-1] = (1.0, 0.0)
     if sampler == "deis":
         ends[-1] = schedule.alpha(0).item(), schedule.sigma(0).item()
-    placed = tuple(Step(*start, *end) for *start, end in zip(t.tolist(), alpha, sigma, ends, strict=True))
+    placed = [
+        Step(*start, *end) for *start, end in zip(_asked(t, sampler, sigmas, config), alpha, sigma, ends, strict=True)
+    ]
+    if sampler in ("pndm", "dpmpp_sde"):
+        middle = torch.tensor([s.sigma * s.to_sigma / s.alpha / s.to_alpha for s in placed], dtype=torch.float64).sqrt()
+        t = t + stride if sampler == "pndm" else schedule.timestep(middle).float()
+        second = zip(t.tolist(), schedule.alpha(t).tolist(), schedule.sigma(t).tolist(), alpha, sigma, strict=True)
+        placed = [s._replace(second=Step(*other)) for s, other in zip(placed, second, strict=True)]
     # diffusers starts its Euler family at x = ratio * noise; for leading, at sqrt(ratio^2 + 1) * noise.
     scale = sigma[0] if sampler in EULER and spacing != "leading" else 1.0
-    return Grid(schedule=schedule, steps=placed, initial_scale=scale, stride=stride)
+    return Grid(schedule=schedule, steps=tuple(placed), initial_scale=scale)
 
 
-def _rounding(sampler: str, sigmas: str, config: ScheduleConfig) -> Callable[[Tensor], Tensor]:
-    """What diffusers' scheduler makes of a timestep between two whole ones before it asks the model."""
-    if sampler in EULER:
-        return torch.clone
+def _asked(t: Tensor, sampler: str, sigmas: str, config: ScheduleConfig) -> list[float]:
+    """The timesteps at which diffusers' scheduler asks the model, which knows none between two whole ones."""
+    if sampler in EULER or sigmas == "none":
+        return t.tolist()
     cosine = config.beta_schedule == "squaredcos_cap_v2" and sampler in ("dpmpp_2m", "dpmpp_2m_sde")
     if sigmas == "karras" and not cosine:
-        return torch.round
-    return lambda t: (t - 1e-3).floor().clamp(min=0)  # its float32 takes the first, T - 1, for a little less
+        return t.round().tolist()
+    return (t - 1e-3).floor().clamp(min=0).tolist()  # its float32 takes the first, T - 1, for a little less

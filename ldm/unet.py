@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -172,11 +172,11 @@ class UNet(nn.Module):
         model_io.save_model(folder, self, config, model_io.DIFFUSERS_FILE)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, ema: bool = False) -> "UNet":
+    def from_pretrained(cls, folder: str | Path, ema: bool = False, **placement: Any) -> "UNet":
         """The U-Net in a folder, in `unet/` within it, of a shipped model or in a single file, of which `ema` takes the
-        averaged one. Raises UserError where there is none."""
+        averaged one, on a `device` in a `dtype`. Raises UserError where there is none."""
         folder, table, tensors = open_part(folder, "unet", ema)
         config = model_io.read_config(folder, table, UNetConfig, "UNet2DConditionModel", SUPPORTED)
-        unet = model_io.load_model(lambda: cls(config), folder, tensors, config)
+        unet = model_io.load_model(lambda: cls(config), folder, tensors, config, **placement)
         unet.distilled_steps = int(table.get("_distilled_steps", 0))
         return unet

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -27,7 +28,7 @@ SUPPORTED: dict[str, tuple] = {
     "up_block_types": ("UpDecoderBlock2D",),
     "use_quant_conv": (True,),
     "use_post_quant_conv": (True,),
-    "force_upcast": (True, False),  # decoding is always in float32
+    "force_upcast": (True, False),  # never in float16
 }
 # Names of the attention's layers before diffusers 0.17, which Stable Diffusion's files have.
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -158,7 +159,7 @@ class VAE(nn.Module):
         """
         if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
             raise UserError(f"image size {tuple(x.shape[-2:])} must be a multiple of {self.factor} px both ways")
-        return DiagonalGaussian(self.quant_conv(self.encoder(x)))
+        return DiagonalGaussian(self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype))))
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latents -> the latents that diffusion works on, near zero mean and unit variance."""
@@ -170,7 +171,7 @@ class VAE(nn.Module):
 
     def decode_raw(self, z: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) -> x (B, 3, h*f, w*f)."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, DiagonalGaussian]:
         """x (B, 3, H, W), noise eps (B, C, H/f, W/f) -> the reconstruction through mean + std * eps, the posterior."""
@@ -206,13 +207,13 @@ class VAE(nn.Module):
         model_io.save_model(folder, self, config, model_io.DIFFUSERS_FILE)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "VAE":
-        """The VAE in a folder, in `vae/` within it, of a shipped model, or in a single file. Raises UserError where
-        there is none."""
+    def from_pretrained(cls, folder: str | Path, **placement: Any) -> "VAE":
+        """The VAE in a folder, in `vae/` within it, of a shipped model, or in a single file, on a `device` in a
+        `dtype`. Raises UserError where there is none."""
         folder, table, tensors = open_part(folder, "vae")
         config = model_io.read_config(folder, table, VAEConfig, "AutoencoderKL", SUPPORTED)
         old = "|".join(RENAMED)
         tensors = {re.sub(old, lambda match: RENAMED[match[0]], name): tensor for name, tensor in tensors.items()}
-        vae = model_io.load_model(lambda: cls(config), folder, tensors, config)
+        vae = model_io.load_model(lambda: cls(config), folder, tensors, config, **placement)
         vae.perceptual_net = str(table.get("_perceptual_net", ""))
         return vae

@@ -126,8 +126,8 @@ def test_cut_prompts_and_lack_of_memory_are_reported(pipe, monkeypatch):
     _, (note,) = finish(sample(pipe, settings(prompt=PROMPT * 9)))
     assert "ignored: " in note
     assert settings(prompt="a\0b\n\tc \ud800").prompt == "a b c ?"
-    monkeypatch.setattr(Pipeline, "__call__", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
-    with pytest.raises(UserError, match="out of memory"):
+    monkeypatch.setattr(pipe.unet, "forward", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    with pytest.raises(UserError, match="out of memory with 2 of 16x16 px at once; make fewer .*batch size 1"):
         finish(sample(pipe, settings()))
 
 

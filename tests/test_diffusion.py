@@ -8,12 +8,13 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from tiny_models import normal
 
-from ldm.diffusion import Denoiser, Schedule, ScheduleConfig, guided, loss_weight, sample_timesteps
+from ldm.diffusion import Denoiser, Schedule, ScheduleConfig, Step, guided, loss_weight, sample_timesteps
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 T = torch.tensor([0, 1, 250, 998, 999])
+STEP = Step(400.0, 0.6, 0.8)
 
 
 def schedule(prediction="v_prediction", zero=False, **options):
@@ -54,7 +55,8 @@ def test_min_snr_weights():
     for prediction in PREDICTIONS:
         denoiser = Denoiser(None, schedule(prediction))
         error = (guess - denoiser.target(z0, eps, T)).square().mean(1)
-        z0_error = (denoiser.to_z0(z_t, T, guess) - z0).square().mean(1)
+        step = Step(T, s.alpha(T)[:, None], s.sigma(T)[:, None])
+        z0_error = (denoiser.to_z0(z_t, step, guess) - z0).square().mean(1)
         weighted = loss_weight(s, T, prediction, gamma) * error
         assert torch.allclose(weighted, snr.clamp(max=gamma) * z0_error, rtol=1e-8)
         assert torch.equal(loss_weight(s, T, prediction, None), torch.ones(5).double())
@@ -98,12 +100,12 @@ CONTEXTS = normal(3, 5, 6, seed=3), normal(3, 5, 6, seed=2)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_guidance_equals_two_passes_and_diffusers_rescale(prediction, rescale):
-    z_t, t, (context, negative) = normal(3, 2, 4, 4), torch.tensor(400.0), CONTEXTS
+    z_t, t, (context, negative) = normal(3, 2, 4, 4), STEP.t, CONTEXTS
     denoiser = Denoiser(Counter(), schedule(prediction))
     on, off = denoiser.predict(z_t, t, context), denoiser.predict(z_t, t, negative)
     want = rescale_noise_cfg(off + 4 * (on - off), on, rescale)
-    got = guided(denoiser, context, negative, 4.0, rescale)(z_t, t)
-    assert torch.allclose(got, denoiser.to_z0(z_t, t, want), atol=1e-5)
+    got = guided(denoiser, context, negative, 4.0, rescale)(z_t, STEP)
+    assert torch.allclose(got, denoiser.to_z0(z_t, STEP, want), atol=1e-5)
 
 
 def test_guidance_acts_in_its_interval_only():
@@ -112,9 +114,10 @@ def test_guidance_acts_in_its_interval_only():
     denoise = guided(denoiser, context, negative, 3.0, interval=(200, 800))
     z_t = normal(3, 2, 4, 4)
     for t in (199.0, 200.0, 800.0, 801.0):
-        denoise(z_t, torch.tensor(t))
-    guided(denoiser, context, negative, guidance=1.0)(z_t, torch.tensor(400.0))
+        denoise(z_t, STEP._replace(t=t))
+    guided(denoiser, context, negative, guidance=1.0)(z_t, STEP)
     assert model.batches == [3, 6, 6, 3, 3]
     half = Denoiser(lambda z_t, t, context: z_t.bfloat16(), schedule("sample"))
-    assert half(z_t, torch.tensor(5), None).dtype == torch.float32
-    assert torch.equal(denoise(z_t, torch.tensor(900.0)), denoiser(z_t, torch.tensor(900.0), context))
+    assert half(z_t, STEP, None).dtype == torch.float32
+    outside = STEP._replace(t=900.0)
+    assert torch.equal(denoise(z_t, outside), denoiser(z_t, outside, context))

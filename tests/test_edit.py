@@ -99,15 +99,14 @@ def test_resampling_draws_what_fits_the_part_that_is_kept(sampler):
     drawn = torch.tensor([0.0, 1.0]).expand(4096, 1, 1, 2)
     left = ImageNoise(range(4096), (1, 1, 1))().expand(-1, -1, -1, 2)
 
-    def denoise(z, t):
-        alpha, sigma = grid.schedule.alpha(t), grid.schedule.sigma(t)
-        return z @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(2)) @ (alpha * covariance)
+    def denoise(z, s):
+        return z @ torch.linalg.inv(s.alpha**2 * covariance + s.sigma**2 * torch.eye(2)) @ (s.alpha * covariance)
 
     errors = []
     for resample in (1, 2, 8):
         noise = ImageNoise(range(9000, 9000 + 4096), (1, 1, 2))
         eps = noise()
-        keeping = keep(denoise, grid.schedule, left, eps, drawn, noise, resample)
+        keeping = keep(denoise, left, eps, drawn, noise, resample)
         z = torch.lerp(left, FUNCTIONS[sampler](keeping, grid.initial_scale * eps, grid, noise), drawn)
         deviation = float((z[..., 1] - 0.95 * left[..., 0]).square().mean().sqrt())
         errors.append(abs(deviation - math.sqrt(1 - 0.95**2)))

@@ -64,13 +64,14 @@ OPTIONS = {
     "train_clip": TRAINING,
     "train_diffusion": TRAINING,
     "train_distill": TRAINING,
+    "train_preference": TRAINING,
     "sample": "model prompt prompts out steps guidance guidance-rescale sampler seed negative-prompt image mask"
     " resample strength interpolate seed-to height width batch-size compile precision grid device",
     "evaluate": "model autoencoder images reference data data-path split num guidance choose-on guidance-rescale steps"
     " sampler features judge train-num train-captions baseline size without-frechet perceptual seed batch-size out"
     " device",
     "app": "model port host out device seed",
-    "benchmark": "only rounds threads device quick compile out",
+    "benchmark": "only rounds threads device dtype quick compile out",
     "compare_diffusers": "prompt steps guidance seed",
     "plan_training": "family pictures epochs size gpus peak utilization rate price bandwidth storage caption-bytes"
     " picture-bytes no-cache measure batch accumulate",
@@ -216,8 +217,9 @@ def test_trainings_from_shards_and_shipped_weights(run):
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.toml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_shipped_config_is_accepted(run, path):
     """Its keys and values are checked before the unknown data set is refused."""
-    kind = re.match("autoencoder|diffusion|distill|", path.stem)[0] or "clip"
+    kind = re.match("autoencoder|diffusion|distill|preference|", path.stem)[0] or "clip"
     parts = ["vae=shapes", "text_encoder=shapes", "data.size=32", *UNET] if kind == "diffusion" else []
+    parts += ["scorer=judge:shapes"] * (kind == "preference")  # which asks captions of the data
     refuse(run(f"train_{kind}", "--config", path, "--out", "new", "data.name=cats", *parts), "cats", "shards")
 
 

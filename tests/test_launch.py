@@ -2,7 +2,10 @@
 
 import math
 import os
+import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +15,13 @@ import tiny
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from inventory_tools import metrics
+from two_processes import moved
 
 from ldm.config import UserError, load, to_dict
 from ldm.diffusion import sample_timesteps
 from ldm.distributed import Draws, check_launch
 from ldm.model_io import load_tensors, read_json
+from ldm.train import sharding
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
 from ldm.train.diffusion import DiffusionTask
@@ -96,6 +101,12 @@ def runs(folder: Path, kind: str, name: str) -> tuple[Path, Path]:
     return one, two
 
 
+def names(run: Path) -> set[Path]:
+    """The files of a run, the shards of one as one."""
+    files = (p.relative_to(run) for p in run.rglob("*") if "tensorboard" not in p.parts)
+    return {p.with_name(re.sub(r"-\d{5}-of-\d{5}", "", p.name)) for p in files}
+
+
 def check_same_lines(one: Path, two: Path, count: int, tolerance: float = 1e-4) -> None:
     """Every logged number: losses, gradient norms, the adaptive weight, validation."""
     one, two = metrics(one), metrics(two)
@@ -115,25 +126,28 @@ def test_two_processes_train_as_one_with_their_batches_together(folder, one_thre
     """All numbers, and every tensor of every file: the model, weights, averages, optimizers, under the same names."""
     one, two = runs(folder, kind, name)
     check_same_lines(one, two, 7)
-    files, others = ({p.relative_to(run) for p in run.rglob("*") if "tensorboard" not in p.parts} for run in (one, two))
-    assert files == others
+    files = names(one)
+    assert files == names(two)
     tensors = [file for file in files if file.suffix == ".safetensors"]
     assert len(tensors) > 6
+    assert len([*two.rglob("*-of-00002.*")]) == (kind == "fsdp") * 2 * len([*one.rglob("state/*.safetensors")])
     for file in tensors:
-        torch.testing.assert_close(load_tensors(two / file), load_tensors(one / file), rtol=1e-3, atol=2e-5)
+        shards, expected = sharding.load(two / file.parent, file.stem), load_tensors(one / file)
+        torch.testing.assert_close(shards, expected, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_one_or_two_processes_sharded_or_not(folder, one_thread):
+    """Two sharded ones, then one, then two, against one all the time."""
     runs(folder, "fsdp", "clip")
-    for before, after in (("fsdp-one", "fsdp-one"), ("fsdp", "fsdp-one"), ("fsdp-one", "fsdp")):
-        out = folder / after / f"from-{before}"
-        shutil.copytree(folder / before / "clip", out)
-        if after == "fsdp":
-            launched("fsdp", "clip", "train.steps=9", "--force", cwd=out.parent, out=out.name)
-        else:
-            train_here("clip", given("fsdp", "clip", 8, "train.steps=9"), out.name, out.parent, force=True)
-        check_same_lines(folder / "fsdp-one" / "from-fsdp-one", out, 11)
+    for kind, processes in (("fsdp-one", (1, 1)), ("fsdp", (1, 2))):
+        out = Path(shutil.copytree(folder / kind / "clip", folder / kind / "resumed"))
+        for count, steps in zip(processes, ("train.steps=9", "train.steps=12"), strict=True):
+            if count == 2:
+                launched("fsdp", "clip", steps, "--force", cwd=out.parent, out=out.name)
+            else:
+                train_here("clip", given("fsdp", "clip", 8, steps), out.name, out.parent, force=True)
+    check_same_lines(folder / "fsdp-one" / "resumed", folder / "fsdp" / "resumed", 15)
 
 
 @pytest.mark.slow
@@ -146,8 +160,8 @@ def test_bf16_is_autocast_over_float32_weights_with_and_without_fsdp(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_hold_about_half_of_every_parameter_each(tmp_path):
-    """Except CLIP's scale, which has no dimensions."""
+def test_two_processes_hold_about_half_of_every_parameter_each_and_share_muon(tmp_path, one_thread):
+    """Except CLIP's scale, which has no dimensions. Muon moves matrices as in one process."""
     done = launch("tests/two_processes.py", tmp_path, cwd=tmp_path, options=FSDP)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (read_json(tmp_path / f"process-{rank}.json") for rank in range(2))
@@ -155,6 +169,34 @@ def test_two_processes_hold_about_half_of_every_parameter_each(tmp_path):
     assert [size for size, a, b in shares if a is None and b is None] == [1]
     assert all(a + b == size for size, a, b in shares if a is not None)
     assert 0.4 < sum(a or 0 for _, a, _ in shares) / sum(first["sizes"]) < 0.75
+    assert all(tiny.same(load_tensors(tmp_path / f"muon-{rank}.safetensors"), moved()) for rank in range(2))
+
+
+STUCK = "has made no progress for 6 s (LDM_TIMEOUT)"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [pytest.param("sleep", STUCK, marks=pytest.mark.slow), ("kill", "has ended")]
+)
+def test_a_process_that_hangs_or_dies_is_named_and_ends_the_others(tmp_path, fault, said):
+    """Without a launcher, which would end them itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    environment = os.environ | address | {"LDM_TIMEOUT": "6", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "tests" / "two_processes.py", tmp_path / "run", fault]
+    started = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    error, _ = (process.communicate(timeout=120)[1] for process in started)
+    assert [process.returncode for process in started] == [2, 2 if fault == "sleep" else -signal.SIGKILL]
+    assert f"error: rank 1 of 2 processes {said}: see its own output" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 
 from ldm.train.clip import CLIPTask
 from ldm.train.config import OptimizerConfig
-from ldm.train.optim import EMA, Muon, make_optimizers
+from ldm.train.optim import EMA, Muon, make_optimizers, orthogonalize
 from ldm.unet import UNet
 
 
@@ -69,6 +69,15 @@ def test_muon_equals_torch_on_matrices():
     for a, b, w in zip(ours, theirs, start, strict=True):
         moved, expected = a.detach() - w, b.detach() - w
         assert float((moved - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (192, 128)])
+def test_in_bfloat16_small_directions_are_lengthened_and_none_outgrows_the_others(shape):
+    """Singular values from 1 to 1e-4: rounding must not add up over the rounds."""
+    u, s, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    update = u * torch.logspace(0, -4, len(s)) @ v
+    ours, exact = orthogonalize(update.bfloat16()).float(), orthogonalize(update)
+    assert float((ours - exact).norm() / exact.norm()) < 0.2 and float(torch.linalg.svdvals(ours).max()) < 1.3
 
 
 def test_a_kernel_moves_as_its_matrix_and_without_a_gradient_nothing_moves():

@@ -1,13 +1,16 @@
 """Prompts to pictures: seeds, batches, guidance, callbacks, and what is refused."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import arrays, randomize, tiny_parts, unet_config
+from tiny_models import arrays, diffusers_unet, normal, randomize, tiny_parts, unet_config
 
+from ldm import pipeline
 from ldm.config import UserError
+from ldm.distributed import fast_kernels, find_dtype
 from ldm.model_io import DIFFUSERS_FILE
 from ldm.pipeline import Pipeline
 from ldm.unet import UNet
@@ -95,3 +98,73 @@ def test_folders_give_the_same_pictures(pipe, tmp_path):
     with pytest.raises(UserError, match="unet.conv_in.bias has values above 65504, which float16 cannot hold"):
         half.save_pretrained(tmp_path / "large", half=True)
     assert not (tmp_path / "large").exists()
+
+
+@pytest.mark.parametrize(("dtype", "vae", "far"), [("bfloat16", torch.bfloat16, 8), ("float16", torch.float32, 2)])
+def test_half_precision_is_near(pipe, tmp_path, dtype, vae, far):
+    """Also of an edit and with embeddings in float32; latents stay in float32."""
+    pipe.save_pretrained(tmp_path)
+    half, seen = Pipeline.from_pretrained(tmp_path, dtype=dtype).compile(passes=100), []
+    assert half.dtype == half.text_encoder.text_model.final_layer_norm.weight.dtype == getattr(torch, dtype)
+    assert half.vae.quant_conv.weight.dtype == vae and half.device.type == "cpu"
+    image, embeds = pipe("circle", steps=1)[0], pipe.encode_prompt(["circle"])
+    for options in {"prompt": PROMPTS[0]}, {"prompt_embeds": embeds}, {"prompt": "circle", "image": image}:
+        options |= {"steps": 5, "seed": 2, "callback": seen.append}
+        assert abs(arrays(half(**options)) - arrays(pipe(**options))).max() <= far
+    assert {x.dtype for step in seen for x in (step.z_t, step.z0)} == {torch.float32} and not half.compiled
+
+
+@pytest.mark.parametrize(("dtype", "error", "least"), [("bfloat16", 0.015, 44), ("float16", 0.002, 58)])
+def test_half_precision_of_shipped_models(dtype, error, least):
+    """A pass as far from float32 as diffusers' own is, and dB between pictures."""
+    for name, prompt in ("shapes", "three green stars"), ("emoji", "a 3D emoji of a red apple"):
+        full, half = (Pipeline.from_pretrained(name, "cpu", kind) for kind in ("float32", dtype))
+        inputs = normal(2, *full.latent_shape()), torch.tensor(500.0), full.encode_prompt([prompt] * 2)
+        theirs = diffusers_unet(full.unet.config).to(half.dtype)
+        theirs.load_state_dict(half.unet.state_dict())
+        cast = [x.to(half.dtype) for x in inputs]
+        with torch.no_grad():
+            outputs = half.unet(*cast).float(), theirs(*cast).sample.float()
+            (ours, other), expected = outputs, full.unet(*inputs)
+        for a, b in (ours, expected), (other, expected), (ours, other):
+            assert (a - b).norm() <= error * b.norm()
+        images = (arrays(pipe(prompt, steps=8, guidance=3.0)) for pipe in (full, half))
+        assert 20 * np.log10(255 / np.std(np.subtract(*images))) >= least
+
+
+def test_the_precision_is_one_that_the_device_is_fast_in(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    assert find_dtype("auto", torch.device("cpu")) == Pipeline.from_pretrained("shapes").dtype == torch.float32
+    for capability, best in ((8, 0), torch.bfloat16), ((7, 5), torch.float16):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, now=capability: now)
+        assert find_dtype("auto", gpu) == best
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+    with pytest.raises(UserError, match="dtype bfloat16 is too new for the GPU T4; use float16"):
+        find_dtype(torch.bfloat16, gpu)
+    with pytest.raises(UserError, match="dtype int8 is not allowed: float32, bfloat16, float16 or auto"):
+        Pipeline.from_pretrained("shapes", "cpu", "int8")
+
+
+def test_kernels_are_fast_within_alone():
+    """In torch's older settings, which it reads itself; the program's newer ones stay."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+
+    def settings():
+        return cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision
+
+    before, gpu = settings(), torch.device("cuda")
+    for tf32, product in (True, "tf32"), (False, "ieee"):
+        with warnings.catch_warnings(action="error"), fast_kernels(gpu, tf32):
+            assert settings() == (True, "tf32", product) and matmul.allow_tf32 == tf32
+        assert settings()[:2] == before[:2] and not matmul.allow_tf32
+    matmul.fp32_precision = "tf32"
+    with fast_kernels(gpu):
+        assert settings() == (*before[:2], "tf32")
+    matmul.fp32_precision = "ieee"
+
+
+def test_large_pictures_are_decoded_few_at_a_time(pipe, monkeypatch):
+    whole, sizes, decode = arrays(pipe(PROMPTS[:3], steps=2)), [], pipe.vae.decode
+    monkeypatch.setattr(pipeline, "PIXELS", 2 * 16 * 16 + 1)
+    monkeypatch.setattr(pipe.vae, "decode", lambda z: sizes.append(len(z)) or decode(z))
+    assert abs(arrays(pipe(PROMPTS[:3], steps=2)) - whole).max() <= 1 and sizes == [2, 1]

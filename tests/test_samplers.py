@@ -1,5 +1,6 @@
 """Samplers against diffusers' schedulers, against a closed form, and their grids and noise."""
 
+import contextlib
 import functools
 from dataclasses import replace
 
@@ -7,10 +8,17 @@ import diffusers
 import pytest
 import torch
 from sde_scheduler import DPMSolverSDEScheduler
+from tiny_models import unet_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from ldm import samplers
 from ldm.config import UserError
-from ldm.diffusion import Denoiser, Schedule, ScheduleConfig
-from ldm.samplers import PLACED, SAMPLERS, ImageNoise, make_grid
+from ldm.diffusion import Denoiser, Schedule, ScheduleConfig, guided
+from ldm.edit import keep
+from ldm.samplers import PLACED, SAMPLERS, ImageNoise, count_draws, make_grid
+from ldm.unet import UNet
 
 SHAPE = (2, 3, 4, 4)
 REFERENCE = {
@@ -103,7 +111,7 @@ def compare(sampler, config, steps, **options):
     got = SAMPLERS[sampler](denoise, first * grid.initial_scale, grid, noise, **options)
     asked = timesteps.unique().flip(0) if sampler == "pndm" else timesteps
     asked = asked[::2] if sampler in ("heun", "dpmpp_sde") else asked  # two calls per step
-    placed = grid.schedule.rounding(torch.tensor([s.t for s in grid.steps]))
+    placed = torch.tensor([s.t for s in grid.steps])
     assert torch.allclose(placed, asked.float(), rtol=0, atol=0.02 if sampler == "dpmpp_sde" or config.sigmas else 0)
     tolerance = 1e-4
     if sampler in ("euler", "euler_a"):  # what float32 leaves of diffusers' x = z / alpha at the start
@@ -163,9 +171,8 @@ def test_reproduces_a_gaussian(sampler):
     config = schedule("v_prediction", "trailing", rescale_betas_zero_snr=True)
     grid, noise = make_grid(Schedule(config), sampler, 500), ImageNoise([0], (20_000,))
 
-    def denoise(z_t, t):  # E[z0 | z_t]
-        alpha, sigma = grid.schedule.alpha(t), grid.schedule.sigma(t)
-        return MU + alpha * S**2 / (alpha**2 * S**2 + sigma**2) * (z_t - alpha * MU)
+    def denoise(z_t, s):  # E[z0 | z_t]
+        return MU + s.alpha * S**2 / (s.alpha**2 * S**2 + s.sigma**2) * (z_t - s.alpha * MU)
 
     z0 = SAMPLERS[sampler](denoise, grid.initial_scale * noise().double(), grid, noise)
     assert z0.mean().item() == pytest.approx(MU, abs=0.015)
@@ -177,8 +184,8 @@ def test_calls_reports_and_leaves_its_input_alone(sampler):
     grid = make_grid(Schedule(ScheduleConfig()), sampler, 6)
     called, seen = [], []
 
-    def denoise(z_t, t):
-        called.append(float(t))
+    def denoise(z_t, s):
+        called.append(s.t)
         return 0.5 * z_t
 
     z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
@@ -191,9 +198,39 @@ def test_calls_reports_and_leaves_its_input_alone(sampler):
     assert all(torch.equal(z0, 0.5 * z_t) for *_, z_t, z0 in seen)
 
 
-def test_noise_of_an_image_does_not_depend_on_its_batch():
+class Apart(TorchDispatchMode):
+    """Refuses to wait for a value of a tensor, and copies from one device to another."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "the program waits for the device"
+        output = function(*args, **kwargs or {})
+        devices = {x.device for x in tree_leaves((args, output)) if torch.is_tensor(x)}
+        assert len(devices) < 2, f"{function} copies between {devices}"
+        return output
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_neither_wait_for_the_gpu_nor_send_to_it(sampler):
+    """Once computed on the CPU, and once as if on a GPU, where tensors have a device and no values."""
+    grid = make_grid(Schedule(ScheduleConfig()), sampler, 3)
+    for device, numbers in ("cpu", contextlib.nullcontext()), ("cuda", FakeTensorMode()):
+        with numbers:
+            with torch.device(device):
+                unet, context, mask = UNet(unet_config((16,))), torch.zeros(2, 3, 24), torch.ones(2, 1, 8, 8)
+            noise = ImageNoise([0, 1], (4, 8, 8), device, count_draws(sampler, 3, resample=2))
+            eps, denoiser = noise(), Denoiser(unet, grid.schedule)
+            denoise = keep(guided(denoiser, context, context, 5.0, 0.7, (200, 800)), eps, eps, mask, noise, 2)
+            with torch.no_grad(), Apart():
+                z0 = SAMPLERS[sampler](denoise, grid.initial_scale * eps, grid, noise, lambda *report: None)
+        assert z0.device.type == device
+
+
+@pytest.mark.parametrize("block", [2**24, 3 * 3 * 60])
+def test_noise_of_an_image_does_not_depend_on_its_batch(monkeypatch, block):
+    """Nor on what is drawn ahead: two calls, or as many as fit a block."""
+    monkeypatch.setattr(samplers, "BLOCK", block)
     shape = (3, 4, 5)
-    together = ImageNoise([0, 1, 2], shape)
+    together = ImageNoise([0, 1, 2], shape, count=2)
     alone = ImageNoise([1], shape)
     contract = torch.Generator("cpu").manual_seed(1)
     for _ in range(3):

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from inventory_tools import Scripts, checkpoints, refuse, succeed
+from inventory_tools import Scripts, checkpoints, metrics, refuse, succeed
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm import model_io
 from ldm.clip import MAX_SCALE, TextEncoder
 from ldm.config import UserError
-from ldm.data import open_dataset, stack
+from ldm.data import DataConfig, open_dataset, stack
 from ldm.images import to_float
 from ldm.metrics.alignment import sharing
 from ldm.metrics.judges import image_text_model
@@ -22,9 +23,11 @@ from ldm.pipeline import Pipeline
 from ldm.tokenizer import Tokenizer
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import CLIPTask
-from ldm.train.diffusion import DiffusionTask, check_normalized
+from ldm.train.config import TrainConfig
+from ldm.train.diffusion import DiffusionTask, PreviewConfig, check_normalized
 from ldm.train.distill import DistillConfig, DistillTask
 from ldm.train.loop import Task, train
+from ldm.train.preference import PreferenceConfig, PreferenceTask
 from ldm.vae import VAE
 
 
@@ -72,7 +75,8 @@ def interrupted(losses, stop: int):
 
 
 @pytest.mark.parametrize(
-    ("name", "muon"), [("autoencoder", False), ("clip", True), ("diffusion", True), ("distill", True)]
+    ("name", "muon"),
+    [("autoencoder", False), ("clip", True), ("diffusion", True), ("distill", True), ("preference", True)],
 )
 def test_previews_change_no_bit_and_resuming_is_exact(name, muon, tmp_path, one_thread, vae_run, clip_run):
     """Six steps: with previews, validation and checkpoints at every second step; without; and resumed at steps 1, 3."""
@@ -80,11 +84,14 @@ def test_previews_change_no_bit_and_resuming_is_exact(name, muon, tmp_path, one_
     config, states = replace(tiny.TRAIN, optimizer=optimizer, steps=6), []
     loss = replace(tiny.LOSS, gan_start=4, gan_ramp=2)  # the discriminator starts between save and resume
     flip = {"data": replace(tiny.DATA, flip=True)}
+    pairs = {"pairs": str(tmp_path / "pairs.jsonl"), "scorer": "judge:shapes", "prompts": 64, "candidates": 2}
+    pairs |= {"data": DataConfig(length=64), "steps": 1, "held_out": 4, "preview": PreviewConfig(count=2, steps=2)}
     tasks = {
         "autoencoder": lambda: AutoencoderTask(replace(tiny.autoencoder(config, loss), **flip)),
         "clip": lambda: CLIPTask(replace(tiny.clip(config, tiny.READERS), **flip)),
         "diffusion": lambda: DiffusionTask(tiny.diffusion(vae_run, clip_run, config, train_text_encoder=True)),
         "distill": lambda: DistillTask(DistillConfig(teacher="shapes", data=tiny.DATA, train=config, held_out=4)),
+        "preference": lambda: PreferenceTask(PreferenceConfig(model="shapes", train=config, **pairs)),
     }
     for case in ("plain", "looked", "resumed"):
         for stop in (1, 3, 6) if case == "resumed" else (6,):
@@ -96,6 +103,68 @@ def test_previews_change_no_bit_and_resuming_is_exact(name, muon, tmp_path, one_
         states.append(tiny.tensors(tmp_path / case / "checkpoints" / "step-00000006"))
     assert len(states[0]) > 100 and tiny.same(states[0], states[1]) and tiny.same(states[0], states[2])
     assert all(module.training for module in task.modules.values())
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses to read a number from a tensor, for which a host waits for its GPU, between `armed` and the end of a
+    step."""
+
+    armed = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not (self.armed and func is torch.ops.aten._local_scalar_dense.default), "a step reads a number"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "clip", "diffusion", "distill"])
+def test_a_step_waits_for_no_number_of_the_device(name, tmp_path, monkeypatch, vae_run, clip_run):
+    config = replace(tiny.TRAIN, optimizer=replace(tiny.TRAIN.optimizer, muon_lr=2e-3), accumulate=2, steps=2)
+    flip, mode, due = {"data": replace(tiny.DATA, flip=True)}, NoWaiting(), TrainConfig.due
+    if name == "autoencoder":
+        task = AutoencoderTask(replace(tiny.autoencoder(config), **flip))
+    elif name == "clip":
+        task = CLIPTask(replace(tiny.clip(config, tiny.READERS), **flip))
+    elif name == "diffusion":
+        task = DiffusionTask(tiny.diffusion(vae_run, clip_run, config, min_snr_gamma=5.0))
+    else:
+        task = DistillTask(DistillConfig(teacher="shapes", data=tiny.DATA, train=config, held_out=4))
+
+    def losses(*arguments):
+        mode.armed = True
+        yield from type(task).losses(task, *arguments)
+
+    def disarm(*arguments):
+        mode.armed = False
+        return due(*arguments)
+
+    monkeypatch.setattr(task, "losses", losses)
+    monkeypatch.setattr(TrainConfig, "due", disarm)
+    with mode:
+        train(task, replace(config, log_every=1), tmp_path, {})
+    assert len(metrics(tmp_path)) >= 2
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "clip", "diffusion"])
+def test_recomputed_blocks_give_the_same_weights(name, tmp_path, one_thread, vae_run, clip_run):
+    states = []
+    for checkpointing in (False, True):
+        config = replace(tiny.TRAIN, checkpointing=checkpointing, steps=2)
+        if name == "diffusion":
+            task = DiffusionTask(tiny.diffusion(vae_run, clip_run, config))
+        else:
+            task = {"autoencoder": AutoencoderTask, "clip": CLIPTask}[name](getattr(tiny, name)(config))
+        train(task, config, tmp_path / str(checkpointing), {})
+        states.append(tiny.tensors(tmp_path / str(checkpointing)))
+    assert tiny.same(*states)
+
+
+def test_frozen_parts_run_in_the_precision_of_the_run(vae_run, clip_run):
+    task, seen = DiffusionTask(tiny.diffusion(vae_run, clip_run, replace(tiny.TRAIN, precision="bf16"))), set()
+    for layer in (task.vae.encoder.conv_in, task.text_encoder.text_model.encoder.layers[0].mlp.fc1):
+        layer.register_forward_hook(lambda module, inputs, output: seen.add((type(module), output.dtype)))
+    task.loss = lambda modules, z0, *rest: seen.add(z0.dtype) or DiffusionTask.loss(task, modules, z0, *rest)
+    next(losses_of(task, stack(tiny.samples(4))))
+    assert seen == {(torch.nn.Conv2d, torch.bfloat16), (torch.nn.Linear, torch.bfloat16), torch.float32}
 
 
 # Autoencoder
@@ -177,7 +246,7 @@ def test_heads_move_the_text_tower_alone_and_are_not_exported(name, tmp_path):
     with torch.no_grad():
         validated = task.validate(task.modules)
     assert validated.keys() & weights.keys() == {name} and 0 < validated[name] < 9
-    task.export(task.modules, tmp_path, final=True)
+    task.export(task.modules, tmp_path, None)
     assert {path.name for path in tmp_path.iterdir()} == {"clip", "text_encoder", "tokenizer"}
 
 
@@ -213,7 +282,7 @@ def test_a_judge_learns_from_validation_too_and_cannot_condition(tmp_path, vae_r
     samples = [part[i] for part in parts for i in (0, len(part) - 1)]
     for index, sample in zip((0, n - 1, n, total - 1), samples, strict=True):
         assert task.dataset[index]["key"] == sample["key"] and task.dataset.captions(index) == sample["captions"]
-    task.export(task.modules, tmp_path / "run", final=True)
+    task.export(task.modules, tmp_path / "run", None)
     assert len(task.dataset) == total and image_text_model(str(tmp_path / "run")).size == tiny.DATA.size
     with pytest.raises(UserError, match="text_encoder|tokenizer"):
         DiffusionTask(tiny.diffusion(vae_run, tmp_path / "run"))

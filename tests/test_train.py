@@ -2,10 +2,12 @@
 
 import math
 import multiprocessing
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -14,8 +16,9 @@ from inventory_tools import metrics
 
 from ldm.config import UserError
 from ldm.model_io import read_json
-from ldm.train.config import OptimizerConfig
-from ldm.train.loop import train
+from ldm.train import loop
+from ldm.train.config import OptimizerConfig, TrainConfig
+from ldm.train.loop import Late, train
 
 CONFIG = replace(tiny.TRAIN, steps=6, save_every=3, log_every=1, ema_decay=0.9)
 
@@ -53,11 +56,20 @@ def test_resume_is_exact(tmp_path, monkeypatch, workers, accumulate, muon):
     assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
 
 
-@pytest.mark.parametrize(("where", "wrong"), [("loss", math.nan), ("loss", math.inf), ("gradient", math.nan)])
-def test_a_non_finite_step_never_reaches_weights_averages_or_log(tmp_path, where, wrong):
+@pytest.mark.parametrize(
+    ("where", "wrong", "late"),
+    [("loss", math.nan, True), ("loss", math.inf, False), ("gradient", math.nan, False), ("gradient", math.nan, True)],
+)
+def test_a_non_finite_step_never_reaches_weights_averages_or_log(tmp_path, monkeypatch, where, wrong, late):
     """Infinity is added to the loss as a constant: the gradient stays finite, and the step is skipped all the same; and
-    the other way around. After three in a row the run gives up, with the last good checkpoint and the batch."""
+    the other way around. After three in a row the run gives up, with the last good checkpoint and the batch; so it does
+    where the host learns of each step `late`, as with a GPU. Muon moves a matrix."""
+    if late:
+        monkeypatch.setattr(loop, "Late", lambda device: Late(torch.device("cuda")))
+        monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    monkeypatch.setattr("ldm.train.optim.NARROW", 1)
     config, at, steps = replace(CONFIG, steps=20, save_every=1, keep=9, max_skipped=3), (1, 2, 5, 6, 7), count()
+    config = replace(config, optimizer=replace(config.optimizer, muon_lr=1e-2))
     toy = tiny.Toy(wrong=dict.fromkeys(at, wrong) if where == "loss" else {})
     if where == "gradient":
         toy.modules["first"].weight.register_hook(lambda gradient: gradient * (wrong if next(steps) in at else 1))
@@ -65,7 +77,7 @@ def test_a_non_finite_step_never_reaches_weights_averages_or_log(tmp_path, where
         train(toy, config, tmp_path, {})
     states = [state_of(tmp_path, step) for step in range(1, 8)]
     assert [tiny.same(a, b) for a, b in pairwise(states)] == [True, True, False, False, True, True]
-    lines = metrics(tmp_path)
+    lines = metrics(tmp_path)[:7]
     assert [line["skipped"] for line in lines] == [0, 1, 1, 0, 0, 1, 1]
     assert all(math.isfinite(value) for line in lines for value in line.values())
     (batch,) = torch.load(tmp_path / "non-finite-step-00000007-process-0.pt", weights_only=True)
@@ -117,6 +129,16 @@ def test_refuses_the_state_of_another_model_or_optimizer(tmp_path, monkeypatch):
     muon = replace(CONFIG, optimizer=replace(CONFIG.optimizer, muon_lr=1e-2))
     with pytest.raises(UserError, match="of another model than the config describes"):
         train(tiny.Toy(), muon, tmp_path / "run", {})
+
+
+@pytest.mark.parametrize(("capability", "auto"), [((8, 0), "bf16"), ((7, 5), "no")])
+def test_the_precision_is_that_of_the_device_and_no_other(monkeypatch, capability, auto):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+    cpu, gpu, config = torch.device("cpu"), torch.device("cuda"), TrainConfig()
+    assert config.on(cpu).precision == "no" and config.on(gpu).precision == auto
+    with nullcontext() if auto == "bf16" else pytest.raises(UserError, match="bfloat16 .* T4"):
+        assert replace(config, precision="bf16").on(gpu).precision == "bf16"
 
 
 class Failing(list):

@@ -21,8 +21,10 @@ def usual(pipe: Pipeline) -> dict[str, Any]:
 class Models:
     """Pipelines and low-rank adapters by the names under which the page offers them; the last two opened stay open."""
 
-    def __init__(self, folders: Mapping[str, str], device: Any = "cpu", adapters: Sequence[str] = ()) -> None:
-        self.folders, self.names, self.device = dict(folders), list(folders), device
+    def __init__(
+        self, folders: Mapping[str, str], device: str = "cpu", adapters: Sequence[str] = (), dtype: str = "auto"
+    ) -> None:
+        self.folders, self.names, self.placement = dict(folders), list(folders), (device, dtype)
         self.adapters = {Path(file).stem: file for file in adapters}
         self._open = lru_cache(maxsize=2)(self._merge)
 
@@ -38,7 +40,7 @@ class Models:
         return self._open(name, tuple(adapters), weight if adapters else 1.0)
 
     def _merge(self, name: str, adapters: tuple[str, ...], weight: float) -> Pipeline:
-        pipe = Pipeline.from_pretrained(self.folders[name], self.device)
+        pipe = Pipeline.from_pretrained(self.folders[name], *self.placement)
         for adapter in adapters:
             pipe.load_lora(self.adapters[adapter], weight)
         return pipe.compile(passes=PASSES)

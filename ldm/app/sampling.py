@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from ldm.app.models import GUIDANCE, Models
@@ -75,7 +74,7 @@ def sample(
     that a prompt was cut.
 
     Closing the generator stops the sampling. All steps are appended to `kept`; `arguments` go to the pipeline, such as
-    other prompts. Raises UserError for settings that the pipeline refuses or that need too much memory.
+    other prompts. Raises UserError for settings that the pipeline refuses.
     """
     positions = math.prod(pipe.latent_shape(settings.height or None, settings.width or None))
     most = BOUNDS["count"][1] * math.prod(pipe.latent_shape()) // positions
@@ -106,10 +105,6 @@ def sample(
             elif kept and kept[-1] is not shown:
                 yield (shown := kept[-1])
         return future.result()
-    except RuntimeError as error:  # on a CPU torch raises a plain one when memory runs out
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            raise UserError("out of memory; make fewer or smaller pictures") from None
-        raise
     finally:
         closed.set()
 
@@ -119,7 +114,8 @@ def picture_metadata(pipe: Pipeline, settings: Settings, **more: Any) -> list[di
     shared = {"prompt": settings.prompt, "model": settings.model, "sampler": pipe.schedule.config.sampler}
     adapters = ", ".join(f"{name}:{settings.adapter_weight:g}" for name in settings.adapters)
     optional = {"lora": adapters, "compiled": "float32" if pipe.compiled else ""}
-    shared |= {"device": str(pipe.device)} | settings.options() | {k: x for k, x in optional.items() if x} | more
+    shared |= {"device": str(pipe.device), "dtype": str(pipe.dtype).removeprefix("torch.")}
+    shared |= settings.options() | {k: x for k, x in optional.items() if x} | more
     seeds = range(settings.seed, settings.seed + settings.count)
     return [{name: str(value) for name, value in (shared | {"seed": seed}).items()} for seed in seeds]
 

@@ -149,6 +149,11 @@ def build_compare(ui: Workspace) -> None:
             for row, start in down.items()
             for label, variant in variants(start, values[name], values[text]).items()
         }
+        for label, variant in asked.items():  # a distilled model beside others keeps its own steps and guidance
+            own = ui.models.defaults(variant.model)
+            if own != ui.models.defaults(settings.model):
+                compared = (values[name], values[other])
+                asked[label] = replace(variant, **{key: x for key, x in own.items() if key not in compared})
         if len(asked) > MOST:
             raise UserError(f"{len(asked)} pictures are too many to compare; at most {MOST}")
         pictures = {}

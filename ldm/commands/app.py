@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ldm.commands.cli import read_options
-from ldm.config import UserError
+from ldm.config import Dtype, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class AppOptions:
     host: str = "127.0.0.1"  # 0.0.0.0 opens the page to everyone who can reach this machine
     out: Path = Path("outputs/app")  # folder for pictures and judgements
     device: str = ""  # cpu or cuda; default: cuda where available
+    dtype: Dtype = "auto"  # of the weights; see `ldm sample`
     seed: int = 0  # order in which pictures are judged
 
 
@@ -40,9 +41,8 @@ def main() -> None:
         del os.environ[name]  # gradio would ask its own page through the proxy, and the page asks nobody else
     from ldm.app.models import Models, find_models
     from ldm.app.page import LOCAL, serve
-    from ldm.distributed import find_device
 
-    models = Models(find_models(options.model), find_device(options.device), options.lora)
+    models = Models(find_models(options.model), options.device, options.lora, options.dtype)
     for name in models.names if options.model else models.names[:1]:
         models[name]  # fails now and not in the page
     if options.host not in LOCAL:

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ldm.commands.cli import markdown_table, read_options
-from ldm.config import UserError
+from ldm.config import Dtype, UserError
 
 SINGLE = (("shapes", 32, 1), ("emoji", 64, 1), ("emoji", 128, 1), ("emoji", 256, 1))  # model, pixels, batch
 EIGHT = (("shapes", 32, 8), ("emoji", 64, 8), ("emoji", 128, 8))
@@ -36,9 +36,15 @@ WORKLOADS = {  # largest difference of outputs, relative to the largest value (N
     "train-unet": (1e-3, (("shapes", 32, 64), ("emoji", 64, 32), ("emoji", 128, 8))),
     "data": (None, (("shapes", 32, 32), ("emoji", 64, 32))),
 }
-HEAD = ("case", "ldm, ms", "diffusers, ms", "ratio", "peak memory, MB", "largest difference")
+GPU = {  # cases that a GPU has instead; sd15 has the sizes of Stable Diffusion 1.5 and random weights
+    "sampling": (("emoji", 64, 1), ("emoji", 64, 8), ("sd15", 512, 1), ("sd15", 512, 8)),
+    "train-unet": (("emoji", 64, 64), ("sd15", 512, 8)),
+}
+HALF = 50  # times the difference that is allowed in float32
+HEAD = ("case", "ldm, ms", "diffusers, ms", "ratio", "peak memory, MB", "largest difference", "matmul rate", "idle")
 NOTE = """Median of one run; ratio of the medians, theirs over ours, with its 95% bootstrap interval over the rounds;
-memory is the peak of a process with this case alone, ours / theirs."""
+memory is the peak of a process with this case alone, ours / theirs. On a GPU also FLOPs per second as a share of those
+of a large matrix product, and the share of the time in which no kernel runs."""
 PAGE = "<!doctype html><html lang=en><meta charset=utf-8><title>Benchmark</title><pre>{}</pre>"
 
 
@@ -51,8 +57,9 @@ class Options:
     rounds: int = 7  # measurements per case
     threads: int = 0  # CPU threads per side; 0: all cores
     device: Literal["cpu", "cuda"] = "cpu"  # device of both sides
+    dtype: Dtype = "auto"  # of both sides; auto: what a GPU is fast in, bfloat16 or float16; float32 on CPUs
     quick: bool = False  # run only the first case of each workload
-    compile: bool = False  # also sample with compiled models; those of diffusers are compiled on a GPU alone
+    compile: bool = False  # also with compiled models, on CPUs sampling, where those of diffusers stay as they are
 
 
 class Case(NamedTuple):
@@ -64,10 +71,17 @@ class Case(NamedTuple):
     batch: int
     compiled: bool
     device: str
+    dtype: str
     ours: bool = True
 
     def __str__(self) -> str:
         return f"{self.workload}: {self.model} {self.size} px, batch {self.batch}" + ", compiled" * self.compiled
+
+    @property
+    def allowed(self) -> float | None:
+        """Largest difference of the outputs of both sides, relative to the largest value; None: ours runs alone."""
+        tolerance = WORKLOADS[self.workload][0]
+        return tolerance and tolerance * (1 if self.dtype == "float32" else HALF)
 
 
 def main() -> None:
@@ -75,7 +89,7 @@ def main() -> None:
     o = read_options(Options, __doc__)
     cases, rows = choose(o), []
     o.out.mkdir(parents=True, exist_ok=True)
-    settings = {"device": o.device, "rounds": o.rounds, "threads": o.threads or os.cpu_count()}
+    settings = {"device": o.device, "dtype": cases[0].dtype, "rounds": o.rounds, "threads": o.threads or os.cpu_count()}
     os.environ |= {"OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error"}
     settings |= {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy") if find_spec(name)}
     note = f"{NOTE}\n\n{', '.join(f'{name} {value}' for name, value in settings.items())}\n"
@@ -96,17 +110,18 @@ def choose(o: Options) -> list[Case]:
         raise UserError(f"--rounds {o.rounds} --threads {o.threads} is not allowed; give 1 or more, and 0 or more")
     if o.out.exists() and not o.out.is_dir():
         raise UserError(f"--out {str(o.out)!r} is a file; give a folder, which may be new")
-    if o.device == "cuda":
-        from ldm.distributed import find_device
+    on_gpu, cases, dtype = o.device == "cuda", [], o.dtype.replace("auto", "float32")
+    if on_gpu:
+        from ldm.distributed import find_device, find_dtype
 
-        find_device(o.device)
-    cases = []
+        dtype = str(find_dtype(o.dtype, find_device(o.device))).removeprefix("torch.")
     for name in map(str.strip, o.only.split(",")):
         if name not in WORKLOADS:
             raise UserError(f"workload {name!r} is unknown; known: {', '.join(WORKLOADS)}")
-        modes = sorted({False, o.compile and name == "sampling"})
-        for row in WORKLOADS[name][1][: 1 if o.quick else None]:
-            cases += [Case(name, *row, compiled, o.device) for compiled in modes]
+        modes = sorted({False, o.compile and (name == "sampling" or (on_gpu and name in GPU))})
+        rows = GPU[name] if on_gpu and name in GPU else WORKLOADS[name][1]
+        for row in rows[: 1 if o.quick else None]:
+            cases += [Case(name, *row, compiled, o.device, dtype) for compiled in modes]
     return cases
 
 
@@ -116,19 +131,23 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
     This process imports no torch, as Linux counts its memory in the peak of a new process.
     """
-    tolerance, spawn = WORKLOADS[case.workload][0], multiprocessing.get_context("spawn")
+    tolerance, spawn = case.allowed, multiprocessing.get_context("spawn")
     sides = ("ldm", "diffusers") if tolerance else ("ldm",)
-    seconds, outputs, peaks = {side: [] for side in sides}, {}, {}
+    seconds, outputs, peaks, shares = {side: [] for side in sides}, {}, {}, []
     with ExitStack() as stack:
         workers = {side: stack.enter_context(ProcessPoolExecutor(1, spawn, end_with_parent)) for side in sides}
-        for i in range(rounds + 1):
-            for side in sides[:: (-1) ** i]:
-                reply = workers[side].submit(run, case._replace(ours=side == "ldm"))
-                if error := reply.exception():
-                    return {"problem": f"{side}: {type(error).__name__}: {' '.join(str(error).split())[:400]}"}
-                duration, outputs[side], peaks[side] = reply.result()
-                seconds[side] += [duration] if i else []  # the first round warms up
-    row = {"seconds": seconds, "peaks": [*peaks.values()], "difference": None, "problem": ""}
+        try:
+            for i in range(rounds + 1):
+                for side in sides[:: (-1) ** i]:
+                    reply = workers[side].submit(run, "measured", case._replace(ours=side == "ldm"))
+                    duration, outputs[side], peaks[side] = reply.result()
+                    seconds[side] += [duration] if i else []  # the first round warms up
+            for side in sides if case.device == "cuda" or case.model == "tiny" else ():
+                arguments = case._replace(ours=side == "ldm"), float(np.median(seconds[side]))
+                shares.append(workers[side].submit(run, "utilization", *arguments).result())
+        except Exception as error:
+            return {"problem": f"{side}: {type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+    row = {"seconds": seconds, "peaks": [*peaks.values()], "shares": shares, "difference": None, "problem": ""}
     if tolerance and not case.model.endswith("-turbo"):
         a, b = outputs.values()
         row["difference"] = gap = float(np.abs(a - b).max() / np.abs(b).max())  # NaN where there is one
@@ -143,24 +162,25 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
 
-def run(case: Case) -> tuple[float, np.ndarray, int]:
-    """In a child process: seconds per run, the outputs of the last, and the peak bytes so far."""
-    from ldm.commands.benchmark_jobs import measured
+def run(function: str, *arguments: Any) -> Any:
+    """A function of `ldm.commands.benchmark_jobs`, in a child process."""
+    from ldm.commands import benchmark_jobs
 
-    return measured(case)
+    return getattr(benchmark_jobs, function)(*arguments)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the table; HEAD names its columns."""
     if "seconds" not in row:
-        return [row["name"], "failed", row["problem"], *"---"]
+        return [row["name"], "failed", row["problem"], *"-----"]
     line = [row["name"], *(f"{1e3 * np.median(seconds):,.4g}" for seconds in row["seconds"].values())]
     peaks = " / ".join(f"{peak / 2**20:.0f}" for peak in row["peaks"])
+    shares = [" / ".join(f"{share:.0%}" for share in both) for both in zip(*row["shares"], strict=True)] or [*"--"]
     if len(row["seconds"]) == 1:
-        return [*line, "-", "-", peaks, "-"]
+        return [*line, "-", "-", peaks, "-", *shares]
     compared = "{:.2f}x [{:.2f}, {:.2f}]".format(*ratio(**row["seconds"]))
     difference = "-" if row["difference"] is None else f"{row['difference']:.1e}"
-    return [*line, compared, peaks, "WRONG: " * bool(row["problem"]) + difference]
+    return [*line, compared, peaks, "WRONG: " * bool(row["problem"]) + difference, *shares]
 
 
 def ratio(ldm: list[float], diffusers: list[float]) -> tuple[float, float, float]:

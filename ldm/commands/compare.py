@@ -46,7 +46,7 @@ def main() -> None:
 
     if not find_spec("diffusers"):
         raise UserError("diffusers is not installed: pip install diffusers")
-    ours = Pipeline.from_pretrained(options.folder)
+    ours = Pipeline.from_pretrained(options.folder, "cpu")
     try:
         theirs = open_diffusers(options.folder)
     except (OSError, ValueError) as error:

@@ -42,7 +42,7 @@ def main() -> None:
         config = read_options(options, __doc__)
     except UserError as error:
         raise UserError(f"with --{modes[0]}: {error}") from None
-    from ldm.distributed import processes
+    from ldm.distributed import leave, processes
     from ldm.evaluate.report import check_installed
 
     process = processes()
@@ -50,4 +50,4 @@ def main() -> None:
     lines = getattr(import_module(f"ldm.evaluate.{module}"), function)(config)
     if process.is_main_process:
         print(*lines, f"numbers in {config.out / 'metrics.json'}, report in {config.out / 'report.html'}", sep="\n")
-    process.destroy_process_group()
+    leave()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ldm.commands.cli import read_options
-from ldm.config import UserError
+from ldm.config import Dtype, UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,6 +64,7 @@ class Options:
     precision: Literal["float32", "bfloat16"] = "float32"  # of the U-Net, compiled; bfloat16 needs OpenVINO
     grid: Path | None = None  # PNG with all pictures and their prompts; default: grid.png in --out
     device: str = ""  # cpu or cuda; default: cuda where available
+    dtype: Dtype = "auto"  # of the weights; auto: bfloat16 on GPUs that have it, else float16; float32 on CPUs
 
 
 def main() -> None:
@@ -72,13 +73,12 @@ def main() -> None:
     prompts = read_prompts(options)
     from tqdm import tqdm
 
-    from ldm.distributed import find_device
     from ldm.lora import read_weight
     from ldm.pipeline import Pipeline
     from ldm.prompts import encode_weighted
 
     parts = {name: getattr(options, name) for name in ("vae", "tokenizer", "prediction", "zero_snr", "ema")}
-    pipe = Pipeline.from_pretrained(options.model, find_device(options.device), **parts)
+    pipe = Pipeline.from_pretrained(options.model, options.device, options.dtype, **parts)
     for file, weight in map(read_weight, options.lora):
         pipe.load_lora(file, weight)
     given = vars(options) | {"lora": ", ".join(options.lora) or None, "weights": options.weights or None}
@@ -107,8 +107,15 @@ def main() -> None:
             bar.update()
 
         images = pipe(callback=advance, **inputs)
-    given |= {"device": pipe.device, "compiled": options.precision if pipe.compiled else None}
-    names = [*RECORDED, "device", "compiled", *(("image", "mask", "strength", "resample") if options.image else ())]
+    given |= {"device": pipe.device, "dtype": str(pipe.dtype).removeprefix("torch.")}
+    given["compiled"] = options.precision if pipe.compiled else None
+    names = [
+        *RECORDED,
+        "device",
+        "dtype",
+        "compiled",
+        *(("image", "mask", "strength", "resample") if options.image else ()),
+    ]
     shared = {name: given[name] for name in names if given[name] is not None}
     write(options, images, [{key: str(value) for key, value in (own | shared).items()} for own in metadata])
 

@@ -52,6 +52,16 @@ def distill() -> None:
     train(DistillConfig, DistillTask, distill)
 
 
+def preference() -> None:
+    """Trains the U-Net on pairs of pictures of which people, or a scorer, prefer one.
+
+    ldm train preference --config configs/shapes/preference.toml --out runs/shapes/preference
+    """
+    from ldm.train.preference import PreferenceConfig, PreferenceTask
+
+    train(PreferenceConfig, PreferenceTask, preference)
+
+
 def train(config_class: type, make_task: Callable[[Any], Any], command: Callable[[], None]) -> None:
     """Reads the command line of `command`, builds the config and the task, trains."""
     keys = "config keys, with their defaults:\n" + "\n".join(_keys(config_class))
@@ -62,16 +72,17 @@ def train(config_class: type, make_task: Callable[[Any], Any], command: Callable
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. train.steps=1000")
     args = parser.parse_intermixed_args()
     config = load(config_class, args.config, args.overrides)
-    from ldm.distributed import processes
+    from ldm.distributed import leave, processes
     from ldm.train.loop import train
 
-    process = processes()  # refuses an unsupported launch before any work
+    processes()  # refuses an unsupported launch before any work
     try:
-        train(make_task(config), config.train, args.out, to_dict(config), args.force)
+        task = make_task(config)
+        train(task, task.config.train, args.out, to_dict(task.config), args.force)
     except KeyboardInterrupt:
         print("the same command goes on from the last checkpoint", file=sys.stderr)
         raise
-    process.destroy_process_group()
+    leave()
 
 
 def _keys(cls: type, prefix: str = "") -> Iterator[str]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ldm.config import UserError
 from ldm.data.config import DataConfig
+from ldm.distributed import map_over_processes
 from ldm.images import ImageError, read_image
 
 
@@ -53,9 +54,19 @@ def attempt(faults: Faults | None, read: Callable[[Any], Any], item: Any) -> Any
 
 
 def readable(dataset: Any, indices: Sequence[int]) -> list[int]:
-    """The indices whose samples can be read."""
+    """The indices whose samples can be read, which the processes, all of them, try together."""
     faults = getattr(dataset, "faults", None)
-    return [i for i in indices if faults is None or attempt(faults, dataset.__getitem__, i)]
+
+    def fault(index: int) -> tuple[str, str] | None:
+        try:
+            dataset[index]
+        except SampleError as error:
+            return error.args
+
+    reasons = [None] * len(indices) if faults is None else map_over_processes(fault, indices)
+    for reason in filter(None, reasons):
+        faults.add(*reason)
+    return [i for i, reason in zip(indices, reasons, strict=True) if not reason]
 
 
 def all_captions(dataset: Any) -> Iterator[list[str]]:

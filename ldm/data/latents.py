@@ -14,12 +14,12 @@ import math
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,18 +27,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.config import UserError
-from ldm.data.faults import Faults, all_captions, attempt
-from ldm.data.loader import in_workers
-from ldm.data.remote import File, MissingFile, insist, is_url, open_file, share
-from ldm.distributed import gather_objects, rank_and_world
+from ldm.data.faults import all_captions, attempt
+from ldm.data.remote import THREADS, File, MissingFile, is_url, share, write_file
+from ldm.distributed import beat, gather_objects, gather_results, rank_and_world
 from ldm.images import to_float
 from ldm.model_io import atomic_write, module_hash
 
 FORMAT = "ldm-latents-2"
 KEY = 16  # bytes of a picture's hash
 AGAIN = "delete it to write it again"
-PICTURES = 4096  # per file, where the data set has no shards
-Rows = Iterator[tuple[int, Tensor]]
 
 
 def identities(dataset: Any, indices: range | None = None) -> list[bytes]:
@@ -67,7 +64,7 @@ class Part:
     @classmethod
     def open(cls, path: str, vae: str, cache: int) -> "Part":
         """Raises ValueError or others for a damaged file, and UserError for one of another version or VAE."""
-        file = open_file(path, cache)
+        file = File.find(path, cache)
         start = file.read(0, min(file.size, 65536))
         header = start[: 8 + int.from_bytes(start[:8], "little")]
         table = json.loads(header[8:])
@@ -107,13 +104,11 @@ class CachedLatents:
         if hasattr(dataset, "concept"):
             self.concept = dataset.concept
         self.single = not (is_url(path) or path.endswith("/") or Path(path).is_dir())
-        names, lengths = getattr(dataset, "names", ()), self.lengths
-        if self.single or not names:
-            each = len(self) if self.single else PICTURES
-            lengths = [min(each, len(self) - first) for first in range(0, len(self), each)]
-            names = [f"{number:06d}" for number in range(len(lengths))]
-        names = [re.sub(r"[^\w.-]", "_", name.removesuffix(".tar")) for name in names]
-        self.paths = [path] if self.single else [f"{path.rstrip('/')}/{name}.safetensors" for name in names]
+        lengths, self.paths = [len(dataset)], [path]
+        if not self.single:
+            lengths = self.lengths or lengths
+            names = [re.sub(r"[^\w.-]", "_", name) for name in getattr(dataset, "names", ["latents"])]
+            self.paths = [f"{path.rstrip('/')}/{name.removesuffix('.tar')}.safetensors" for name in names]
         self.firsts = [0, *itertools.accumulate(lengths)]
         self.parts: list[Part | None] = []
 
@@ -142,100 +137,83 @@ class CachedLatents:
         seen = share(self._open, range(len(self.paths)), "opening latents")
         self.parts = [part for part, _, _ in seen]
         if any(self.parts) and not any(related for _, related, _ in seen):
-            raise UserError(
-                f"latent cache {self.path!r} was made from another data set, split or picture size; {AGAIN}"
-            )
+            reason = "was made from another data set, split or picture size"
+            raise UserError(f"latent cache {self.path!r} {reason}; {AGAIN}")
         return [number for number, (_, _, complete) in enumerate(seen) if not complete]
 
     def _open(self, number: int) -> tuple[Part | None, bool, bool]:
         """A file, whether it has any of its pictures, and whether it has all in order."""
-        path, keys = self.paths[number], self.keys(number)
+        keys = self.keys(number)
         try:
-            part = Part.open(path, self.vae, self.cache)
+            part = Part.open(self.paths[number], self.vae, self.cache)
             rows = part.rows()
             return part, not rows.keys().isdisjoint(keys), [*rows] == keys
         except MissingFile:
             return None, False, False
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             if self.single:
-                raise UserError(f"latent cache {path!r} is damaged ({error}); {AGAIN}") from None
+                raise UserError(f"latent cache {self.path!r} is damaged ({error}); {AGAIN}") from None
             return None, False, False
 
     @torch.inference_mode()
-    def write(self, vae: nn.Module, numbers: list[int], batch_size: int, workers: int, pin_memory: bool) -> None:
+    def write(self, vae: nn.Module, numbers: list[int], batch_size: int) -> None:
         """Writes files, each as a whole or not at all: rows of the old ones are copied, the others encoded.
 
         Of several files each process writes its own; into a single one each writes its samples.
         """
         rank, world = rank_and_world()
-        plans = []
-        for number in numbers if self.single else numbers[rank::world]:
-            keys, part = self.keys(number), self.parts[number]
-            rows = part.rows() if part else {}
-            missing = [i for i, key in enumerate(keys, self.firsts[number]) if key not in rows]
-            batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-            plans.append((number, keys, rows, batches[rank::world] if self.single else batches))
-        todo = [batch for *_, batches in plans for batch in batches]
         blank = torch.zeros(3, self.dataset.size, self.dataset.size, dtype=torch.uint8)
         shape = encode(vae, blank[None]).shape[1:]
-        loaded = in_workers(partial(read_pictures, self.dataset, blank), todo, workers, pin_memory)
-        with TemporaryDirectory() as scratch, closing(loaded):
-            encoded = self._encode(vae, tqdm(loaded, "encoding", len(todo), unit="batch", disable=rank > 0))
-            for number, keys, rows, batches in plans:
-                url, part, first = self.paths[number], self.parts[number], self.firsts[number]
-                metadata = {"format": FORMAT, "vae": self.vae, "data": hashlib.sha256(b"".join(keys)).hexdigest()}
-                fresh = ((i - first, moments) for i, moments in itertools.islice(encoded, sum(map(len, batches))))
-                copied = ((i, part.moments(rows[key])) for i, key in enumerate(keys) if key in rows)
-                path = Path(scratch, "part") if is_url(url) else Path(url)
-                self._write(path, _header(metadata, len(keys), shape) + b"".join(keys), copied, fresh)
-                if is_url(url):
-                    insist(url, lambda fs, name, _, path=path: fs.put_file(str(path), name))
+        for number in numbers if self.single else numbers[rank::world]:
+            keys, part, first = self.keys(number), self.parts[number], self.firsts[number]
+            rows = part.rows() if part else {}
+            missing = [i for i, key in enumerate(keys) if key not in rows]
+            batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+            fresh = self._encode(vae, batches[rank::world] if self.single else batches, first, blank)
+            copied = ((i, part.moments(rows[key])) for i, key in enumerate(keys) if key in rows)
+            metadata = {"format": FORMAT, "vae": self.vae, "data": hashlib.sha256(b"".join(keys)).hexdigest()}
+            start = _header(metadata, len(keys), shape) + b"".join(keys)
+            if self.single:
+                self._write_together(start, itertools.chain(copied if rank == 0 else (), fresh))
+            else:
+                moments = dict(itertools.chain(copied, fresh))
+                write_file(self.paths[number], start + b"".join(moments[i].numpy().tobytes() for i in range(len(keys))))
 
-    def _write(self, path: Path, start: bytes, copied: Rows, fresh: Rows) -> None:
-        main = not self.single or rank_and_world()[0] == 0
+    def _write_together(self, start: bytes, rows: Iterator[tuple[int, Tensor]]) -> None:
+        """Writes the single file, each process its `rows`, which then replaces the old one."""
+        main, path = rank_and_world()[0] == 0, Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) if main else nullcontext(path.with_name(path.name + ".tmp")) as new:
             if main:
                 new.write_bytes(start)
-            if self.single:
-                gather_objects(None)  # so the file is there for all
+            gather_objects(None)  # so the file is there for all
             with new.open("r+b") as file:
-                for row, moments in itertools.chain(copied if main else (), fresh):
-                    file.seek(len(start) + row * moments.nbytes)
+                for i, moments in rows:
+                    file.seek(len(start) + i * moments.nbytes)
                     file.write(moments.numpy().tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-            if self.single:
-                gather_objects(None)  # so all have written
+            gather_objects(None)  # so all have written
 
-    def _encode(self, vae: nn.Module, loaded: Iterable) -> Rows:
-        for indices, images, unreadable, faults in loaded:
-            for fault in faults.items():
-                self.faults.add(*fault)
-            moments = encode(vae, images)
-            moments[unreadable] = torch.nan
-            yield from zip(indices, moments, strict=True)
-
-
-def read_pictures(dataset: Any, blank: Tensor, indices: list[int]) -> tuple[list[int], Tensor, Tensor, dict[str, str]]:
-    """`indices`, their pictures uint8 (B, 3, H, W), which of them (B,) are blank as they cannot be read, and why."""
-    faults = Faults(share=1)
-    images = [sample and sample["image"] for sample in (attempt(faults, dataset.__getitem__, i) for i in indices)]
-    unreadable = torch.tensor([image is None for image in images])
-    return indices, torch.stack([blank if image is None else image for image in images]), unreadable, faults.reasons
+    def _encode(
+        self, vae: nn.Module, batches: list[list[int]], first: int, blank: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for batch in tqdm(batches, "encoding", unit="batch", leave=self.single, disable=rank_and_world()[0] > 0):
+                beat()
+                samples = [
+                    *pool.map(partial(attempt, self.faults, self.dataset.__getitem__), [first + i for i in batch])
+                ]
+                moments = encode(vae, torch.stack([sample["image"] if sample else blank for sample in samples]))
+                moments[[sample is None for sample in samples]] = torch.nan
+                yield from zip(batch, moments, strict=True)
 
 
 def open_latents(
-    path: str | Path,
-    vae: nn.Module,
-    dataset: Any,
-    batch_size: int,
-    device: torch.device,
-    workers: int = 0,
-    cache_gb: float = 0,
+    path: str | Path, vae: nn.Module, dataset: Any, batch_size: int, device: torch.device, cache_gb: float = 0
 ) -> CachedLatents:
-    """The latents of a data set, of which those that the cache at `path` does not have are encoded now: a file, or for
-    one file per shard (or PICTURES) a folder, which exists or ends with "/", or a URL.
+    """The latents of a data set, of which those that the cache at `path` does not have are encoded now. It is a file,
+    or a file per shard in a folder, which exists or ends with "/", or behind a URL, each of which fits into memory.
 
     Pictures that have changed are encoded again, those that are gone are dropped; of several files one that is lost or
     cut is written again. Processes of one launch, which must all call this, share the work. `vae.encode(x)`, x (B, 3,
@@ -248,10 +226,9 @@ def open_latents(
     cached = CachedLatents(str(path), dataset, module_hash(vae), int(cache_gb * 1e9))
     if numbers := cached.open():
         try:
-            cached.write(vae.to(device).eval(), numbers, batch_size, workers, device.type == "cuda")
+            gather_results(partial(cached.write, vae.to(device).eval(), numbers, batch_size))
         except OSError as error:
             raise UserError(f"cannot write the latent cache {cached.path!r}: {error.strerror or error}") from None
-        gather_objects(None)  # so the cache is there for all
         cached.open()
     return cached
 

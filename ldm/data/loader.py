@@ -1,10 +1,9 @@
 """Batches for training, by worker processes; a sample that cannot be read is listed and replaced by another one."""
 
 import signal
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,38 +12,27 @@ from torch.utils.data import DataLoader
 from ldm.config import UserError
 from ldm.data.faults import Faults, attempt
 from ldm.data.order import EpochBatches
-from ldm.data.remote import close_connections
 
 GRACE = 120  # seconds that a worker process outlives a SIGTERM
 ATTEMPTS = 1000  # at finding a replacement
 Batch = tuple[dict, dict[str, str]]
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def load(dataset: Any, order: EpochBatches, *, workers: int, pin_memory: bool) -> Generator[Batch, None, None]:
     """Yields the stacked batches of `order`, each with {name: reason} of the samples that were replaced in it.
 
     The replacement depends on (order.seed, step, position in the global batch) alone: resuming and more processes do
-    not change it.
+    not change it. Raises a worker's UserError in one line. The workers end with the generator.
     """
-    return in_workers(partial(read_batch, dataset, order), enumerate(order, order.start), workers, pin_memory)
-
-
-def in_workers(
-    read: Callable[[Item], Result], items: Iterable[Item], workers: int, pin_memory: bool
-) -> Generator[Result, None, None]:
-    """Yields `read` of each item in order, by worker processes, which end with the generator. Raises a worker's
-    UserError in one line."""
     loader = DataLoader(
-        _Reader(read),
+        _Batches(dataset, order),
         batch_size=None,  # they are batches already
-        sampler=items,
+        sampler=enumerate(order, order.start),
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # leaves the global generator alone
     )
-    close_connections()
     batches = iter(loader)
     try:
         for batch in batches:
@@ -56,19 +44,6 @@ def in_workers(
             batches._shutdown_workers()
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """`read`, as what a DataLoader takes items from."""
-
-    read: Callable[[Any], Any]
-
-    def __getitem__(self, item: Any) -> Any:
-        try:
-            return self.read(item)
-        except UserError as error:  # raised there, it would bring along the worker's traceback
-            return error
-
-
 def ignore_signals(worker: int) -> None:
     """Keeps a worker process alive when its process group is told to stop: the main process finishes its step first.
 
@@ -78,19 +53,28 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
-def read_batch(dataset: Any, order: EpochBatches, item: tuple[int, list[int]]) -> Batch:
-    """The stacked samples of (step, indices), and {name: reason} of those that could not be read."""
-    (step, indices), faults, samples = item, Faults(share=1), []
-    for position, index in enumerate(indices, order.rank * order.batch_size):
-        for turn in range(ATTEMPTS):
-            if sample := attempt(faults, dataset.__getitem__, index):
-                break
-            draw = np.random.SeedSequence([order.seed % 2**64, step, position, turn])
-            index = int(draw.generate_state(1, np.uint64)[0] % len(dataset))
-        else:
-            raise UserError(f"no sample can be read; the first: {faults.samples[0]}")
-        samples.append(sample)
-    return stack(samples), faults.reasons
+@dataclass(frozen=True)
+class _Batches:
+    """Stacked batches by (step, indices), each with {name: reason} of the samples that could not be read."""
+
+    dataset: Any
+    order: EpochBatches
+
+    def __getitem__(self, item: tuple[int, list[int]]) -> Batch | UserError:
+        (step, indices), faults, samples = item, Faults(share=1), []
+        try:
+            for position, index in enumerate(indices, self.order.rank * self.order.batch_size):
+                for turn in range(ATTEMPTS):
+                    if sample := attempt(faults, self.dataset.__getitem__, index):
+                        break
+                    draw = np.random.SeedSequence([self.order.seed % 2**64, step, position, turn])
+                    index = int(draw.generate_state(1, np.uint64)[0] % len(self.dataset))
+                else:
+                    raise UserError(f"no sample can be read; the first: {faults.samples[0]}")
+                samples.append(sample)
+            return stack(samples), faults.reasons
+        except UserError as error:  # raised there, it would bring along the worker's traceback
+            return error
 
 
 def stack(samples: list[dict]) -> dict:

@@ -3,39 +3,40 @@
 URLs are those of fsspec, which takes keys and endpoints from the environment, as the storages' own tools do.
 """
 
-import fcntl
-import glob
 import hashlib
+import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
-from fsspec.registry import registry
 from fsspec.spec import AbstractBufferedFile
-from tqdm import tqdm
 
 from ldm.config import UserError
-from ldm.distributed import map_over_processes, rank_and_world
-from ldm.model_io import cache_folder
+from ldm.distributed import map_over_processes
+from ldm.model_io import atomic_write, cache_folder, shrink
 
 BLOCK = 8 << 20  # bytes of one request, and of one file in the cache
 AHEAD = 8192  # bytes read with each header of a tar: caption and next header are usually among them
-THREADS = 16  # requests of one process at once, when indexing
+THREADS = 16
 ATTEMPTS, WAIT = 8, 0.5  # seconds before the second attempt; twice as many before each further one
 PATIENCE = 60  # seconds for an answer of at most BLOCK bytes
 FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)  # not tried again
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP's errors that are
-VERSIONS = ("ETag", "etag", "blob_id", "generation", "Content-MD5", "LastModified", "Last-Modified", "mtime")
+VERSIONS = ("ETag", "etag", "blob_id", "Last-Modified", "mtime")
 Item, Result = TypeVar("Item"), TypeVar("Result")
+# Never forgotten: where a forked process collected its parent's, it would take the parent's sockets off the parent's
+# event loop, whose requests would wait in vain. fsspec opens others in each process.
+connections: dict[int, AbstractFileSystem] = {}
 
 
 class MissingFile(UserError):
@@ -47,46 +48,25 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def share(work: Callable[[Item], Result], items: Sequence[Item], name: str) -> list[Result]:
-    """`work` of each item, in threads of all processes, which all call this; raises its first UserError in all."""
-    rank, world = rank_and_world()
-
-    def run(some: Sequence[Item]) -> list[Result] | UserError:
-        try:
-            with ThreadPoolExecutor(THREADS) as pool:
-                return [*tqdm(pool.map(work, some), name, len(some), leave=False, disable=rank > 0 or None)]
-        except UserError as error:  # raised here, it would leave the other processes waiting
-            return error
-
-    bounds = [len(items) * i // world for i in range(world + 1)]
-    parts = map_over_processes(run, [items[bounds[i] : bounds[i + 1]] for i in range(world)])
-    for error in (part for part in parts if isinstance(part, UserError)):
-        raise error
-    return [result for part in parts for result in part]
-
-
-def insist(url: str, work: Callable[[AbstractFileSystem, str, int], Result]) -> Result:
-    """`work(file system, path, attempt)`, again where network or server fail. Raises UserError, MissingFile for a file
-    that does not exist."""
+def ask(url: str, method: str, *arguments: Any, patience: float = PATIENCE, **options: Any) -> Any:
+    """The answer of a method of the file system behind `url`; asked again where that or the network fails, or it takes
+    over `patience` seconds. Raises UserError, MissingFile for a file that does not exist."""
     for attempt in range(ATTEMPTS):
+        time.sleep(WAIT * 2**attempt if attempt else 0)
         try:
-            return work(*url_to_fs(url), attempt)
+            fs, path = url_to_fs(url)
+            connections[id(fs)] = fs
+            limit = {"timeout": patience} if fs.async_impl else {}
+            return getattr(fs, method)(path, *arguments, **options, **limit)
         except Exception as error:  # every library has its own
-            kind, reason = type(error).__name__, " ".join(str(error).split())[:300]
-            status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
-            final = isinstance(error, FINAL) or "Credential" in kind or status and status not in PASSING
-            if final or attempt + 1 == ATTEMPTS:
-                way = "pip install 'ldm[remote]'" if kind == "ImportError" else "check address, keys and network"
-                text = f"{url!r} cannot be reached: {kind}: {reason}; {way}"
-                raise (MissingFile if isinstance(error, FileNotFoundError) else UserError)(text) from None
-        time.sleep(WAIT * 2**attempt)
-    raise AssertionError
-
-
-def close_connections() -> None:
-    """Before a fork, which shares the event loop's list of sockets: the child would remove ours."""
-    for kind in registry.values():
-        kind.clear_instance_cache()
+            last, kind = error, type(error).__name__
+            status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", 0)
+            passing = not 400 <= status < 500 or status in (408, 425, 429)
+            if isinstance(error, FINAL) or "Credential" in kind or not passing:
+                break
+    way = "pip install 'ldm[remote]'" if kind == "ImportError" else "check address, keys and network"
+    text = f"{url!r} cannot be reached: {kind}: {' '.join(str(last).split())[:300]}; {way}"
+    raise (MissingFile if isinstance(last, FileNotFoundError) else UserError)(text)
 
 
 @dataclass(frozen=True)
@@ -96,143 +76,132 @@ class File:
     url: str
     size: int
     version: int | str
-    cache: int = 0  # bytes of the local disk for blocks of all files; 0: only what is asked for is fetched
+    cache: int = 0  # bytes of the local disk for blocks of all files by URL; 0: only what is asked for is fetched
+
+    @classmethod
+    def find(cls, path: str, cache: int = 0) -> "File":
+        """Raises MissingFile, or UserError for a file that cannot be read."""
+        if is_url(path):
+            try:
+                known = ask(path, "info")
+            except MissingFile:  # HTTP's says so of any error
+                ask(path, "cat_file", start=0, end=1)
+                known = ask(path, "info")
+            if known.get("size") is None:
+                raise UserError(f"the server of {path!r} does not tell its size, so it cannot be read in parts")
+            return cls(path, known["size"], next((str(known[key]) for key in VERSIONS if known.get(key)), ""), cache)
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            kind = MissingFile if isinstance(error, FileNotFoundError) else UserError
+            raise kind(f"{path!r} cannot be read: {error.strerror}") from None
+        return cls(path, stat.st_size, stat.st_mtime_ns)
 
     def read(self, offset: int, size: int) -> bytes:
         """A part of the file. Raises UserError where the file is gone, out of reach or too short."""
-        data = b""
-        while len(data) < size:
-            read = self._from_block if self.cache and is_url(self.url) else self._from_file
-            if not (more := read(offset + len(data), size - len(data))):
-                raise UserError(f"{self.url!r} is cut short; write it again")
-            data += more
+        data, end = b"", offset + size
+        while (start := offset + len(data)) < end <= self.size:
+            first = start // BLOCK * BLOCK
+            stop = min(end, first + BLOCK)  # what has come is not asked for again
+            if self.cache:
+                key = f"{self.url} {self.size} {self.version} {BLOCK} {first}"
+                block = keep("blocks", key, lambda at=first: self.fetch(at, min(at + BLOCK, self.size)), self.cache)
+                data += block[start - first : stop - first].tobytes()
+            else:
+                data += self.fetch(start, stop)
+        if end > self.size:
+            raise UserError(f"{self.url!r} is cut short; write it again")
         return data
 
-    def read_spans(self, spans: Sequence[Sequence[int]]) -> list[bytes]:
-        """The parts at (offset, size), some of size 0; in one request where they lie together."""
-        used = [span for span in spans if span[1]]
-        first, end = min(offset for offset, _ in used), max(offset + size for offset, size in used)
-        if end - first > AHEAD + sum(size for _, size in used):
-            return [self.read(*span) for span in spans]
-        data = self.read(first, end - first)
-        return [data[max(offset - first, 0) :][:size] for offset, size in spans]
+    def fetch(self, start: int, stop: int) -> bytes:
+        """The same past the cache, in one request."""
+        try:
+            if is_url(self.url):
+                data = ask(self.url, "cat_file", start=start, end=stop)
+            else:
+                data = np.fromfile(self.url, np.uint8, stop - start, offset=start).tobytes()
+        except OSError as error:
+            raise UserError(f"{self.url!r} cannot be read: {error.strerror}") from None
+        if len(data) != stop - start:
+            reason = "is cut short; write it again" if len(data) < stop - start else "comes as a whole, not in parts"
+            raise UserError(f"{self.url!r} {reason}")
+        return data
 
     def open(self) -> Any:
         """The file as a stream, of which little more is fetched than is read, past the cache."""
         if is_url(self.url):
-            return _Stream(replace(self, cache=0), self.url, block_size=AHEAD, cache_type="readahead", size=self.size)
+            return _Stream(self, self.url, block_size=AHEAD, cache_type="readahead", size=self.size)
         return open(self.url, "rb")
-
-    def _from_file(self, offset: int, size: int) -> bytes:
-        """The first bytes of a part, up to all. What follows those that came is asked for again, not they."""
-
-        def fetch(fs: AbstractFileSystem, path: str, attempt: int) -> bytes:
-            end = offset + min(size, self.size - offset, BLOCK >> attempt)  # the less, the more often it fails
-            data = fs.cat_file(path, start=offset, end=end, **{"timeout": PATIENCE} if fs.async_impl else {})
-            if len(data) > end - offset:
-                raise ValueError("the server sends whole files only")
-            if not data:
-                raise OSError("the answer is empty")
-            return data
-
-        if offset >= self.size:
-            return b""
-        if is_url(self.url):
-            return insist(self.url, fetch)
-        try:
-            return np.fromfile(self.url, np.uint8, size, offset=offset).tobytes()
-        except OSError as error:
-            raise UserError(f"{self.url!r} cannot be read: {error.strerror}") from None
-
-    def _from_block(self, offset: int, size: int) -> bytes:
-        """The same from the cache, whose block one process fetches while others that need it wait."""
-        first = offset // BLOCK * BLOCK
-        key = hashlib.sha256(f"{self.url} {self.size} {self.version} {BLOCK} {first}".encode()).hexdigest()
-        path = cache_folder() / "blocks" / key
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                with suppress(FileNotFoundError):  # another process may remove it
-                    os.utime(path)
-                    return np.fromfile(path, np.uint8, size, offset=offset - first).tobytes()
-                with suppress(FileNotFoundError), open(f"{path}.part", "ab") as part:
-                    fcntl.flock(part, fcntl.LOCK_EX)
-                    if not path.exists():
-                        part.truncate(0)
-                        part.write(replace(self, cache=0).read(first, min(BLOCK, self.size - first)))
-                        part.flush()
-                        os.fsync(part.fileno())
-                        os.replace(part.name, path)
-                        if int(key[:8], 16) % (1 + self.cache // (2000 * BLOCK)) == 0:  # rarely where listing is long
-                            shrink(path.parent, self.cache * 15 // 16)
-        except OSError as error:
-            way = "lower data.cache_gb, or set LDM_CACHE to a folder on another disk"
-            raise UserError(f"cannot keep {self.url!r} in {str(path.parent)!r}: {error.strerror}; {way}") from None
 
 
 class _Stream(AbstractBufferedFile):
     """Of a File, its first argument."""
 
     def _fetch_range(self, start: int, end: int) -> bytes:
-        return self.fs.read(start, end - start)
+        return self.fs.fetch(start, end)
 
 
-def shrink(folder: Path, limit: int) -> None:
-    """Removes the files of a folder that were not used for the longest time, down to `limit` bytes."""
-    with suppress(FileNotFoundError):  # another process does so too
-        files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in folder.iterdir())
-        total = sum(size for _, size, _ in files)
-        for _, size, path in files:
-            if total > limit:
-                path.unlink()
-                total -= size
-
-
-def open_file(path: str, cache: int = 0) -> File:
-    """The file at a path or URL. Raises MissingFile, or UserError for one that cannot be read."""
-
-    def info(fs: AbstractFileSystem, name: str, _: int) -> dict[str, Any]:
-        with suppress(FileNotFoundError):  # which HTTP's says of any error
-            return fs.info(name)
-        fs.cat_file(name, start=0, end=1)
-        return fs.info(name)
-
-    if is_url(path):
-        known = insist(path, info)
-        if known.get("size") is None:
-            raise UserError(f"the server of {path!r} does not tell its size, without which it cannot be read in parts")
-        return File(path, known["size"], next((str(known[key]) for key in VERSIONS if known.get(key)), ""), cache)
+def keep(kind: str, key: str, make: Callable[[], bytes], limit: float = math.inf) -> np.ndarray:
+    """The bytes in the cache for `key`, mapped, not read; `make()` gives them where they are missing. Beyond `limit`
+    bytes the files of a kind that were not used for the longest time are removed. A file appears as a whole and stays
+    readable for who has it, so processes need not wait for each other. Raises UserError for a full disk."""
+    name = hashlib.sha256(key.encode()).hexdigest()
+    path = cache_folder() / kind / name
     try:
-        stat = os.stat(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with suppress(FileNotFoundError):  # perhaps because another process has removed it
+                os.utime(path)
+                return np.memmap(path, np.uint8, "r")
+            data = make()
+            with TemporaryDirectory(dir=cache_folder()) as folder:
+                write_file(f"{folder}/{name}", data)
+                os.replace(f"{folder}/{name}", path)
+            if int(name[:8], 16) % (1 + limit // (2000 * BLOCK)) == 0:  # rarely where listing is long
+                shrink(path.parent.iterdir(), limit * 15 / 16)
     except OSError as error:
-        kind = MissingFile if isinstance(error, FileNotFoundError) else UserError
-        raise kind(f"{path!r} cannot be read: {error.strerror}") from None
-    return File(path, stat.st_size, stat.st_mtime_ns)
+        way = "lower data.cache_gb, or set LDM_CACHE to a folder on another disk"
+        raise UserError(f"cannot write to {str(path.parent)!r}: {error.strerror}; {way}") from None
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Writes a file at a path or URL, as a whole or not at all."""
+    if is_url(path):
+        return ask(path, "pipe_file", data, patience=PATIENCE * (1 + len(data) // BLOCK))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(Path(path)) as new, open(new, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def share(work: Callable[[Item], Result], items: Sequence[Item], name: str) -> list[Result]:
+    """`work` of each item, in threads of all processes, which must all call this; `name` is of the progress bar."""
+    chunks = [items[i : i + THREADS] for i in range(0, len(items), THREADS)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        parts = map_over_processes(lambda chunk: [*pool.map(work, chunk)], chunks, name * sys.stderr.isatty())
+    return [result for part in parts for result in part]
 
 
 def find_tars(path: str) -> list[str]:
     """The `*.tar` that `path` names, sorted: a file, a folder, or several of both with blanks between, also URLs. They
     may have `{0000..0099}`, `{a,b}` and, where the storage lists its files, `*`."""
     found: set[str] = set()
-    for name in (name for word in ([path] if Path(path).exists() else path.split()) for name in _expand(word)):
+    for name in [path] if Path(path).exists() else [name for word in path.split() for name in expand(word)]:
         if Path(name).is_dir():
             found |= {*map(str, Path(name).glob("*.tar"))}
-        elif is_url(name) and not re.search(r"\.tar(\?|$)", name) or "*" in name:
-            pattern = name if name.endswith(".tar") else f"{name.rstrip('/')}/*.tar"
-            found |= {*(insist(pattern, _list) if is_url(name) else glob.glob(name))}
+        elif is_url(name) and ("*" in name or not re.search(r"\.tar(\?|$)", name)):
+            pattern = name if "*" in name else f"{name.rstrip('/')}/*.tar"
+            found |= {*map(url_to_fs(pattern)[0].unstrip_protocol, ask(pattern, "glob"))}
         else:
             found.add(name)
     return sorted(found)
 
 
-def _list(fs: AbstractFileSystem, pattern: str, _: int) -> list[str]:
-    return [fs.unstrip_protocol(name) for name in fs.glob(pattern)]
-
-
-def _expand(name: str) -> list[str]:
+def expand(name: str) -> list[str]:
     """`name` with its braces written out."""
     if not (brace := re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*)\}", name)):
         return [name]
     first, last, words = brace.groups()
     words = words.split(",") if first is None else [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
-    return [each for word in words for each in _expand(name[: brace.start()] + word + name[brace.end() :])]
+    return [each for word in words for each in expand(name[: brace.start()] + word + name[brace.end() :])]

@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ldm.config import UserError
 from ldm.data import open_dataset
 from ldm.data.faults import readable
 from ldm.data.latents import data_hash
 from ldm.data.shapes import MIN_SIZE, render, sample_scene
-from ldm.distributed import find_device
+from ldm.distributed import find_device, map_over_processes
 from ldm.evaluate.config import LARGEST, SMALLEST, AutoencoderEvaluation
 from ldm.evaluate.evaluation import TAUGHT, Evaluation
 from ldm.evaluate.pictures import Pictures, data_config, held_out_indices, of_dataset, sample_indices
@@ -120,10 +119,13 @@ class Coded:
 
     @torch.no_grad()
     def run(self, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-        """`function` of tensors (N, ...), in batches on the autoencoder's device; the result (N, ...) on the CPU."""
-        batches = zip(*(x.split(self.size) for x in rows), strict=True)
-        progress = tqdm(batches, "batches", math.ceil(len(rows[0]) / self.size), leave=False)
-        return torch.cat([function(*(x.to(self.device) for x in batch)).cpu() for batch in progress])
+        """`function` of tensors (N, ...), in batches on the autoencoder's device, which the processes share; the result
+        (N, ...) on the CPU."""
+        batches = [*zip(*(x.split(self.size) for x in rows), strict=True)]
+        parts = map_over_processes(
+            lambda batch: function(*(x.to(self.device) for x in batch)).cpu(), batches, "batches"
+        )
+        return torch.cat(parts)
 
     @cached_property
     def decoded(self) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ldm.config import UserError
+from ldm.config import Dtype, UserError
 
 FEATURES = "effnet-lite1"  # network of the distances by default
 GUIDANCE = (1.0, 2.0, 3.0, 5.0, 8.0)  # scales by default, of a model that is not distilled
@@ -61,6 +61,7 @@ class EvaluateConfig:
     batch_size: int = 32  # images per batch
     out: Path  # folder of the report; what it already holds is kept and completed
     device: str = ""  # empty: cuda where available, else cpu
+    dtype: Dtype = "float32"  # of the model's weights; see `ldm sample`
     compile: Literal["auto", "always", "never"] = "auto"  # the networks first; auto: by OpenVINO where that saves time
 
     __post_init__ = check

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.config import UserError
 from ldm.data import DataConfig, open_dataset
 from ldm.data.faults import readable
 from ldm.data.latents import data_hash
-from ldm.distributed import find_device, processes
+from ldm.distributed import find_device, from_main, map_over_processes, processes, rank_and_world
 from ldm.evaluate.config import FEWEST, GUIDANCE, SMALLEST, EvaluateConfig
 from ldm.evaluate.features import Features
 from ldm.evaluate.pictures import (
@@ -165,7 +164,7 @@ class ModelEvaluation(Evaluation):
 
     def __init__(self, config: EvaluateConfig):
         with warnings.catch_warnings(record=True) as notes:  # such as of a sampler that takes another's place
-            self.pipe = pipe = Pipeline.from_pretrained(config.model, find_device(config.device))
+            self.pipe = pipe = Pipeline.from_pretrained(config.model, config.device, config.dtype)
         for note in notes:
             warnings.warn_explicit(note.message, note.category, note.filename, note.lineno)
         own = {"sampler": pipe.schedule.config.sampler, "steps": (pipe.defaults["steps"],)}
@@ -193,6 +192,7 @@ class ModelEvaluation(Evaluation):
             **reported,
             "num": len(self.test.indices),
             "guidance": list(config.guidance),
+            "dtype": str(pipe.dtype).removeprefix("torch."),
             "perceptual_net_of_vae": pipe.vae.perceptual_net or "unknown",
             "intervals_over": "concepts" if self.test.real.concepts else "pictures",
             "notes": [str(note.message) for note in notes],
@@ -238,20 +238,18 @@ class ModelEvaluation(Evaluation):
 
         A batch is made where one of its images is missing; several processes share the batches.
         """
-        group, pipe, sampling = processes(), pipe or self.pipe, {k: self.settings[k] for k in SAMPLING} | asked.sampling
+        pipe, sampling = pipe or self.pipe, {k: self.settings[k] for k in SAMPLING} | asked.sampling
         name = "-".join(map(str, (f"g{g:g}", *asked.sampling.values())))
         size, folder = self.config.batch_size, self.config.out / asked.folder / name
         paths = [folder / f"{i:05d}.png" for i in range(len(asked.captions))]
         missing = [i for i in range(0, len(paths), size) if not all(path.is_file() for path in paths[i : i + size])]
-        group.wait_for_everyone()  # all processes have seen what is missing before one of them makes it
-        if group.is_main_process:
-            write_captions(folder, asked.captions)
-        group.wait_for_everyone()
-        starts = missing[group.process_index :: group.num_processes]
-        quiet = not (starts and group.is_main_process)
+        missing = from_main(list, missing)  # all have looked before one of them makes it
+        from_main(write_captions, folder, asked.captions)
         if self.config.compile != "never" and not pipe.compiled:
-            pipe.compile(passes=len(starts) * sampling["steps"] if self.config.compile == "auto" else None)
-        for start in tqdm(starts, desc=f"sampling, {asked.of} at {g:g}", unit="batch", disable=quiet):
+            passes = -(-len(missing) // rank_and_world()[1]) * sampling["steps"]
+            pipe.compile(passes=passes if self.config.compile == "auto" else None)
+
+        def make(start: int) -> None:
             options = sampling | {"guidance": g, "seed": self.config.seed + start}
             prompts = asked.captions[start : start + size]
             for i, image in enumerate(pipe(prompts, batch_size=size, **options)):
@@ -259,7 +257,8 @@ class ModelEvaluation(Evaluation):
                 if not paths[start + i].is_file():
                     with atomic_write(paths[start + i]) as temporary:
                         save_png(image, temporary, {key: str(value) for key, value in text.items()})
-        group.wait_for_everyone()
+
+        map_over_processes(make, missing, f"sampling, {asked.of} at {g:g}")
         labels = {"guidance": g, **sampling}
         return of_files(asked.of, paths, self.settings["size"], labels=labels, concepts=asked.concepts)
 
@@ -281,8 +280,10 @@ class ModelEvaluation(Evaluation):
     @cached_property
     def reconstructions(self) -> Pictures:
         """Held-out images decoded from the means of their latents."""
-        batches = self.test.real.batches(self.config.batch_size)
-        pixels = torch.cat([reconstruct(self.pipe, to_float(x)) for x in batches])
+        real, size = self.test.real, self.config.batch_size
+        starts = range(0, real.count, size)
+        pixels = map_over_processes(lambda i: reconstruct(self.pipe, to_float(real.batch(i, size))), starts)
+        pixels = torch.cat(pixels)
         return replace(self.test.real, of="reconstructions", read=pixels.__getitem__)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.compilation import WhereItSaves, compiled
 from ldm.config import UserError
@@ -63,16 +62,13 @@ class Features:
         size = self.config.batch_size
 
         def batch(start: int) -> Tensor:
-            progress.update()
             x = to_float(pictures.batch(start, size)).to(self.device)
             return self.embed(x).float().cpu()
 
         if isinstance(self.embed, WhereItSaves):
             self.embed.left = -(-pictures.count // size)
-        starts, quiet = range(0, pictures.count, size), not processes().is_main_process
-        text = f"{self.name}: {pictures.of}"
-        with tqdm(desc=text, total=len(starts), leave=False, disable=quiet) as progress:
-            return torch.cat(map_over_processes(batch, starts))
+        starts = range(0, pictures.count, size)
+        return torch.cat(map_over_processes(batch, starts, f"{self.name}: {pictures.of}"))
 
     def texts(self, captions: list[str]) -> Tensor:
         """An image-text model's embeddings (N, D) of captions, on the CPU."""

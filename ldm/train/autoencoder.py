@@ -1,20 +1,18 @@
 """Training the VAE: reconstruction + perceptual + KL + patch-GAN (Rombach et al. 2022, section 3.1)."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm import losses
 from ldm.config import require
-from ldm.data import DataConfig
+from ldm.data import DataConfig, spread
 from ldm.discriminator import PatchDiscriminator
 from ldm.distributed import Draws, mean_over_processes
-from ldm.images import tile
+from ldm.images import tile, to_float
 from ldm.metrics import psnr, ssim
 from ldm.perceptual import perceptual_network
 from ldm.train.config import TrainConfig, require_above_zero, require_least
@@ -127,45 +125,49 @@ class AutoencoderTask(Task):
 
     def validate(self, modules: Modules) -> dict[str, float]:
         """PSNR (dB), SSIM and perceptual distance of the reconstructions (from the mean) of held-out images."""
-        metrics, rows = {"psnr": psnr, "ssim": ssim, "perceptual": self.perceptual}, []
-        for x, _ in self.samples(self.held_out, self.config.held_out, self.batch_size):
+        metrics = {"psnr": psnr, "ssim": ssim, "perceptual": self.perceptual}
+
+        def measure(rows: slice, x: Tensor) -> Tensor:
             y = reconstruct(modules["vae"], x)
-            rows.append(torch.stack([metric(y, x) for metric in metrics.values()]))
-        return dict(zip(metrics, torch.cat(rows, 1).mean(1).tolist(), strict=True))
+            return torch.stack([metric(y, x) for metric in metrics.values()]).cpu()
+
+        values = self.share(measure, self.held_out, spread(self.held_out, self.config.held_out))
+        return dict(zip(metrics, torch.cat(values, 1).mean(1).tolist(), strict=True))
 
     def preview(self, modules: Modules) -> Image.Image:
         """Up to eight held-out images, each above its reconstruction."""
-        x, _ = next(self.samples(self.held_out, 8, 8))
+        x = to_float(torch.stack([self.held_out[i]["image"] for i in spread(self.held_out, 8)]).to(self.device))
         pairs = torch.cat([x, reconstruct(modules["vae"], x)])
         return tile(pairs, columns=len(x), scale=max(1, 128 // x.shape[-1]))
 
-    def export(self, modules: Modules, folder: Path, final: bool) -> None:
-        """Writes `folder/vae` with the shift and scale of the training set's latents folded in, measured on few images
-        unless `final`. A frozen encoder keeps its own: models trained on its latents still fit."""
-        vae, trained = modules["vae"], self.modules["vae"]
-        if any(p.requires_grad for part in (trained.encoder, trained.quant_conv) for p in part.parameters()):
-            samples = self.samples(self.dataset, self.config.statistics if final else 1024, self.batch_size)
-            images = (x for x, _ in tqdm(samples, desc="latent statistics", leave=False))
-            vae = vae.with_statistics(*latent_statistics(vae, images))
+    def measure(self, modules: Modules, final: bool) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation (C,) of raw latent samples of training images, of few of them unless `final`;
+        None where the encoder is frozen.
+
+        The variance of a sampled latent is E[std^2] + Var[mean]; accumulated in float64.
+        """
+        trained = self.modules["vae"]
+        if not any(p.requires_grad for part in (trained.encoder, trained.quant_conv) for p in part.parameters()):
+            return None
+
+        def moments(rows: slice, x: Tensor) -> Tensor:
+            posterior = modules["vae"].encode(x)
+            mean, std = posterior.mean.double(), posterior.std.double()
+            return len(x) * torch.stack([mean, mean**2 + std**2]).mean((1, 3, 4)).cpu()
+
+        indices = spread(self.dataset, self.config.statistics if final else 1024)
+        first, second = sum(self.share(moments, self.dataset, indices)) / len(indices)
+        return first.float(), (second - first**2).sqrt().float()
+
+    def export(self, modules: Modules, folder: Path, measured: tuple[Tensor, Tensor] | None) -> None:
+        """Writes `folder/vae` with the shift and scale of the training set's latents folded in. A frozen encoder keeps
+        its own: models trained on its latents still fit."""
+        vae = modules["vae"]
+        if measured:
+            vae = vae.with_statistics(*(x.to(vae.quant_conv.bias.device) for x in measured))
         vae.save_pretrained(folder / "vae")
 
 
 def reconstruct(vae: VAE, x: Tensor) -> Tensor:
     """Images through the posterior mean and back, clamped to [-1, 1]."""
     return vae.decode_raw(vae.encode(x).mean).clamp(-1, 1)
-
-
-@torch.no_grad()
-def latent_statistics(vae: VAE, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of raw latent samples over batches x (B, 3, H, W).
-
-    The variance of a sampled latent is E[std^2] + Var[mean]; accumulated in float64.
-    """
-    sums, count = 0.0, 0
-    for x in batches:
-        posterior = vae.encode(x)
-        mean, std = posterior.mean.double(), posterior.std.double()
-        sums = sums + len(x) * torch.stack([mean, mean**2 + std**2]).mean((1, 3, 4))
-        count += len(x)
-    first, second = sums / count
-    return first.float(), (second - first**2).sqrt().float()

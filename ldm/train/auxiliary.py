@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.clip import TextConfig, VisionConfig
-from ldm.distributed import Draws
+from ldm.distributed import Draws, upload
 from ldm.layers import TransformerBlock
 from ldm.train.config import require_least
 
@@ -44,17 +44,25 @@ class WordHead(nn.Module):
         self.distances = nn.Linear(text.hidden_size, window * text.hidden_size, bias=False)
         self.vocabulary = nn.Parameter(text.hidden_size**-0.5 * torch.randn(text.vocab_size, text.hidden_size))
 
-    def forward(self, context: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """context (B, L, D), tokens (B, L) -> sum of the cross-entropies of the tokens predicted from those up to the
-        first end, and their number."""
-        maps = rearrange(self.distances(context), "b l (k d) -> b l k d", k=self.window)
-        before = F.pad(tokens, (self.window - 1, 0), value=-1)
-        targets = before.unfold(1, self.window, 1).flip(-1)  # (B, L, window): the token at each distance, -1 for none
+    def targets(self, tokens: Tensor) -> Tensor:
+        """tokens (B, L) -> (B * L * window,): the token at each distance before each one, -1 for none and after the
+        first end."""
+        before = F.pad(tokens, (self.window - 1, 0), value=-1).unfold(1, self.window, 1).flip(-1)
         ends = (tokens == self.end).long()
-        inside = ends.cumsum(1) == ends  # (B, L): no end before it
-        predicted = inside[..., None] & (targets >= 0)
-        logits = maps[predicted] @ self.vocabulary.T  # (predictions, vocabulary)
-        return F.cross_entropy(logits.float(), targets[predicted], reduction="sum"), predicted.sum().float()
+        return before.masked_fill((ends.cumsum(1) != ends)[..., None], -1).flatten()
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """Where `targets` has tokens to predict."""
+        return (self.targets(tokens) >= 0).nonzero()[:, 0]
+
+    def forward(self, context: Tensor, tokens: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        """context (B, L, D), tokens (B, L), where known their `places` -> sum of the cross-entropies of the tokens
+        predicted from those up to the first end, and their number."""
+        maps = rearrange(self.distances(context), "b l (k d) -> (b l k) d", k=self.window)
+        places = self.places(tokens) if places is None else places
+        logits = (maps[places] @ self.vocabulary.T).float()  # (predictions, vocabulary)
+        count = logits.new_full((), len(places))
+        return F.cross_entropy(logits, self.targets(tokens)[places], reduction="sum"), count
 
 
 class PictureHead(nn.Module):
@@ -77,7 +85,7 @@ class PictureHead(nn.Module):
         their number."""
         patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         share = SHOWN * draws.rand(len(x), 1) * (draws.rand(len(x), 1) >= BLIND)
-        hidden = (draws.rand(*patches.shape[:2]) >= share).to(x.device)  # (B, patches)
+        hidden = upload(draws.rand(*patches.shape[:2]) >= share, x.device)  # (B, patches)
         h = self.positions + torch.where(hidden[..., None], self.hidden, self.read(patches))
         for block in self.blocks:
             h = block(h, context)
@@ -93,12 +101,18 @@ class Grounding(nn.Module):
         self.words = WordHead(text, config.window) if config.words else None
         self.picture = PictureHead(text, vision, config.layers) if config.picture else None
 
-    def forward(self, context: Tensor, tokens: Tensor, x: Tensor, draws: Draws) -> dict[str, tuple[Tensor, Tensor]]:
+    def places(self, tokens: Tensor) -> Tensor | None:
+        """Of tokens on the CPU, from which those on a GPU are not waited for."""
+        return self.words and self.words.places(tokens)
+
+    def forward(
+        self, context: Tensor, tokens: Tensor, x: Tensor, draws: Draws, places: Tensor | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """context (B, L, D), tokens (B, L), images x (B, 3, H, W) -> "words" (nats) and "picture" (squared error), each
-        as the sum of its terms and their number."""
+        as the sum of its terms and their number. `places` are found where they are not given."""
         sums = {}
         if self.words:
-            sums["words"] = self.words(context, tokens)
+            sums["words"] = self.words(context, tokens, places)
         if self.picture:
             sums["picture"] = self.picture(context, x, draws)
         return sums

@@ -2,7 +2,6 @@
 losses on the context (`ldm/train/auxiliary.py`) where they have a weight."""
 
 from bisect import bisect_right
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from torch.utils.data import ConcatDataset
 from ldm import losses, model_io
 from ldm.clip import CLIP, TextConfig, TextEncoder, VisionConfig
 from ldm.config import UserError, require
-from ldm.data import DataConfig, choose_captions
+from ldm.data import DataConfig, choose_captions, spread
 from ldm.data.faults import all_captions
 from ldm.data.minimal_pairs import alter
-from ldm.distributed import Draws, gather_objects, mean_over_processes
+from ldm.distributed import Draws, gather_objects, mean_over_processes, upload
 from ldm.metrics.alignment import retrieval, sharing
 from ldm.tokenizer import Tokenizer
 from ldm.train.auxiliary import Grounding, GroundingConfig
@@ -88,16 +87,19 @@ class CLIPTask(Task):
         """The contrastive loss, where images that share a caption are not each other's negatives, and the auxiliary
         losses."""
         x, captions = self.images(batch, draws), batch["captions"]
-        tokens = self.tokens(choose_captions(captions, draws.rand(len(captions))))
+        ids = self.tokenizer(choose_captions(captions, draws.rand(len(captions))), warn=False)
+        tokens = upload(ids, self.device)
         images, texts, scale, context = modules["clip"](x, tokens)
         if distributed.is_initialized():
             images, texts = (torch.cat(all_gather(rows)) for rows in (images, texts))
             captions = [each for part in gather_objects(captions) for each in part]
-        same = sharing(captions).to(x.device)
+        same = upload(sharing(captions), x.device)
         loss, values = losses.contrastive(images, texts, scale, same), {"scale": scale}
         if "grounding" in modules:
             values["contrastive"] = loss
-            for name, (total, count) in modules["grounding"](context, tokens, x, draws).items():
+            places = self.modules["grounding"].places(ids)
+            places = places if places is None else upload(places, self.device)
+            for name, (total, count) in modules["grounding"](context, tokens, x, draws, places).items():
                 values[name] = total / mean_over_processes(count).clamp(min=1)
                 loss = loss + getattr(self.config.grounding, name) * values[name]
         yield "clip", loss, values
@@ -113,23 +115,26 @@ class CLIPTask(Task):
     def validate(self, modules: Modules) -> dict[str, float]:
         """R@1 and R@5 both ways among validation pairs (the first caption of each; a judge has learned them), beside
         chance; how often a caption is preferred to itself with one word wrong (chance 0.5); the auxiliary losses."""
-        clip, captions, rows, auxiliary = modules["clip"], [], [], defaultdict(float)
-        for x, batch in self.samples(self.held_out, self.config.held_out, BATCH):
-            captions += batch
-            first = [texts[0] for texts in batch]
-            tokens, altered = self.tokens(first), self.tokens(alter(first, batch))
-            image, text, _, context = clip(x, tokens)
-            rows.append(torch.stack([image, text, clip.encode_text(altered)]).cpu())
-            if "grounding" in modules:
-                sums = modules["grounding"](context, tokens, x, Draws(0, len(captions)))
-                for name, (total, count) in sums.items():
-                    auxiliary[name] += float(total / count) * len(x)
-        image, text, altered = torch.cat(rows, 1)
-        preferred = ((image * text).sum(-1) > (image * altered).sum(-1)).float().mean()
-        values = retrieval(image, text, same=sharing(captions)) | {"one_word_wrong": float(preferred)}
-        return values | {name: total / len(captions) for name, total in auxiliary.items()}
+        clip, indices, altered = modules["clip"], spread(self.held_out, self.config.held_out), []
+        captions = [self.held_out.captions(i) for i in indices]
+        first = [texts[0] for texts in captions]
+        for start in range(0, len(first), BATCH):
+            altered += alter(first[start : start + BATCH], captions[start : start + BATCH])
 
-    def export(self, modules: Modules, folder: Path, final: bool) -> None:
+        def measure(rows: slice, x: Tensor) -> tuple[Tensor, dict[str, float]]:
+            tokens = self.tokens(first[rows])
+            image, text, _, context = clip(x, tokens)
+            embeddings = torch.stack([image, text, clip.encode_text(self.tokens(altered[rows]))])
+            sums = modules["grounding"](context, tokens, x, Draws(0, rows.start + len(x))) if len(modules) > 1 else {}
+            return embeddings.cpu(), {name: float(total / count) * len(x) for name, (total, count) in sums.items()}
+
+        embeddings, auxiliary = zip(*self.share(measure, self.held_out, indices, BATCH), strict=True)
+        image, text, other = torch.cat(embeddings, 1)
+        preferred = ((image * text).sum(-1) > (image * other).sum(-1)).float().mean()
+        values = retrieval(image, text, same=sharing(captions)) | {"one_word_wrong": float(preferred)}
+        return values | {name: sum(part[name] for part in auxiliary) / len(captions) for name in auxiliary[0]}
+
+    def export(self, modules: Modules, folder: Path, measured: None) -> None:
         """Writes `folder/clip` (both towers), `folder/text_encoder` and `folder/tokenizer`; of a judge `folder/judge`
         alone, as the model that conditions a U-Net must not judge it."""
         clip, both = modules["clip"], folder / ("judge" if self.config.judge else "clip")

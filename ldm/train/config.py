@@ -1,10 +1,13 @@
 """Length, batch and optimizer of a training run; the same for every task."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+
 from ldm.config import require
+from ldm.distributed import find_dtype
 
 
 def require_least(config: Any, table: str, least: int, *names: str) -> None:
@@ -57,7 +60,9 @@ class TrainConfig:
     batch_size: int = 64  # samples per process and micro-batch
     accumulate: int = 1  # micro-batches per optimizer step
     seed: int = 0  # of the initial weights, the order of the data and all random draws
-    precision: Literal["no", "bf16"] = "no"  # bf16: autocast; the trained weights stay float32
+    precision: Literal["auto", "no", "bf16"] = "auto"  # bf16: autocast, weights stay float32; auto: on a GPU
+    compile: bool = False  # the repeated blocks, by torch's inductor: faster steps after minutes of preparation
+    checkpointing: bool = False  # recompute the repeated blocks in the backward pass: less memory, slower steps
     clip: float = 1.0  # largest gradient norm of each module
     workers: int = 0  # processes that load data
     ema_decay: float = 0.999  # final decay of the averaged weights, which are validated and exported
@@ -77,6 +82,12 @@ class TrainConfig:
         require_least(self, "train.", 0, "seed", "workers", "validate_every", "preview_every", "save_every")
         require_above_zero(self, "train.", "clip", "ema_power")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "in [0, 1)")
+
+    def on(self, device: torch.device) -> "TrainConfig":
+        """With the precision that "auto" means on a device. Raises UserError for one that it lacks."""
+        dtype = find_dtype("bfloat16" if self.precision == "bf16" else "auto", device)
+        precision = "bf16" if dtype == torch.bfloat16 else "no"
+        return replace(self, precision=precision) if self.precision == "auto" else self
 
     def due(self, step: int, every: int) -> bool:
         """Whether an action at intervals of `every` steps follows step `step`, counted from 1."""

@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +15,7 @@ from ldm.config import UserError, require
 from ldm.data import DataConfig, choose_captions, spread, stack
 from ldm.data.latents import open_latents
 from ldm.diffusion import Denoiser, Density, Schedule, ScheduleConfig, loss_weight, sample_timesteps
-from ldm.distributed import Draws
+from ldm.distributed import Draws, fsdp_requested, map_over_processes, rank_and_world, upload
 from ldm.images import captioned_grid
 from ldm.lora import Adapters, LoRAConfig, save_lora
 from ldm.pipeline import Pipeline
@@ -60,9 +61,7 @@ class DiffusionConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
-    cache: str = (
-        ""  # file, or FOLDER/ or URL for many files, of the latents of all training images; empty: encode every batch
-    )
+    cache: str = ""  # of the latents of all training images: file, or folder/ or URL for one per shard; empty: none
     caption_dropout: float = 0.1  # share of captions replaced by "", which sampling uses as the null
     timesteps: Density = "uniform"  # density of the training timesteps: uniform, stratified or logit_normal
     logit_mean: float = 0.0  # of logit_normal; above 0 takes more of the noisy timesteps
@@ -105,8 +104,8 @@ class DiffusionTask(Task):
             adapted = {name: Adapters(model.to(self.device), config.lora) for name, model in self.modules.items()}
             self.modules = adapted
         if config.cache:
-            options = {"workers": config.train.workers, "cache_gb": config.data.cache_gb}
-            self.dataset = open_latents(config.cache, self.vae, self.dataset, self.batch_size, self.device, **options)
+            where = self.batch_size, self.device, config.data.cache_gb
+            self.dataset = open_latents(config.cache, self.vae, self.dataset, *where)
         batch = stack([self.dataset[i] for i in spread(self.dataset, self.batch_size)])
         draws = Draws(config.train.seed, 0, device=self.device)
         check_normalized(self.latents(to_device(batch, self.device), draws))
@@ -135,8 +134,9 @@ class DiffusionTask(Task):
     def latents(self, batch: dict, draws: Draws) -> Tensor:
         """Normalized latents (B, C, h, w), sampled from the posterior that is in the batch or of its images."""
         if "image" in batch:
-            posterior = self.vae.encode(self.images(batch, draws))
-            batch = {"mean": posterior.mean, "std": posterior.std}
+            with self.autocast():
+                posterior = self.vae.encode(self.images(batch, draws))
+            batch = {"mean": posterior.mean.float(), "std": posterior.std.float()}
         mean, std = batch["mean"], batch["std"]
         return self.vae.normalize(mean + std * draws.randn(*mean.shape))
 
@@ -150,50 +150,67 @@ class DiffusionTask(Task):
             lambda n, g: sample_timesteps(n, len(self.schedule), c.timesteps, g, c.logit_mean, c.logit_std), len(z0)
         )
         eps = draws.randn(*z0.shape)
-        yield "unet", self.loss(modules, z0, captions, t.to(z0.device), eps), {"z_std": z0.std()}
+        yield "unet", self.loss(modules, z0, captions, upload(t, z0.device), eps), {"z_std": z0.std()}
+
+    def context(self, modules: Modules, captions: list[str]) -> Tensor:
+        """Captions -> context (B, L, D)."""
+        tokens = upload(self.tokenizer(captions, warn=False), self.device)
+        with self.autocast():
+            return modules.get("text_encoder", self.text_encoder)(tokens).float()
 
     def loss(self, modules: Modules, z0: Tensor, captions: list[str], t: Tensor, eps: Tensor) -> Tensor:
         """The weighted squared error at timesteps t (B,) with noise eps (B, C, h, w)."""
-        denoiser = Denoiser(modules["unet"], self.schedule)
-        tokens = self.tokenizer(captions, warn=False).to(z0.device)
-        context = modules.get("text_encoder", self.text_encoder)(tokens)
+        denoiser, context = Denoiser(modules["unet"], self.schedule), self.context(modules, captions)
         prediction = denoiser.predict(self.schedule.add_noise(z0, eps, t), t, context)
         weight = loss_weight(self.schedule, t, denoiser.prediction, self.config.min_snr_gamma)
         return losses.diffusion(prediction, denoiser.target(z0, eps, t), weight.to(z0.device, z0.dtype))
 
     def validate(self, modules: Modules) -> dict[str, float]:
         """The loss on held-out pairs, each at a fixed timestep, evenly spread, and with fixed noise."""
-        count, fixed = len(spread(self.held_out, self.config.held_out)), torch.Generator()
+        indices, fixed = spread(self.held_out, self.config.held_out), torch.Generator()
         fixed.manual_seed(self.config.train.seed)
-        order = torch.randperm(count, generator=fixed)  # the data may be sorted
-        timesteps = torch.linspace(0, len(self.schedule) - 1, count).long()[order].to(self.device)
-        total, done = 0.0, 0
-        for x, captions in self.samples(self.held_out, self.config.held_out, self.batch_size):
-            posterior, t = self.vae.encode(x), timesteps[done : done + len(x)]
-            noise = torch.randn(len(x), 2, *posterior.mean.shape[1:], generator=fixed).to(self.device)
-            z0 = self.vae.normalize(posterior.mean + posterior.std * noise[:, 0])
-            total += float(self.loss(modules, z0, [texts[0] for texts in captions], t, noise[:, 1])) * len(x)
-            done += len(x)
-        return {"loss": total / count}
+        order = torch.randperm(len(indices), generator=fixed)  # the data may be sorted
+        timesteps = torch.linspace(0, len(self.schedule) - 1, len(indices)).long()[order].to(self.device)
+        side = self.config.data.size // self.vae.factor
+        noise = torch.randn(len(indices), 2, self.vae.config.latent_channels, side, side, generator=fixed)
+
+        def measure(rows: slice, x: Tensor) -> float:
+            posterior, eps = self.vae.encode(x), noise[rows].to(self.device)
+            z0 = self.vae.normalize(posterior.mean + posterior.std * eps[:, 0])
+            captions = [self.held_out.captions(i)[0] for i in indices[rows]]
+            return float(self.loss(modules, z0, captions, timesteps[rows], eps[:, 1])) * len(x)
+
+        return {"loss": sum(self.share(measure, self.held_out, indices)) / len(indices)}
 
     def preview(self, modules: Modules) -> Image.Image:
         """A captioned grid of pictures from fixed prompts and seeds."""
         c = self.config.preview
         prompts = list(c.prompts) or [self.held_out.captions(i)[0] for i in spread(self.held_out, c.count)]
-        images = Pipeline(self.parts(modules))(prompts, steps=c.steps, guidance=c.guidance, seed=c.seed)
-        return captioned_grid(images, prompts, columns=min(8, len(prompts)))
+        pipe = Pipeline(self.parts(modules))
+        return share_pictures(pipe, prompts, c.seed, steps=c.steps, guidance=c.guidance)
 
     def parts(self, modules: Modules) -> Parts:
         """The pipeline's parts, with the trained `modules`."""
         text_encoder = modules.get("text_encoder", self.text_encoder)
         return Parts(self.vae, text_encoder, self.tokenizer, modules["unet"], self.schedule)
 
-    def export(self, modules: Modules, folder: Path, final: bool) -> None:
+    def export(self, modules: Modules, folder: Path, measured: None) -> None:
         """Writes the whole pipeline into `folder`, or its adapters alone where only these are trained."""
         if self.config.lora.rank:
             save_lora(folder, modules, self.config.lora.kohya)
         else:
             save_parts(folder, self.parts(modules))
+
+
+def share_pictures(pipe: Pipeline, prompts: list[str], seed: int = 0, **options: Any) -> Image.Image:
+    """A captioned grid of pictures with the seeds from `seed` on, which the processes share."""
+    size = min(16, -(-len(prompts) // rank_and_world()[1]))  # one batch, so that all call a sharded model equally often
+
+    def sample(start: int) -> list[Image.Image]:
+        return pipe(prompts[start : start + size], seed=seed + start, **options)
+
+    parts = map_over_processes(sample, range(0, len(prompts), size), even=fsdp_requested())
+    return captioned_grid([image for part in parts for image in part], prompts, columns=min(8, len(prompts)))
 
 
 def check_schedule(folder: str, ours: ScheduleConfig, strict: bool) -> None:

@@ -18,12 +18,12 @@ from ldm import losses
 from ldm.config import UserError, require
 from ldm.data import DataConfig, choose_captions, spread
 from ldm.diffusion import Denoiser, guided
-from ldm.distributed import Draws
-from ldm.images import captioned_grid
+from ldm.distributed import Draws, fsdp_requested, map_over_processes, upload
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts, save_parts
 from ldm.samplers import ImageNoise, ddim, make_grid
 from ldm.train.config import TrainConfig, require_least
+from ldm.train.diffusion import share_pictures
 from ldm.train.loop import Losses, Modules, Task
 from ldm.unet import UNet
 
@@ -73,7 +73,7 @@ class DistillTask(Task):
     def __init__(self, config: DistillConfig) -> None:
         super().__init__(config)
         require(config.teacher != "", "teacher", "", "the run folder (or model) to distill")
-        self.teacher = Pipeline.from_pretrained(config.teacher, self.device)
+        self.teacher = Pipeline.from_pretrained(config.teacher, self.device, torch.float32)
         if steps := self.teacher.unet.distilled_steps:
             raise UserError(f"teacher {config.teacher!r} is distilled to {steps} steps; distill the model it came from")
         self.dataset, self.held_out = Captions(self.dataset), Captions(self.held_out)
@@ -88,7 +88,9 @@ class DistillTask(Task):
     @torch.no_grad()
     def context(self, captions: list[str]) -> Tensor:
         """Captions -> context (B, L, D)."""
-        return self.teacher.text_encoder(self.teacher.tokenizer(captions, warn=False).to(self.device))
+        tokens = upload(self.teacher.tokenizer(captions, warn=False), self.device)
+        with self.autocast():
+            return self.teacher.text_encoder(tokens).float()
 
     @torch.no_grad()
     def guide(self, z: Tensor, context: Tensor, step: int) -> Tensor:
@@ -98,7 +100,8 @@ class DistillTask(Task):
         *begin, last = self.grid.steps[step * many : (step + 1) * many]
         part = replace(self.grid, steps=(*begin, last._replace(**end)))
         denoiser = Denoiser(self.teacher.unet, self.grid.schedule)
-        return ddim(guided(denoiser, context, self.null.expand_as(context), self.config.guidance), z, part, None)
+        with self.autocast():
+            return ddim(guided(denoiser, context, self.null.expand_as(context), self.config.guidance), z, part, None)
 
     def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
         """The squared error of the student's steps on new paths."""
@@ -114,7 +117,7 @@ class DistillTask(Task):
             kept = s.to_sigma / s.sigma
             change = s.to_alpha - kept * s.alpha
             z0 = (self.guide(z, context, i) - kept * z) / change
-            own = denoiser(z, torch.tensor(s.t), context)
+            own = denoiser(z, s, context)
             total = total + losses.diffusion(own / s.sigma, z0 / s.sigma)
             z = kept * z + change * own.detach()
         return total / len(self.steps)
@@ -123,16 +126,19 @@ class DistillTask(Task):
         """The loss on held-out captions with fixed noise."""
         indices = spread(self.held_out, self.config.held_out)
         noise = ImageNoise(indices, self.shape, self.device)()
-        captions, total = [self.held_out.captions(i)[0] for i in indices], 0.0
-        for i in range(0, len(captions), self.batch_size):
-            part = slice(i, i + self.batch_size)
-            total += float(self.loss(modules, captions[part], noise[part])) * len(noise[part])
-        return {"loss": total / len(captions)}
+        captions = [self.held_out.captions(i)[0] for i in indices]
+
+        def measure(start: int) -> float:
+            rows = slice(start, start + self.batch_size)
+            return float(self.loss(modules, captions[rows], noise[rows])) * len(noise[rows])
+
+        starts = range(0, len(captions), self.batch_size)
+        return {"loss": sum(map_over_processes(measure, starts, even=fsdp_requested())) / len(captions)}
 
     def preview(self, modules: Modules) -> Image.Image:
         """A captioned grid of the student's pictures of held-out captions, from fixed seeds."""
         prompts = [self.held_out.captions(i)[0] for i in spread(self.held_out, PICTURES)]
-        return captioned_grid(Pipeline(self.parts(modules))(prompts), prompts, min(8, len(prompts)))
+        return share_pictures(Pipeline(self.parts(modules)), prompts)
 
     def parts(self, modules: Modules) -> Parts:
         """The teacher's parts with the student's U-Net, and its sampler by default."""
@@ -140,6 +146,6 @@ class DistillTask(Task):
         schedule.config = replace(schedule.config, sampler="ddim", timestep_spacing="trailing")
         return self.teacher.parts._replace(unet=modules["unet"], schedule=schedule)
 
-    def export(self, modules: Modules, folder: Path, final: bool) -> None:
+    def export(self, modules: Modules, folder: Path, measured: None) -> None:
         """Writes the whole pipeline into `folder`."""
         save_parts(folder, self.parts(modules))

@@ -5,8 +5,10 @@ is a pure function of (seed, step), so a run that is resumed, or shared by many 
 """
 
 import signal
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.config import UserError
-from ldm.data import batches, flip_half, open_dataset, sampling_weights, spread
+from ldm.data import flip_half, open_dataset, sampling_weights
 from ldm.data.loader import load
 from ldm.data.order import EpochBatches
-from ldm.distributed import Draws, from_main, processes
+from ldm.distributed import (
+    Draws,
+    beat,
+    connected,
+    fast_kernels,
+    from_main,
+    fsdp_requested,
+    map_over_processes,
+    memory_errors,
+    processes,
+    upload,
+)
 from ldm.images import to_float
 from ldm.train import sharding, state
 from ldm.train.config import OptimizerConfig, TrainConfig
@@ -35,23 +48,36 @@ class Task:
     modules: Modules
     optimizers: dict[str, OptimizerConfig] = {}  # of modules that do not use that of the run
     balance = "picture"  # what is drawn alike often: see DataConfig
+    open_data = staticmethod(open_dataset)  # (data config, split, need_captions) -> the data set
 
     def __init__(self, config: Any, need_captions: bool = True) -> None:
         """`config` has the tables `data` and `train`; seeds the initial weights."""
-        self.config, self.device, self.balance = config, processes().device, config.data.balance
-        self.dataset, self.held_out = (open_dataset(config.data, split, need_captions) for split in ("train", "val"))
+        self.device, self.balance = processes().device, config.data.balance
+        self.config = replace(config, train=config.train.on(self.device))
+        self.dataset, self.held_out = (self.open_data(config.data, split, need_captions) for split in ("train", "val"))
         self.batch_size = min(64, config.train.batch_size)  # outside the training steps
         torch.manual_seed(config.train.seed)
 
     def images(self, batch: dict, draws: Draws) -> Tensor:
         """The images x (B, 3, H, W) in [-1, 1] of a batch, half of them mirrored where `data.flip` is set."""
         x = to_float(batch["image"])
-        return flip_half(x, draws.rand(len(x))) if self.config.data.flip else x
+        return flip_half(x, upload(draws.rand(len(x)), x.device)) if self.config.data.flip else x
 
-    def samples(self, dataset: Any, count: int, batch_size: int) -> Iterator[tuple[Tensor, list[list[str]]]]:
-        """At most `count` samples, spread over the data set: batches of images x (B, 3, H, W) in [-1, 1], captions."""
-        for batch in batches(dataset, spread(dataset, count), batch_size):
-            yield to_float(batch["image"].to(self.device)), batch["captions"]
+    def autocast(self) -> torch.autocast:
+        """The precision of the run, for models that it does not train."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+
+    def share(self, work: Callable[[slice, Tensor], Any], dataset: Any, indices: list[int], size: int = 0) -> list[Any]:
+        """`work(rows, x)` of batches of a data set's images x (B, 3, H, W) in [-1, 1], of which those of `rows` among
+        the indices; shared by the processes, all results in order in all of them."""
+        size = size or self.batch_size
+
+        def batch(start: int) -> Any:
+            rows = slice(start, start + size)
+            images = torch.stack([dataset[i]["image"] for i in indices[rows]])
+            return work(rows, to_float(images.to(self.device)))
+
+        return map_over_processes(batch, range(0, len(indices), size), "held-out batches", fsdp_requested())
 
     def losses(self, modules: Modules, batch: dict, step: int, draws: Draws) -> Losses:
         """The losses of a batch in turn; the loop runs backward after each."""
@@ -60,13 +86,16 @@ class Task:
         """Restores constraints after the weights have changed, e.g. by a clamp."""
 
     def validate(self, modules: Modules) -> dict[str, float]:
-        """Values on held-out data, of the averaged `modules`."""
+        """Values on held-out data, of the averaged `modules`; all processes call it, and get the same."""
 
     def preview(self, modules: Modules) -> Image.Image | None:
-        """A picture to look at, from fixed inputs and seeds."""
+        """A picture to look at, from fixed inputs and seeds; all processes call it."""
 
-    def export(self, modules: Modules, folder: Path, final: bool) -> None:
-        """Writes the loadable folder; `final` at the end of the run."""
+    def measure(self, modules: Modules, final: bool) -> Any:
+        """What `export` needs to know of the data, by all processes; `final` at the end of the run."""
+
+    def export(self, modules: Modules, folder: Path, measured: Any) -> None:
+        """Writes the loadable folder, in the main process."""
 
     def check_export(self, folder: Path) -> None:
         """Raises UserError where the run that exported `folder` cannot be resumed by this task."""
@@ -79,13 +108,15 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
     one, unless `force`; where losses stay non-finite; and where memory runs out. At SIGINT or SIGTERM the step is
     finished and saved, then `Stopped` is raised; a second signal ends the process at once.
     """
-    c, out = config, Path(out)
+    c, out = config.on(processes().device), Path(out)
     with ExitStack() as stack:
         # Set up, or resume
-        processes()
         from_main(stack.enter_context, state.lock(out))
         signals = stack.enter_context(caught_signals())
-        stack.enter_context(memory_errors(c))
+        way_out = "train.checkpointing=true, or a smaller batch, as much more train.accumulate, and --force"
+        stack.enter_context(memory_errors(f"with train.batch_size={c.batch_size}; resume with {way_out}"))
+        stack.enter_context(fast_kernels(processes().device))
+        stack.enter_context(connected())
         run = state.Run(task, c, out)
         a, optimizers = run.accelerator, run.optimizers.values()
         start = run.resume()
@@ -95,7 +126,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
         a.init_trackers("ldm")
         loaded = stack.enter_context(closing(micro_batches(task, c, a, start)))
         bar = stack.enter_context(tqdm(initial=start, total=c.steps, disable=not a.is_main_process, unit="step"))
-        skipped = 0  # steps in a row
+        late, skipped = Late(a.device), 0  # skipped steps in a row
 
         for step in range(start, c.steps):
             # Gradients of every micro-batch
@@ -107,34 +138,33 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
                 for module in run.called.values():
                     sharding.set_gradient_sync(module, micro == c.accumulate - 1)
                 for name, loss, extra in task.losses(run.called, batch, step, draws):
+                    beat()
                     (loss / c.accumulate).backward()
                     values.append({f"{name}_loss": loss} | extra)
 
-            # Clip and update, in all processes or in none
+            # Clip and update, in all processes or in none: the device decides
             values.append({f"{n}_grad_norm": sharding.clip(m, c.clip, a) for n, m in task.modules.items()})
-            finite, stopped_by = agree(values, signals, a)
-            if finite:
-                rate = c.optimizer.rate(step, c.steps)
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate * optimizer.defaults["lr"]
-                    optimizer.step()
-                task.after_step()
-                for name, average in run.averages.items():
-                    average.update(task.modules[name], step)
-                for table in (*values, {"lr": rate * c.optimizer.lr}):
-                    run.log(table)
+            votes = agree(values, signals, a)
+            rate, skip = c.optimizer.rate(step, c.steps), votes[0]
             for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * optimizer.defaults["lr"]
+                optimizer.found_inf = skip
+                optimizer.step()
                 optimizer.zero_grad()
+            task.after_step()
+            for name, average in run.averages.items():
+                average.update(task.modules[name], step, skip)
+            run.log([*values, {"lr": rate * c.optimizer.lr}], skip)
 
             # Give up where losses stay non-finite
-            run.skipped += not finite
-            skipped = 0 if finite else skipped + 1
+            (broken, stopped_by), (at, kept) = late(votes, (step, kept))
+            skipped = skipped + 1 if broken else 0
             if skipped == c.max_skipped:
-                file = out / f"non-finite-step-{step:08d}-process-{a.process_index}.pt"
+                file = out / f"non-finite-step-{at:08d}-process-{a.process_index}.pt"
                 torch.save(kept, file)
                 raise UserError(
-                    f"{skipped} steps in a row had a non-finite loss or gradient, the last at step {step}, whose batch"
+                    f"{skipped} steps in a row had a non-finite loss or gradient, the last at step {at}, whose batch"
                     f" is in {str(file)!r}. Lower train.optimizer.lr, or set train.precision='no'"
                 )
 
@@ -172,14 +202,29 @@ def micro_batches(task: Task, config: TrainConfig, accelerator: Accelerator, sta
 
 
 @torch.no_grad()
-def agree(tables: list[dict[str, Any]], signals: list[int], accelerator: Accelerator) -> tuple[bool, int]:
-    """Whether all losses and gradient norms of all processes are finite, and the number of a signal that any of them
-    got, else 0."""
+def agree(tables: list[dict[str, Any]], signals: list[int], accelerator: Accelerator) -> Tensor:
+    """Votes (2,) on the device: 1 where a loss or gradient norm of any process is not finite, else 0; and the number of
+    a signal that any of them got, else 0."""
     checked = torch.stack([v for table in tables for k, v in table.items() if k.endswith(("_loss", "_norm"))])
-    broken = (~checked.isfinite()).any().int()
+    broken = (~checked.isfinite()).any().float()
     votes = torch.stack([broken, torch.full_like(broken, signals[0] if signals else 0)])
-    skip, number = accelerator.gather(votes[None]).amax(0).tolist()
-    return not skip, number
+    return accelerator.gather(votes[None]).amax(0)
+
+
+class Late:
+    """Reads the votes of a step: on a GPU those of the step before, as waiting for them would leave it without work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.steps = deque([(torch.zeros(2), (0, []), None)] * (device.type == "cuda"))
+
+    def __call__(self, votes: Tensor, note: Any) -> tuple[list[int], Any]:
+        """The votes (2,) of that step, and its `note`."""
+        votes = votes.to("cpu", non_blocking=True)  # pinned, where they come from a GPU
+        self.steps.append((votes, note, torch.cuda.current_stream().record_event() if self.steps else None))
+        votes, note, copied = self.steps.popleft()
+        if copied:
+            copied.synchronize()
+        return [int(vote) for vote in votes.tolist()], note
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -215,17 +260,3 @@ def caught_signals() -> Iterator[list[int]]:
     finally:
         for handler in handlers.items():
             signal.signal(*handler)
-
-
-@contextmanager
-def memory_errors(config: TrainConfig) -> Iterator[None]:
-    """Turns running out of memory into a UserError; on the CPU torch raises a plain RuntimeError for it."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise UserError(
-            f"out of memory with train.batch_size={config.batch_size}; go on from the last checkpoint with a smaller"
-            " one, as much more train.accumulate, and --force"
-        ) from None

@@ -5,9 +5,10 @@ import fnmatch
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ldm.config import UserError
+from ldm.distributed import rank_and_world
 from ldm.train.config import OptimizerConfig
 from ldm.train.sharding import full, local, shard_like
 
@@ -56,7 +57,12 @@ class Muon(torch.optim.Optimizer):
     A kernel (out, in, h, w) is taken as the matrix (out, in * h * w). An update has the root mean square of a usual
     AdamW step, 0.2 times the learning rate (Liu et al. 2025, arXiv:2502.16982, eq. 4), so both can share a rate.
     torch.optim.Muon is the same on matrices; it works in bfloat16, slow on most CPUs, and takes no kernels.
+
+    Each process orthogonalizes its share of the matrices. `found_inf` is as for torch's fused optimizers: a scalar on
+    the device, at 1 of which a step changes nothing.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -64,28 +70,49 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """One update of all parameters that have a gradient."""
+        rank, world = rank_and_world()
         for group in self.param_groups:
-            beta, lr = group["momentum"], group["lr"]
-            for p in [p for p in group["params"] if p.grad is not None]:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"].lerp_(p.grad, 1 - beta)
-                update = full(p.grad.lerp(momentum, beta)).flatten(1)
-                size = lr * 0.2 * max(update.shape) ** 0.5
-                update = orthogonalize(update).reshape(p.shape)
-                p.mul_(1 - lr * group["weight_decay"]).sub_(shard_like(update, p), alpha=size)
+            params = sorted((p for p in group["params"] if p.grad is not None), key=nn.Parameter.numel)
+            for start in range(0, len(params), world):
+                updates = [self.momentum(p, group["momentum"]) for p in params[start : start + world]]
+                if rank < len(updates):
+                    updates[rank] = orthogonalize(updates[rank])
+                for owner, (p, update) in enumerate(zip(params[start:], updates, strict=False)):
+                    if world > 1:
+                        distributed.broadcast(update, owner)
+                    size = group["lr"] * 0.2 * max(update.shape) ** 0.5
+                    kept = p * (1 - group["lr"] * group["weight_decay"])
+                    self.assign(p, kept.sub_(shard_like(update.reshape(p.shape), p), alpha=size))
+
+    def momentum(self, p: nn.Parameter, beta: float) -> Tensor:
+        """The update of a parameter as a whole matrix, before it is orthogonalized."""
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        momentum = state["momentum"].lerp(p.grad, 1 - beta)
+        self.assign(state["momentum"], momentum)
+        return full(p.grad.lerp(momentum, beta)).flatten(1)
+
+    def assign(self, x: Tensor, value: Tensor) -> None:
+        """Copies a value into `x`, unless the step changes nothing."""
+        x, value = local(x), local(value)
+        x.copy_(value if self.found_inf is None else torch.where(self.found_inf > 0, x, value))
 
 
 def orthogonalize(update: Tensor, rounds: int = 5) -> Tensor:
-    """(M, N) -> about U V^T of its U S V^T, by Newton-Schulz iteration, in float32 or float64.
+    """(M, N) -> about U V^T of its U S V^T, by Newton-Schulz iteration; on a GPU in bfloat16, to a few percent.
 
     All directions of an update get the same length, so rare features are learned as fast as common ones.
     """
     if update.shape[0] > update.shape[1]:
-        return orthogonalize(update.mT, rounds).mT
+        return orthogonalize(update.mT, rounds).mT.contiguous()
     a, b, c = QUINTIC
-    x = update / update.norm().clamp(min=1e-7)
+    x = (update / update.norm().clamp(min=1e-7)).to(torch.bfloat16 if update.is_cuda else update.dtype)
+    if x.dtype == torch.bfloat16:  # whose rounding grows without bound in the shorter form below
+        for _ in range(rounds):
+            gram = x @ x.mT
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.to(update.dtype)
     # Every round multiplies x by a polynomial of x x^T, and these commute: the rounds need M x M matrices only.
     gram, product = x @ x.mT, torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(rounds):
@@ -105,13 +132,15 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float = 0.999, power: float = 0.75) -> None:
         self.decay, self.power = decay, power
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self.whole: nn.Module | None = None  # where it is sharded, an unsharded copy to evaluate
+        self.blank: nn.Module | None = None  # where it is sharded, an unsharded copy without values
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """average <- rate * average + (1 - rate) * weights at this step, counted from 0; buffers are copied."""
+    def update(self, module: nn.Module, step: int, skip: Tensor | float = 0.0) -> None:
+        """average <- rate * average + (1 - rate) * weights at this step, counted from 0, unless `skip` is 1; copies
+        buffers."""
         rate = min(self.decay, 1 - (1 + step) ** -self.power)
         averages, weights = ([local(p) for p in m.parameters()] for m in (self.module, module))
-        torch._foreach_lerp_(averages, weights, 1 - rate)
+        share = torch.as_tensor((1 - rate) * (1 - skip))
+        torch._foreach_lerp_(averages, weights, [share] * len(averages))
         for average, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
             average.copy_(buffer)

@@ -5,44 +5,90 @@ A step equals that of DDP: gradients are summed in float32, and the forward pass
 """
 
 import copy
+from collections import defaultdict
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm.distributed import fsdp_requested, rank_and_world
+from ldm import model_io
+from ldm.distributed import fsdp_requested, rank_and_world, upload
 
 LAYERS = ("ResnetBlock", "SpatialTransformer", "Layer")  # classes whose parameters are gathered together
+FORWARD = ("encode", "decode_raw", "encode_text")  # methods of averages that are called as `forward` is
 
 
 def prepare(module: nn.Module, average: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, nn.Module | None]:
-    """The module as a step calls it, with autocast and DDP. With FSDP it and its average are sharded in place instead,
-    and the main process gets an unsharded copy of the average on the CPU as well, for `unshard`."""
+    """Moves the module and its average to the device. Returns the module as a step calls it, with autocast and DDP;
+    with FSDP both are sharded in place instead, and a copy of the average without values is returned too, for
+    `whole`."""
+    device = accelerator.device
     if not (fsdp_requested() and accelerator.num_processes > 1):
+        average.to(device)
         return accelerator.prepare_model(module), None
-    called = accelerator.prepare_model(module, evaluation_mode=True)  # autocast alone
-    whole = copy.deepcopy(average).cpu() if accelerator.is_main_process else None
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    called = accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)  # autocast alone
+    blank = copy.deepcopy(average).to("meta")
+    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
     for root in (module, average):
         scalars = {p for p in root.parameters() if not p.ndim}  # cannot be sharded
         layers = [m for m in root.modules() if type(m).__name__ in LAYERS]
         for unit in (*reversed(layers), root):
-            fully_shard(unit, mesh=mesh, ignored_params=scalars)
-    return called, whole
+            fully_shard(unit, mesh=mesh, ignored_params=scalars)  # and moved: never more than one unit is whole there
+        root.to(device)
+    for name in FORWARD:
+        if hasattr(average, name):
+            register_fsdp_forward_method(average, name)
+    return called, blank
 
 
-def unshard(average: nn.Module, whole: nn.Module | None, device: torch.device) -> nn.Module:
-    """The average, or where it is sharded a copy of `whole` with its values, in the main process; a collective."""
-    tensors = gather(average.state_dict()) if isinstance(average, FSDPModule) else {}
-    if not tensors:
+def whole(average: nn.Module, blank: nn.Module | None) -> nn.Module:
+    """The average, or where it is sharded a copy on the CPU of the main process, gathered tensor by tensor; a
+    collective. The copy of other processes has no values."""
+    if blank is None:
         return average
-    whole = copy.deepcopy(whole)
-    whole.load_state_dict(tensors)
-    return whole.to(device)
+    reshard(average)
+    copied, tensors = copy.deepcopy(blank), {}
+    for name, x in average.state_dict().items():
+        x = full(x)
+        if rank_and_world()[0] == 0:
+            tensors[name] = x.cpu()
+    if tensors:
+        copied.load_state_dict(tensors, assign=True)
+    return copied
+
+
+def reshard(module: nn.Module) -> None:
+    """Frees the parameters that a sharded module keeps gathered after a forward pass, for a backward pass."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+def save(folder: Path, name: str, tensors: dict[str, Tensor]) -> Path | None:
+    """Writes tensors as `name`.safetensors in the main process; where some are sharded, each process its rows of those
+    as one of N files of that name. Returns the file that this process has written."""
+    rank, world = rank_and_world()
+    if any(isinstance(x, DTensor) for x in tensors.values()):
+        name = f"{name}-{rank + 1:05d}-of-{world:05d}"
+        tensors = {key: local(x) for key, x in tensors.items() if rank == 0 or isinstance(x, DTensor)}
+    elif rank:
+        return None
+    model_io.save_tensors(folder / f"{name}.safetensors", tensors)
+    return folder / f"{name}.safetensors"
+
+
+def load(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of all files of `save`, whole."""
+    files = sorted(folder.glob(f"{name}-?????-of-?????.safetensors")) or [folder / f"{name}.safetensors"]
+    rows = defaultdict(list)
+    for file in files:
+        for key, x in model_io.load_tensors(file).items():
+            rows[key].append(x)
+    return {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in rows.items()}
 
 
 def set_gradient_sync(module: nn.Module, sync: bool) -> None:
@@ -58,17 +104,7 @@ def clip(module: nn.Module, maximum: float, accelerator: Accelerator) -> Tensor:
     for parameter in module.parameters() if isinstance(module, FSDPModule) else ():
         if not parameter.ndim and parameter.grad is not None:  # not sharded, so FSDP does not sum it
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
-    return full(nn.utils.clip_grad_norm_(module.parameters(), maximum)).to(accelerator.device)
-
-
-def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whole and on the CPU in the main process, nothing in the others; a collective."""
-    whole = {}
-    for name, x in tensors.items():
-        x = full(x)
-        if rank_and_world()[0] == 0:
-            whole[name] = x.cpu()
-    return whole
+    return upload(full(nn.utils.clip_grad_norm_(module.parameters(), maximum)), accelerator.device)
 
 
 def full(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,8 @@ from tqdm import tqdm
 
 from ldm import model_io
 from ldm.config import UserError
-from ldm.distributed import from_main, gather_objects, processes
-from ldm.train import sharding
+from ldm.distributed import from_main, gather_objects, gather_results, processes
+from ldm.train import blocks, sharding
 from ldm.train.config import TrainConfig
 from ldm.train.optim import EMA, make_optimizers
 
@@ -41,7 +42,7 @@ MANIFEST = "manifest.json"
 # Keys of a config that do not change the trained weights.
 FREE = ("train.log_every", "train.validate_every", "train.preview_every", "train.save_every", "train.keep")
 FREE += ("train.trackers", "train.workers", "train.max_skipped", "train.best", "preview.", "cache", "data.max_broken")
-FREE += ("data.cache_gb",)
+FREE += ("train.checkpointing", "data.cache_gb")
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "einops", "safetensors", "numpy")
 
 
@@ -65,15 +66,15 @@ class Run:
         self.main = self.accelerator.is_main_process
         self.called, self.averages, self.optimizers = {}, {}, {}
         for name, module in task.modules.items():
-            module.train().to(self.accelerator.device)
-            average = self.averages[name] = EMA(module, config.ema_decay, config.ema_power)
-            self.called[name], average.whole = sharding.prepare(module, average.module, self.accelerator)
+            average = self.averages[name] = EMA(module.train(), config.ema_decay, config.ema_power)
+            blocks.prepare(module, config)
+            self.called[name], average.blank = sharding.prepare(module, average.module, self.accelerator)
             self.optimizers |= make_optimizers(name, module, task.optimizers.get(name, config.optimizer))
         self.parts = task.modules | {f"{name}-ema": average.module for name, average in self.averages.items()}
         self.names = {p: name for module in task.modules.values() for name, p in module.named_parameters()}
         self.best: dict[str, Any] | None = None  # step, value and name of the best validation
-        self.logged: dict[str, list[Tensor]] = defaultdict(list)  # since the last line, on the device
-        self.skipped = 0  # steps since the last line
+        self.logged: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # since the last line, on the device
+        self.skips: list[Tensor] = []  # of each step since then: 1 where it was skipped
 
     # Resume, validate, preview, export, save
 
@@ -95,18 +96,19 @@ class Run:
 
     @contextmanager
     def averaged(self) -> Iterator[dict[str, nn.Module]]:
-        """The averaged modules, unsharded in the main process, without gradients and with a random state of their own.
-        All processes must enter it."""
-        device = self.accelerator.device
-        modules = {name: sharding.unshard(e.module, e.whole, device) for name, e in self.averages.items()}
+        """The averaged modules, without gradients and with a random state of their own. Where they are sharded, all
+        processes must call them equally often."""
+        device, modules = self.accelerator.device, {name: average.module for name, average in self.averages.items()}
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.config.seed)
             yield modules
+        for module in modules.values():
+            sharding.reshard(module)
 
     def validate(self, step: int) -> bool:
         """Logs the validation after `step` steps; returns whether it was the best so far by `train.best`."""
         with self.averaged() as modules:
-            values = from_main(self.task.validate, modules)
+            values = self.task.validate(modules)
         self.write_line(step, {f"val/{name}": value for name, value in values.items()})
         self.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         best, scores = self.config.best, values | {f"-{name}": -value for name, value in values.items()}
@@ -123,15 +125,17 @@ class Run:
     def preview(self, step: int) -> None:
         """Saves the task's picture as previews/step-N.png."""
         with self.averaged() as modules:
-            image = self.task.preview(modules) if self.main else None
-        if image:
+            image = self.task.preview(modules)
+        if image and self.main:
             (self.out / "previews").mkdir(exist_ok=True)
             image.save(self.out / "previews" / f"step-{step:08d}.png")
 
     def export(self, folder: Path, final: bool) -> None:
         """Writes the loadable folder, from the averaged weights."""
         with self.averaged() as modules:
-            from_main(self.task.export, modules, folder, final)
+            measured = self.task.measure(modules, final)
+            modules = {name: sharding.whole(e.module, e.blank) for name, e in self.averages.items()}
+            from_main(self.task.export, modules, folder, measured)
 
     def save(self, step: int) -> None:
         """Writes a checkpoint: the loadable folder, and `state/` with all that resuming needs."""
@@ -139,27 +143,29 @@ class Run:
         for unfinished in folder.parent.glob(".step-*") if self.main else ():
             shutil.rmtree(unfinished)
         self.export(folder, final=False)
-        self.write(folder / "state", {"format": FORMAT, "step": step, "best": self.best})
-        if self.main:
-            publish(folder, self.config.keep, self.best and self.best["step"])
-        self.accelerator.wait_for_everyone()
+        progress = {"format": FORMAT, "step": step, "best": self.best}
+        parts = gather_results(partial(self.write, folder, progress))
+        files = {name: digest for part in parts for name, digest in part.items()}
+        from_main(publish, folder, files, self.config.keep, self.best and self.best["step"])
 
     # The training state, by the names of its files
 
-    def write(self, folder: Path, progress: dict[str, Any]) -> None:
-        """Writes modules, averages, optimizers and `progress` (JSON); in the main process, with the shards of all."""
+    def write(self, checkpoint: Path, progress: dict[str, Any]) -> dict[str, str]:
+        """Writes `state/`: modules, averages, optimizers and `progress` (JSON); where they are sharded, each process
+        its shards. Returns the files that this process has written to the checkpoint, sealed."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
         for name, optimizer in self.optimizers.items():
             states[f"{name}-optimizer"] = {
                 f"{self.names[p]}/{key}": x for p, entry in optimizer.state.items() for key, x in entry.items()
             }
-        for name, tensors in states.items():
-            tensors = sharding.gather(tensors)
-            if self.main:
-                folder.mkdir(exist_ok=True)
-                model_io.save_tensors(folder / f"{name}.safetensors", tensors)
+        folder, exported = checkpoint / "state", checkpoint.rglob("*") if self.main else ()
+        files = [path for path in exported if folder not in path.parents and path.is_file()]  # others write there
+        folder.mkdir(exist_ok=True)
         if self.main:
             model_io.write_json(folder / "state.json", progress)
+            files.append(folder / "state.json")
+        written = (sharding.save(folder, name, tensors) for name, tensors in states.items())
+        return seal(checkpoint, [*files, *filter(None, written)])
 
     def read(self, folder: Path) -> dict[str, Any]:
         """Loads the files of `write`, sharded as the modules are; returns `progress`. Raises UserError for the state of
@@ -169,10 +175,10 @@ class Run:
             if progress.get("format") != FORMAT:
                 raise UserError("an earlier version of this code wrote it; its model still opens")
             for name, part in self.parts.items():
-                live, tensors = part.state_dict(), model_io.load_tensors(folder / f"{name}.safetensors")
+                live, tensors = part.state_dict(), sharding.load(folder, name)
                 part.load_state_dict({key: sharding.shard_like(x, live[key]) for key, x in tensors.items()})
             for name, optimizer in self.optimizers.items():
-                tensors = model_io.load_tensors(folder / f"{name}-optimizer.safetensors")
+                tensors = sharding.load(folder, f"{name}-optimizer")
                 entries = {key.rpartition("/")[2] for key in tensors}
                 for p in [p for group in optimizer.param_groups for p in group["params"]]:
                     entry = {key: tensors[f"{self.names[p]}/{key}"].to(p.device) for key in entries}
@@ -192,20 +198,25 @@ class Run:
         if self.main:
             tqdm.write(text)
 
-    def log(self, values: dict[str, Any]) -> None:
-        """Adds scalars to the means of the next line."""
-        for name, value in values.items():
-            x = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
-            self.logged[name].append(x.detach())
+    def log(self, tables: list[dict[str, Any]], skip: Tensor) -> None:
+        """Adds the scalars of a step to the means of the next line, unless `skip` is 1."""
+        self.skips.append(skip)
+        for name, value in (entry for table in tables for entry in table.items()):
+            x = value.detach().float() if torch.is_tensor(value) else torch.full_like(skip, value)
+            self.logged[name].append((x, skip))
 
     def write_means(self, step: int) -> str:
         """Writes the means over steps and processes since the last line; returns the losses for the progress bar."""
-        means = {name: torch.stack(values).mean() for name, values in self.logged.items()}
+        means = {}
+        for name, rows in self.logged.items():
+            values, skips = map(torch.stack, zip(*rows, strict=True))
+            if len(kept := values[skips == 0]):
+                means[name] = kept.mean()
         means = {name: float(x) for name, x in self.accelerator.reduce(means, "mean").items()}
-        self.write_line(step, means | {"skipped": self.skipped})
+        self.write_line(step, means | {"skipped": int(sum(self.skips))})
         self.list_left_out()
         self.logged.clear()
-        self.skipped = 0
+        self.skips.clear()
         return " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("_loss"))
 
     def write_line(self, step: int, values: dict[str, float]) -> None:
@@ -247,10 +258,12 @@ def newest(out: Path) -> Path | None:
     return None
 
 
-def publish(hidden: Path, keep: int, best: int | None = None) -> None:
-    """Renames a written folder `.step-N` to `step-N`, once its files are synced and hashed; then removes all
-    checkpoints but the newest `keep` and that of step `best`."""
-    seal(hidden)
+def publish(hidden: Path, files: dict[str, str], keep: int, best: int | None = None) -> None:
+    """Renames a folder `.step-N`, whose sealed `files` go into its manifest, to `step-N`; then removes all checkpoints
+    but the newest `keep` and that of step `best`."""
+    model_io.write_json(hidden / MANIFEST, {"files": dict(sorted(files.items()))})
+    for path in (hidden / MANIFEST, *hidden.rglob("*/"), hidden):
+        sync(path)
     folder = hidden.with_name(hidden.name[1:])
     shutil.rmtree(folder, ignore_errors=True)
     hidden.rename(folder)
@@ -261,12 +274,11 @@ def publish(hidden: Path, keep: int, best: int | None = None) -> None:
         shutil.rmtree(path)
 
 
-def seal(folder: Path) -> None:
-    """Syncs all files of a folder to the disk, and lists them with their SHA-256 in its manifest."""
-    files = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    model_io.write_json(folder / MANIFEST, {"files": files})
-    for path in (*folder.rglob("*"), folder):
+def seal(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Syncs files in a folder to the disk; returns their SHA-256 by name."""
+    for path in files:
         sync(path)
+    return {str(path.relative_to(folder)): sha256(path) for path in files}
 
 
 def verify(folder: Path) -> None:

@@ -50,7 +50,9 @@ def running(out: Path, *options: str) -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def address(tmp_path_factory) -> Iterator[str]:
-    with running(tmp_path_factory.mktemp("app") / "out", "--model", "shapes", "--model", "emoji") as port:
+    with running(
+        tmp_path_factory.mktemp("app") / "out", "--model", "shapes", "--model", "shapes-turbo", "--model", "emoji"
+    ) as port:
         yield f"http://127.0.0.1:{port}"
 
 
@@ -355,6 +357,19 @@ def test_a_comparison_is_labelled_and_also_one_picture(page, tmp_path):
     last = served(page, index=4).text
     assert (last["guidance"], last["seed"]) == ("3.0", "5")
     assert abs(np.subtract(*Image.open(saved(page, "#download", tmp_path / "table.png")).size)) < 100  # two by two
+
+
+def test_a_distilled_model_is_compared_in_its_own_steps(page):
+    turn_to(page, "Compare")
+    field(page, "Setting to compare").click()
+    page.get_by_role("option", name="model", exact=True).click()
+    field(page, "Values, up to 8, separated by commas").fill("shapes, shapes-turbo")
+    start(page, steps=8, tab="compare")
+    wait(
+        lambda: page.locator("#pictures .caption-label").all_inner_texts()[1:] == ["model shapes", "model shapes-turbo"]
+    )
+    made = [served(page, index=i).text for i in (1, 2)]
+    assert [(text["steps"], text["guidance"]) for text in made] == [("8", "3.0"), ("4", "1.0")]
 
 
 def test_look_inside_shows_the_way_and_the_words(page):
