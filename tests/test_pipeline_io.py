@@ -197,7 +197,7 @@ def test_parts_that_do_not_fit(saved, tmp_path, monkeypatch, part, key, value, m
     path = folder / part / ("tokenizer_config.json" if part == "tokenizer" else "config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     # The sizes are looked at after the weights, which would not fit either.
-    monkeypatch.setattr("ldm.model_io.load_model", lambda make, folder, tensors, *configs: make())
+    monkeypatch.setattr("ldm.model_io.load_model", lambda make, folder, tensors, *configs, **_: make())
     with pytest.raises(UserError, match=message):
         pipeline_io.load_parts(folder)
 
