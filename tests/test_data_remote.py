@@ -1,8 +1,11 @@
 """Shards and latents behind URLs, on loopback servers that fail by plan: the batches are those of local files."""
 
+import gc
+import multiprocessing
 import os
 import re
 import threading
+import time
 from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -25,17 +28,17 @@ from ldm.model_io import shrink
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder; counts how often each part of a file was asked for."""
+    """Serves a folder. The first answers for each part of a file go wrong by `plan`."""
+
+    plan = ("cut", "error")
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-        self.url, self.seen, self.sent = f"http://127.0.0.1:{self.server_port}", Counter(), 0
+        self.url, self.seen = f"http://127.0.0.1:{self.server_port}", Counter()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """The first answer for a part of a file breaks off in its middle, the second is an error, the third comes late."""
-
     protocol_version = "HTTP/1.1"
     log_message = lambda *_: None  # noqa: E731
 
@@ -44,22 +47,33 @@ class Handler(SimpleHTTPRequestHandler):
         if "secret" in path or not part or not os.path.exists(path):
             return self.send_error(403) if "secret" in path else super().do_GET()
         start, end = int(part[1]), int(part[2]) + 1
-        self.server.seen[self.path, start] += 1
         turn = self.server.seen[self.path, start]
-        if turn == 2:
+        self.server.seen[self.path, start] += 1
+        wrong = self.server.plan[turn] if turn < len(self.server.plan) else ""
+        if wrong == "error":
             return self.send_error(503)
+        if wrong == "late":
+            time.sleep(60)
         with open(path, "rb") as file:
             file.seek(start)
             data = file.read(end - start)
         self.send_response(206)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data[: len(data) // 2 if turn == 1 else None])
-        self.close_connection = turn == 1
-        self.server.sent += len(data)
+        self.wfile.write(data[: len(data) // 2 if wrong == "cut" else None])
+        self.close_connection = wrong == "cut"
 
     def do_HEAD(self):
         return self.send_error(403) if "secret" in self.path else super().do_HEAD()
+
+
+@pytest.fixture
+def server(tmp_path):
+    pytest.importorskip("aiohttp")
+    server = Server(tmp_path)
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(params=["http", "s3"])
@@ -68,11 +82,8 @@ def storage(request, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "WAIT", 1e-3)
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
     if request.param == "http":
-        pytest.importorskip("aiohttp")
-        server = Server(tmp_path)
+        server = request.getfixturevalue("server")
         yield lambda folder: f"{server.url}/{folder.relative_to(tmp_path)}"
-        server.shutdown()
-        server.server_close()
         return
     pytest.importorskip("s3fs")
     server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -124,6 +135,28 @@ def test_blocks_are_fetched_once_and_bounded(tmp_path, storage, monkeypatch):
     same(load(there, order, workers=0, pin_memory=False), local)
 
 
+def test_a_slow_answer_is_asked_for_again(tmp_path, server, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(range(99)))
+    server.plan = ("late", "error", "cut", "late")
+    monkeypatch.setattr(remote, "WAIT", 1e-3)
+    monkeypatch.setattr(remote, "PATIENCE", 1)
+    start = time.monotonic()
+    assert remote.File.find(f"{server.url}/file").read(9, 80) == bytes(range(9, 89))
+    assert time.monotonic() - start < 30 and sum(server.seen.values()) == 5
+
+
+def test_forked_workers_leave_connections_alone(tmp_path, server, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(range(99)))
+    server.plan = ()
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
+    monkeypatch.setattr(remote, "PATIENCE", 5)
+    file = remote.File.find(f"{server.url}/file")
+    worker = multiprocessing.get_context("fork").Process(target=lambda: (file.read(0, 9), gc.collect()))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0 and file.read(9, 80) == bytes(range(9, 89))
+
+
 def test_the_least_recently_used_blocks_are_removed(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}").write_bytes(bytes(100))
@@ -163,7 +196,7 @@ def test_latents_lie_in_a_file_per_shard(tmp_path, storage):
 
 
 WRONG = {
-    "URL/gone/train-0.tar": "'[^']*/gone/train-0.tar' cannot be reached: FileNotFoundError: .*; check address.*",
+    "URL/gone/train-0.tar": "'[^']*/gone/train-0.tar' cannot be reached: [A-Z]\\w*Error: .*; check address.*",
     "URL/secret/train-0.tar": "'[^']*/train-0.tar' cannot be reached: ClientResponseError: 403.*; check address.*",
     "URL/shards/train-{000000..000001}.tar": "'[^']*train-000001.tar' is cut short; write it again",
     "URL/empty/": "shard folder '[^']*empty/' has no .*tar",

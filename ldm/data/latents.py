@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ldm.config import UserError
 from ldm.data.faults import all_captions, attempt
 from ldm.data.remote import THREADS, File, MissingFile, is_url, share, write_file
-from ldm.distributed import beat, gather_objects, gather_results, rank_and_world
+from ldm.distributed import beat, gather_objects, rank_and_world
 from ldm.images import to_float
 from ldm.model_io import atomic_write, module_hash
 
@@ -149,11 +149,11 @@ class CachedLatents:
             rows = part.rows()
             return part, not rows.keys().isdisjoint(keys), [*rows] == keys
         except MissingFile:
-            return None, False, False
+            pass
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             if self.single:
                 raise UserError(f"latent cache {self.path!r} is damaged ({error}); {AGAIN}") from None
-            return None, False, False
+        return None, False, False
 
     @torch.inference_mode()
     def write(self, vae: nn.Module, numbers: list[int], batch_size: int) -> None:
@@ -167,17 +167,17 @@ class CachedLatents:
         for number in numbers if self.single else numbers[rank::world]:
             keys, part, first = self.keys(number), self.parts[number], self.firsts[number]
             rows = part.rows() if part else {}
-            missing = [i for i, key in enumerate(keys) if key not in rows]
+            missing = [i for i, key in enumerate(keys, first) if key not in rows]
             batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-            fresh = self._encode(vae, batches[rank::world] if self.single else batches, first, blank)
-            copied = ((i, part.moments(rows[key])) for i, key in enumerate(keys) if key in rows)
+            fresh = self._encode(vae, batches[rank::world] if self.single else batches, blank)
+            copied = ((i, part.moments(rows[key])) for i, key in enumerate(keys, first) if key in rows)
             metadata = {"format": FORMAT, "vae": self.vae, "data": hashlib.sha256(b"".join(keys)).hexdigest()}
             start = _header(metadata, len(keys), shape) + b"".join(keys)
             if self.single:
                 self._write_together(start, itertools.chain(copied if rank == 0 else (), fresh))
             else:
                 moments = dict(itertools.chain(copied, fresh))
-                write_file(self.paths[number], start + b"".join(moments[i].numpy().tobytes() for i in range(len(keys))))
+                write_file(self.paths[number], start + b"".join(moments[i].numpy().tobytes() for i in sorted(moments)))
 
     def _write_together(self, start: bytes, rows: Iterator[tuple[int, Tensor]]) -> None:
         """Writes the single file, each process its `rows`, which then replaces the old one."""
@@ -195,15 +195,12 @@ class CachedLatents:
                 os.fsync(file.fileno())
             gather_objects(None)  # so all have written
 
-    def _encode(
-        self, vae: nn.Module, batches: list[list[int]], first: int, blank: Tensor
-    ) -> Iterator[tuple[int, Tensor]]:
+    def _encode(self, vae: nn.Module, batches: list[list[int]], blank: Tensor) -> Iterator[tuple[int, Tensor]]:
+        read, quiet = partial(attempt, self.faults, self.dataset.__getitem__), rank_and_world()[0] > 0
         with ThreadPoolExecutor(THREADS) as pool:
-            for batch in tqdm(batches, "encoding", unit="batch", leave=self.single, disable=rank_and_world()[0] > 0):
+            for batch in tqdm(batches, desc="encoding", unit="batch", leave=self.single, disable=quiet):
                 beat()
-                samples = [
-                    *pool.map(partial(attempt, self.faults, self.dataset.__getitem__), [first + i for i in batch])
-                ]
+                samples = [*pool.map(read, batch)]
                 moments = encode(vae, torch.stack([sample["image"] if sample else blank for sample in samples]))
                 moments[[sample is None for sample in samples]] = torch.nan
                 yield from zip(batch, moments, strict=True)
@@ -226,9 +223,10 @@ def open_latents(
     cached = CachedLatents(str(path), dataset, module_hash(vae), int(cache_gb * 1e9))
     if numbers := cached.open():
         try:
-            gather_results(partial(cached.write, vae.to(device).eval(), numbers, batch_size))
+            cached.write(vae.to(device).eval(), numbers, batch_size)
         except OSError as error:
             raise UserError(f"cannot write the latent cache {cached.path!r}: {error.strerror or error}") from None
+        gather_objects(None)  # so the cache is there for all
         cached.open()
     return cached
 

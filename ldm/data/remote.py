@@ -4,7 +4,6 @@ URLs are those of fsspec, which takes keys and endpoints from the environment, a
 """
 
 import hashlib
-import math
 import os
 import re
 import sys
@@ -30,7 +29,7 @@ BLOCK = 8 << 20  # bytes of one request, and of one file in the cache
 AHEAD = 8192  # bytes read with each header of a tar: caption and next header are usually among them
 THREADS = 16
 ATTEMPTS, WAIT = 8, 0.5  # seconds before the second attempt; twice as many before each further one
-PATIENCE = 60  # seconds for an answer of at most BLOCK bytes
+PATIENCE = 60  # seconds for an answer, and for each BLOCK that is written
 FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)  # not tried again
 VERSIONS = ("ETag", "etag", "blob_id", "Last-Modified", "mtime")
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -48,25 +47,26 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def ask(url: str, method: str, *arguments: Any, patience: float = PATIENCE, **options: Any) -> Any:
-    """The answer of a method of the file system behind `url`; asked again where that or the network fails, or it takes
-    over `patience` seconds. Raises UserError, MissingFile for a file that does not exist."""
+def ask(url: str, method: str, *arguments: Any, size: int = 0, **options: Any) -> Any:
+    """The answer of a method of the file system behind `url`, which moves up to `size` bytes; asked again where that or
+    the network fails or is slow. Raises UserError, MissingFile for a file that does not exist."""
     for attempt in range(ATTEMPTS):
         time.sleep(WAIT * 2**attempt if attempt else 0)
         try:
             fs, path = url_to_fs(url)
             connections[id(fs)] = fs
-            limit = {"timeout": patience} if fs.async_impl else {}
+            limit = {"timeout": PATIENCE * (1 + size // BLOCK)} if fs.async_impl else {}
             return getattr(fs, method)(path, *arguments, **options, **limit)
         except Exception as error:  # every library has its own
-            last, kind = error, type(error).__name__
-            status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", 0)
-            passing = not 400 <= status < 500 or status in (408, 425, 429)
-            if isinstance(error, FINAL) or "Credential" in kind or not passing:
+            # HTTP's `info` says of any error that the file does not exist
+            cause = url.startswith("http") and error.__cause__ or error
+            status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", 0)
+            failed, missing = cause, status == 404 or isinstance(cause, FileNotFoundError)
+            if isinstance(cause, FINAL) or 400 <= status < 500 and status not in (408, 425, 429):
                 break
-    way = "pip install 'ldm[remote]'" if kind == "ImportError" else "check address, keys and network"
-    text = f"{url!r} cannot be reached: {kind}: {' '.join(str(last).split())[:300]}; {way}"
-    raise (MissingFile if isinstance(last, FileNotFoundError) else UserError)(text)
+    reason = f"{type(failed).__name__}: {' '.join(str(failed).split())[:300]}"
+    way = "pip install 'ldm[remote]'" if isinstance(failed, ImportError) else "check address, keys and network"
+    raise (MissingFile if missing else UserError)(f"{url!r} cannot be reached: {reason}; {way}")
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,7 @@ class File:
     def find(cls, path: str, cache: int = 0) -> "File":
         """Raises MissingFile, or UserError for a file that cannot be read."""
         if is_url(path):
-            try:
-                known = ask(path, "info")
-            except MissingFile:  # HTTP's says so of any error
-                ask(path, "cat_file", start=0, end=1)
-                known = ask(path, "info")
+            known = ask(path, "info")
             if known.get("size") is None:
                 raise UserError(f"the server of {path!r} does not tell its size, so it cannot be read in parts")
             return cls(path, known["size"], next((str(known[key]) for key in VERSIONS if known.get(key)), ""), cache)
@@ -141,12 +137,11 @@ class _Stream(AbstractBufferedFile):
         return self.fs.fetch(start, end)
 
 
-def keep(kind: str, key: str, make: Callable[[], bytes], limit: float = math.inf) -> np.ndarray:
-    """The bytes in the cache for `key`, mapped, not read; `make()` gives them where they are missing. Beyond `limit`
-    bytes the files of a kind that were not used for the longest time are removed. A file appears as a whole and stays
-    readable for who has it, so processes need not wait for each other. Raises UserError for a full disk."""
-    name = hashlib.sha256(key.encode()).hexdigest()
-    path = cache_folder() / kind / name
+def keep(kind: str, key: str, make: Callable[[], bytes], limit: int = 0) -> np.ndarray:
+    """The bytes in the cache for `key`, mapped; `make()` gives them where they are missing. Of a kind the files used
+    last stay, up to `limit` bytes (0: all). Files appear as a whole and stay readable for who has them, so processes
+    need no locks. Raises UserError for a full disk."""
+    path = cache_folder() / kind / (name := hashlib.sha256(key.encode()).hexdigest())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -157,7 +152,7 @@ def keep(kind: str, key: str, make: Callable[[], bytes], limit: float = math.inf
             with TemporaryDirectory(dir=cache_folder()) as folder:
                 write_file(f"{folder}/{name}", data)
                 os.replace(f"{folder}/{name}", path)
-            if int(name[:8], 16) % (1 + limit // (2000 * BLOCK)) == 0:  # rarely where listing is long
+            if limit and int(name[:8], 16) % (1 + limit // (2000 * BLOCK)) == 0:  # rarely where listing is long
                 shrink(path.parent.iterdir(), limit * 15 / 16)
     except OSError as error:
         way = "lower data.cache_gb, or set LDM_CACHE to a folder on another disk"
@@ -167,7 +162,7 @@ def keep(kind: str, key: str, make: Callable[[], bytes], limit: float = math.inf
 def write_file(path: str, data: bytes) -> None:
     """Writes a file at a path or URL, as a whole or not at all."""
     if is_url(path):
-        return ask(path, "pipe_file", data, patience=PATIENCE * (1 + len(data) // BLOCK))
+        return ask(path, "pipe_file", data, size=len(data))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(Path(path)) as new, open(new, "wb") as file:
         file.write(data)

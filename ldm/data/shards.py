@@ -22,8 +22,8 @@ from ldm.images import SUFFIXES
 from ldm.model_io import parse_object
 
 KINDS = ("image", "txt", "json")  # of the members of a sample
-Span = tuple[int, int]  # offset and size of a member in its shard
-Row = tuple[str, list[Span]]  # key and spans of KINDS, (0, 0) where there is none
+# Of each usable sample the key, the (offset, size) of KINDS, (0, 0) where there is none, and fields; reasons by name
+Scan = tuple[list[tuple[str, list[tuple[int, int]], dict[str, Any]]], dict[str, str]]
 
 
 class Shards:
@@ -32,8 +32,8 @@ class Shards:
     Shards named after a split, as in `train-0000.tar`, are of that split; samples of other shards have that of their
     JSON's field `split`, or else are split by a hash of their captions, which are read for it. Else opening reads the
     tar headers only. The processes of a run, which must all open it, share that work. `lengths` are the samples of each
-    shard, in order, for `EpochBatches(blocks=...)`, and `names` those shards. Every read opens the shard
-    by itself, so that worker processes and threads share nothing.
+    of the shards `names`, in order, for `EpochBatches(blocks=...)`. Every read opens the shard by itself, so that
+    worker processes and threads share nothing.
 
     Left out and listed in `faults`, up to the share `max_broken`: samples without caption or picture, with double
     members or an unsafe name. Raises UserError beyond that share, for a missing or empty folder, and for a shard that
@@ -50,31 +50,20 @@ class Shards:
         shards = [number for number, name in enumerate(named) if name in ("", split)]
         self.names = [names[number] for number in shards]
         self.files = share(lambda number: File.find(urls[number], int(config.cache_gb * 1e9)), shards, "opening")
-        scanned = share(lambda i: scan(self.files[i], self.names[i]), range(len(shards)), "indexing")
-        for fault in (fault for _, reasons in scanned for fault in reasons.items()):
+        scanned = share(lambda i: scan(self.files[i], self.names[i], named[shards[i]]), range(len(shards)), "indexing")
+        for fault in (fault for _, faults in scanned for fault in faults.items()):
             self.faults.add(*fault)
-        rows = [(i, *row) for i, (samples, _) in enumerate(scanned) for row in samples]
+        rows = [(i, *row) for i, (found, _) in enumerate(scanned) for row in found]
         self.faults.settle(len(rows) + len(self.faults.reasons))
+        fields = {f"{key} in {self.names[i]}": row for i, key, _, row in rows if row}
+        chosen = {*select(fields, split, config.seed, self.faults)}
+        rows = [row[:3] for row in rows if not row[3] or f"{row[1]} in {self.names[row[0]]}" in chosen]
         # An array, whose memory worker processes share: a million samples take 100 MB.
         longest = max((len(key) for _, key, _ in rows), default=1)
-        table = np.array(rows, [("shard", int), ("key", f"U{longest}"), ("spans", int, (len(KINDS), 2))])
-        keep = np.array([named[number] == split for number in shards], bool)[table["shard"]]
-        rest = table[~keep]
-        samples = {}
-        for row, fields in zip(rest, share(self._try_fields, rest, "reading captions"), strict=True):
-            if isinstance(fields, SampleError):
-                self.faults.add(*fields.args)
-            else:
-                samples[self._name(row)] = fields
-        chosen = {*select(samples, split, config.seed, self.faults)}
-        keep[~keep] = [self._name(row) in chosen for row in rest]
-        self.table = table[keep]
+        self.table = np.array(rows, [("shard", int), ("key", f"U{longest}"), ("spans", int, (len(KINDS), 2))])
         used, self.table["shard"], counts = np.unique(self.table["shard"], return_inverse=True, return_counts=True)
-        self.files, self.names, self.lengths = (
-            [self.files[i] for i in used],
-            [self.names[i] for i in used],
-            counts.tolist(),
-        )
+        self.files, self.names = [self.files[i] for i in used], [self.names[i] for i in used]
+        self.lengths = counts.tolist()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -86,7 +75,9 @@ class Shards:
 
     def captions(self, index: int) -> list[str]:
         """The captions of sample `index`; its picture is not read. Raises SampleError."""
-        return self._fields(self.table[index])["captions"]
+        row = self.table[index]
+        texts = (self.files[row["shard"]].read(*span) for span in row["spans"][1:].tolist())
+        return parse_fields(self._name(row), *texts)["captions"]
 
     def identity(self, index: int) -> tuple[str, str]:
         """The key of sample `index`; and its shard with size and time or tag, and where in it the picture lies."""
@@ -97,24 +88,17 @@ class Shards:
     def _name(self, row: np.void) -> str:
         return f"{row['key']} in {self.names[row['shard']]}"
 
-    def _fields(self, row: np.void) -> dict[str, Any]:
-        """The sample's JSON, with cleaned `captions`. Raises SampleError."""
-        name = self._name(row)
-        text, table = (self.files[row["shard"]].read(*span) for span in row["spans"][1:].tolist())
-        try:
-            fields = parse_object(decode(table, name), name) if table else {}
-            captions = fields.get("captions", fields.get("text"))
-            if captions is None:
-                captions = decode(text, name).split("\n")
-            return fields | {"captions": clean_captions(captions, name)}
-        except UserError as error:
-            raise SampleError(name, str(error)) from None
 
-    def _try_fields(self, row: np.void) -> dict[str, Any] | SampleError:
-        try:
-            return self._fields(row)
-        except SampleError as error:
-            return error
+def parse_fields(name: str, text: bytes, table: bytes) -> dict[str, Any]:
+    """The JSON of the sample `name`, with cleaned `captions`. Raises SampleError."""
+    try:
+        fields = parse_object(decode(table, name), name) if table else {}
+        captions = fields.get("captions", fields.get("text"))
+        if captions is None:
+            captions = decode(text, name).split("\n")
+        return fields | {"captions": clean_captions(captions, name)}
+    except UserError as error:
+        raise SampleError(name, str(error)) from None
 
 
 def split_of_shard(name: str) -> str:
@@ -125,20 +109,20 @@ def split_of_shard(name: str) -> str:
     return "".join(splits)
 
 
-def scan(file: File, shard: str) -> tuple[list[Row], dict[str, str]]:
-    """The usable samples of a shard, and {name: reason} of the others, from its headers; behind a URL these are read
-    once, then kept on the local disk.
+def scan(file: File, shard: str, split: str) -> Scan:
+    """The usable samples of a shard, with their fields if it is of no `split`, and {name: reason} of the others, from
+    its headers and texts. Behind a URL these are read once, then kept on the local disk.
 
     Raises UserError for a shard that is cut short or no plain tar.
     """
     if not is_url(file.url):
-        return scan_headers(file, shard)
-    key = f"1 {file.url} {file.size} {file.version} {shard}"
-    return json.loads(keep("shards", key, lambda: json.dumps(scan_headers(file, shard)).encode()).tobytes())
+        return read_members(file, shard, split)
+    key = f"1 {file.url} {file.size} {file.version} {shard} {split}"
+    return json.loads(keep("shards", key, lambda: json.dumps(read_members(file, shard, split)).encode()).tobytes())
 
 
-def scan_headers(file: File, shard: str) -> tuple[list[Row], dict[str, str]]:
-    samples: dict[str, list[tuple[str, Span]]] = {}
+def read_members(file: File, shard: str, split: str) -> Scan:
+    samples: dict[str, list[tuple[str, tuple[int, int], bytes]]] = {}
     try:
         with file.open() as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
@@ -147,16 +131,18 @@ def scan_headers(file: File, shard: str) -> tuple[list[Row], dict[str, str]]:
                 stem, _, suffix = name.name.partition(".")
                 kind = "image" if f".{suffix.lower()}" in SUFFIXES else suffix.lower()
                 if stem and kind in KINDS and member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    span = member.offset_data, member.size
-                    samples.setdefault(str(name.with_name(stem)), []).append((kind, span))
+                    text = b"" if split or kind == "image" else archive.extractfile(member).read()
+                    part = kind, (member.offset_data, member.size), text
+                    samples.setdefault(str(name.with_name(stem)), []).append(part)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"shard {file.url!r} cannot be read, is cut short or no plain tar: {error}") from None
     # tarfile ends at a broken header without an error
     if file.read(archive.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise UserError(f"shard {file.url!r} is damaged after {archive.offset} bytes; write it again")
-    rows, faults = [], {}
+    rows, faults = [], Faults(share=1)
     for key, members in samples.items():
-        spans = dict(members)
+        spans, texts = ({kind: row[i] for kind, *row in members} for i in range(2))
+        name = f"{key} in {shard}"
         if key.startswith("/") or ".." in key.split("/"):
             reason = "has an unsafe name; rename it"
         elif len(spans) < len(members):
@@ -164,7 +150,12 @@ def scan_headers(file: File, shard: str) -> tuple[list[Row], dict[str, str]]:
         elif "image" not in spans or len(spans) == 1:
             reason = f"has no {'caption (.txt or .json)' if 'image' in spans else 'picture'}"
         else:
-            rows.append((key, [spans.get(kind, (0, 0)) for kind in KINDS]))
+            try:
+                fields = {} if split else parse_fields(name, texts.get("txt", b""), texts.get("json", b""))
+                fields = {field: fields[field] for field in fields.keys() & {"captions", "split"}}
+                rows.append((key, [spans.get(kind, (0, 0)) for kind in KINDS], fields))
+            except SampleError as error:
+                faults.add(*error.args)
             continue
-        faults[f"{key} in {shard}"] = f"sample {key!r} of shard {shard!r} {reason}"
-    return rows, faults
+        faults.add(name, f"sample {key!r} of shard {shard!r} {reason}")
+    return rows, faults.reasons
