@@ -58,7 +58,7 @@ class Part:
 
     file: File
     header: bytes
-    count: int
+    first: int  # offset of the first moments; before it are the identities
     shape: tuple[int, ...]  # of the moments of a picture: (2, C, h, w)
 
     @classmethod
@@ -75,17 +75,17 @@ class Part:
         count, *shape = table["moments"]["shape"]
         if header != _header(known, count, shape) or file.size != len(header) + count * (KEY + 2 * math.prod(shape)):
             raise ValueError("it is cut short")
-        return cls(file, header, count, tuple(shape))
+        return cls(file, header, len(header) + count * KEY, tuple(shape))
 
     def rows(self) -> dict[bytes, int]:
         """{identity: row} of the pictures in the file, in order."""
-        keys = self.file.read(len(self.header), self.count * KEY)
-        return {keys[row * KEY : (row + 1) * KEY]: row for row in range(self.count)}
+        keys = self.file.read(len(self.header), self.first - len(self.header))
+        return {keys[start : start + KEY]: start // KEY for start in range(0, len(keys), KEY)}
 
     def moments(self, row: int) -> Tensor:
         """Mean and std of a picture, float16 (2, C, h, w)."""
         size = 2 * math.prod(self.shape)
-        data = self.file.read(len(self.header) + self.count * KEY + row * size, size)
+        data = self.file.read(self.first + row * size, size)
         return torch.frombuffer(bytearray(data), dtype=torch.float16).view(self.shape)
 
 

@@ -96,17 +96,17 @@ class File:
     def read(self, offset: int, size: int) -> bytes:
         """A part of the file. Raises UserError where the file is gone, out of reach or too short."""
         data, end = b"", offset + size
-        while (start := offset + len(data)) < end <= self.size:
+        if end > self.size:
+            raise UserError(f"{self.url!r} is cut short; write it again")
+        while (start := offset + len(data)) < end:
             first = start // BLOCK * BLOCK
             stop = min(end, first + BLOCK)  # what has come is not asked for again
             if self.cache:
                 key = f"{self.url} {self.size} {self.version} {BLOCK} {first}"
                 block = keep("blocks", key, lambda at=first: self.fetch(at, min(at + BLOCK, self.size)), self.cache)
-                data += block[start - first : stop - first].tobytes()
+                data += bytes(block[start - first : stop - first])
             else:
                 data += self.fetch(start, stop)
-        if end > self.size:
-            raise UserError(f"{self.url!r} is cut short; write it again")
         return data
 
     def fetch(self, start: int, stop: int) -> bytes:
@@ -123,40 +123,37 @@ class File:
             raise UserError(f"{self.url!r} {reason}")
         return data
 
-    def open(self) -> Any:
-        """The file as a stream, of which little more is fetched than is read, past the cache."""
-        if is_url(self.url):
-            return _Stream(self, self.url, block_size=AHEAD, cache_type="readahead", size=self.size)
-        return open(self.url, "rb")
 
+class Stream(AbstractBufferedFile):
+    """A File as what `tarfile` reads from; little more is fetched than is read, past the cache."""
 
-class _Stream(AbstractBufferedFile):
-    """Of a File, its first argument."""
+    def __init__(self, file: File) -> None:
+        super().__init__(file, file.url, block_size=AHEAD, cache_type="readahead", size=file.size)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         return self.fs.fetch(start, end)
 
 
-def keep(kind: str, key: str, make: Callable[[], bytes], limit: int = 0) -> np.ndarray:
-    """The bytes in the cache for `key`, mapped; `make()` gives them where they are missing. Of a kind the files used
-    last stay, up to `limit` bytes (0: all). Files appear as a whole and stay readable for who has them, so processes
-    need no locks. Raises UserError for a full disk."""
-    path = cache_folder() / kind / (name := hashlib.sha256(key.encode()).hexdigest())
+def keep(kind: str, key: str, make: Callable[[], bytes], limit: int = 0) -> bytes | np.memmap:
+    """The bytes in the cache for `key`, which `make()` gives where they are missing. Of a kind those used last stay, up
+    to `limit` bytes (0: all). Files appear as a whole and stay readable for who has them: processes need no locks.
+    Raises UserError for a full disk."""
+    path = cache_folder() / kind / hashlib.sha256(key.encode()).hexdigest()
+    with suppress(FileNotFoundError):  # perhaps because another process has just removed it
+        os.utime(path)
+        return np.memmap(path, np.uint8, "r")
+    data = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            with suppress(FileNotFoundError):  # perhaps because another process has removed it
-                os.utime(path)
-                return np.memmap(path, np.uint8, "r")
-            data = make()
-            with TemporaryDirectory(dir=cache_folder()) as folder:
-                write_file(f"{folder}/{name}", data)
-                os.replace(f"{folder}/{name}", path)
-            if limit and int(name[:8], 16) % (1 + limit // (2000 * BLOCK)) == 0:  # rarely where listing is long
-                shrink(path.parent.iterdir(), limit * 15 / 16)
+        with TemporaryDirectory(dir=cache_folder()) as folder:
+            write_file(f"{folder}/{path.name}", data)
+            os.replace(f"{folder}/{path.name}", path)
+        if limit and int(path.name[:8], 16) % (1 + limit // (2000 * BLOCK)) == 0:  # rarely where listing is long
+            shrink(path.parent.iterdir(), limit * 15 / 16)
     except OSError as error:
         way = "lower data.cache_gb, or set LDM_CACHE to a folder on another disk"
         raise UserError(f"cannot write to {str(path.parent)!r}: {error.strerror}; {way}") from None
+    return data
 
 
 def write_file(path: str, data: bytes) -> None:

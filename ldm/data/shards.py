@@ -15,7 +15,7 @@ import numpy as np
 from ldm.config import UserError
 from ldm.data.config import DataConfig
 from ldm.data.faults import Faults, SampleError, read_picture
-from ldm.data.remote import File, find_tars, is_url, keep, share
+from ldm.data.remote import File, Stream, find_tars, is_url, keep, share
 from ldm.data.splits import named_split, select
 from ldm.data.text import clean_captions, decode
 from ldm.images import SUFFIXES
@@ -118,13 +118,13 @@ def scan(file: File, shard: str, split: str) -> Scan:
     if not is_url(file.url):
         return read_members(file, shard, split)
     key = f"1 {file.url} {file.size} {file.version} {shard} {split}"
-    return json.loads(keep("shards", key, lambda: json.dumps(read_members(file, shard, split)).encode()).tobytes())
+    return json.loads(bytes(keep("shards", key, lambda: json.dumps(read_members(file, shard, split)).encode())))
 
 
 def read_members(file: File, shard: str, split: str) -> Scan:
     samples: dict[str, list[tuple[str, tuple[int, int], bytes]]] = {}
     try:
-        with file.open() as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        with tarfile.open(fileobj=Stream(file), mode="r:") as archive:
             for member in archive:
                 archive.members = []  # tarfile would keep every header
                 name = PurePosixPath(member.name)
