@@ -117,7 +117,7 @@ def connected() -> Iterator[None]:
         lost = isinstance(error, distributed.DistError) or "Connection" in str(error)
         if not lost or rank_and_world()[1] == 1:
             raise
-        raise UserError(watch().missing()) from None
+        raise UserError(f"{watch().missing()} ({str(error).splitlines()[0]})") from None
 
 
 def leave() -> None:

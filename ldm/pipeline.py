@@ -140,7 +140,7 @@ class Pipeline:
         """B prompts -> context (B, L, D). A prompt longer than the context is cut, with a warning."""
         return self.text_encoder(self.tokenizer(prompts).to(self.device))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode a sharded U-Net could not be trained afterwards
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -263,12 +263,13 @@ class Pipeline:
         """Normalized latents (B, C, h, w) -> pictures, PIXELS at a time, never under autocast: float16 overflows in VAE
         decoders. Raises UserError for pixels that are not finite."""
         images: list[Image.Image] = []
+        most = max(1, PIXELS // (z[0, 0].numel() * self.vae.factor**2))
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            for part in z.split(max(1, PIXELS // (z[0, 0].numel() * self.vae.factor**2))):
+            for part in z.chunk(-(-len(z) // most)):  # of nearly one size, compiled once
                 x = (self.decode_latents or self.vae.decode)(part.float())
                 if not x.isfinite().all():
-                    fault = f"the weights, the options or {self.dtype} are at fault"
-                    raise UserError(f"the picture has values that are NaN or infinite; {fault}")
+                    fault = "the weights or options" + f", or {self.dtype}," * (self.dtype != torch.float32)
+                    raise UserError(f"the picture has values that are NaN or infinite; {fault} are at fault")
                 images += to_pil(x)
         return images
 

@@ -108,7 +108,7 @@ def test_pairs_that_the_page_exports_teach_a_model_that_opens(tmp_path, capsys):
         ('{"prompt": "a", "chosen": "a.png", "rejected": "same.png"}', "the same picture twice"),
         ('{"chosen": "a.png", "rejected": "b.png"}', "the caption must be a string"),
         ('{"prompt": "a", "chosen": "a.png", "rejec', "is not valid JSON"),
-        ("", "has 7 pairs to train on; it takes 50 or more"),
+        ("", "has 7 pairs to train on and 1 to validate; it takes 50"),
     ],
 )
 def test_users_mistakes_are_one_line(line, named, tmp_path):

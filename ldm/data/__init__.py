@@ -77,5 +77,5 @@ def choose_captions(captions: list[list[str]], places: Tensor) -> list[str]:
 
 
 def flip_half(image: Tensor, chances: Tensor) -> Tensor:
-    """Mirrors each image (B, 3, H, W) whose chance (B,), uniform in [0, 1), is below one half."""
-    return torch.where((chances < 0.5).to(image.device)[:, None, None, None], image.flip(-1), image)
+    """Mirrors each image (B, 3, H, W) whose chance (B,), uniform in [0, 1) and on its device, is below one half."""
+    return torch.where((chances < 0.5)[:, None, None, None], image.flip(-1), image)

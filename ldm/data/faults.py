@@ -54,7 +54,7 @@ def attempt(faults: Faults | None, read: Callable[[Any], Any], item: Any) -> Any
 
 
 def readable(dataset: Any, indices: Sequence[int]) -> list[int]:
-    """The indices whose samples can be read, which the processes, all of them, try together."""
+    """The indices whose samples can be read; a collective."""
     faults = getattr(dataset, "faults", None)
 
     def fault(index: int) -> tuple[str, str] | None:

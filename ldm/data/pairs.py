@@ -27,7 +27,7 @@ class Pairs:
     def __init__(self, config: DataConfig, split: str, need_captions: bool) -> None:
         self.config, self.size, self.faults = config, config.size, Faults(config.max_broken)
         path, samples = Path(config.path), {}
-        for number, line in enumerate(read_text(path).splitlines(), 1):
+        for number, line in enumerate(read_text(path).split("\n"), 1):
             if line.strip():
                 name = f"line {number} of {path.name!r}"
                 try:
@@ -54,8 +54,8 @@ def read_pair(path: Path, line: str, name: str) -> dict[str, Any]:
     """The captions, files and perhaps split of a line. Raises UserError for one that is no pair."""
     fields, files = parse_object(line, name), []
     for key in FILES:
-        found = [folder / str(fields.get(key)) for folder in (path.parent, path.parent.parent)]
-        files += [file for file in found if file.is_file()][:1]
+        paths = [folder / str(fields.get(key)) for folder in (path.parent, path.parent.parent)]
+        files += [file for file in paths if file.is_file()][:1]
     if len(files) < len(FILES):
         raise SampleError(name, f"{name} must name two pictures that exist, as 'chosen' and 'rejected'")
     if files[0].read_bytes() == files[1].read_bytes():

@@ -87,7 +87,7 @@ class Evaluation:
             if not path.is_file():
                 out.mkdir(parents=True, exist_ok=True)
                 write_json(path, settings)
-        old = read_json(path)
+        old = {"dtype": "float32"} | read_json(path)  # as earlier versions had
         if other := [key for key, value in settings.items() if old.get(key) != value]:
             changes = "; ".join(f"{key} {str(old.get(key))[:16]}, not {str(settings[key])[:16]}" for key in other)
             raise UserError(f"{str(out)!r} has pictures made with {changes}; use another --out, or delete that folder")

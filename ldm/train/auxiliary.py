@@ -102,7 +102,7 @@ class Grounding(nn.Module):
         self.picture = PictureHead(text, vision, config.layers) if config.picture else None
 
     def places(self, tokens: Tensor) -> Tensor | None:
-        """Of tokens on the CPU, from which those on a GPU are not waited for."""
+        """Positions to predict; of tokens on the CPU, so that a GPU is not waited for."""
         return self.words and self.words.places(tokens)
 
     def forward(

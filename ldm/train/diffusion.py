@@ -78,6 +78,8 @@ class DiffusionConfig:
         if self.lora.rank:
             require(self.unet != "", "unet", "", "the model to adapt, where lora.rank is set")
             require(not self.frozen, "frozen", self.frozen, "left out where lora.rank is set: all weights are frozen")
+            recalled = self.train.checkpointing or self.train.compile
+            require(not recalled, "train.checkpointing or train.compile", True, "false where lora.rank is set")
         if self.cache and self.data.flip:
             raise UserError("a latent cache holds no mirrored pictures: leave out cache, or set data.flip=false")
 
@@ -165,14 +167,18 @@ class DiffusionTask(Task):
         weight = loss_weight(self.schedule, t, denoiser.prediction, self.config.min_snr_gamma)
         return losses.diffusion(prediction, denoiser.target(z0, eps, t), weight.to(z0.device, z0.dtype))
 
+    def fixed_draws(self, count: int, *sets: int) -> tuple[Tensor, Tensor]:
+        """Timesteps (count,), evenly spread in random order, and noise (count, *sets, C, h, w), always the same."""
+        fixed = torch.Generator().manual_seed(self.config.train.seed)
+        order = torch.randperm(count, generator=fixed)  # the data may be sorted
+        side = self.config.data.size // self.vae.factor
+        noise = torch.randn(count, *sets, self.vae.config.latent_channels, side, side, generator=fixed)
+        return torch.linspace(0, len(self.schedule) - 1, count).long()[order].to(self.device), noise
+
     def validate(self, modules: Modules) -> dict[str, float]:
         """The loss on held-out pairs, each at a fixed timestep, evenly spread, and with fixed noise."""
-        indices, fixed = spread(self.held_out, self.config.held_out), torch.Generator()
-        fixed.manual_seed(self.config.train.seed)
-        order = torch.randperm(len(indices), generator=fixed)  # the data may be sorted
-        timesteps = torch.linspace(0, len(self.schedule) - 1, len(indices)).long()[order].to(self.device)
-        side = self.config.data.size // self.vae.factor
-        noise = torch.randn(len(indices), 2, self.vae.config.latent_channels, side, side, generator=fixed)
+        indices = spread(self.held_out, self.config.held_out)
+        timesteps, noise = self.fixed_draws(len(indices), 2)
 
         def measure(rows: slice, x: Tensor) -> float:
             posterior, eps = self.vae.encode(x), noise[rows].to(self.device)
@@ -186,8 +192,8 @@ class DiffusionTask(Task):
         """A captioned grid of pictures from fixed prompts and seeds."""
         c = self.config.preview
         prompts = list(c.prompts) or [self.held_out.captions(i)[0] for i in spread(self.held_out, c.count)]
-        pipe = Pipeline(self.parts(modules))
-        return share_pictures(pipe, prompts, c.seed, steps=c.steps, guidance=c.guidance)
+        images = sample_shared(Pipeline(self.parts(modules)), prompts, c.seed, steps=c.steps, guidance=c.guidance)
+        return captioned_grid(images, prompts, columns=min(8, len(prompts)))
 
     def parts(self, modules: Modules) -> Parts:
         """The pipeline's parts, with the trained `modules`."""
@@ -202,15 +208,15 @@ class DiffusionTask(Task):
             save_parts(folder, self.parts(modules))
 
 
-def share_pictures(pipe: Pipeline, prompts: list[str], seed: int = 0, **options: Any) -> Image.Image:
-    """A captioned grid of pictures with the seeds from `seed` on, which the processes share."""
+def sample_shared(pipe: Pipeline, prompts: list[str], seed: int = 0, **options: Any) -> list[Image.Image]:
+    """Pictures with the seeds from `seed` on, which the processes share."""
     size = min(16, -(-len(prompts) // rank_and_world()[1]))  # one batch, so that all call a sharded model equally often
 
     def sample(start: int) -> list[Image.Image]:
         return pipe(prompts[start : start + size], seed=seed + start, **options)
 
     parts = map_over_processes(sample, range(0, len(prompts), size), even=fsdp_requested())
-    return captioned_grid([image for part in parts for image in part], prompts, columns=min(8, len(prompts)))
+    return [image for part in parts for image in part]
 
 
 def check_schedule(folder: str, ours: ScheduleConfig, strict: bool) -> None:

@@ -19,11 +19,12 @@ from ldm.config import UserError, require
 from ldm.data import DataConfig, choose_captions, spread
 from ldm.diffusion import Denoiser, guided
 from ldm.distributed import Draws, fsdp_requested, map_over_processes, upload
+from ldm.images import captioned_grid
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import Parts, save_parts
 from ldm.samplers import ImageNoise, ddim, make_grid
 from ldm.train.config import TrainConfig, require_least
-from ldm.train.diffusion import share_pictures
+from ldm.train.diffusion import sample_shared
 from ldm.train.loop import Losses, Modules, Task
 from ldm.unet import UNet
 
@@ -138,7 +139,8 @@ class DistillTask(Task):
     def preview(self, modules: Modules) -> Image.Image:
         """A captioned grid of the student's pictures of held-out captions, from fixed seeds."""
         prompts = [self.held_out.captions(i)[0] for i in spread(self.held_out, PICTURES)]
-        return share_pictures(Pipeline(self.parts(modules)), prompts)
+        images = sample_shared(Pipeline(self.parts(modules)), prompts)
+        return captioned_grid(images, prompts, columns=min(8, len(prompts)))
 
     def parts(self, modules: Modules) -> Parts:
         """The teacher's parts with the student's U-Net, and its sampler by default."""

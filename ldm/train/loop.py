@@ -126,7 +126,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
         a.init_trackers("ldm")
         loaded = stack.enter_context(closing(micro_batches(task, c, a, start)))
         bar = stack.enter_context(tqdm(initial=start, total=c.steps, disable=not a.is_main_process, unit="step"))
-        late, skipped = Late(a.device), 0  # skipped steps in a row
+        late, skipped, stopped_by = Late(a.device), 0, 0  # skipped steps in a row; a signal's number
 
         for step in range(start, c.steps):
             # Gradients of every micro-batch
@@ -158,15 +158,15 @@ def train(task: Task, config: TrainConfig, out: str | Path, resolved: dict, forc
             run.log([*values, {"lr": rate * c.optimizer.lr}], skip)
 
             # Give up where losses stay non-finite
-            (broken, stopped_by), (at, kept) = late(votes, (step, kept))
-            skipped = skipped + 1 if broken else 0
-            if skipped == c.max_skipped:
-                file = out / f"non-finite-step-{at:08d}-process-{a.process_index}.pt"
-                torch.save(kept, file)
-                raise UserError(
-                    f"{skipped} steps in a row had a non-finite loss or gradient, the last at step {at}, whose batch"
-                    f" is in {str(file)!r}. Lower train.optimizer.lr, or set train.precision='no'"
-                )
+            for (broken, number), (at, batches) in late(votes, (step, kept), step + 1 == c.steps):
+                stopped_by, skipped = number or stopped_by, skipped + 1 if broken else 0
+                if skipped == c.max_skipped:
+                    file = out / f"non-finite-step-{at:08d}-process-{a.process_index}.pt"
+                    torch.save(batches, file)
+                    raise UserError(
+                        f"{skipped} steps in a row had a non-finite loss or gradient, the last at step {at}, whose"
+                        f" batch is in {str(file)!r}. Lower train.optimizer.lr, or set train.precision='no'"
+                    )
 
             # Log, validate, preview, save
             bar.update()
@@ -215,16 +215,17 @@ class Late:
     """Reads the votes of a step: on a GPU those of the step before, as waiting for them would leave it without work."""
 
     def __init__(self, device: torch.device) -> None:
-        self.steps = deque([(torch.zeros(2), (0, []), None)] * (device.type == "cuda"))
+        self.late, self.steps = device.type == "cuda", deque()
 
-    def __call__(self, votes: Tensor, note: Any) -> tuple[list[int], Any]:
-        """The votes (2,) of that step, and its `note`."""
+    def __call__(self, votes: Tensor, note: Any, last: bool) -> Iterator[tuple[list[int], Any]]:
+        """The votes (2,) of that step, and its `note`; after the `last` step all that are left."""
         votes = votes.to("cpu", non_blocking=True)  # pinned, where they come from a GPU
-        self.steps.append((votes, note, torch.cuda.current_stream().record_event() if self.steps else None))
-        votes, note, copied = self.steps.popleft()
-        if copied:
-            copied.synchronize()
-        return [int(vote) for vote in votes.tolist()], note
+        self.steps.append((votes, note, torch.cuda.current_stream().record_event() if self.late else None))
+        while len(self.steps) > (self.late and not last):
+            votes, note, copied = self.steps.popleft()
+            if copied:
+                copied.synchronize()
+            yield [int(vote) for vote in votes.tolist()], note
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

@@ -30,7 +30,7 @@ from ldm.model_io import atomic_write, find_root
 from ldm.pipeline import Pipeline
 from ldm.pipeline_io import read_schedule
 from ldm.train.config import TrainConfig, require_above_zero, require_least
-from ldm.train.diffusion import DiffusionConfig, DiffusionTask, PreviewConfig
+from ldm.train.diffusion import DiffusionConfig, DiffusionTask, PreviewConfig, sample_shared
 from ldm.train.loop import Losses, Modules
 from ldm.unet import UNet
 
@@ -63,6 +63,7 @@ class PreferenceConfig:
         require_above_zero(self, "", "beta")
         require_least(self, "", 1, "prompts", "steps", "held_out")
         require_least(self, "", 2, "candidates")
+        require(not self.data.flip, "data.flip", True, "false: both pictures of a pair stay as they are")
 
 
 class PreferenceTask(DiffusionTask):
@@ -77,8 +78,8 @@ class PreferenceTask(DiffusionTask):
         if steps := reference.distilled_steps:
             raise UserError(f"model {config.model!r} is distilled to {steps} steps; train the model it came from")
         self.scorer = Scorer(config.scorer, config.data) if config.scorer else None
-        if self.scorer and not Path(config.pairs).exists():
-            from_main(make_pairs, config, self.scorer)
+        if self.scorer:
+            from_main(make_pairs, config, self.scorer, self.scorer.pose(config.prompts))
         root = find_root(config.model)
         super().__init__(
             DiffusionConfig(
@@ -88,11 +89,11 @@ class PreferenceTask(DiffusionTask):
                 **{name: getattr(config, name) for name in ("train", "lora", "preview", "held_out")},
             )
         )
-        if len(self.dataset) < FEWEST:
-            count = f"{config.pairs!r} has {len(self.dataset)} pairs to train on"
-            raise UserError(f"{count}; it takes {FEWEST} or more, best a thousand: judge or make more")
+        if len(self.dataset) < FEWEST or not len(self.held_out):
+            count = f"{config.pairs!r} has {len(self.dataset)} pairs to train on and {len(self.held_out)} to validate"
+            raise UserError(f"{count}; it takes {FEWEST} or more, best a thousand, and one: judge or make more")
         self.config = replace(config, train=self.config.train)
-        self.reference = reference.requires_grad_(False).to(self.device)
+        self.reference, self.reference_score = reference.requires_grad_(False).to(self.device), None
 
     def images(self, batch: dict, draws: Draws) -> Tensor:
         """The images (2 B, 3, H, W) of B pairs in [-1, 1], each chosen one before the rejected one."""
@@ -114,10 +115,11 @@ class PreferenceTask(DiffusionTask):
         t, eps = (x.repeat_interleave(2, 0) for x in (t, eps))
         denoiser, reference = (Denoiser(unet, self.schedule) for unet in (modules["unet"], self.reference))
         z_t, target = self.schedule.add_noise(z0, eps, t), denoiser.target(z0, eps, t)
-        with torch.no_grad(), self.autocast():
-            context = self.context(modules, captions).repeat_interleave(2, 0)
-            before = reference.predict(z_t, t, context)
-        after = denoiser.predict(z_t, t, context)
+        with self.autocast():
+            with torch.no_grad():
+                context = self.context(modules, captions).repeat_interleave(2, 0)
+                before = reference.predict(z_t, t, context)
+            after = denoiser.predict(z_t, t, context)
         gain = ((before - target).square() - (after - target).square()).flatten(1).mean(1)
         chosen, rejected = gain.unflatten(0, (-1, 2)).unbind(1)
         reward = self.config.beta * (chosen - rejected)
@@ -127,12 +129,8 @@ class PreferenceTask(DiffusionTask):
     def validate(self, modules: Modules) -> dict[str, float]:
         """Loss, accuracy and drift on held-out pairs, each at a fixed timestep and with fixed noise; and the scorer's
         mean score of pictures of further prompts, beside that of the reference's."""
-        indices, fixed = spread(self.held_out, self.config.held_out), torch.Generator()
-        fixed.manual_seed(self.config.train.seed)
-        order = torch.randperm(len(indices), generator=fixed)
-        timesteps = torch.linspace(0, len(self.schedule) - 1, len(indices)).long()[order].to(self.device)
-        side = self.config.data.size // self.vae.factor
-        noise = torch.randn(len(indices), self.vae.config.latent_channels, side, side, generator=fixed)
+        indices = spread(self.held_out, self.config.held_out)
+        timesteps, noise = self.fixed_draws(len(indices))
 
         def measure(rows: slice, x: Tensor) -> Tensor:
             z0 = self.vae.normalize(self.vae.encode(rearrange(x, "b pair c h w -> (b pair) c h w")).mean)
@@ -146,12 +144,16 @@ class PreferenceTask(DiffusionTask):
 
     def scores(self, modules: Modules) -> dict[str, float]:
         """The mean scores of pictures by the model and by the reference."""
-        posed, scores = self.scorer.pose(self.config.held_out, held_out=True), {}
-        for name, unet in {"score": modules["unet"], "reference_score": self.reference}.items():
-            pipe = Pipeline(self.parts({"unet": unet}))
-            images = pipe([case.caption for case in posed], steps=self.config.steps, guidance=self.config.guidance)
-            scores[name] = float(self.scorer(images, posed).mean())
-        return scores
+        posed, options = self.scorer.pose(self.config.held_out, held_out=True), {"steps": self.config.steps}
+
+        def score(unet: UNet) -> float:
+            pipe, prompts = Pipeline(self.parts({"unet": unet})), [case.caption for case in posed]
+            images = sample_shared(pipe, prompts, guidance=self.config.guidance, **options)
+            return float(self.scorer(images, posed).mean())
+
+        if self.reference_score is None:
+            self.reference_score = score(self.reference)
+        return {"score": score(modules["unet"]), "reference_score": self.reference_score}
 
 
 class Scorer:
@@ -185,12 +187,15 @@ class Scorer:
         return scores
 
 
-def make_pairs(config: PreferenceConfig, scorer: Scorer) -> None:
-    """Writes the best and the worst of each prompt's pictures as PNGs beside `config.pairs`, and then that file."""
-    path, pipe, lines = Path(config.pairs), Pipeline.from_pretrained(config.model), []
+def make_pairs(config: PreferenceConfig, scorer: Scorer, posed: Sequence[Case]) -> None:
+    """Writes the best and the worst of each prompt's pictures as PNGs beside `config.pairs`, and then that file, where
+    it does not exist."""
+    if (path := Path(config.pairs)).exists():
+        return
+    pipe, lines = Pipeline.from_pretrained(config.model), []
     folder, rng = path.parent / f"{path.stem}-pictures", random.Random(config.train.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    posed, size, seed = scorer.pose(config.prompts), -(-BATCH // config.candidates), config.train.seed
+    size, seed = -(-BATCH // config.candidates), config.train.seed
     pipe.compile(passes=config.steps * -(-len(posed) // size))
     for first in tqdm(range(0, len(posed), size), "sampling pairs", unit="batch"):
         asked = [case for case in posed[first : first + size] for _ in range(config.candidates)]

@@ -108,7 +108,7 @@ class Run:
     def validate(self, step: int) -> bool:
         """Logs the validation after `step` steps; returns whether it was the best so far by `train.best`."""
         with self.averaged() as modules:
-            values = self.task.validate(modules)
+            values = gather_objects(self.task.validate(modules))[0]  # alike, where devices round differently
         self.write_line(step, {f"val/{name}": value for name, value in values.items()})
         self.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         best, scores = self.config.best, values | {f"-{name}": -value for name, value in values.items()}
