@@ -25,7 +25,7 @@ soak: .venv/.ready
 
 # What a GPU computes beside float32 on a CPU, in 3 minutes. Without a package registry: see configs/cluster.md.
 gpu-check: $(if $(filter .venv/%,$(RUN)),.venv/.ready)
-	PYTHONPATH=.:build/packages $(RUN) -m ldm gpu-check --out outputs/gpu-check $(ARGS)
+	PYTHONPATH=.:build/packages $(RUN) -m ldm gpu-check $(ARGS)
 
 # The packages beside torch and transformers that it needs, for any system, as one archive of 19 MB.
 gpu-packages: .venv/.ready

@@ -36,15 +36,15 @@ WORKLOADS = {  # largest difference of outputs, relative to the largest value (N
     "train-unet": (1e-3, (("shapes", 32, 64), ("emoji", 64, 32), ("emoji", 128, 8))),
     "data": (None, (("shapes", 32, 32), ("emoji", 64, 32))),
 }
-GPU = {  # cases that a GPU has instead; sd15 has the sizes of Stable Diffusion 1.5 and random weights
-    "sampling": (("emoji", 64, 1), ("emoji", 64, 8), ("sd15", 512, 1), ("sd15", 512, 8)),
-    "train-unet": (("emoji", 64, 64), ("sd15", 512, 8)),
+GPU = {  # instead on a GPU; sd15 is emoji with a random U-Net of Stable Diffusion 1.5's sizes
+    "sampling": (1 / 200, (("emoji", 64, 1), ("emoji", 64, 8), ("sd15", 512, 1), ("sd15", 512, 8))),
+    "train-unet": (1e-3, (("emoji", 64, 64), ("sd15", 512, 8))),
 }
-HALF = 50  # times the difference that is allowed in float32
-HEAD = ("case", "ldm, ms", "diffusers, ms", "ratio", "peak memory, MB", "largest difference", "matmul rate", "idle")
+HALF = 50  # times the difference is allowed in half precision
+HEAD = ("case", "ldm, ms", "diffusers, ms", "ratio", "peak memory, MB", "largest difference", "matmul rate", "busy")
 NOTE = """Median of one run; ratio of the medians, theirs over ours, with its 95% bootstrap interval over the rounds;
 memory is the peak of a process with this case alone, ours / theirs. On a GPU also FLOPs per second as a share of those
-of a large matrix product, and the share of the time in which no kernel runs."""
+of a large matrix product, and the share of the time in which a kernel runs."""
 PAGE = "<!doctype html><html lang=en><meta charset=utf-8><title>Benchmark</title><pre>{}</pre>"
 
 
@@ -77,12 +77,6 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         return f"{self.workload}: {self.model} {self.size} px, batch {self.batch}" + ", compiled" * self.compiled
 
-    @property
-    def allowed(self) -> float | None:
-        """Largest difference of the outputs of both sides, relative to the largest value; None: ours runs alone."""
-        tolerance = WORKLOADS[self.workload][0]
-        return tolerance and tolerance * (1 if self.dtype == "float32" else HALF)
-
 
 def main() -> None:
     """Measures, prints the table, writes the files."""
@@ -110,17 +104,17 @@ def choose(o: Options) -> list[Case]:
         raise UserError(f"--rounds {o.rounds} --threads {o.threads} is not allowed; give 1 or more, and 0 or more")
     if o.out.exists() and not o.out.is_dir():
         raise UserError(f"--out {str(o.out)!r} is a file; give a folder, which may be new")
-    on_gpu, cases, dtype = o.device == "cuda", [], o.dtype.replace("auto", "float32")
-    if on_gpu:
+    cases, dtype, workloads, compiles = [], o.dtype.replace("auto", "float32"), WORKLOADS, ("sampling",)
+    if o.device == "cuda":
         from ldm.distributed import find_device, find_dtype
 
         dtype = str(find_dtype(o.dtype, find_device(o.device))).removeprefix("torch.")
+        workloads, compiles = WORKLOADS | GPU, GPU
     for name in map(str.strip, o.only.split(",")):
         if name not in WORKLOADS:
             raise UserError(f"workload {name!r} is unknown; known: {', '.join(WORKLOADS)}")
-        modes = sorted({False, o.compile and (name == "sampling" or (on_gpu and name in GPU))})
-        rows = GPU[name] if on_gpu and name in GPU else WORKLOADS[name][1]
-        for row in rows[: 1 if o.quick else None]:
+        modes = sorted({False, o.compile and name in compiles})
+        for row in workloads[name][1][: 1 if o.quick else None]:
             cases += [Case(name, *row, compiled, o.device, dtype) for compiled in modes]
     return cases
 
@@ -131,26 +125,24 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
     This process imports no torch, as Linux counts its memory in the peak of a new process.
     """
-    tolerance, spawn = case.allowed, multiprocessing.get_context("spawn")
+    tolerance, spawn = WORKLOADS[case.workload][0], multiprocessing.get_context("spawn")
     sides = ("ldm", "diffusers") if tolerance else ("ldm",)
-    seconds, outputs, peaks, shares = {side: [] for side in sides}, {}, {}, []
+    seconds, outputs, peaks, costs = {side: [] for side in sides}, {}, {}, {}
     with ExitStack() as stack:
         workers = {side: stack.enter_context(ProcessPoolExecutor(1, spawn, end_with_parent)) for side in sides}
-        try:
-            for i in range(rounds + 1):
-                for side in sides[:: (-1) ** i]:
-                    reply = workers[side].submit(run, "measured", case._replace(ours=side == "ldm"))
-                    duration, outputs[side], peaks[side] = reply.result()
-                    seconds[side] += [duration] if i else []  # the first round warms up
-            for side in sides if case.device == "cuda" or case.model == "tiny" else ():
-                arguments = case._replace(ours=side == "ldm"), float(np.median(seconds[side]))
-                shares.append(workers[side].submit(run, "utilization", *arguments).result())
-        except Exception as error:
-            return {"problem": f"{side}: {type(error).__name__}: {' '.join(str(error).split())[:400]}"}
-    row = {"seconds": seconds, "peaks": [*peaks.values()], "shares": shares, "difference": None, "problem": ""}
+        for i in range(rounds + 1):
+            for side in sides[:: (-1) ** i]:
+                reply = workers[side].submit(run, case._replace(ours=side == "ldm"))
+                if error := reply.exception():
+                    return {"problem": f"{side}: {type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+                duration, outputs[side], peaks[side], costs[side] = reply.result()
+                seconds[side] += [duration] if i else []  # the first round warms up
+    row = {"seconds": seconds, "peaks": [*peaks.values()], "difference": None, "problem": ""}
+    row["shares"] = [[cost / np.median(seconds[side]) for cost in costs[side]] for side in sides]
     if tolerance and not case.model.endswith("-turbo"):
         a, b = outputs.values()
         row["difference"] = gap = float(np.abs(a - b).max() / np.abs(b).max())  # NaN where there is one
+        tolerance *= 1 if case.dtype == "float32" else HALF
         row["problem"] = "" if gap <= tolerance else f"outputs differ by {gap:.2g}, allowed {tolerance:g}"
     return row
 
@@ -162,11 +154,11 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
 
-def run(function: str, *arguments: Any) -> Any:
-    """A function of `ldm.commands.benchmark_jobs`, in a child process."""
-    from ldm.commands import benchmark_jobs
+def run(case: Case) -> tuple[float, np.ndarray, int, tuple[float, ...]]:
+    """In a child process: `measured` of a case."""
+    from ldm.commands.benchmark_jobs import measured
 
-    return getattr(benchmark_jobs, function)(*arguments)
+    return measured(case)
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -16,28 +16,13 @@ from torch import Tensor, nn
 from ldm.commands.benchmark import Case
 from ldm.commands.plan import count_tflop
 from ldm.data import DataConfig, batches, open_dataset
-from ldm.diffusion import Schedule, ScheduleConfig
 from ldm.model_io import find_root
 from ldm.pipeline import Pipeline
-from ldm.pipeline_io import Parts
 from ldm.samplers import ImageNoise
 from ldm.unet import UNet, UNetConfig
-from ldm.vae import VAE, VAEConfig
 
-RANDOM = {  # models with random weights: Stable Diffusion 1.5's sizes, and one to try the same code on a CPU
-    "sd15": (UNetConfig(), VAEConfig()),
-    "tiny": (
-        UNetConfig(
-            block_out_channels=(32,),
-            down_block_types=("CrossAttnDownBlock2D",),
-            up_block_types=("CrossAttnUpBlock2D",),
-            layers_per_block=1,
-            cross_attention_dim=32,
-        ),
-        VAEConfig(block_out_channels=(32, 32), layers_per_block=1),
-    ),
-}
 PROMPTS = ["a red circle above a blue square", "a green star", "a 3D emoji of a red apple", "a flat emoji of a dog"]
+SIDE = 8192  # of the matrices that measure the rate of products
 Run = Callable[[], Any]  # one run; returns a tensor, or a list of tensors or images
 
 
@@ -47,28 +32,27 @@ def build(case: Case) -> Run:
     return globals()[case.workload.replace("-", "_")](case)
 
 
-def measured(case: Case) -> tuple[float, np.ndarray, int]:
-    """Seconds per run of a case, the outputs of the last, and the peak bytes so far."""
+def measured(case: Case) -> tuple[float, np.ndarray, int, tuple[float, ...]]:
+    """Seconds per run of a case, the outputs of the last, the peak bytes, and on a GPU the `cost`."""
     seconds, outputs = timed(build(case), least=0.2)
     outputs = np.asarray(outputs.cpu() if isinstance(outputs, Tensor) else outputs, dtype=float)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return seconds, outputs, torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak
+    on_gpu, peak = case.device == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return seconds, outputs, torch.cuda.max_memory_allocated() if on_gpu else peak, cost(case) if on_gpu else ()
 
 
-def utilization(case: Case, seconds: float) -> tuple[float, float]:
-    """Of a case that takes `seconds`: its FLOPs per second as a share of those of a large matrix product in the same
-    precision, and the share of the time in which no kernel runs, as where the GPU waits for launches."""
-    step, on_gpu = build(case), case.device == "cuda"
-    size, kind = (8192, "CUDA") if on_gpu else (512, "CPU")
-    x = torch.randn(size, size, device=case.device, dtype=getattr(torch, case.dtype))
-    rate = max(2e-12 * size**3 / timed(lambda: x @ x, least=0.2)[0] for _ in range(2))
+@cache
+def cost(case: Case) -> tuple[float, ...]:
+    """Seconds of a run at the FLOPs per second of a large matrix product in its precision, and with a kernel running;
+    what is missing are those in which the GPU waits for launches."""
+    run, x = build(case), torch.randn(SIDE, SIDE, device=case.device, dtype=getattr(torch, case.dtype))
+    product = min(timed(lambda: x @ x, least=0.2)[0] for _ in range(2))
     with torch.compiler.set_stance("force_eager"):
-        tflop = count_tflop(step)
-    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profiler:
-        timed(step)
-    events = [event for event in profiler.key_averages() if event.device_type.name == kind]
-    busy = sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events) / 1e6
-    return tflop / seconds / rate, max(0.0, 1 - busy / seconds)
+        products = count_tflop(run) / (2e-12 * SIDE**3)
+    with torch.profiler.profile() as profiler:
+        timed(run)
+    kernels = [event for event in profiler.key_averages() if event.device_type.name == "CUDA"]
+    torch.cuda.reset_peak_memory_stats()  # of this and of the first round, which prepares
+    return products * product, 1e-6 * sum(kernel.self_device_time_total for kernel in kernels)
 
 
 def timed(run: Run, least: float = 0.0) -> tuple[float, Any]:
@@ -83,62 +67,47 @@ def timed(run: Run, least: float = 0.0) -> tuple[float, Any]:
             return seconds / runs, outputs
 
 
-def open_diffusers(model: str) -> Any:
-    """The pipeline of diffusers on a model that ours opens too."""
+def open_diffusers(model: str, **models: nn.Module) -> Any:
+    """The pipeline of diffusers on a model that ours opens too but for `models`."""
     from diffusers import StableDiffusionPipeline
 
     options = {"safety_checker": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline.from_pretrained(find_root(model), **options)
+    pipe = StableDiffusionPipeline.from_pretrained(find_root(model), **options, **models)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def open_pipeline(case: Case) -> Any:
-    """The pipeline of a side, whose parts have the same names; random inputs are the same from here on. A U-Net that is
-    trained has float32 weights."""
-    dtype = torch.float32 if case.workload == "train-unet" else getattr(torch, case.dtype)
-    if case.model in RANDOM:
-        pipe = open_random(case, dtype)
-    elif case.ours:
-        pipe = Pipeline.from_pretrained(case.model, case.device, dtype)
+    """The pipeline of a side, whose parts have the same names; random inputs are the same from here on."""
+    dtype = getattr(torch, case.dtype if case.workload != "train-unet" else "float32")  # trained under autocast
+    name, random = ("emoji", {"unet": random_unet(case).to(dtype)}) if case.model == "sd15" else (case.model, {})
+    if case.ours:
+        pipe = Pipeline(Pipeline.from_pretrained(name, case.device, dtype).parts._replace(**random))
     else:
-        pipe = open_diffusers(case.model.removesuffix("-turbo")).to(case.device, dtype)
+        pipe = open_diffusers(name.removesuffix("-turbo"), **random).to(case.device, dtype)
     if case.workload != "train-unet":  # where diffusers is faster in the layout that it opens in
         for model in (pipe.unet, pipe.vae):
             model.to(memory_format=torch.channels_last)
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
     return pipe
 
 
-def open_random(case: Case, dtype: torch.dtype) -> Any:
-    """A pipeline of RANDOM without a text encoder, whose weights diffusers draws for both sides."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-
-    configs, schedule = RANDOM[case.model], ScheduleConfig(sampler="ddim")
-    levels = len(configs[1].block_out_channels)
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+def random_unet(case: Case) -> nn.Module:
+    """A U-Net of Stable Diffusion 1.5's sizes among the other parts of emoji; both sides have the same weights."""
     torch.manual_seed(0)
     with torch.device(case.device):
-        unet, vae = UNet2DConditionModel(**asdict(configs[0])).to(dtype), AutoencoderKL(**asdict(configs[1]), **kinds)
-    if case.ours:
-        with torch.device("meta"):
-            ours = UNet(configs[0]).eval(), VAE(configs[1]).eval()
-        for model, theirs in zip(ours, (unet, vae.to(dtype)), strict=True):
-            model.load_state_dict(theirs.state_dict(), assign=True)
-        return Pipeline(Parts(ours[1], None, None, ours[0], Schedule(schedule)))
-    betas = {name: value for name, value in asdict(schedule).items() if name not in ("sampler", "sigmas")}
-    absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    scheduler = DDIMScheduler(**betas, clip_sample=False)
-    pipe = StableDiffusionPipeline(vae=vae, unet=unet, scheduler=scheduler, **absent, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(case.device, dtype)
+        unet = UNet(UNetConfig(in_channels=16, out_channels=16, cross_attention_dim=192))
+        if case.ours:
+            return unet.to(memory_format=torch.channels_last)  # as `Pipeline.from_pretrained` does
+        from diffusers import UNet2DConditionModel
+
+        theirs = UNet2DConditionModel(**asdict(unet.config))
+        theirs.load_state_dict(unet.state_dict())
+        return theirs
 
 
 def unet_inputs(unet: nn.Module, batch: int, side: int, length: int = 32) -> tuple[Tensor, Tensor, Tensor]:
-    """Random latents of `side` positions, timesteps, and contexts of `length` tokens, on the U-Net's device and in its
-    precision."""
+    """Random latents of `side` positions, timesteps, and contexts of `length` tokens, where and as the weights are."""
     c, weight = unet.config, next(unet.parameters())
     with weight.device:
         z_t, context = torch.randn(batch, c.in_channels, side, side), torch.randn(batch, length, c.cross_attention_dim)
@@ -148,8 +117,7 @@ def unet_inputs(unet: nn.Module, batch: int, side: int, length: int = 32) -> tup
 def open_unet(case: Case, batch: int) -> tuple[nn.Module, Callable[[], Tensor]]:
     """The U-Net, and a function that returns its prediction."""
     pipe = open_pipeline(case)
-    side = case.size // 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    inputs = unet_inputs(pipe.unet, batch, side, 77 if case.model in RANDOM else 32)
+    inputs = unet_inputs(pipe.unet, batch, case.size // 2 ** (len(pipe.vae.config.block_out_channels) - 1))
     return pipe.unet, lambda: pipe.unet(*inputs) if case.ours else pipe.unet(*inputs).sample
 
 
@@ -165,31 +133,27 @@ def vae(case: Case) -> Run:
     """Pictures to mean latents and back."""
     model, zero = open_pipeline(case).vae, torch.zeros((), device=case.device)
     x = torch.rand(case.batch, 3, case.size, case.size, device=case.device) * 2 - 1
-    x = x.to(next(model.parameters()))
     return torch.inference_mode()(lambda: model(x, zero)[0] if case.ours else model(x).sample)
 
 
 def sampling(case: Case) -> Run:
     """Prompts to pictures by 25 steps of DDIM, which is diffusers' scheduler here, with guidance 5; by a turbo model as
-    it was distilled. A model without a text encoder takes random contexts."""
-    pipe, inputs = open_pipeline(case), {"prompt": (PROMPTS * 2)[: case.batch]}
-    inputs |= {"height": case.size, "width": case.size}
-    if case.model in RANDOM:
-        contexts = torch.randn(2, case.batch, 77, pipe.unet.config.cross_attention_dim).to(case.device)
-        inputs |= {"prompt": None, "prompt_embeds": contexts[0], "negative_prompt_embeds": contexts[1]}
+    it was distilled."""
+    pipe, prompts = open_pipeline(case), (PROMPTS * 2)[: case.batch]
+    shape = {"height": case.size, "width": case.size}
     if case.ours:
         if case.compiled:
             pipe.compile()
         options = {} if pipe.unet.distilled_steps else {"steps": 25, "guidance": 5.0, "sampler": "ddim"}
-        return lambda: pipe(**inputs, seed=0, **options)
+        return lambda: pipe(prompts, seed=0, **options, **shape)
     if case.compiled and case.device == "cuda":  # on a CPU that takes minutes, and what users have is not compiled
         pipe.unet.compile()
         pipe.vae.decoder.compile()
-    shape = pipe.unet.config.in_channels, *(case.size // pipe.vae_scale_factor,) * 2
+    latent = pipe.unet.config.in_channels, *(case.size // pipe.vae_scale_factor,) * 2
 
     def run() -> list[Any]:
-        noise = ImageNoise(range(case.batch), shape, case.device)()
-        return pipe(**inputs, latents=noise.to(pipe.unet.dtype), num_inference_steps=25, guidance_scale=5.0).images
+        noise = ImageNoise(range(case.batch), latent, case.device)().to(pipe.unet.dtype)  # as ours, drawn in float32
+        return pipe(prompts, latents=noise, num_inference_steps=25, guidance_scale=5.0, **shape).images
 
     return run
 
@@ -199,8 +163,8 @@ def train_unet(case: Case) -> Run:
     model, predict = open_unet(case, case.batch)
     if case.compiled:
         model.compile()
-    dtype = getattr(torch, case.dtype)
-    return training(model, torch.autocast(case.device, dtype, enabled=dtype != torch.float32)(predict))
+    autocast = torch.autocast(case.device, getattr(torch, case.dtype), enabled=case.dtype != "float32")
+    return training(model, autocast(predict))
 
 
 def training(model: nn.Module, predict: Callable[[], Tensor]) -> Run:
