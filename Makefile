@@ -10,10 +10,11 @@ demo: .venv/.ready
 	$(RUN) scripts/sample.py --model emoji --prompts configs/emoji/demo.txt --guidance 3 --out outputs/emoji --grid outputs/emoji.png
 	$(RUN) scripts/sample.py --model emoji-turbo --prompts configs/emoji/demo.txt --out outputs/turbo --grid outputs/turbo.png
 
+# Files of tests are shared out among two processes of one thread each.
 test: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 # With the slow tests: several processes with DDP and FSDP, and long comparisons.
 test-all: .venv/.ready
