@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from test_tasks import NoWaiting
 
 from ldm.__main__ import main
@@ -78,8 +79,10 @@ def test_the_armed_step_is_a_whole_one_that_reads_no_number(monkeypatch, tmp_pat
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(gpu_check, "arm", arm)
+    AcceleratorState._reset_state()  # other tests train in float32
     with mode:
         gpu_check.trained(tmp_path, "clip", armed=True)
+    AcceleratorState._reset_state()
     assert steps == [0, 1, 2, 3]
 
 

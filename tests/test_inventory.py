@@ -242,7 +242,7 @@ def test_prompts_become_pngs_that_say_how_they_were_made(run):
     assert files(run.cwd / "out") == {"0000-a-red-circle.png", "0001-zwei-gr-n.png", "grid.png"}
     said = ["zwei Grün", "blue", "8", "ddim", "2", "3.0", "0.0", "model"]
     text = images[1].text
-    others = {"device", "parameters"}  # later additions: for the record, and for other programs
+    others = {"device", "dtype", "parameters"}  # later additions: for the record, and for other programs
     assert {name: text[name] for name in text.keys() - others} == dict(zip(SETTINGS, said, strict=True))
     assert [image.size for image in images] == [(32, 32)] * 2
 
