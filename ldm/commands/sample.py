@@ -109,13 +109,8 @@ def main() -> None:
         images = pipe(callback=advance, **inputs)
     given |= {"device": pipe.device, "dtype": str(pipe.dtype).removeprefix("torch.")}
     given["compiled"] = options.precision if pipe.compiled else None
-    names = [
-        *RECORDED,
-        "device",
-        "dtype",
-        "compiled",
-        *(("image", "mask", "strength", "resample") if options.image else ()),
-    ]
+    edit = ("image", "mask", "strength", "resample") if options.image else ()
+    names = [*RECORDED, "device", "dtype", "compiled", *edit]
     shared = {name: given[name] for name in names if given[name] is not None}
     write(options, images, [{key: str(value) for key, value in (own | shared).items()} for own in metadata])
 
