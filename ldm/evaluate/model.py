@@ -42,18 +42,8 @@ from ldm.samplers import get_sampler, make_grid
 
 HEADLINES = ("frechet_distance", "clip_cosine", "image_to_text@1", "mean_kind_image_to_text@1", "compositional_score")
 # settings that a folder is for; the same weights under another path are the same model
-CLAIMED = (
-    "model_sha256",
-    "dtype",
-    "data",
-    "data_sha256",
-    "split",
-    "size",
-    "guidance_rescale",
-    "steps",
-    "sampler",
-    "seed",
-)
+CLAIMED = ("model_sha256", "dtype", "data", "data_sha256", "split", "size", "seed")
+CLAIMED += ("guidance_rescale", "steps", "sampler")
 SHARED = ("data_sha256", "split", "size", "num", "seed")  # settings that determine the held-out captions
 TIMED = 8  # images
 
