@@ -363,7 +363,9 @@ def test_a_distilled_model_is_compared_in_its_own_steps(page):
     turn_to(page, "Compare")
     field(page, "Setting to compare").click()
     page.get_by_role("option", name="model", exact=True).click()
-    field(page, "Values, up to 8, separated by commas").fill("shapes, shapes-turbo")
+    values = field(page, "Values, up to 8, separated by commas")
+    expect(values).to_have_value("shapes, shapes-turbo, emoji")
+    values.fill("shapes, shapes-turbo")
     start(page, steps=8, tab="compare")
     wait(
         lambda: page.locator("#pictures .caption-label").all_inner_texts()[1:] == ["model shapes", "model shapes-turbo"]
