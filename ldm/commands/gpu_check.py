@@ -65,6 +65,8 @@ def main() -> None:
     """Runs the rows, prints the table."""
     o = read_options(Options, __doc__)
     os.environ |= {"HF_HUB_OFFLINE": "1"} | ({"ACCELERATE_USE_CPU": "true"} if o.device == "cpu" else {})
+    if o.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("torch finds no GPU here; --device cpu is a dry run")
     device, start = find_device(o.device), perf_counter()
     with TemporaryDirectory() as work, redirect_stdout(sys.stderr):
         chosen = [row for row in rows(device, Path(work)) if row[0].startswith(tuple(o.only.split(",")))]
